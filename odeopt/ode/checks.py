@@ -1,0 +1,109 @@
+"""What an integration may be given: each check names the parameter and the value found."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = Tensor | tuple[Tensor, ...]
+
+
+def tensors_of(x: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a state, whether it is one or a tuple of them."""
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def check_choice(name: str, found: Any, known: Collection[str]) -> None:
+    """Check that a value is one of the known names; suggest the closest one."""
+    if not isinstance(found, str) or found not in known:
+        raise ValueError(
+            f"Parameter `{name}` should be one of {', '.join(sorted(known))}. Found `{name} = {found!r}`."
+            + _suggestion(found, known)
+        )
+
+
+def check_options(name: str, options: dict[str, Any] | None, method: str, accepted: Collection[str]) -> None:
+    """Check that the method reads every option; torchdiffeq would only warn."""
+    for key, value in (options or {}).items():
+        if key not in accepted:
+            raise ValueError(
+                f"Parameter `{name}` of method {method!r} should only hold {', '.join(sorted(accepted))}. "
+                f"Found `{name}[{key!r}] = {value!r}`." + _suggestion(key, accepted)
+            )
+    step_size = (options or {}).get("step_size")
+    if step_size is not None and not step_size > 0:
+        raise ValueError(
+            f"Parameter `{name}['step_size']` should be positive. Found `step_size = {step_size}`."
+        )
+
+
+def check_state(x0: State) -> None:
+    """Check that a state is made of finite floating-point (or complex) tensors of one dtype on one device."""
+    tensors = tensors_of(x0)
+    if isinstance(x0, list) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise ValueError(f"Parameter `x0` should be a tensor or a tuple of tensors. Found `x0 = {x0!r}`.")
+    for x in tensors:
+        if not (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"Parameter `x0` should be floating point. Found `x0.dtype = {x.dtype}`.")
+        if (x.dtype, x.device) != (tensors[0].dtype, tensors[0].device):
+            raise ValueError(
+                "Parameter `x0` should hold tensors of one dtype on one device. "
+                f"Found `{tensors[0].dtype}` on `{tensors[0].device}` and `{x.dtype}` on `{x.device}`."
+            )
+        is_finite = x.isfinite()
+        if not is_finite.all():
+            bad = x[~is_finite][0].item()
+            raise ValueError(
+                f"Parameter `x0` should be finite. Found `{bad}` in a tensor of shape {tuple(x.shape)}."
+            )
+
+
+def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
+    """Check output times and return them as a tensor on the device of the state."""
+    if not isinstance(t, Tensor):
+        t = torch.tensor(t, dtype=like.real.dtype)
+    if not t.is_floating_point():
+        raise ValueError(f"Parameter `t` should be floating point. Found `t.dtype = {t.dtype}`.")
+    if t.ndim != 1 or len(t) < 2:
+        raise ValueError(
+            "Parameter `t` should be one-dimensional with at least two times. "
+            f"Found `t.shape = {tuple(t.shape)}`."
+        )
+    ahead = t.detach().diff() * (1 if t[-1] > t[0] else -1)
+    is_bad = ~((ahead > 0) & ahead.isfinite())
+    if is_bad.any():
+        i = int(is_bad.nonzero()[0])
+        raise ValueError(
+            "Parameter `t` should be finite and strictly increasing or decreasing. "
+            f"Found `t[{i}] = {t[i].item():g}` before `t[{i + 1}] = {t[i + 1].item():g}`."
+        )
+    return t.to(like.device)
+
+
+def check_tolerances(**tolerances: Any) -> None:
+    """Check that tolerances, numbers or tensors or one per tensor of the state, are not negative or NaN."""
+    for name, tolerance in tolerances.items():
+        for value in tensors_of(tolerance):
+            if value is not None and not torch.as_tensor(value >= 0).all():
+                raise ValueError(f"Parameter `{name}` should not be negative. Found `{name} = {tolerance}`.")
+
+
+def check_derivative(dx: Any, x0: State) -> None:
+    """Check that a field returned the structure and shapes of the state; broadcasting would hide it."""
+    expected = [tuple(x.shape) for x in tensors_of(x0)]
+    is_matching = isinstance(dx, (tuple, list)) == isinstance(x0, tuple)
+    found = [tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__ for d in tensors_of(dx)]
+    if not is_matching or found != expected:
+        raise ValueError(
+            f"Parameter `field` should return {'a tuple' if isinstance(x0, tuple) else 'a tensor'} with the "
+            f"shapes of the state, {expected}. Found a {type(dx).__name__} with {found}."
+        )
+
+
+def _suggestion(found: Any, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(str(found), known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

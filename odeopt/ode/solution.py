@@ -1,0 +1,66 @@
+"""What an integration returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from odeopt.ode.checks import State
+
+
+class Status(StrEnum):
+    """How an integration ended."""
+
+    SUCCESS = "success"
+    NON_FINITE_STATE = "non-finite state"
+    STEP_SIZE_UNDERFLOW = "step size underflow"
+    MAX_STEPS_REACHED = "max steps reached"
+    NOT_CONVERGED = "implicit iteration did not converge"
+    STOPPED_EARLY = "solver stopped early"
+
+
+ADVICE = {
+    Status.NON_FINITE_STATE: "Take smaller steps (`options={'step_size': ...}`), or check the field for "
+    "division by zero and the solution for a blow-up in finite time.",
+    Status.STEP_SIZE_UNDERFLOW: "The solution may blow up or jump there, or the tolerances may be under the "
+    "rounding of the dtype: raise `rtol` and `atol`, use float64, name the times of jumps in "
+    "`options={'jump_t': ...}`, or try `scipy_solver` if the system is stiff.",
+    Status.MAX_STEPS_REACHED: "Raise `options={'max_num_steps': ...}`, raise `rtol` and `atol`, or try "
+    "`scipy_solver` if the system is stiff.",
+    Status.NOT_CONVERGED: "The states are complete but may be inaccurate: take smaller steps or raise "
+    "`options={'max_iters': ...}`.",
+    Status.STOPPED_EARLY: "The solution may blow up or jump there: raise `rtol` and `atol`, or name another "
+    "method of SciPy in `options={'solver': ...}`.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The states at the output times, and the integration's own account.
+
+    Attributes:
+        t: Output times, shape ``(n_times,)``.
+        states: States at these times, in the structure of ``x0``, each of shape ``(n_times, *shape)``; NaN
+            after the last output that was reached.
+        n_field_evals: Evaluations of the field, without those of a later adjoint backward pass.
+        n_steps: Steps taken (the accepted ones of an adaptive method); None for ``scipy_solver``, which
+            hides them.
+        seconds: Wall-clock seconds of the integration.
+        status: How it ended; equals its text, ``solution.status == "success"``.
+        message: What happened and where, and what to do about it.
+    """
+
+    t: Tensor
+    states: State
+    n_field_evals: int
+    n_steps: int | None
+    seconds: float
+    status: Status
+    message: str
+
+    @property
+    def is_success(self) -> bool:
+        """Whether every output time was reached with a finite, converged state."""
+        return self.status is Status.SUCCESS
