@@ -1,0 +1,153 @@
+"""The interface every family of tasks stands behind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .random import check_dtype
+
+Params = dict[str, Tensor]
+Batch = tuple[Tensor, ...]
+
+
+class Task(ABC):
+    r"""A distribution of optimization problems, drawn and evaluated many at a time.
+
+    .. math:: \theta_0 \sim p_0, \qquad f_t(\theta) = \ell(\theta, \mathrm{batch}_t)
+
+    A problem is named by a global index and a seed: its initialisation and its batches are functions of
+    ``(index, step, seed)`` (see :mod:`odeopt.tasks.random`), so any split of the indices over batches or
+    processes, and any resumed run, draws the same problems. The first axis of every tensor is the axis of
+    problems, and each problem's loss depends on its own slice alone, so
+    ``torch.autograd.grad(loss.sum(), params)`` gives every problem's gradient at once.
+
+    To write a task, subclass and implement :meth:`init_params`, :meth:`sample_batch` and :meth:`loss`; give
+    ``super().__init__`` what :meth:`describe` should report.
+
+    Args:
+        device: Where the tasks live.
+        dtype: Of parameters and losses, ``torch.float32`` or ``torch.float64``.
+        **config: Arguments that tell this distribution from others of its class; values that JSON can hold.
+
+    Raises:
+        ValueError: If ``dtype`` is another one.
+    """
+
+    def __init__(
+        self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **config: Any
+    ) -> None:
+        check_dtype(dtype)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.config = config
+
+    @abstractmethod
+    def init_params(self, indices: Tensor, seed: int) -> Params:
+        """Draw where each problem starts.
+
+        Args:
+            indices: Global numbers of the problems, int64, shape ``(n_tasks,)``.
+            seed: Names, together with an index, one problem.
+
+        Returns:
+            Parameters by name, each of shape ``(n_tasks, *shape)``.
+        """
+
+    @abstractmethod
+    def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw the data that one step of each problem sees.
+
+        Args:
+            indices: Global numbers of the problems, int64, shape ``(n_tasks,)``.
+            step: Step of the run, from 0.
+            seed: As in :meth:`init_params`.
+
+        Returns:
+            A tuple of tensors with first axis ``n_tasks``; empty where a problem has no data.
+        """
+
+    @abstractmethod
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """Evaluate the problems.
+
+        Args:
+            params: Parameters by name, each of shape ``(n_tasks, *shape)``.
+            batch: What :meth:`sample_batch` returned for the same problems.
+
+        Returns:
+            Losses, shape ``(n_tasks,)``; twice differentiable in ``params``.
+        """
+
+    @property
+    def param_shapes(self) -> dict[str, torch.Size]:
+        """Shape of each parameter of one problem, by name."""
+        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return {name: value.shape[1:] for name, value in self.init_params(first, 0).items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the class and the configuration, in values that JSON can hold."""
+        return {"task": type(self).__name__, **self.config}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to ``device``, in place, and return the task."""
+        self.device = torch.device(device)
+        for name, value in vars(self).items():
+            setattr(self, name, _moved(value, self.device))
+        return self
+
+    def _indices(self, indices: Tensor) -> Tensor:
+        """Bring the indices to the device of the task; :mod:`~odeopt.tasks.random` checks them."""
+        return indices.to(self.device) if isinstance(indices, Tensor) else indices
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
+        )
+
+
+class FixedBatchTask(Task):
+    """Problems whose data are the same at every step: drawn once, then remembered.
+
+    Only the last draw is kept, which is what a run over steps asks for.
+    """
+
+    _last: tuple[Tensor, int, Batch] | None = None
+
+    @abstractmethod
+    def draw(self, indices: Tensor, seed: int) -> Batch:
+        """Draw the data of each problem; as :meth:`Task.sample_batch`, for all steps."""
+
+    def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Return the data of each problem, whatever the step; see :meth:`Task.sample_batch`."""
+        if self._last is not None:
+            last_indices, last_seed, batch = self._last
+            if (
+                seed == last_seed
+                and indices.device == last_indices.device
+                and torch.equal(indices, last_indices)
+            ):
+                return batch
+        batch = self.draw(indices, seed)
+        # A copy of the indices: the caller may write the next ones into the same tensor.
+        self._last = (indices.clone(), seed, batch)
+        return batch
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to ``device`` and forget the last draw; see :meth:`Task.to`."""
+        self._last = None
+        return super().to(device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Move a tensor, a module, or a plain tuple or dict of tensors; anything else passes."""
+    if isinstance(value, Tensor | nn.Module):
+        return value.to(device)
+    if type(value) is tuple:
+        return tuple(_moved(item, device) for item in value)
+    if type(value) is dict:
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value

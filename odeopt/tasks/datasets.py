@@ -1,0 +1,325 @@
+"""Image datasets on disk, in memory; the one door to torchvision, which downloads them.
+
+The files lie in torchvision's layout (``DATA_DIR/MNIST/raw/train-images-idx3-ubyte`` and so on), so that a
+folder can be shared with ``torchvision.datasets``. They are read here rather than there so that a damaged
+file is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import importlib
+import os
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .random import permutation
+
+
+class DatasetUnavailable(RuntimeError):  # noqa: N818 (a condition to fall back from)
+    """A dataset is not on disk and could not be downloaded."""
+
+
+class DatasetCorrupt(RuntimeError):  # noqa: N818
+    """A dataset's file is truncated or damaged."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Labelled images in memory.
+
+    Attributes:
+        name: Name of the dataset, as in :data:`DATASETS`.
+        train_images: uint8, 0 to 255, shape ``(n_train, n_pixels)``.
+        train_labels: int64, 0 to ``n_classes - 1``, shape ``(n_train,)``.
+        test_images: uint8, shape ``(n_test, n_pixels)``.
+        test_labels: int64, shape ``(n_test,)``.
+        n_classes: Number of classes.
+        image_shape: Height and width in pixels.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    n_classes: int
+    image_shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where torchvision keeps a dataset, and what its files must be."""
+
+    torchvision_class: str
+    title: str
+    md5: tuple[str, ...] = ()
+
+
+_SOURCES = {
+    "mnist": _Source(
+        "MNIST",
+        "MNIST",
+        (
+            "6bbc9ace898e44ae57da46a324031adb",
+            "a25bea736e30d166cdddb491f175f624",
+            "2646ac647ad5339dbf082846283269ea",
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
+    ),
+    "fashion-mnist": _Source("FashionMNIST", "Fashion-MNIST"),
+    "kmnist": _Source("KMNIST", "KMNIST"),
+}
+_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_N_CLASSES = 10
+_TIMEOUT = 20.0  # seconds without an answer from a server, where the operating system may wait for minutes
+DATASETS = (*_SOURCES, "digits")
+
+
+def load_dataset(name: str, data_dir: str | Path | None = None, *, download: bool = True) -> ImageDataset:
+    """Read a dataset, downloading it first where it is missing; a second call returns the same object.
+
+    Args:
+        name: ``"mnist"``, ``"fashion-mnist"``, ``"kmnist"`` (28 x 28 pixels, 60,000 + 10,000 images), or
+            ``"digits"`` (8 x 8, 1,437 + 360 images, bundled with scikit-learn, never downloaded).
+        data_dir: Folder in torchvision's layout; :func:`default_data_dir` if None.
+        download: Whether a missing dataset may be downloaded.
+
+    Returns:
+        The images, on the CPU.
+
+    Raises:
+        ValueError: If there is no dataset of this name.
+        DatasetUnavailable: If the files are missing and cannot be downloaded, or may not be.
+        DatasetCorrupt: If a file is truncated or damaged.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"Parameter `name` should be one of {', '.join(DATASETS)}. Found `name = {name!r}`.")
+    if name == "digits":
+        return _digits()
+    folder = Path(data_dir) if data_dir is not None else default_data_dir()
+    folder = folder.expanduser().resolve()
+    raw = _raw_folder(folder, name)
+    if not all((raw / file).is_file() for file in _FILES):
+        if not download:
+            raise DatasetUnavailable(_unavailable(name, folder, "downloading is off"))
+        _download(name, folder)
+    return _read(name, raw)
+
+
+def load_dataset_or_digits(
+    name: str, data_dir: str | Path | None = None, *, download: bool = True
+) -> tuple[ImageDataset, str | None]:
+    """Read a dataset, or scikit-learn's handwritten digits where it is not to be had.
+
+    Args:
+        name: See :func:`load_dataset`.
+        data_dir: See :func:`load_dataset`.
+        download: See :func:`load_dataset`.
+
+    Returns:
+        The dataset, whose ``name`` says which one it is; and None, or the sentence to show to the user: what
+        is missing where, how to fetch it, and that the digits stand in.
+
+    Raises:
+        ValueError: If there is no dataset of this name.
+        DatasetCorrupt: If a file is truncated or damaged.
+    """
+    try:
+        return load_dataset(name, data_dir, download=download), None
+    except DatasetUnavailable as error:
+        return _digits(), f"{str(error).removesuffix('.')}; using scikit-learn's handwritten digits instead."
+
+
+def default_data_dir() -> Path:
+    """Folder of the datasets: environment variable ``ODEOPT_DATA``, else ``odeopt`` in the user's cache."""
+    if data := os.environ.get("ODEOPT_DATA"):
+        return Path(data)
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "odeopt"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "odeopt"
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, also where its compiled operators do not fit the installed torch.
+
+    A wheel of torchvision built for CUDA, beside a torch built for the CPU, cannot load its operators, and
+    its import stops where it describes one of them (``operator torchvision::nms does not exist``). The
+    datasets need none of them, so those whose absence stops the import are declared, without code, and the
+    import is repeated. Any other failure passes through.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: If torchvision is not installed.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+    _declare_operators()
+    return importlib.import_module("torchvision")
+
+
+@cache
+def _declare_operators() -> torch.library.Library:
+    """Declare the operators; they live as long as the library object, which the cache keeps."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def _raw_folder(folder: Path, name: str) -> Path:
+    return folder / _SOURCES[name].torchvision_class / "raw"
+
+
+def _unavailable(name: str, folder: Path, reason: str) -> str:
+    """One sentence: what is missing where, why, and the command to fetch it."""
+    # Not torchvision's own command: its import may fail (see import_torchvision).
+    code = f"from odeopt.tasks.datasets import load_dataset; load_dataset('{name}', '{folder.as_posix()}')"
+    return (
+        f"{_SOURCES[name].title} is not in the folder {folder} and was not downloaded ({reason}); "
+        f'fetch it with: python -c "{code}"'
+    )
+
+
+def _download(name: str, folder: Path) -> None:
+    """Download through torchvision into a folder aside, check, and move whole files into place."""
+    aside = None
+    try:
+        dataset_class = getattr(import_torchvision().datasets, _SOURCES[name].torchvision_class)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".download-", dir=folder))
+        with _socket_timeout(_TIMEOUT):
+            dataset_class(str(aside), download=True)
+        _read_files(name, _raw_folder(aside, name))
+        raw = _raw_folder(folder, name)
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in _FILES:
+            os.replace(_raw_folder(aside, name) / file, raw / file)
+    except (OSError, RuntimeError, ImportError, EOFError, zlib.error, http.client.HTTPException) as error:
+        # torchvision's text runs over many lines, one per mirror; the last says why. The whole is chained.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+        raise DatasetUnavailable(_unavailable(name, folder, reason)) from error
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Bound the wait for a server; torchvision sets no timeout of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@cache
+def _read(name: str, raw: Path) -> ImageDataset:
+    """Read once per process; a failure is not remembered."""
+    return _read_files(name, raw)
+
+
+def _read_files(name: str, raw: Path) -> ImageDataset:
+    """Read and check the four files of a dataset."""
+    md5 = _SOURCES[name].md5 or (None,) * len(_FILES)
+    parts = [_read_idx(raw / file, digest) for file, digest in zip(_FILES, md5, strict=True)]
+    for i in (0, 2):
+        images, labels = parts[i], parts[i + 1]
+        if images.shape[1:] != parts[0].shape[1:]:
+            found = "{} x {}, not {} x {}".format(*images.shape[1:], *parts[0].shape[1:])
+            raise _corrupt(raw / _FILES[i], f"its images are {found} as in {_FILES[0]}")
+        if len(labels) != len(images):
+            raise _corrupt(raw / _FILES[i + 1], f"it holds {len(labels)} labels for {len(images)} images")
+        if len(labels) == 0 or int(labels.max()) >= _N_CLASSES:
+            found = f"label {int(labels.max())}, out of 0 to {_N_CLASSES - 1}" if len(labels) else "no label"
+            raise _corrupt(raw / _FILES[i + 1], f"it holds {found}")
+    train_images, train_labels, test_images, test_labels = parts
+    height, width = train_images.shape[1:]
+    return ImageDataset(
+        name=name,
+        train_images=train_images.flatten(1),
+        train_labels=train_labels.long(),
+        test_images=test_images.flatten(1),
+        test_labels=test_labels.long(),
+        n_classes=_N_CLASSES,
+        image_shape=(height, width),
+    )
+
+
+def _read_idx(path: Path, md5: str | None) -> Tensor:
+    """Read a file of bytes in the IDX format: magic number and sizes (big-endian words), then the bytes."""
+    n_dims = 3 if "idx3" in path.name else 1
+    magic = 0x0800 + n_dims
+    content = bytearray(path.read_bytes())
+    n_header = 4 * (1 + n_dims)
+    if len(content) < n_header:
+        raise _corrupt(path, f"it has {len(content)} bytes, fewer than its header")
+    found, *shape = struct.unpack(f">{1 + n_dims}I", content[:n_header])
+    if found != magic:
+        raise _corrupt(path, f"its magic number is {found}, not {magic}")
+    n_values = 1
+    for size in shape:
+        n_values *= size
+    if len(content) != n_header + n_values:
+        raise _corrupt(path, f"it has {len(content)} bytes where its header announces {n_header + n_values}")
+    if md5 is not None and (digest := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:
+        raise _corrupt(path, f"its MD5 is {digest}, not {md5}")
+    if n_values == 0:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.frombuffer(content, dtype=torch.uint8, offset=n_header).reshape(shape)
+
+
+def _corrupt(path: Path, reason: str) -> DatasetCorrupt:
+    return DatasetCorrupt(
+        f"The file {path} is corrupt: {reason}. Delete it, and it will be downloaded again."
+    )
+
+
+@cache
+def _digits() -> ImageDataset:
+    """Scikit-learn's 1,797 digits: shuffled, four fifths for training, levels 0 to 16 scaled to 0 to 255."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = (torch.as_tensor(bunch.data) * (255 / 16)).round().to(torch.uint8)
+    labels = torch.as_tensor(bunch.target).long()
+    order = permutation(len(images), seed=0, stream="datasets/digits")
+    images, labels = images[order], labels[order]
+    n_train = len(images) * 4 // 5
+    return ImageDataset(
+        name="digits",
+        train_images=images[:n_train],
+        train_labels=labels[:n_train],
+        test_images=images[n_train:],
+        test_labels=labels[n_train:],
+        n_classes=10,
+        image_shape=(8, 8),
+    )

@@ -1,0 +1,200 @@
+"""Tasks from any ``nn.Module``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .base import Batch, Params, Task
+from .random import integers, random_bits
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class ModuleTask(Task):
+    r"""Fit a module to data, one initialisation and one order of minibatches per problem.
+
+    .. math:: f_t(\theta) = \ell(\mathrm{module}_\theta(x_t), y_t)
+
+    All problems are evaluated at once, by ``torch.func.functional_call`` under ``torch.func.vmap``.
+    Parameters that require gradients belong to each problem; buffers and frozen parameters are shared, as
+    the first module built has them. Attention runs on its math kernel, the one with second derivatives.
+
+    Args:
+        make_module: Builds the module, on the CPU, drawing from torch's global generator; called once per
+            problem, under that problem's seed. Call ``.eval()`` in it to switch dropout off.
+        data: Tensors that share their first axis, ``(inputs, *targets)``, from which ``batch_size`` examples
+            per step are drawn with replacement; or a function ``(indices, step, seed)`` that returns the
+            tensors of a step, with a leading axis of problems.
+        loss_fn: Maps ``(module output, *targets)`` of one problem to a 0-d tensor.
+        batch_size: Examples per step; not used where ``data`` is a function.
+        name: What :meth:`describe` calls the task; the module's class by default.
+        device: See :class:`Task`.
+
+    Raises:
+        TypeError: If ``data`` is neither a function nor a tuple of tensors.
+        ValueError: If the module is one that ``vmap`` cannot take (running statistics, torch's recurrent
+            kernels, active dropout), or is not built on the CPU; if data or loss do not have these shapes.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 256).unsqueeze(1)
+        >>> task = ModuleTask(lambda: nn.Linear(1, 1), (x, 3 * x), loss_fn=nn.functional.mse_loss)
+        >>> indices = torch.arange(4)
+        >>> task.loss(task.init_params(indices, seed=0), task.sample_batch(indices, step=0, seed=0)).shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], nn.Module],
+        data: tuple[Tensor, ...] | Callable[[Tensor, int, int], Batch],
+        *,
+        loss_fn: Callable[..., Tensor],
+        batch_size: int = 128,
+        name: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not callable(data):
+            _check_data(data)
+        if batch_size < 1:
+            raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
+        self.make_module = make_module
+        module = self._build(0)
+        _check_module(module)
+        trained = _trained(module)
+        if not trained:
+            raise ValueError(
+                f"Parameter `make_module` should build a module with parameters. "
+                f"Found `{type(module).__name__}`."
+            )
+        super().__init__(
+            device=device,
+            dtype=next(iter(trained.values())).dtype,
+            name=type(module).__name__ if name is None else name,
+            batch_size=None if callable(data) else batch_size,
+        )
+        self.module, self.data, self.loss_fn, self.batch_size = module, data, loss_fn, batch_size
+        self.to(device)
+        self._try()
+
+    def init_params(self, indices: Tensor, seed: int) -> Params:
+        """Build one module per problem, leaving torch's generator as it was; see :meth:`Task.init_params`."""
+        seeds = random_bits(self._indices(indices), 1, seed=seed, stream="module/init")[:, 0]
+        draws = [_trained(self._build(s)) for s in seeds.tolist()]
+        return {name: torch.stack([draw[name] for draw in draws]).to(self.device) for name in draws[0]}
+
+    def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw the examples of a step, each ``(n_tasks, batch_size, ...)``; see :meth:`Task.sample_batch`."""
+        indices = self._indices(indices)
+        if callable(self.data):
+            return tuple(self.data(indices, step, seed))
+        n, shape, stream = len(self.data[0]), (self.batch_size,), "module/minibatch"
+        members = integers(indices, shape, n, seed=seed, stream=stream, step=step)
+        return tuple(
+            part.index_select(0, members.flatten()).unflatten(0, members.shape) for part in self.data
+        )
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """Loss of each problem, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
+        with sdpa_kernel(SDPBackend.MATH), _no_fused_attention():
+            return vmap(self._loss_of_one)(params, batch)
+
+    def _loss_of_one(self, params: Params, batch: Batch) -> Tensor:
+        output = functional_call(self.module, params, (batch[0],))
+        return self.loss_fn(output, *batch[1:])
+
+    def _build(self, seed: int) -> nn.Module:
+        """Build a module under a seed of torch's generator of the CPU, and restore its state."""
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            # Not torch.manual_seed, which would reseed the accelerators too, and nobody restores those.
+            torch.default_generator.manual_seed(seed)
+            return self.make_module()
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """Evaluate two problems, so that what vmap cannot take fails here and not inside a training run."""
+        indices = torch.arange(2)
+        params, batch = self.init_params(indices, 0), self.sample_batch(indices, 0, 0)
+        try:
+            losses = self.loss(params, batch)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                "Parameter `make_module` should build a module whose loss `torch.func.vmap` can take. "
+                f"Found `{type(self.module).__name__}`, where it fails: {error}"
+            ) from error
+        if losses.shape != indices.shape:
+            raise ValueError(
+                f"Parameter `loss_fn` should return a 0-d tensor. "
+                f"Found one of shape `{tuple(losses.shape[1:])}`; take its mean."
+            )
+
+
+def _trained(module: nn.Module) -> Params:
+    """The parameters that belong to each problem."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _check_data(data: tuple[Tensor, ...]) -> None:
+    """Raise unless the data are tensors with a common, non-empty first axis."""
+    if not isinstance(data, tuple) or not data or not all(isinstance(part, Tensor) for part in data):
+        raise TypeError(
+            f"Parameter `data` should be a tuple of tensors or a function. Found `{type(data).__name__}`."
+        )
+    sizes = [len(part) if part.ndim else None for part in data]
+    if len(set(sizes)) > 1 or not sizes[0]:
+        raise ValueError(
+            f"Parameter `data` should hold tensors with the same, positive number of examples. Found {sizes}."
+        )
+
+
+def _check_module(module: nn.Module) -> None:
+    """Raise where a submodule is known to fail under vmap, or a parameter was not seeded."""
+    for name, submodule in module.named_modules():
+        if reason := _refusal(submodule):
+            found = f"{name} = {type(submodule).__name__}" if name else type(submodule).__name__
+            raise ValueError(
+                "Parameter `make_module` should build a module that `torch.func.vmap` can take. "
+                f"Found `{found}`: {reason}."
+            )
+    for name, parameter in module.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(
+                "Parameter `make_module` should build the module on the CPU; `device` moves the task. "
+                f"Found `{name}` on {parameter.device}."
+            )
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why vmap cannot take a module itself, its children aside; None if it can."""
+    if isinstance(module, nn.RNNBase | nn.LSTMCell):
+        return "torch's recurrent kernels have no batching rule; write the recurrence with linear layers"
+    if not module.training:
+        return None
+    if getattr(module, "running_mean", None) is not None:
+        return (
+            "its running statistics would be written by all problems at once; "
+            "use GroupNorm or LayerNorm, or track_running_stats=False"
+        )
+    p = module.p if isinstance(module, _DROPOUTS) else getattr(module, "dropout", 0.0)
+    if isinstance(p, int | float) and p > 0:
+        return "its dropout is active, and a loss may draw no random numbers; set it to 0 or call .eval()"
+    return None
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    """Keep nn.MultiheadAttention off its fused inference kernel, which has no derivative.
+
+    It takes that path in evaluation mode unless a parameter requires gradients, which vmap hides from it.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
