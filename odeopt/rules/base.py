@@ -1,0 +1,104 @@
+"""The interface every update rule stands behind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class UpdateRule(nn.Module, ABC):
+    r"""An optimizer as a pure function of gradients: ``(g_t, state_t) -> (update_t, state_{t+1})``.
+
+    .. math:: \theta_{t+1} = \theta_t + \Delta_t, \qquad (\Delta_t, s_{t+1}) = \mathrm{rule}(\nabla f(\theta_t), s_t)
+
+    A rule sees one parameter tensor at a time, flattened to its last axis; any leading axes are
+    independent tasks. It holds no state, mutates nothing and draws no random numbers, so one object
+    serves meta-training, evaluation and :class:`odeopt.LearnedOptimizer` and gives the same
+    trajectory in all three.
+
+    To write a rule, subclass, set up the networks in ``__init__``, and implement :meth:`init_state` and
+    :meth:`forward`. Keep every constructor argument in :attr:`config` so that artefacts can rebuild the rule.
+
+    Attributes:
+        crosses_coordinates: Whether the update of a coordinate depends on other coordinates of its tensor.
+        config: Constructor arguments that rebuild the rule; values that JSON can hold.
+    """
+
+    registry: ClassVar[dict[str, type[UpdateRule]]] = {}
+    crosses_coordinates: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        UpdateRule.registry[cls.__name__] = cls
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def init_state(self, param: Tensor) -> NamedTuple:
+        """Return the state before the first step.
+
+        Args:
+            param: Flattened parameter, shape ``(*batch, n)``; gives shapes, device and dtype.
+
+        Returns:
+            A ``NamedTuple`` of tensors whose leading axes are ``batch``; in ``state_dtype(param.dtype)``.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        grad: Tensor,
+        state: NamedTuple,
+        *,
+        param: Tensor | None = None,
+        shape: torch.Size | tuple[int, ...] | None = None,
+        progress: Tensor | None = None,
+    ) -> tuple[Tensor, NamedTuple]:
+        """Advance one optimizer step.
+
+        Args:
+            grad: Gradient of the loss, shape ``(*batch, n)``.
+            state: What :meth:`init_state` or the previous call returned.
+            param: The parameter, shape ``(*batch, n)``, for rules that look at it.
+            shape: Shape of the parameter tensor itself, for signals such as its fan-in; ``(n,)`` by default.
+            progress: Fraction of the run that is done, a 0-d tensor in ``[0, 1]``, or None where unknown.
+
+        Returns:
+            The update, shape ``(*batch, n)``, to be ADDED to the parameter; and the next state.
+        """
+
+    def n_parameters(self) -> int:
+        """Number of learned parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the state beside parameters of ``dtype``: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def per_coordinate(param: Tensor) -> Tensor:
+    """Zeros for a state held per coordinate, shape ``(*batch, n)``."""
+    return torch.zeros_like(param, dtype=state_dtype(param.dtype))
+
+
+def per_tensor(param: Tensor) -> Tensor:
+    """Zeros for a state held once per tensor, shape ``(*batch, 1)``.
+
+    Step counts live here, not in Python numbers, which a compiled or captured step would freeze.
+    """
+    return torch.zeros((*param.shape[:-1], 1), dtype=state_dtype(param.dtype), device=param.device)
+
+
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raise the library's ValueError for a constructor argument unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
