@@ -26,11 +26,11 @@ setup(
         "torchvision>=0.21",
         "torchdiffeq>=0.2.5",
         "numpy>=1.26",
-        "scipy>=1.11",
+        "scipy>=1.11.1",
         "scikit-learn>=1.4",
         "matplotlib>=3.8",
         "safetensors>=0.4.3",
-        "tensorboard>=2.16",
+        "tensorboard>=2.16.2",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -1,0 +1,295 @@
+"""Trained rules as files: one safetensors file each, checked field by field when it is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.resources
+import json
+import math
+import os
+from collections.abc import Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from odeopt._version import __version__
+from odeopt.rules.base import UpdateRule, require
+
+FORMAT = "odeopt-rule"
+FORMAT_VERSION = 1
+
+# every value is JSON in a metadata string of the file, which any safetensors reader shows
+_FIELDS = {
+    "format",
+    "format_version",
+    "class",
+    "config",
+    "output_scale",
+    "solver",
+    "horizon",
+    "task",
+    "trained_for",
+    "library_version",
+    "sha256",
+}
+
+# the bare names stand for the MNIST rules until there is a general one
+_ALIASES = {
+    "port-hamiltonian": "port-hamiltonian-mnist",
+    "lstm": "lstm-mnist",
+    "hamiltonian": "hamiltonian-mnist",
+}
+
+
+def save(
+    rule: UpdateRule, path: str | os.PathLike[str], *, trained_for: Mapping[str, Any], overwrite: bool = False
+) -> None:
+    """Write a rule to one file, all of it or nothing.
+
+    Args:
+        rule: The rule; its class must be importable under its name and rebuild from ``rule.config``.
+        path: The file, by convention ``NAME.safetensors``.
+        trained_for: What the weights were trained for: ``horizon``, a number of steps, ``task``, a name or a
+            dictionary that describes the distribution, and anything else that JSON can hold.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: If the file exists and ``overwrite`` is False.
+        ValueError: If ``trained_for`` is incomplete, or the file would not load again as the same rule.
+    """
+    path = Path(path)
+    rule_class = type(rule).__name__
+    is_known = UpdateRule.registry.get(rule_class) is type(rule)
+    require(is_known, "rule", rule, "of a class in `UpdateRule.registry`, by that name")
+    wanted = "a dictionary with `horizon` and `task`"
+    require(isinstance(trained_for, Mapping), "trained_for", trained_for, wanted)
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"Parameter `path` should be a new file, or `overwrite` be True. Found `path = {path}`."
+        )
+    fields = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "class": rule_class,
+        "config": rule.config,
+        "output_scale": rule.config.get("output_scale"),
+        "solver": rule.config.get("solver"),
+        "horizon": trained_for.get("horizon"),
+        "task": trained_for.get("task"),
+        "trained_for": dict(trained_for),
+        "library_version": __version__,
+    }
+    metadata = {}
+    for name, value in fields.items():
+        try:
+            metadata[name] = json.dumps(value, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise _error(path, name, "what JSON can hold", fields) from error
+    weights = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
+    metadata["sha256"] = json.dumps(_checksum(weights, metadata))
+    # in the folder of `path`, so that the rename stays within one file system; open() keeps the user's umask
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(safetensors.torch.save(weights, metadata))
+        load(temporary)
+        os.replace(temporary, path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not saved: {str(error).removeprefix(f'{temporary}: ')}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> UpdateRule:
+    """Read a rule from a file of :func:`save`; nothing is unpickled and no code is imported.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The rule, on the CPU, in the dtypes of the file; ``rule.trained_for`` tells what it was trained for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, was made by a newer version, names a class that is not known, or
+            does not fit its class; the message names the file and the field.
+    """
+    fields, weights = _read(path)
+    rule_class = UpdateRule.registry.get(fields["class"])
+    if rule_class is None:
+        raise _error(
+            path,
+            "class",
+            f"a known rule ({', '.join(sorted(UpdateRule.registry))}); import its module first",
+            fields,
+        )
+    try:
+        # building a rule draws random weights: leave the caller's generator alone
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            rule = rule_class(**fields["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: field `config` does not build a {fields['class']}: {error}") from error
+    for name in ("output_scale", "solver"):
+        if fields[name] != rule.config.get(name):
+            raise _error(path, name, f"{rule.config.get(name)!r}, as in `config`", fields)
+    _check_weights(path, weights, rule.state_dict())
+    rule.load_state_dict(
+        weights, assign=True
+    )  # assigning keeps the file's dtype, whatever the default one is
+    rule.trained_for = fields["trained_for"]
+    return rule
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what a file of :func:`save` says about its rule, without building it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The fields ``class``, ``config``, ``output_scale``, ``solver``, ``horizon``, ``task``,
+        ``trained_for``, ``library_version``, ``format``, ``format_version`` and ``sha256``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or was made by a newer version.
+    """
+    return _read(path)[0]
+
+
+def load_pretrained(name: str) -> UpdateRule:
+    """Load a rule that ships with the library.
+
+    Args:
+        name: One of :func:`available_pretrained`. The bare names ``port-hamiltonian``, ``lstm`` and
+            ``hamiltonian`` stand for the rules trained on MNIST.
+
+    Returns:
+        The rule, on the CPU.
+
+    Raises:
+        ValueError: If there is no rule of that name.
+
+    Example:
+        >>> optimizer = odeopt.LearnedOptimizer(model.parameters(), odeopt.load_pretrained("lstm"))
+    """
+    names = available_pretrained()
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean `{close[0]}`?" if close else ""
+        raise ValueError(
+            f"Parameter `name` should be one of {', '.join(names) or '(none is installed)'}. "
+            f"Found `name = {name!r}`.{hint}"
+        )
+    with importlib.resources.as_file(_folder() / f"{_ALIASES.get(name, name)}.safetensors") as path:
+        return load(path)
+
+
+def available_pretrained() -> tuple[str, ...]:
+    """Names that :func:`load_pretrained` takes, aliases included, sorted."""
+    folder = _folder()
+    files = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    names = {file.removesuffix(".safetensors") for file in files if file.endswith(".safetensors")}
+    return tuple(sorted(names | {alias for alias, name in _ALIASES.items() if name in names}))
+
+
+def _folder() -> Traversable:
+    return importlib.resources.files("odeopt") / "pretrained"
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fields and weights, each of them checked on its own."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Parameter `path` should be a file. Found `path = {os.fspath(path)!r}`.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    fields = {}
+    for name, text in metadata.items():
+        try:
+            fields[name] = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: field `{name}` is not JSON: {text!r}") from error
+    # format and version come first: they decide what the other fields should be
+    if fields.get("format") != FORMAT:
+        raise _error(path, "format", repr(FORMAT), fields)
+    version = fields.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise _error(path, "format_version", "a positive integer", fields)
+    if version > FORMAT_VERSION:
+        raise _error(path, "format_version", f"at most {FORMAT_VERSION}; a newer odeopt reads it", fields)
+    for name in sorted(_FIELDS ^ fields.keys()):
+        raise _error(path, name, "there" if name in _FIELDS else "absent in this format", fields)
+    checksum = _checksum(weights, {name: text for name, text in metadata.items() if name != "sha256"})
+    if fields["sha256"] != checksum:
+        raise _error(path, "sha256", f"{checksum!r}, the checksum of the contents", fields)
+    _check_fields(path, fields)
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{path}: weight `{name}` should be finite. Found {value[~value.isfinite()][0]}."
+            )
+    return fields, weights
+
+
+def _check_fields(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
+    def check(condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            raise _error(path, name, wanted, fields)
+
+    scale, horizon, task, version = (
+        fields[n] for n in ("output_scale", "horizon", "task", "library_version")
+    )
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    check(isinstance(fields["class"], str), "class", "the name of a class")
+    check(isinstance(fields["config"], dict), "config", "a dictionary of constructor arguments")
+    check(scale is None or is_number, "output_scale", "a number or null")
+    check(fields["solver"] is None or isinstance(fields["solver"], str), "solver", "a name or null")
+    check(type(horizon) is int and horizon > 0, "horizon", "a positive number of steps (from `trained_for`)")
+    check(
+        isinstance(task, str | dict) and len(task) > 0, "task", "a name or a description (from `trained_for`)"
+    )
+    trained_for = fields["trained_for"]
+    agrees = isinstance(trained_for, dict) and (trained_for.get("horizon"), trained_for.get("task")) == (
+        horizon,
+        task,
+    )
+    check(agrees, "trained_for", "a dictionary that agrees with `horizon` and `task`")
+    check(isinstance(version, str) and version != "", "library_version", "a version")
+
+
+def _check_weights(path: str | os.PathLike[str], found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name in sorted(found.keys() ^ wanted.keys()):
+        raise ValueError(
+            f"{path}: weight `{name}` is {'missing' if name in wanted else 'not one of the rule'}."
+        )
+    for name, value in found.items():
+        shape = wanted[name].shape
+        if value.shape != shape:
+            raise ValueError(
+                f"{path}: weight `{name}` should have shape {tuple(shape)}. Found {tuple(value.shape)}."
+            )
+        if value.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"{path}: weight `{name}` should be {wanted[name].dtype}. Found {value.dtype}.")
+
+
+def _checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the metadata strings and, by name, every weight's dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _error(path: str | os.PathLike[str], name: str, wanted: str, fields: Mapping[str, Any]) -> ValueError:
+    found = f"`{name} = {fields[name]!r}`" if name in fields else "nothing"
+    return ValueError(f"{path}: field `{name}` should be {wanted}. Found {found}.")

@@ -1,0 +1,281 @@
+"""Figures; the one door to matplotlib, which is imported inside the functions only.
+
+No display, no pyplot and no global state: figures are drawn by matplotlib's Agg canvas, and the style holds
+inside the functions here alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from odeopt.evaluation import Comparison, student_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), Color universal design; yellow is left out, which white paper swallows
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LEARNED_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.2)), (0, (7, 2, 2, 2)))
+_HAND_DESIGNED_DASHES = (
+    "solid",
+    (0, (5, 2)),
+    (0, (1.2, 1.2)),
+    (0, (6, 2, 1.2, 2)),
+    (0, (6, 2, 1.2, 2, 1.2, 2)),
+)
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "savefig.dpi": 160,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the library's style inside the block; the caller's settings come back after it."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Make a figure without a window; call it inside :func:`style`.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        n_columns: Number of axes side by side.
+
+    Returns:
+        The figure and its axes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, n_columns, squeeze=False)[0])
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
+    """Write a figure, making its folder where there is none; the suffix chooses the format.
+
+    Args:
+        figure: The figure.
+        path: The file.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def line_styles(is_learned: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+    """Colour, dashes and width per rule: learned rules thick and dark, no two alike in grey print.
+
+    Args:
+        is_learned: Whether each rule is learned, by name.
+
+    Returns:
+        Keyword arguments of ``Axes.plot``, by name.
+    """
+    styles, n_learned, n_hand_designed = {}, 0, 0
+    for i, (name, learned) in enumerate(is_learned.items()):
+        dashes = _LEARNED_DASHES if learned else _HAND_DESIGNED_DASHES
+        n = n_learned if learned else n_hand_designed
+        styles[name] = {
+            "color": PALETTE[i % len(PALETTE)],
+            "linestyle": dashes[n % len(dashes)],
+            "linewidth": 2.4 if learned else 1.1,
+            "zorder": 3 if learned else 2,
+        }
+        n_learned, n_hand_designed = n_learned + learned, n_hand_designed + (not learned)
+    return styles
+
+
+def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: str | None = None) -> Path:
+    """Draw the mean loss against the step with its 95 % interval, on a logarithmic axis, and save it.
+
+    Args:
+        comparison: What to draw.
+        path: The image file.
+        title: Title; the task's name and the number of runs by default.
+
+    Returns:
+        The path.
+    """
+    with style():
+        figure, (axes,) = new_figure(7.2, 4.2)
+        losses = {name: result.losses for name, result in comparison.results.items()}
+        styles = line_styles({name: result.is_learned for name, result in comparison.results.items()})
+        bands = {
+            name: torch.tensor([student_interval(at_step) for at_step in runs]).T
+            for name, runs in losses.items()
+        }
+        finite = torch.cat([mean[mean.isfinite()] for mean, _, _ in bands.values()])
+        first = torch.stack([mean[0] for mean, _, _ in bands.values()])
+        # a rule that diverges leaves the axis and may not squeeze the others
+        bottom, top = 0.9 * finite.min().item(), 1.5 * first.max().item()
+        for name, (mean, low, high) in bands.items():
+            steps = torch.arange(len(mean))
+            axes.plot(steps, mean, **styles[name])
+            axes.fill_between(
+                steps, low, high, where=mean < top, color=styles[name]["color"], alpha=0.16, linewidth=0
+            )
+        axes.set_yscale("log")
+        axes.set_xlim(0, comparison.n_steps)
+        axes.set_ylim(bottom, top)
+        _set_ticks(axes)
+        unit = f" [{comparison.loss_unit}]" if comparison.loss_unit else ""
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(f"loss{unit}, mean and its 95 % interval")
+        axes.set_title(title or f"{comparison.task['task']}, {comparison.n_runs} runs")
+        # minibatches make single losses jump
+        n_last = 1 if comparison.score == "final" else max(1, comparison.n_steps // 10)
+        ends = {name: mean[-n_last:].mean().item() for name, (mean, _, _) in bands.items()}
+        _label_ends(figure, axes, ends, styles)
+        return save_figure(figure, path)
+
+
+def plot_escape(
+    losses: Mapping[str, Mapping[str, Tensor]],
+    thresholds: Mapping[str, float],
+    is_learned: Mapping[str, bool],
+    path: str | os.PathLike,
+    *,
+    title: str,
+) -> Path:
+    """Draw, per landscape, how many runs have left its saddle by each step, and save it.
+
+    Args:
+        losses: Losses by landscape and rule, each of shape ``(n_steps + 1, n_runs)``.
+        thresholds: Loss below which a run has left, by landscape.
+        is_learned: Whether each rule is learned, by name.
+        path: The image file.
+        title: Title of the figure.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    with style():
+        figure, panels = new_figure(4.6 * len(losses) + 1.2, 3.8, len(losses))
+        styles = line_styles(is_learned)
+        for axes, (landscape, runs) in zip(panels, losses.items(), strict=True):
+            for name, values in runs.items():
+                has_left = (values < thresholds[landscape]).cummax(0).values.double().mean(1)
+                # from step 1 on: a logarithmic axis has no 0, where no run has left
+                steps = range(1, len(has_left))
+                axes.step(steps, 100 * has_left[1:], where="post", label=name, **styles[name])
+            axes.set_xscale("log")
+            axes.set_xlim(1, max(2, len(has_left) - 1))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set_ylim(-2, 102)
+            axes.set_xlabel("optimizer step")
+            axes.set_title(landscape)
+        panels[0].set_ylabel("runs that have left the saddle [%]")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+        return save_figure(figure, path)
+
+
+def _set_ticks(axes: Axes) -> None:
+    """Whole steps; losses as plain numbers, also between powers of ten, of which there are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label_ends(
+    figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write each curve's name at its right end, none over another, joined by a line in the curve's style."""
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height  # before the layout: it only changes by the axes' labels
+    wanted = {}
+    for name, value in ends.items():
+        is_inside = value < float("inf")
+        point = axes.transData.transform((0, min(max(value, low), high) if is_inside else high))
+        wanted[name] = axes.transAxes.inverted().transform(point)[1]
+    gap = 13 * figure.dpi / 72 / height
+    placed = _spread(wanted, gap)
+    for name, y in placed.items():
+        remark = "" if ends[name] < high else ", off the axis" if ends[name] < float("inf") else ", diverged"
+        axes.annotate(
+            name + remark,
+            (1, wanted[name]),
+            (1.09, y),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=8.5,
+            fontweight="bold" if styles[name]["linewidth"] > 2 else "normal",
+            annotation_clip=False,
+        )
+        axes.plot(
+            [1.0, 1.03, 1.08],
+            [wanted[name], y, y],
+            transform=axes.transAxes,
+            clip_on=False,
+            **{**styles[name], "linewidth": min(styles[name]["linewidth"], 1.8)},
+        )
+
+
+def _spread(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights in [0, 1] at least a gap apart, in the order of the wanted ones and close to them."""
+    names = sorted(wanted, key=wanted.get)
+    heights: list[float] = []
+    for name in names:
+        heights.append(max(wanted[name], heights[-1] + gap) if heights else max(wanted[name], 0.0))
+    ceiling = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    return _centred(names, heights, wanted, gap)
+
+
+def _centred(
+    names: Sequence[str], heights: list[float], wanted: Mapping[str, float], gap: float
+) -> dict[str, float]:
+    """Move each block of touching labels so that it sits around its curves rather than above them."""
+    start = 0
+    while start < len(names):
+        end = start + 1
+        while end < len(names) and heights[end] - heights[end - 1] <= gap * 1.001:
+            end += 1
+        offset = sum(heights[i] - wanted[names[i]] for i in range(start, end)) / (end - start)
+        floor = heights[start - 1] + gap if start else 0.0
+        ceiling = heights[end] - gap if end < len(names) else 1.0
+        offset = max(min(offset, heights[start] - floor), heights[end - 1] - ceiling)
+        heights[start:end] = [h - offset for h in heights[start:end]]
+        start = end
+    return dict(zip(names, heights, strict=True))

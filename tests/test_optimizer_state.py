@@ -1,0 +1,372 @@
+"""LearnedOptimizer refuses what it cannot use, and resumes, copies and moves without losing a bit."""
+
+import copy
+import pickle
+import warnings
+from io import BytesIO
+
+import pytest
+import torch
+from optimizer_toys import (
+    LeakySum,
+    assert_same,
+    loss_of,
+    over_dtypes,
+    over_rules,
+    parameter,
+    small_model,
+    train,
+)
+from torch import nn
+
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.rules import AdamUpdate, SGDUpdate
+
+# -------------------- gradients that go wrong
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@over_dtypes
+@over_rules
+def test_non_finite_gradient_moves_nothing_is_counted_and_warned_of_once(rule, dtype, bad):
+    good, hurt = (parameter([1.0, 2.0, 3.0], [1.0, 2.0, -1.0], dtype) for _ in range(2))
+    optimizer = LearnedOptimizer([("good", good), ("hurt", hurt)], rule, weight_decay=0.1)
+    optimizer.step()
+    before, state = hurt.detach().clone(), dict(optimizer.state[hurt])
+    good_before = good.detach().clone()
+    hurt.grad[1] = bad
+    with pytest.warns(RuntimeWarning, match=r"Parameter `hurt` was not moved at step 2") as record:
+        optimizer.step()
+    assert record[0].filename == __file__
+    optimizer.step()  # warnings are errors here: a second one would fail the test
+    assert torch.equal(hurt, before)
+    assert not torch.equal(good, good_before)
+    assert all(value is state[name] for name, value in optimizer.state[hurt].items())
+    assert optimizer.n_skipped == 2
+    assert optimizer.n_steps == 3
+    hurt.grad[1] = 1.0
+    optimizer.step()
+    assert not torch.equal(hurt, before)
+    assert hurt.isfinite().all()
+
+
+def test_non_finite_first_gradient_leaves_no_state():
+    param = parameter([1.0], [float("nan")])
+    optimizer = LearnedOptimizer([param], LeakySum())
+    with pytest.warns(RuntimeWarning, match="n_skipped"):
+        optimizer.step()
+    assert param not in optimizer.state
+    assert optimizer.n_skipped == 1
+
+
+@pytest.mark.parametrize("opposed", [False, True])
+def test_large_finite_gradient_whose_sum_overflows_is_not_skipped(opposed):
+    largest = torch.finfo(torch.float32).max
+    param = parameter([1.0, 1.0], [largest, -largest if opposed else largest])
+    optimizer = LearnedOptimizer([param], SGDUpdate(1e-38))
+    optimizer.step()
+    assert optimizer.n_skipped == 0
+    assert param[0].item() == pytest.approx(1 - largest * 1e-38, rel=1e-5)  # 1e-38 is subnormal: few bits
+
+
+def test_grad_scaler_unscales_and_skips_a_step_with_an_infinity():
+    model, twin = small_model(), small_model()
+    optimizer = LearnedOptimizer(model.parameters(), AdamUpdate(0.01))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 2:
+            model[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+    train(twin, LearnedOptimizer(twin.parameters(), AdamUpdate(0.01)), [0, 1, 3])
+    assert_same(model, twin)  # powers of two scale without rounding
+    assert optimizer.n_skipped == 0  # the scaler never called step
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_gradient_clipping_limits_the_step():
+    model = small_model()
+    before = copy.deepcopy(model)
+    optimizer = LearnedOptimizer(model.parameters(), SGDUpdate(1.0))
+    (1e6 * loss_of(model)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    moved = torch.cat(
+        [(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    )
+    assert moved.norm().item() == pytest.approx(0.1, rel=1e-4)  # clip_grad_norm_ adds 1e-6 to the norm
+
+
+def test_sparse_gradient_is_refused_by_name_before_anything_moves():
+    dense, sparse = nn.Linear(3, 1), nn.Embedding(4, 3, sparse=True)
+    optimizer = LearnedOptimizer([*dense.named_parameters(), ("table", sparse.weight)], LeakySum())
+    before = copy.deepcopy(dense)
+    dense(sparse(torch.tensor([1]))).sum().backward()
+    with pytest.raises(ValueError, match=r"`table` should have a dense, real gradient.*torch\.sparse_coo"):
+        optimizer.step()
+    assert_same(dense, before)
+
+
+def test_gradient_turned_complex_is_refused_by_name():
+    param = parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([("w", param)], LeakySum())
+    param.data = param.data.to(torch.complex64)
+    param.grad = torch.ones(1, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"`w` should have a dense, real gradient.*torch\.complex64"):
+        optimizer.step()
+
+
+# -------------------- refused arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1}, r"Parameter `lr` should be non-negative. Found `lr = -1`."),
+        ({"lr": float("nan")}, r"Parameter `lr` should be non-negative. Found `lr = nan`."),
+        ({"lr": float("inf")}, r"Parameter `lr` should be finite"),
+        ({"lr": "0.1"}, r"Parameter `lr` should be a number or a one-element tensor. Found `lr = '0.1'`."),
+        ({"lr": torch.ones(2)}, r"Parameter `lr` should be a number or a one-element tensor"),
+        ({"lr": torch.tensor(-1.0)}, r"Parameter `lr` should be non-negative"),
+        (
+            {"weight_decay": -0.1},
+            r"Parameter `weight_decay` should be non-negative. Found `weight_decay = -0.1`.",
+        ),
+        ({"weight_decay": None}, r"Parameter `weight_decay` should be a number"),
+        ({"total_steps": 0}, r"Parameter `total_steps` should be a positive integer or None"),
+        ({"total_steps": 1.5}, r"Parameter `total_steps` should be a positive integer or None"),
+        ({"maximize": "no"}, r"Parameter `maximize` should be True or False. Found `maximize = 'no'`."),
+    ],
+)
+@pytest.mark.parametrize("where", ["argument", "group"])
+def test_options_out_of_range_are_refused_by_name_and_value(options, message, where):
+    param = parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([param], LeakySum())
+    attempt = {
+        "argument": lambda: LearnedOptimizer([param], LeakySum(), **options),
+        "group": lambda: optimizer.add_param_group({"params": [parameter([1.0], [1.0])], **options}),
+    }[where]
+    with pytest.raises(ValueError, match=message):
+        attempt()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="momentum"):
+        LearnedOptimizer([parameter([1.0], [1.0])], LeakySum(), momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        (LeakySum, "the class LeakySum itself"),
+        ("adam", "'adam'"),
+        (nn.Linear(1, 1), "Linear"),
+        (None, "None"),
+    ],
+    ids=["class", "string", "module", "none"],
+)
+def test_what_is_no_update_rule_is_refused(rule, found):
+    with pytest.raises(TypeError, match=f"Parameter `rule` should be an instance of UpdateRule.*{found}"):
+        LearnedOptimizer([parameter([1.0], [1.0])], rule)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(2, 2).to_sparse(), "torch.sparse_coo"),
+    ],
+)
+def test_complex_and_sparse_parameters_are_refused_by_name(tensor, found):
+    odd = nn.Parameter(tensor)
+    with pytest.raises(ValueError, match=rf"Parameter `odd` should be dense and real.*{found}"):
+        LearnedOptimizer([("fine", parameter([1.0], [1.0])), ("odd", odd)], LeakySum())
+    with pytest.raises(
+        ValueError, match=r"Parameter `param_groups\[0\]\['params'\]\[1\]` should be dense and real"
+    ):
+        LearnedOptimizer([parameter([1.0], [1.0]), odd], LeakySum())
+
+
+def test_empty_parameter_list_is_refused():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        LearnedOptimizer([], LeakySum())
+
+
+# -------------------- save and resume
+
+
+def through_file(state_dict):
+    buffer = BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, through_file], ids=["in memory", "through torch.save"])
+@over_dtypes
+@over_rules
+def test_run_resumed_in_the_middle_continues_bit_for_bit(rule, dtype, carry):
+    def make(model, lr=0.3):
+        return LearnedOptimizer(model.named_parameters(), rule, lr=lr, weight_decay=0.01, total_steps=8)
+
+    whole = small_model(dtype)
+    optimizer = make(whole)
+    train(whole, optimizer, range(4))
+    model_state, saved = copy.deepcopy(whole.state_dict()), carry(optimizer.state_dict())
+    losses = train(whole, optimizer, range(4, 8))
+    resumed = small_model(dtype)
+    resumed.load_state_dict(model_state)
+    again = make(resumed, lr=0.1)  # what is loaded wins
+    again.load_state_dict(saved)
+    assert again.n_steps == 4
+    assert train(resumed, again, range(4, 8)) == losses
+    assert_same(whole, resumed)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        for name, value in optimizer.state[a].items():
+            assert again.state[b][name].dtype == value.dtype
+            assert torch.equal(again.state[b][name], value)
+
+
+def test_counters_survive_a_state_dict():
+    param = parameter([1.0], [float("inf")])
+    optimizer = LearnedOptimizer([param], LeakySum(), total_steps=5)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    again = LearnedOptimizer([param], LeakySum())
+    again.load_state_dict(optimizer.state_dict())
+    assert (again.n_steps, again.n_skipped, again.param_groups[0]["total_steps"]) == (1, 1, 5)
+
+
+def test_bfloat16_parameters_keep_float32_state_through_load_state_dict():
+    param = parameter([1.0], [1.001], torch.bfloat16)
+    optimizer = LearnedOptimizer([param], AdamUpdate(0.1))
+    for _ in range(3):
+        optimizer.step()
+    exact = {name: value.clone() for name, value in optimizer.state[param].items()}
+    assert exact["exp_avg"].bfloat16().float() != exact["exp_avg"]  # so that a cast would show
+    again = LearnedOptimizer([param], AdamUpdate(0.1))
+    seen = []
+    again.register_load_state_dict_post_hook(lambda o: seen.append(o.state[param]["exp_avg"].dtype))
+    again.load_state_dict(optimizer.state_dict())
+    assert seen == [torch.float32]
+    for name, value in again.state[param].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, exact[name])
+
+
+def test_state_dict_is_a_snapshot_that_later_steps_leave_alone():
+    param = parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([param], LeakySum())
+    optimizer.step()
+    snapshot = optimizer.state_dict()
+    optimizer.step()
+    assert snapshot["state"][0]["total"].item() == 1.0
+    assert snapshot["param_groups"][0]["n_steps"] == 1
+
+
+def test_pre_hook_of_the_user_edits_what_is_loaded():
+    param = parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([param], LeakySum())
+    optimizer.step()
+
+    def double(_, state_dict):
+        fields = {name: 2 * value for name, value in state_dict["state"][0].items()}
+        return {**state_dict, "state": {0: fields}}
+
+    again = LearnedOptimizer([param], LeakySum())
+    again.register_load_state_dict_pre_hook(double)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[param]["total"].item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "found"),
+    [(AdamUpdate(), (3,), "exp_avg"), (LeakySum(), (4,), r"\(4,\)")],
+    ids=["rule", "shape"],
+)
+def test_state_of_another_rule_or_shape_is_refused_by_name_and_loads_nothing(rule, shape, found):
+    other = LearnedOptimizer([parameter(torch.ones(shape), torch.ones(shape))], rule)
+    other.step()
+    param = parameter(torch.ones(3), torch.ones(3))
+    optimizer = LearnedOptimizer([("w", param)], LeakySum())
+    optimizer.step()
+    before = dict(optimizer.state[param])
+    with pytest.raises(ValueError, match=rf"Parameter `w` should have a state of .*total.* Found .*{found}"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state[param] == before
+
+
+def test_state_dict_with_other_groups_is_refused():
+    one, two = parameter([1.0], [1.0]), parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([one], LeakySum())
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(
+            LearnedOptimizer([{"params": [one]}, {"params": [two]}], LeakySum()).state_dict()
+        )
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(LearnedOptimizer([one, two], LeakySum()).state_dict())
+
+
+@pytest.mark.parametrize(
+    "carry", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
+)
+@over_rules
+def test_copied_and_pickled_optimizers_continue_alone_and_alike(rule, carry):
+    model = small_model()
+    optimizer = LearnedOptimizer(model.parameters(), rule, total_steps=6)
+    train(model, optimizer, range(3))
+    twin, twin_optimizer = carry((model, optimizer))
+    twin_losses = train(twin, twin_optimizer, range(3, 6))
+    assert train(model, optimizer, range(3, 6)) == twin_losses
+    assert_same(model, twin)
+    assert (twin_optimizer.n_steps, twin_optimizer.n_skipped) == (6, 0)
+
+
+# -------------------- devices
+
+
+@pytest.mark.gpu
+@over_rules
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_step_equals_the_cpu_step_and_leaves_the_rule_on_the_cpu(rule, dtype):
+    grads = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    results = {}
+    for device in ("cpu", "cuda"):
+        param = nn.Parameter(torch.ones(4, 5, dtype=dtype, device=device))
+        optimizer = LearnedOptimizer([param], rule, total_steps=3)
+        for grad in grads:
+            param.grad = grad.to(device)
+            optimizer.step()
+        assert {value.device.type for value in optimizer.state[param].values()} == {device}
+        optimizer.load_state_dict(through_file(optimizer.state_dict()))
+        assert {value.device.type for value in optimizer.state[param].values()} == {device}
+        results[device] = param.detach().cpu()
+    assert all(weight.device.type == "cpu" for weight in rule.parameters())
+    # float32 transcendentals differ by a few units in the last place between devices
+    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(results["cuda"], results["cpu"], rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_parameters_on_two_devices_step_together():
+    params = [nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "cuda")]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = LearnedOptimizer(params, LeakySum())
+    optimizer.step()
+    params[1].grad[0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    torch.testing.assert_close(params[0].detach(), torch.full((3,), 1 - 0.1 * 2.9))
+    torch.testing.assert_close(params[1].detach().cpu(), torch.full((3,), 0.9))
+
+
+def test_no_warning_escapes_a_normal_run():
+    model = small_model()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        train(model, LearnedOptimizer(model.parameters(), LeakySum()), range(2))
+    assert not record
