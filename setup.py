@@ -34,6 +34,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "build>=1.2", "wheel>=0.43", "setuptools>=70"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "build>=1.2",
+            "wheel>=0.43",
+            "setuptools>=70",
+        ],
     },
 )

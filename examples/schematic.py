@@ -101,9 +101,7 @@ def draw_unrolled(axes: Axes) -> None:
     for x, step in ((20.0, "t-2"), (53.0, "t-1"), (86.0, "t")):
         arrow(axes, (x + 4, 34.6), (x + 9.5, 34.6), (x + 9.5, 18.8), color=VERMILLION, dashed=True)
         write(axes, x + 10.7, 30.6, f"$\\nabla f_{{{step}}}$", size=14, color=VERMILLION, ha="left")
-        axes.plot(
-            x + 9.5, 25, "s", color=BAND, markersize=10
-        )  # a bridge for the parameters over the gradient
+        axes.plot(x + 9.5, 25, "s", color=BAND, markersize=10)  # a bridge for the parameters over the gradient
         arrow(axes, (x, 28), (x, 32.4))
         arrow(axes, (x, 36.8), (x, 42.6))
         arrow(axes, (x, 22), (x, 18.8))
@@ -127,9 +125,7 @@ def draw_unrolled(axes: Axes) -> None:
     write(axes, 12.5, 1.6, dropped + "kept by odeopt's default (second derivatives of $f$)", ha="left")
 
 
-def write(
-    axes: Axes, x: float, y: float, text: str, *, size: float = 12.5, ha: str = "center", **font
-) -> None:
+def write(axes: Axes, x: float, y: float, text: str, *, size: float = 12.5, ha: str = "center", **font) -> None:
     """Write text, centred in height on y."""
     # the room that a line spacing adds would push a single line off its centre
     placing = {"va": "center", "linespacing": 1.7} if "\n" in text else {"va": "center_baseline"}

@@ -70,9 +70,7 @@ def save(
     wanted = "a dictionary with `horizon` and `task`"
     require(isinstance(trained_for, Mapping), "trained_for", trained_for, wanted)
     if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"Parameter `path` should be a new file, or `overwrite` be True. Found `path = {path}`."
-        )
+        raise FileExistsError(f"Parameter `path` should be a new file, or `overwrite` be True. Found `path = {path}`.")
     fields = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -138,9 +136,7 @@ def load(path: str | os.PathLike[str]) -> UpdateRule:
         if fields[name] != rule.config.get(name):
             raise _error(path, name, f"{rule.config.get(name)!r}, as in `config`", fields)
     _check_weights(path, weights, rule.state_dict())
-    rule.load_state_dict(
-        weights, assign=True
-    )  # assigning keeps the file's dtype, whatever the default one is
+    rule.load_state_dict(weights, assign=True)  # assigning keeps the file's dtype, whatever the default one is
     rule.trained_for = fields["trained_for"]
     return rule
 
@@ -234,9 +230,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     _check_fields(path, fields)
     for name, value in weights.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(
-                f"{path}: weight `{name}` should be finite. Found {value[~value.isfinite()][0]}."
-            )
+            raise ValueError(f"{path}: weight `{name}` should be finite. Found {value[~value.isfinite()][0]}.")
     return fields, weights
 
 
@@ -245,18 +239,14 @@ def _check_fields(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
         if not condition:
             raise _error(path, name, wanted, fields)
 
-    scale, horizon, task, version = (
-        fields[n] for n in ("output_scale", "horizon", "task", "library_version")
-    )
+    scale, horizon, task, version = (fields[n] for n in ("output_scale", "horizon", "task", "library_version"))
     is_number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
     check(isinstance(fields["class"], str), "class", "the name of a class")
     check(isinstance(fields["config"], dict), "config", "a dictionary of constructor arguments")
     check(scale is None or is_number, "output_scale", "a number or null")
     check(fields["solver"] is None or isinstance(fields["solver"], str), "solver", "a name or null")
     check(type(horizon) is int and horizon > 0, "horizon", "a positive number of steps (from `trained_for`)")
-    check(
-        isinstance(task, str | dict) and len(task) > 0, "task", "a name or a description (from `trained_for`)"
-    )
+    check(isinstance(task, str | dict) and len(task) > 0, "task", "a name or a description (from `trained_for`)")
     trained_for = fields["trained_for"]
     agrees = isinstance(trained_for, dict) and (trained_for.get("horizon"), trained_for.get("task")) == (
         horizon,
@@ -268,15 +258,11 @@ def _check_fields(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
 
 def _check_weights(path: str | os.PathLike[str], found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for name in sorted(found.keys() ^ wanted.keys()):
-        raise ValueError(
-            f"{path}: weight `{name}` is {'missing' if name in wanted else 'not one of the rule'}."
-        )
+        raise ValueError(f"{path}: weight `{name}` is {'missing' if name in wanted else 'not one of the rule'}.")
     for name, value in found.items():
         shape = wanted[name].shape
         if value.shape != shape:
-            raise ValueError(
-                f"{path}: weight `{name}` should have shape {tuple(shape)}. Found {tuple(value.shape)}."
-            )
+            raise ValueError(f"{path}: weight `{name}` should have shape {tuple(shape)}. Found {tuple(value.shape)}.")
         if value.is_floating_point() != wanted[name].is_floating_point():
             raise ValueError(f"{path}: weight `{name}` should be {wanted[name].dtype}. Found {value.dtype}.")
 

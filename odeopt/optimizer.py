@@ -245,9 +245,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _read_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
         """Saved state by parameter, checked against the rule, in the rule's dtypes and on its devices."""
         restored = {}
-        pairs = zip(
-            self.param_groups, state_dict["param_groups"], strict=False
-        )  # lengths: the base class's job
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)  # lengths: the base class's job
         for number, (group, saved_group) in enumerate(pairs):
             for index, (param, key) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
                 saved = state_dict["state"].get(key)
@@ -260,15 +258,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
 def _matched(saved: dict[str, Tensor], template: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
-        return {
-            field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in state.items()
-        }
+        return {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in state.items()}
 
     wanted, found = shapes(template), shapes(saved)
     if found != wanted:
-        raise ValueError(
-            f"Parameter `{name}` should have a state of {wanted} under this rule. Found {found}."
-        )
+        raise ValueError(f"Parameter `{name}` should have a state of {wanted} under this rule. Found {found}.")
     return {field: saved[field].to(like.device, like.dtype) for field, like in template.items()}
 
 

@@ -131,10 +131,7 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: s
         figure, (axes,) = new_figure(7.2, 4.2)
         losses = {name: result.losses for name, result in comparison.results.items()}
         styles = line_styles({name: result.is_learned for name, result in comparison.results.items()})
-        bands = {
-            name: torch.tensor([student_interval(at_step) for at_step in runs]).T
-            for name, runs in losses.items()
-        }
+        bands = {name: torch.tensor([student_interval(at_step) for at_step in runs]).T for name, runs in losses.items()}
         finite = torch.cat([mean[mean.isfinite()] for mean, _, _ in bands.values()])
         first = torch.stack([mean[0] for mean, _, _ in bands.values()])
         # a rule that diverges leaves the axis and may not squeeze the others
@@ -142,9 +139,7 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: s
         for name, (mean, low, high) in bands.items():
             steps = torch.arange(len(mean))
             axes.plot(steps, mean, **styles[name])
-            axes.fill_between(
-                steps, low, high, where=mean < top, color=styles[name]["color"], alpha=0.16, linewidth=0
-            )
+            axes.fill_between(steps, low, high, where=mean < top, color=styles[name]["color"], alpha=0.16, linewidth=0)
         axes.set_yscale("log")
         axes.set_xlim(0, comparison.n_steps)
         axes.set_ylim(bottom, top)
@@ -214,9 +209,7 @@ def _set_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _label_ends(
-    figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Mapping[str, Mapping[str, Any]]
-) -> None:
+def _label_ends(figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Mapping[str, Mapping[str, Any]]) -> None:
     """Write each curve's name at its right end, none over another, joined by a line in the curve's style."""
     low, high = axes.get_ylim()
     height = axes.get_window_extent().height  # before the layout: it only changes by the axes' labels
@@ -263,9 +256,7 @@ def _spread(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
     return _centred(names, heights, wanted, gap)
 
 
-def _centred(
-    names: Sequence[str], heights: list[float], wanted: Mapping[str, float], gap: float
-) -> dict[str, float]:
+def _centred(names: Sequence[str], heights: list[float], wanted: Mapping[str, float], gap: float) -> dict[str, float]:
     """Move each block of touching labels so that it sits around its curves rather than above them."""
     start = 0
     while start < len(names):

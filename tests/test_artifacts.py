@@ -98,9 +98,7 @@ def test_loaded_rule_is_the_saved_one(name, tmp_path):
         assert torch.equal(loaded.state_dict()[key], value)
     assert all(weight.requires_grad for weight in loaded.parameters())
     param, grad = torch.randn(5), torch.randn(5)
-    for ours, theirs in zip(
-        *(r(grad, r.init_state(param), param=param) for r in (rule, loaded)), strict=True
-    ):
+    for ours, theirs in zip(*(r(grad, r.init_state(param), param=param) for r in (rule, loaded)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -263,9 +261,7 @@ def test_pickle_is_not_opened(path):
 def test_every_edited_or_missing_field_is_noticed(path, field):
     original = path.read_bytes()
     rewrite(path, put(**{field: "edited"}), seal=False)
-    with pytest.raises(
-        ValueError, match=r"toy\.safetensors: field `sha256` should be .*the checksum of the contents"
-    ):
+    with pytest.raises(ValueError, match=r"toy\.safetensors: field `sha256` should be .*the checksum of the contents"):
         load(path)
     path.write_bytes(original)
     rewrite(path, lambda weights, metadata: metadata.pop(field), seal=False)
@@ -332,9 +328,7 @@ def test_changed_output_scale_is_refused_although_the_weights_fit(tmp_path):
     save(LSTMUpdate(output_scale=0.1), path, trained_for=TRAINED_FOR)
     config = read_metadata(path)["config"]
     rewrite(path, put(config={**config, "output_scale": 1.0}))
-    with pytest.raises(
-        ValueError, match=r"field `output_scale` should be 1\.0, as in `config`\. Found .*0\.1"
-    ):
+    with pytest.raises(ValueError, match=r"field `output_scale` should be 1\.0, as in `config`\. Found .*0\.1"):
         load(path)
 
 
@@ -365,9 +359,7 @@ def test_forged_weights_are_refused_by_name(path, edit, message):
 def test_safetensors_file_of_another_library_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(
-        ValueError, match=r"other\.safetensors: field `format` should be 'odeopt-rule'. Found nothing"
-    ):
+    with pytest.raises(ValueError, match=r"other\.safetensors: field `format` should be 'odeopt-rule'. Found nothing"):
         load(path)
     safetensors.torch.save_file({"w": torch.ones(2)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"other\.safetensors: field `format` is not JSON: 'pt'"):
@@ -409,9 +401,7 @@ def test_bare_name_is_the_rule_trained_on_mnist(folder):
     ],
 )
 def test_unknown_name_lists_what_there_is_and_suggests_the_closest(folder, name, hint):
-    with pytest.raises(
-        ValueError, match="`name` should be one of lstm, lstm-mnist, lstm-quadratic, "
-    ) as caught:
+    with pytest.raises(ValueError, match="`name` should be one of lstm, lstm-mnist, lstm-quadratic, ") as caught:
         load_pretrained(name)
     assert str(caught.value).endswith(f"Found `name = {name!r}`.{hint}")
 

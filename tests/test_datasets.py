@@ -25,9 +25,7 @@ IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = datasets._FILES
 
 def idx(values):
     """Bytes of an IDX file."""
-    return struct.pack(f">{1 + values.ndim}I", 0x0800 + values.ndim, *values.shape) + bytes(
-        values.flatten().tolist()
-    )
+    return struct.pack(f">{1 + values.ndim}I", 0x0800 + values.ndim, *values.shape) + bytes(values.flatten().tolist())
 
 
 def files(n_train=20, n_test=10):
@@ -67,9 +65,7 @@ def torchvision(monkeypatch):
 
         return construct
 
-    fake.datasets = SimpleNamespace(
-        **{name: dataset_class(name) for name in ("MNIST", "FashionMNIST", "KMNIST")}
-    )
+    fake.datasets = SimpleNamespace(**{name: dataset_class(name) for name in ("MNIST", "FashionMNIST", "KMNIST")})
     monkeypatch.setattr(datasets, "import_torchvision", lambda: fake)
     return fake
 
@@ -128,9 +124,7 @@ def test_digits_are_scikit_learns_in_a_fixed_split():
     )
     levels = (images.double() * 16 / 255).round().long()  # undoes the scaling exactly
     key = lambda images, labels: sorted((*row, label) for row, label in zip(images, labels, strict=True))  # noqa: E731
-    assert key(levels.tolist(), labels.tolist()) == key(
-        bunch.data.astype(int).tolist(), bunch.target.tolist()
-    )
+    assert key(levels.tolist(), labels.tolist()) == key(bunch.data.astype(int).tolist(), bunch.target.tolist())
     assert torch.bincount(data.test_labels).min() > 20  # 36 of each are expected
     assert levels[:10].tolist() != bunch.data[:10].astype(int).tolist()  # shuffled
 
@@ -186,9 +180,7 @@ def empty(content):
 def test_damaged_file_is_named(tmp_path, raw, torchvision, file, damage, match):
     (raw / file).write_bytes(damage((raw / file).read_bytes()))
     for load in (load_dataset, load_dataset_or_digits):
-        with pytest.raises(
-            DatasetCorrupt, match=f"{re.escape(str(raw / file))} is corrupt: .*{re.escape(match)}"
-        ):
+        with pytest.raises(DatasetCorrupt, match=f"{re.escape(str(raw / file))} is corrupt: .*{re.escape(match)}"):
             load("fashion-mnist", tmp_path)
     assert torchvision.calls == 0  # the user's file is not overwritten
     write(raw, files())
@@ -204,9 +196,7 @@ def test_empty_dataset_is_corrupt(tmp_path, raw):
 def test_mnist_is_held_to_its_checksums(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     write(raw, files())
-    with pytest.raises(
-        DatasetCorrupt, match=rf"{re.escape(str(raw / IMAGES))} is corrupt: its MD5 is \w+, not 6bbc"
-    ):
+    with pytest.raises(DatasetCorrupt, match=rf"{re.escape(str(raw / IMAGES))} is corrupt: its MD5 is \w+, not 6bbc"):
         load_dataset("mnist", tmp_path)
 
 
@@ -217,9 +207,9 @@ def test_missing_dataset_is_downloaded_once_and_whole(tmp_path, torchvision):
     folder = tmp_path / "new" / "data"
     data = load_dataset("kmnist", folder)
     assert torch.equal(data.train_labels, torch.arange(20) % 10)
-    assert sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    ) == sorted(f"KMNIST/raw/{name}" for name in datasets._FILES)
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == sorted(
+        f"KMNIST/raw/{name}" for name in datasets._FILES
+    )
     assert [path.name for path in folder.iterdir()] == ["KMNIST"]
     datasets._read.cache_clear()
     load_dataset("kmnist", folder)
@@ -318,9 +308,7 @@ def test_command_in_the_sentence_fetches_the_dataset(tmp_path, torchvision):
 
 def test_unknown_dataset_is_refused():
     for load in (load_dataset, load_dataset_or_digits):
-        with pytest.raises(
-            ValueError, match=r"`name` should be one of mnist, .*, digits\. Found `name = 'svhn'`"
-        ):
+        with pytest.raises(ValueError, match=r"`name` should be one of mnist, .*, digits\. Found `name = 'svhn'`"):
             load("svhn")
 
 

@@ -287,9 +287,7 @@ def test_gradients_pass_straight_through_fixed_steps(method):
     B = A.clone().requires_grad_()
 
     def end(x0, B):
-        return integrate(
-            lambda t, x: torch.tanh(x @ B) + torch.cos(3 * t + 1) * x, x0, t, method=method
-        ).states[1:]
+        return integrate(lambda t, x: torch.tanh(x @ B) + torch.cos(3 * t + 1) * x, x0, t, method=method).states[1:]
 
     assert torch.autograd.gradcheck(end, (x0, B))
 

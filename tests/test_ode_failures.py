@@ -78,9 +78,7 @@ def test_non_finite_field_is_a_status(method):
     assert t[n_reached - 1] >= 0.45
     assert solution.status == Status.NON_FINITE_STATE
     exact = x0.detach() * torch.exp(-t[:n_reached, None])
-    torch.testing.assert_close(
-        solution.states[:n_reached].detach(), exact, rtol=0.03, atol=0
-    )  # Euler: h t / 2
+    torch.testing.assert_close(solution.states[:n_reached].detach(), exact, rtol=0.03, atol=0)  # Euler: h t / 2
     assert solution.states[n_reached:].isnan().all()
     assert solution.states.requires_grad == x0.requires_grad
 
@@ -123,9 +121,7 @@ def test_too_few_steps_is_a_status(adjoint):
 
 
 def test_failure_of_a_named_tuple_keeps_its_structure():
-    solution = integrate(
-        lambda t, x: Pair(x.q**2, x.p), Pair(X0[0].abs(), X0[1]), [0.0, 0.5, 5.0], method="dopri5"
-    )
+    solution = integrate(lambda t, x: Pair(x.q**2, x.p), Pair(X0[0].abs(), X0[1]), [0.0, 0.5, 5.0], method="dopri5")
     assert solution.status == Status.STEP_SIZE_UNDERFLOW
     assert isinstance(solution.states, Pair)
     assert solution.states.p[:2].isfinite().all()

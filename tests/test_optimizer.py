@@ -69,9 +69,7 @@ def test_any_shape_and_dtype_follows_the_rule_called_by_hand(rule, dtype, shape)
     assert param.shape == shape
     assert param.dtype == dtype
     # exact but for a fused multiply-add of lr and update, one rounding
-    torch.testing.assert_close(
-        param.detach().reshape(-1), by_hand, rtol=2 * torch.finfo(dtype).eps, atol=1e-7
-    )
+    torch.testing.assert_close(param.detach().reshape(-1), by_hand, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 @over_rules
@@ -268,9 +266,7 @@ def test_lr_multiplies_the_update_and_groups_have_their_own():
     assert [a.item(), b.item(), c.item()] == pytest.approx([0.9, 0.95, 0.8 - 0.2], rel=1e-6)  # float32
 
 
-@pytest.mark.parametrize(
-    "lr", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)]
-)
+@pytest.mark.parametrize("lr", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)])
 @pytest.mark.parametrize("shape", [(), (3,)])
 def test_lr_may_be_a_tensor(lr, shape):
     with_tensor, with_number = (parameter(torch.ones(shape), torch.ones(shape)) for _ in range(2))

@@ -93,9 +93,7 @@ def test_gradient_clipping_limits_the_step():
     (1e6 * loss_of(model)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
-    moved = torch.cat(
-        [(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)]
-    )
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
     assert moved.norm().item() == pytest.approx(0.1, rel=1e-4)  # clip_grad_norm_ adds 1e-6 to the norm
 
 
@@ -184,9 +182,7 @@ def test_complex_and_sparse_parameters_are_refused_by_name(tensor, found):
     odd = nn.Parameter(tensor)
     with pytest.raises(ValueError, match=rf"Parameter `odd` should be dense and real.*{found}"):
         LearnedOptimizer([("fine", parameter([1.0], [1.0])), ("odd", odd)], LeakySum())
-    with pytest.raises(
-        ValueError, match=r"Parameter `param_groups\[0\]\['params'\]\[1\]` should be dense and real"
-    ):
+    with pytest.raises(ValueError, match=r"Parameter `param_groups\[0\]\['params'\]\[1\]` should be dense and real"):
         LearnedOptimizer([parameter([1.0], [1.0]), odd], LeakySum())
 
 
@@ -303,16 +299,12 @@ def test_state_dict_with_other_groups_is_refused():
     one, two = parameter([1.0], [1.0]), parameter([1.0], [1.0])
     optimizer = LearnedOptimizer([one], LeakySum())
     with pytest.raises(ValueError, match="different number of parameter groups"):
-        optimizer.load_state_dict(
-            LearnedOptimizer([{"params": [one]}, {"params": [two]}], LeakySum()).state_dict()
-        )
+        optimizer.load_state_dict(LearnedOptimizer([{"params": [one]}, {"params": [two]}], LeakySum()).state_dict())
     with pytest.raises(ValueError, match="doesn't match the size"):
         optimizer.load_state_dict(LearnedOptimizer([one, two], LeakySum()).state_dict())
 
 
-@pytest.mark.parametrize(
-    "carry", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 @over_rules
 def test_copied_and_pickled_optimizers_continue_alone_and_alike(rule, carry):
     model = small_model()

@@ -234,9 +234,7 @@ def test_function_that_ignores_q_has_no_gradient():
             r"`inverse_mass` .*any weights.*NonNegativeDiagonal",
         ),
         (
-            lambda: PortHamiltonianSystem(
-                2, inverse_mass=NonNegativeDiagonal(2, network=(3,), eps=0.1, n_signals=1)
-            ),
+            lambda: PortHamiltonianSystem(2, inverse_mass=NonNegativeDiagonal(2, network=(3,), eps=0.1, n_signals=1)),
             ValueError,
             r"`inverse_mass` should not read a signal.*`n_signals = 1`",
         ),

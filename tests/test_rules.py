@@ -121,9 +121,7 @@ def test_log_sign_is_appendix_a():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_log_sign_is_continuous_where_its_branches_meet(sign):
     threshold = sign * math.exp(-10)
-    below, above = (
-        log_sign(torch.tensor([threshold * (1 + offset)], dtype=f64)) for offset in (-1e-9, 1e-9)
-    )
+    below, above = (log_sign(torch.tensor([threshold * (1 + offset)], dtype=f64)) for offset in (-1e-9, 1e-9))
     # both channels have slope one in units of the threshold, or a tenth of that
     torch.testing.assert_close(below, above, rtol=0, atol=3e-9)
     assert not torch.equal(below, above)
@@ -161,9 +159,7 @@ def test_relative_moments_are_the_plain_ones_in_units_of_the_scale(decay):
     plain_scale, plain_square = torch.zeros(1, dtype=f64), torch.zeros(5, dtype=f64)
     for step, grad in enumerate(grads, start=1):
         weight = averaging_weight(torch.tensor([float(step)], dtype=f64), decay)
-        relative, scale, square = relative_moments(
-            grad, grad.abs().mean(-1, keepdim=True), scale, square, weight
-        )
+        relative, scale, square = relative_moments(grad, grad.abs().mean(-1, keepdim=True), scale, square, weight)
         plain_scale = (1 - weight) * plain_scale + weight * grad.abs().mean()
         plain_square = (1 - weight) * plain_square + weight * grad.square()
         torch.testing.assert_close(scale, plain_scale)
@@ -240,9 +236,7 @@ def test_hamiltonian_rule_is_the_written_formula(preprocess, normalize):
     state, velocity = rule.init_state(grads[0]), np.zeros(6)
     for grad in grads:
         update, state = rule(grad, state)
-        expected, velocity = written_out(
-            weights, grad.numpy(), velocity, preprocess=preprocess, normalize=normalize
-        )
+        expected, velocity = written_out(weights, grad.numpy(), velocity, preprocess=preprocess, normalize=normalize)
         torch.testing.assert_close(update, torch.from_numpy(0.5 * expected))
         torch.testing.assert_close(state.velocity, torch.from_numpy(velocity))
 
@@ -386,18 +380,45 @@ BAD = [
     (AdamUpdate, {"betas": (0.9, 1.0)}, r"`betas` should be two numbers in \[0, 1\). Found `betas = \(0.9"),
     (AdamUpdate, {"betas": (0.9,)}, r"`betas` should be two numbers"),
     (AdamUpdate, {"eps": -1e-8}, r"`eps` should be non-negative. Found `eps = -1e-08`"),
-    (LSTMUpdate, {"hidden_size": 0}, r"`hidden_size` should be positive. Found `hidden_size = 0`"),
-    (LSTMUpdate, {"output_scale": 0.0}, r"`output_scale` should be positive. Found `output_scale = 0.0`"),
-    (HamiltonianUpdate, {"output_scale": -1}, r"`output_scale` should be positive. Found `output_scale = -1`"),
-    (PortHamiltonianUpdate, {"modes": 0}, r"`modes` should be at least 1. Found `modes = 0`"),
+    (LSTMUpdate, {"hidden_size": 0}, r"`hidden_size` should be a positive integer. Found `hidden_size = 0`"),
+    (LSTMUpdate, {"output_scale": 0.0}, r"`output_scale` should be a positive number. Found `output_scale = 0.0`"),
+    (
+        HamiltonianUpdate,
+        {"output_scale": -1},
+        r"`output_scale` should be a positive number. Found `output_scale = -1`",
+    ),
+    (PortHamiltonianUpdate, {"modes": 0}, r"`modes` should be an integer of at least 1. Found `modes = 0`"),
+    (PortHamiltonianUpdate, {"modes": "two"}, r"`modes` should be an integer of at least 1. Found `modes = 'two'`"),
+    (PortHamiltonianUpdate, {"coordinatewise": 1}, r"`coordinatewise` should be True or False. Found"),
+    (AdamUpdate, {"lr": "fast"}, r"`lr` should be non-negative. Found `lr = 'fast'`"),
     (PortHamiltonianUpdate, {"solver": "rk5"}, r"`solver` should be one of .*rk4.*. Found `solver = 'rk5'`"),
     (PortHamiltonianUpdate, {"decay": 1.0}, r"`decay` should be in \[0, 1\). Found `decay = 1.0`"),
-    (PortHamiltonianUpdate, {"hidden": (8, 0)}, r"`hidden` should be positive widths. Found `hidden = \(8, 0\)`"),
-    (PortHamiltonianUpdate, {"time_scales": ()}, r"`time_scales` should be positive. Found `time_scales = \(\)`"),
-    (PortHamiltonianUpdate, {"time_scales": (1, -1)}, r"`time_scales` should be positive"),
-    (PortHamiltonianUpdate, {"initial_kappa": 0}, r"`initial_kappa` should be positive. Found `initial_kappa = 0`"),
-    (PortHamiltonianUpdate, {"mass": "heavy"}, r"`mass` should be 'unit' or 'network'. Found `mass = 'heavy'`"),
-    (PortHamiltonianUpdate, {"potential": None}, r"`potential` should be 'none' or 'network'. Found `potential = N"),
+    (
+        PortHamiltonianUpdate,
+        {"hidden": (8, 0)},
+        r"`hidden` should be positive widths. Found `hidden = \(8, 0\)`",
+    ),
+    (
+        PortHamiltonianUpdate,
+        {"time_scales": ()},
+        r"`time_scales` should be positive numbers. Found `time_scales = \(\)`",
+    ),
+    (PortHamiltonianUpdate, {"time_scales": (1, -1)}, r"`time_scales` should be positive numbers"),
+    (
+        PortHamiltonianUpdate,
+        {"initial_kappa": 0},
+        r"`initial_kappa` should be a positive number. Found `initial_kappa = 0`",
+    ),
+    (
+        PortHamiltonianUpdate,
+        {"mass": "heavy"},
+        r"`mass` should be 'unit' or 'network'. Found `mass = 'heavy'`",
+    ),
+    (
+        PortHamiltonianUpdate,
+        {"potential": None},
+        r"`potential` should be 'none' or 'network'. Found `potential = N",
+    ),
     (PortHamiltonianUpdate, {"friction": "none"}, r"`friction` should be 'modulated' or 'network'"),
     (PortHamiltonianUpdate, {"port": 1}, r"`port` should be 'modulated' or 'network'. Found `port = 1`"),
 ]

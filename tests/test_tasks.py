@@ -30,9 +30,7 @@ def tiny_images(n_train=64, n_test=1100, n_pixels=6):
     images = torch.randint(1, 256, (n_train + n_test, n_pixels), generator=generator, dtype=torch.uint8)
     images[:, :2] = 0
     labels = torch.randint(0, 3, (n_train + n_test,), generator=generator)
-    return ImageDataset(
-        "tiny", images[:n_train], labels[:n_train], images[n_train:], labels[n_train:], 3, (2, 3)
-    )
+    return ImageDataset("tiny", images[:n_train], labels[:n_train], images[n_train:], labels[n_train:], 3, (2, 3))
 
 
 def module_task():
@@ -173,9 +171,7 @@ def test_quadratic_data_are_standard_normal():
     W, y = RandomQuadratic(10).sample_batch(torch.arange(400), 0, 0)
     for part in (W, y):
         assert stats.kstest(part.flatten().numpy(), "norm").pvalue > 1e-4
-    assert (
-        abs(torch.corrcoef(torch.stack((W[:, :, 0].flatten(), y.flatten())))[0, 1]) < FIVE_SIGMA / 4000**0.5
-    )
+    assert abs(torch.corrcoef(torch.stack((W[:, :, 0].flatten(), y.flatten())))[0, 1]) < FIVE_SIGMA / 4000**0.5
 
 
 def test_quadratic_data_are_drawn_once_per_run():
@@ -254,9 +250,7 @@ def test_minibatches_come_from_their_split_with_their_labels(split):
     data.train_labels.copy_(torch.arange(64))  # labels that name the image
     task = MLPClassification(data, split=split, batch_size=200)
     images, labels = task.sample_batch(torch.arange(3), 5, 0)
-    assert set(labels.flatten().tolist()) == set(
-        task.members.tolist()
-    )  # 600 draws miss one of 32 once in 5e6
+    assert set(labels.flatten().tolist()) == set(task.members.tolist())  # 600 draws miss one of 32 once in 5e6
     assert torch.equal(images, data.train_images[labels].float() / 255)
     assert images.min() == 0
     assert images.max() <= 1

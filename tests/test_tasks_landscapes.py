@@ -83,9 +83,7 @@ def test_origin_is_the_saddle(name, eigenvalues):
     assert values.min() < task.saddle_value < values.max()
 
 
-@pytest.mark.parametrize(
-    "make", [MonkeySaddle, HighDimSaddle, lambda **kw: HighDimSaddle(rotated=True, **kw)]
-)
+@pytest.mark.parametrize("make", [MonkeySaddle, HighDimSaddle, lambda **kw: HighDimSaddle(rotated=True, **kw)])
 def test_start_lies_beside_the_saddle_in_a_random_direction(make):
     theta = make(dtype=f64).init_params(torch.arange(500), 0)["theta"]
     torch.testing.assert_close(theta.norm(dim=1), torch.full((500,), 1e-3, dtype=f64), rtol=1e-12, atol=0)

@@ -53,9 +53,7 @@ def test_normal_is_standard_normal(dtype):
 
 
 def test_normal_is_finite_where_the_uniform_is_zero(monkeypatch):
-    monkeypatch.setattr(
-        rnd, "random_bits", lambda indices, n_lanes, **name: torch.zeros(len(indices), n_lanes).long()
-    )
+    monkeypatch.setattr(rnd, "random_bits", lambda indices, n_lanes, **name: torch.zeros(len(indices), n_lanes).long())
     assert torch.equal(rnd.normal(torch.arange(2), (2,), seed=0, stream="s")[:, 1], torch.zeros(2))
     assert torch.isfinite(rnd.normal(torch.arange(2), (2,), seed=0, stream="s")).all()
 
@@ -104,9 +102,7 @@ def test_numbers_do_not_depend_on_the_batch(n):
 def test_lanes_do_not_depend_on_their_number():
     indices = torch.arange(3)
     for draw in (rnd.uniform, rnd.normal):
-        assert torch.equal(
-            draw(indices, (10,), seed=0, stream="s")[:, :5], draw(indices, (5,), seed=0, stream="s")
-        )
+        assert torch.equal(draw(indices, (10,), seed=0, stream="s")[:, :5], draw(indices, (5,), seed=0, stream="s"))
 
 
 def test_permutation_moves_every_number_once():

@@ -36,9 +36,7 @@ def check_options(name: str, options: dict[str, Any] | None, method: str, accept
             )
     step_size = (options or {}).get("step_size")
     if step_size is not None and not step_size > 0:
-        raise ValueError(
-            f"Parameter `{name}['step_size']` should be positive. Found `step_size = {step_size}`."
-        )
+        raise ValueError(f"Parameter `{name}['step_size']` should be positive. Found `step_size = {step_size}`.")
 
 
 def check_state(x0: State) -> None:
@@ -57,9 +55,7 @@ def check_state(x0: State) -> None:
         is_finite = x.isfinite()
         if not is_finite.all():
             bad = x[~is_finite][0].item()
-            raise ValueError(
-                f"Parameter `x0` should be finite. Found `{bad}` in a tensor of shape {tuple(x.shape)}."
-            )
+            raise ValueError(f"Parameter `x0` should be finite. Found `{bad}` in a tensor of shape {tuple(x.shape)}.")
 
 
 def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
@@ -70,8 +66,7 @@ def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
         raise ValueError(f"Parameter `t` should be floating point. Found `t.dtype = {t.dtype}`.")
     if t.ndim != 1 or len(t) < 2:
         raise ValueError(
-            "Parameter `t` should be one-dimensional with at least two times. "
-            f"Found `t.shape = {tuple(t.shape)}`."
+            f"Parameter `t` should be one-dimensional with at least two times. Found `t.shape = {tuple(t.shape)}`."
         )
     ahead = t.detach().diff() * (1 if t[-1] > t[0] else -1)
     is_bad = ~((ahead > 0) & ahead.isfinite())

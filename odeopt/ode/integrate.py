@@ -167,9 +167,7 @@ def integrate(
         )
         solve = partial(odeint_adjoint, **solve.keywords, **for_adjoint)
     elif given := [name for name, value in for_adjoint.items() if value is not None]:
-        raise ValueError(
-            f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`."
-        )
+        raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
     elif _is_external(method) and torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(x0)):
         raise ValueError(
             f"Parameter `x0` should not require grad with method {method!r}, which passes no gradient on. "
@@ -325,10 +323,16 @@ def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4") -> Tensor:
         State at time 1, with the shape and dtype of ``x0``.
 
     Raises:
-        ValueError: If there is no such method.
+        ValueError: If there is no such method, or it passes no gradient on where one is recorded.
     """
     solver = _solver_class(method)
     t0, t1 = _unit_times(x0)
+    if _is_external(method) and torch.is_grad_enabled() and field(t0, x0).requires_grad:
+        # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
+        raise ValueError(
+            "Parameter `method` should pass gradients on where they are recorded; use `torch.no_grad`, or another "
+            f"method. Found `method = {method!r}`."
+        )
     if not issubclass(solver, FixedGridODESolver):
         return odeint(field, x0, torch.stack((t0, t1)), rtol=_RTOL, atol=_ATOL, method=method)[-1]
 

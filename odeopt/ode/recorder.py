@@ -31,9 +31,7 @@ class Recorder:
         time: How far the solver has come, in the time of the field; None before the first step.
     """
 
-    def __init__(
-        self, field: Field, x0: State, t: Tensor, *, callbacks: Collection[str], is_external: bool
-    ) -> None:
+    def __init__(self, field: Field, x0: State, t: Tensor, *, callbacks: Collection[str], is_external: bool) -> None:
         self.field = field
         self.x0 = x0
         self.n_evals = 0
@@ -92,9 +90,7 @@ class Recorder:
         else:
             self._n_evals_in_place += 1
         if self._n_evals_in_place > self._patience:
-            raise SolverFailureError(
-                *self.explain(Status.STEP_SIZE_UNDERFLOW, "the solver does not move on.")
-            )
+            raise SolverFailureError(*self.explain(Status.STEP_SIZE_UNDERFLOW, "the solver does not move on."))
 
     def explain(self, status: Status, detail: str) -> tuple[Status, str]:
         """Return the cause of a failure: steps also shrink to nothing because the field is not finite."""

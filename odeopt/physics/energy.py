@@ -58,8 +58,7 @@ class Potential(nn.Module):
         value = self.network(q)
         if value.shape[-1:] != (1,):
             raise ValueError(
-                "Parameter `network` should give one number per state. "
-                f"Found an output of shape {tuple(value.shape)}."
+                f"Parameter `network` should give one number per state. Found an output of shape {tuple(value.shape)}."
             )
         return self.activation(value.squeeze(-1))
 
@@ -99,9 +98,7 @@ class Hamiltonian(nn.Module):
         super().__init__()
         check_count("dof", dof)
         self.dof = dof
-        self.inverse_mass = as_matrix(
-            inverse_mass, name="inverse_mass", shape=(dof, dof), should="positive definite"
-        )
+        self.inverse_mass = as_matrix(inverse_mass, name="inverse_mass", shape=(dof, dof), should="positive definite")
         if self.inverse_mass is not None and self.inverse_mass.n_signals:
             raise ValueError(
                 "Parameter `inverse_mass` should not read a signal: z never enters the energy. "
@@ -187,9 +184,7 @@ def _as_potential(value: Part | None, dof: int) -> nn.Module | None:
         return None
     if isinstance(value, Potential):
         if value.dof != dof:
-            raise ValueError(
-                f"Parameter `potential` should have dof = {dof}. Found `potential.dof = {value.dof}`."
-            )
+            raise ValueError(f"Parameter `potential` should have dof = {dof}. Found `potential.dof = {value.dof}`.")
         return value
     if isinstance(value, GivenPotential):
         return value

@@ -58,13 +58,9 @@ class GivenMatrix(MatrixPart):
     def _hold(self, value: Tensor, diagonal: bool) -> None:
         if value.dim() > 2 or (diagonal and value.dim() == 2):
             should = "be a diagonal with at most one axis" if diagonal else "have at most two axes"
-            raise ValueError(
-                f"Parameter `value` should {should}. Found `value.shape = {tuple(value.shape)}`."
-            )
+            raise ValueError(f"Parameter `value` should {should}. Found `value.shape = {tuple(value.shape)}`.")
         if value.is_complex() or not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"Parameter `value` should be real and finite. Found `value = {value.tolist()}`."
-            )
+            raise ValueError(f"Parameter `value` should be real and finite. Found `value = {value.tolist()}`.")
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
         self.is_diagonal = value.dim() < 2
@@ -88,9 +84,7 @@ class GivenMatrix(MatrixPart):
         return f"shape={self.shape}, diagonal={self.is_diagonal}"
 
 
-def as_matrix(
-    value: Part | None, *, name: str, shape: tuple[int, int], should: str | None = None
-) -> MatrixPart | None:
+def as_matrix(value: Part | None, *, name: str, shape: tuple[int, int], should: str | None = None) -> MatrixPart | None:
     """Turn what a user gives as a matrix into a part, and check what can be checked before it is called.
 
     Args:
@@ -111,9 +105,7 @@ def as_matrix(
         return None
     if not (isinstance(value, Tensor | int | float) or callable(value)):
         found = type(value).__name__
-        raise TypeError(
-            f"Parameter `{name}` should be a part, a tensor, a number or callable. Found `{found}`."
-        )
+        raise TypeError(f"Parameter `{name}` should be a part, a tensor, a number or callable. Found `{found}`.")
     part = value if isinstance(value, MatrixPart) else GivenMatrix(value)
     if part.is_diagonal and should is None:
         raise ValueError(f"Parameter `{name}` should be a matrix of shape {shape}. Found a diagonal.")
@@ -140,9 +132,7 @@ def evaluate(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, shape: tu
 
 def _check_shape(found: tuple[int, ...], is_diagonal: bool, *, name: str, shape: tuple[int, int]) -> None:
     if is_diagonal and found not in ((), shape[:1]):
-        raise ValueError(
-            f"Parameter `{name}` should be a diagonal of shape {shape[:1]}. Found shape {found}."
-        )
+        raise ValueError(f"Parameter `{name}` should be a diagonal of shape {shape[:1]}. Found shape {found}.")
     if not is_diagonal and found != shape:
         raise ValueError(f"Parameter `{name}` should be a matrix of shape {shape}. Found shape {found}.")
 

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 Network = nn.Module | Sequence[int] | None
 
 
-def symplectic_matrix(
-    dof: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> Tensor:
+def symplectic_matrix(dof: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
     r"""Canonical skew matrix :math:`J = \begin{pmatrix} 0 & I \\ -I & 0 \end{pmatrix}`.
 
     Args:
@@ -332,8 +330,7 @@ class PortMatrix(LearnedMatrix):
         self.shape = (dof, n_inputs)
         if tuple(start.shape) != self.shape:
             raise ValueError(
-                f"Parameter `start` should have shape {self.shape}. "
-                f"Found `start.shape = {tuple(start.shape)}`."
+                f"Parameter `start` should have shape {self.shape}. Found `start.shape = {tuple(start.shape)}`."
             )
         self.register_buffer("start", start)
 

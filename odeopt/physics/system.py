@@ -104,9 +104,7 @@ class PortHamiltonianSystem(nn.Module):
         check_count("n_inputs", n_inputs)
         self.hamiltonian = Hamiltonian(dof, inverse_mass, potential)
         self.dof, self.n_inputs = dof, n_inputs
-        self.dissipation = as_matrix(
-            dissipation, name="dissipation", shape=(dof, dof), should="positive semi-definite"
-        )
+        self.dissipation = as_matrix(dissipation, name="dissipation", shape=(dof, dof), should="positive semi-definite")
         self.port = as_matrix(port, name="port", shape=(dof, n_inputs))
         if port is None and n_inputs not in (1, dof):
             raise ValueError(
@@ -271,9 +269,7 @@ class PortHamiltonianSystem(nn.Module):
         B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else units) if g is None else g
         return StructureMatrices(J, R, B)
 
-    def _rates(
-        self, x: PhaseState, gradient: PhaseState, u: Tensor | None, g: Tensor | None, z: Any
-    ) -> PhaseState:
+    def _rates(self, x: PhaseState, gradient: PhaseState, u: Tensor | None, g: Tensor | None, z: Any) -> PhaseState:
         q, p = x
         dH_dq, v = gradient
         dp = u
@@ -307,14 +303,11 @@ class PortHamiltonianSystem(nn.Module):
         q, p = x
         if p.shape[-1:] != (self.dof,):
             raise ValueError(
-                f"Parameter `x.p` should have shape (*batch, {self.dof}). "
-                f"Found `x.p.shape = {tuple(p.shape)}`."
+                f"Parameter `x.p` should have shape (*batch, {self.dof}). Found `x.p.shape = {tuple(p.shape)}`."
             )
         if q is None:
             if self.depends_on_q:
-                raise ValueError(
-                    "Parameter `x.q` should be given: the energy depends on it. Found `x.q = None`."
-                )
+                raise ValueError("Parameter `x.q` should be given: the energy depends on it. Found `x.q = None`.")
         elif q.shape != p.shape:
             raise ValueError(
                 f"Parameter `x.q` should have the shape of `x.p`, {tuple(p.shape)}. "

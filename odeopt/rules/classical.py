@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import UpdateRule, per_coordinate, per_tensor, require
+from odeopt.rules.base import UpdateRule, is_number, per_coordinate, per_tensor, require
 
 
 class SGDState(NamedTuple):
@@ -36,8 +36,8 @@ class SGDUpdate(UpdateRule):
     """
 
     def __init__(self, lr: float = 1e-2, *, momentum: float = 0.0, nesterov: bool = False) -> None:
-        require(lr >= 0, "lr", lr, "non-negative")
-        require(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
+        require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         require(momentum > 0 or not nesterov, "momentum", momentum, "positive where `nesterov` is set")
         super().__init__(lr=lr, momentum=momentum, nesterov=nesterov)
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
@@ -76,9 +76,9 @@ class RMSpropUpdate(UpdateRule):
     """
 
     def __init__(self, lr: float = 1e-2, *, alpha: float = 0.99, eps: float = 1e-8) -> None:
-        require(lr >= 0, "lr", lr, "non-negative")
-        require(0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
-        require(eps >= 0, "eps", eps, "non-negative")
+        require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
+        require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
+        require(is_number(eps) and eps >= 0, "eps", eps, "non-negative")
         super().__init__(lr=lr, alpha=alpha, eps=eps)
         self.lr, self.alpha, self.eps = lr, alpha, eps
 
@@ -115,12 +115,12 @@ class AdamUpdate(UpdateRule):
         Kingma, Ba (2015), Adam: a method for stochastic optimization, Algorithm 1.
     """
 
-    def __init__(
-        self, lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
-        require(lr >= 0, "lr", lr, "non-negative")
-        require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
-        require(eps >= 0, "eps", eps, "non-negative")
+    def __init__(self, lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
+        require(
+            len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)"
+        )
+        require(is_number(eps) and eps >= 0, "eps", eps, "non-negative")
         super().__init__(lr=lr, betas=list(betas), eps=eps)
         self.lr, self.betas, self.eps = lr, tuple(betas), eps
 

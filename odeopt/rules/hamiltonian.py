@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.rules.base import UpdateRule, require, state_dtype
+from odeopt.rules.base import UpdateRule, is_number, require, state_dtype
 from odeopt.rules.features import log_sign
 
 
@@ -18,9 +18,7 @@ class HamiltonianState(NamedTuple):
 
 
 def _two_layers(n_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(n_channels, n_channels), nn.ReLU(), nn.Linear(n_channels, n_channels)
-    )
+    return nn.Sequential(nn.Linear(n_channels, n_channels), nn.ReLU(), nn.Linear(n_channels, n_channels))
 
 
 class HamiltonianUpdate(UpdateRule):
@@ -47,10 +45,8 @@ class HamiltonianUpdate(UpdateRule):
         Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, whose matrices' names the seed borrows.
     """
 
-    def __init__(
-        self, *, preprocess: bool = False, normalize: bool = False, output_scale: float = 0.1
-    ) -> None:
-        require(output_scale > 0, "output_scale", output_scale, "positive")
+    def __init__(self, *, preprocess: bool = False, normalize: bool = False, output_scale: float = 0.1) -> None:
+        require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
         super().__init__(preprocess=preprocess, normalize=normalize, output_scale=output_scale)
         self.preprocess, self.output_scale = preprocess, output_scale
         self.crosses_coordinates = self.normalize = normalize

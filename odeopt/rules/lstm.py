@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.rules.base import UpdateRule, require
+from odeopt.rules.base import UpdateRule, is_integer, is_number, require
 from odeopt.rules.features import log_sign
 
 
@@ -41,11 +41,9 @@ class LSTMUpdate(UpdateRule):
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Sec. 2.1, App. A.
     """
 
-    def __init__(
-        self, *, preprocess: bool = False, hidden_size: int = 20, output_scale: float = 0.1
-    ) -> None:
-        require(hidden_size > 0, "hidden_size", hidden_size, "positive")
-        require(output_scale > 0, "output_scale", output_scale, "positive")
+    def __init__(self, *, preprocess: bool = False, hidden_size: int = 20, output_scale: float = 0.1) -> None:
+        require(is_integer(hidden_size) and hidden_size > 0, "hidden_size", hidden_size, "a positive integer")
+        require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
         super().__init__(preprocess=preprocess, hidden_size=hidden_size, output_scale=output_scale)
         self.preprocess, self.hidden_size, self.output_scale = preprocess, hidden_size, output_scale
         self.cell1 = nn.LSTMCell(2 if preprocess else 1, hidden_size)
@@ -53,9 +51,7 @@ class LSTMUpdate(UpdateRule):
         self.output = nn.Linear(hidden_size, 1)
 
     def init_state(self, param: Tensor) -> LSTMState:
-        zeros = torch.zeros(
-            (*param.shape, self.hidden_size), dtype=self.output.weight.dtype, device=param.device
-        )
+        zeros = torch.zeros((*param.shape, self.hidden_size), dtype=self.output.weight.dtype, device=param.device)
         return LSTMState(zeros, zeros, zeros, zeros)
 
     def forward(self, grad, state, *, param=None, shape=None, progress=None):

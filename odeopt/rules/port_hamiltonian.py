@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from odeopt.ode import available_methods, integrate_unit
+from odeopt.ode import available_methods, integrate_unit, is_fixed_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance
-from odeopt.rules.base import UpdateRule, per_coordinate, per_tensor, require, state_dtype
+from odeopt.rules.base import (
+    UpdateRule,
+    is_integer,
+    is_number,
+    per_coordinate,
+    per_tensor,
+    require,
+    state_dtype,
+)
 from odeopt.rules.features import averaging_weight, coordinate_rms, relative_moments
 from odeopt.rules.parts import HeldFriction, HeldPort, bounded_inverse_mass, potential_network
 
@@ -126,12 +135,15 @@ class PortHamiltonianUpdate(UpdateRule):
         uses_progress: bool = False,
         initial_kappa: float = 0.06,
     ) -> None:
-        require(modes >= 1, "modes", modes, "at least 1")
+        require(is_integer(modes) and modes >= 1, "modes", modes, "an integer of at least 1")
         require(solver in available_methods(), "solver", solver, f"one of {', '.join(available_methods())}")
-        require(0 <= decay < 1, "decay", decay, "in [0, 1)")
-        require(all(w > 0 for w in hidden), "hidden", hidden, "positive widths")
-        require(len(time_scales) > 0 and all(s > 0 for s in time_scales), "time_scales", time_scales, "positive")
-        require(initial_kappa > 0, "initial_kappa", initial_kappa, "positive")
+        require(is_number(decay) and 0 <= decay < 1, "decay", decay, "in [0, 1)")
+        require(all(is_integer(w) and w > 0 for w in hidden), "hidden", hidden, "positive widths")
+        are_scales = len(time_scales) > 0 and all(is_number(s) and s > 0 for s in time_scales)
+        require(are_scales, "time_scales", time_scales, "positive numbers")
+        require(is_number(initial_kappa) and initial_kappa > 0, "initial_kappa", initial_kappa, "a positive number")
+        for name, value in (("coordinatewise", coordinatewise), ("uses_progress", uses_progress)):
+            require(isinstance(value, bool), name, value, "True or False")
         for name, value, plain in (
             ("mass", mass, "unit"),
             ("potential", potential, "none"),
@@ -154,7 +166,8 @@ class PortHamiltonianUpdate(UpdateRule):
             initial_kappa=initial_kappa,
         )
         self.modes, self.solver, self.decay = modes, solver, decay
-        self.coordinatewise, self.crosses_coordinates = coordinatewise, not coordinatewise
+        self.coordinatewise = coordinatewise
+        self.crosses_coordinates = not (coordinatewise and is_fixed_step(solver))
         self.uses_progress, self.initial_kappa = uses_progress, initial_kappa
         self.stores_q = "network" in (mass, potential, friction, port)
         self.system = PortHamiltonianSystem(
@@ -170,7 +183,7 @@ class PortHamiltonianUpdate(UpdateRule):
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress
         widths = (n_signals, *hidden)
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.Tanh()]
         head = nn.Linear(widths[-1], 6 * modes + 1)
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
@@ -215,9 +228,7 @@ class PortHamiltonianUpdate(UpdateRule):
             # the coordinate's present magnitude beside its own history: the tensor is out of sight
             log_rms = 0.5 * (u.square() + _EPS_SIGNAL).log()
             return Observation(u, log_rms, step[..., :0], rms, state.scale, state.slow_scale, step)
-        relative, scale, square = relative_moments(
-            grad, mean_abs, state.scale, state.second_moment, weight
-        )
+        relative, scale, square = relative_moments(grad, mean_abs, state.scale, state.second_moment, weight)
         u = -relative * (square + _EPS_EFFORT).rsqrt()
         slow_weight = averaging_weight(step, _SLOW_DECAY)
         slow_scale = (1 - slow_weight) * state.slow_scale + slow_weight * mean_abs
@@ -225,9 +236,7 @@ class PortHamiltonianUpdate(UpdateRule):
         magnitudes = torch.cat((_log_ratio(mean_abs, scale), 0.5 * _log_ratio(mean_abs, slow_scale)), dim=-1)
         return Observation(u, log_rms, magnitudes, square, scale, slow_scale, step)
 
-    def statistics(
-        self, observation: Observation, state: PortHamiltonianState, param: Tensor | None
-    ) -> Tensor:
+    def statistics(self, observation: Observation, state: PortHamiltonianState, param: Tensor | None) -> Tensor:
         """Sums over the coordinates of a tensor, which add up over segments and shards.
 
         Returns:
@@ -281,7 +290,12 @@ class PortHamiltonianUpdate(UpdateRule):
         per_mode = out[..., :-1].unflatten(-1, (6, self.modes)).unsqueeze(-1).unbind(-3)
         log_gain, gain_slope, logit, *slopes = per_mode
         return Coefficients(
-            log_gain + math.log(0.35), gain_slope, logit + self.initial_logit.to(logit.dtype), *slopes, kappa, log_rms
+            log_gain + math.log(0.35),
+            gain_slope,
+            logit + self.initial_logit.to(logit.dtype),
+            *slopes,
+            kappa,
+            log_rms,
         )
 
     def advance(

@@ -104,9 +104,7 @@ class Task(ABC):
         return indices.to(self.device) if isinstance(indices, Tensor) else indices
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
-        )
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
 
 
 class FixedBatchTask(Task):
@@ -125,11 +123,7 @@ class FixedBatchTask(Task):
         """Return the data of each problem, whatever the step; see :meth:`Task.sample_batch`."""
         if self._last is not None:
             last_indices, last_seed, batch = self._last
-            if (
-                seed == last_seed
-                and indices.device == last_indices.device
-                and torch.equal(indices, last_indices)
-            ):
+            if seed == last_seed and indices.device == last_indices.device and torch.equal(indices, last_indices):
                 return batch
         batch = self.draw(indices, seed)
         # A copy of the indices: the caller may write the next ones into the same tensor.

@@ -67,9 +67,7 @@ class MLPClassification(Task):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if any(width < 1 for width in widths):
-            raise ValueError(
-                f"Parameter `widths` should hold positive numbers. Found `widths = {tuple(widths)}`."
-            )
+            raise ValueError(f"Parameter `widths` should hold positive numbers. Found `widths = {tuple(widths)}`.")
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"Parameter `activation` should be one of {', '.join(ACTIVATIONS)}. "
@@ -78,9 +76,7 @@ class MLPClassification(Task):
         if batch_size < 1:
             raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
         if split not in SPLITS:
-            raise ValueError(
-                f"Parameter `split` should be one of {', '.join(SPLITS)}. Found `split = {split!r}`."
-            )
+            raise ValueError(f"Parameter `split` should be one of {', '.join(SPLITS)}. Found `split = {split!r}`.")
         if isinstance(dataset, str):
             dataset = load_dataset(dataset)
         super().__init__(
@@ -96,9 +92,7 @@ class MLPClassification(Task):
         self.batch_size = batch_size
         self.split = split
         self.sizes = (dataset.train_images.shape[1], *widths, dataset.n_classes)
-        halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(
-            2
-        )
+        halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
         self.members = halves[SPLITS.index(split)]
         self.images, self.labels = dataset.train_images, dataset.train_labels
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
@@ -120,9 +114,7 @@ class MLPClassification(Task):
         for name, shape in self.param_shapes.items():
             layer = int(name.split(".")[0]) // 2
             bound = 1 / math.sqrt(self.sizes[layer])
-            u = uniform(
-                indices, shape, seed=seed, stream=f"classification/{self.split}/{name}", dtype=self.dtype
-            )
+            u = uniform(indices, shape, seed=seed, stream=f"classification/{self.split}/{name}", dtype=self.dtype)
             params[name] = u.mul_(2 * bound).sub_(bound)
         return params
 
@@ -147,11 +139,7 @@ class MLPClassification(Task):
         """Mean cross-entropy in nats, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
         images, labels = batch
         logits = self._logits(params, images)
-        return (
-            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-            .view(labels.shape)
-            .mean(1)
-        )
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
     @torch.no_grad()
     def accuracy(self, params: Params, n_images: int | None = None) -> Tensor:
@@ -170,8 +158,7 @@ class MLPClassification(Task):
         n_images = len(self.test_images) if n_images is None else n_images
         if not 1 <= n_images <= len(self.test_images):
             raise ValueError(
-                f"Parameter `n_images` should lie between 1 and {len(self.test_images)}. "
-                f"Found `n_images = {n_images}`."
+                f"Parameter `n_images` should lie between 1 and {len(self.test_images)}. Found `n_images = {n_images}`."
             )
         n_tasks = len(params["0.weight"])
         n_right = torch.zeros(n_tasks, device=self.device, dtype=self.dtype)

@@ -298,9 +298,7 @@ def _read_idx(path: Path, md5: str | None) -> Tensor:
 
 
 def _corrupt(path: Path, reason: str) -> DatasetCorrupt:
-    return DatasetCorrupt(
-        f"The file {path} is corrupt: {reason}. Delete it, and it will be downloaded again."
-    )
+    return DatasetCorrupt(f"The file {path} is corrupt: {reason}. Delete it, and it will be downloaded again.")
 
 
 @cache

@@ -69,8 +69,7 @@ class ModuleTask(Task):
         trained = _trained(module)
         if not trained:
             raise ValueError(
-                f"Parameter `make_module` should build a module with parameters. "
-                f"Found `{type(module).__name__}`."
+                f"Parameter `make_module` should build a module with parameters. Found `{type(module).__name__}`."
             )
         super().__init__(
             device=device,
@@ -95,9 +94,7 @@ class ModuleTask(Task):
             return tuple(self.data(indices, step, seed))
         n, shape, stream = len(self.data[0]), (self.batch_size,), "module/minibatch"
         members = integers(indices, shape, n, seed=seed, stream=stream, step=step)
-        return tuple(
-            part.index_select(0, members.flatten()).unflatten(0, members.shape) for part in self.data
-        )
+        return tuple(part.index_select(0, members.flatten()).unflatten(0, members.shape) for part in self.data)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Loss of each problem, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
@@ -142,9 +139,7 @@ def _trained(module: nn.Module) -> Params:
 def _check_data(data: tuple[Tensor, ...]) -> None:
     """Raise unless the data are tensors with a common, non-empty first axis."""
     if not isinstance(data, tuple) or not data or not all(isinstance(part, Tensor) for part in data):
-        raise TypeError(
-            f"Parameter `data` should be a tuple of tensors or a function. Found `{type(data).__name__}`."
-        )
+        raise TypeError(f"Parameter `data` should be a tuple of tensors or a function. Found `{type(data).__name__}`.")
     sizes = [len(part) if part.ndim else None for part in data]
     if len(set(sizes)) > 1 or not sizes[0]:
         raise ValueError(

@@ -45,9 +45,7 @@ def random_bits(indices: Tensor, n_lanes: int, *, seed: int, stream: str, step: 
     """
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
         found = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else repr(indices)
-        raise ValueError(
-            f"Parameter `indices` should be a one-dimensional int64 tensor. Found `indices = {found}`."
-        )
+        raise ValueError(f"Parameter `indices` should be a one-dimensional int64 tensor. Found `indices = {found}`.")
     for name, value in (("seed", seed), ("step", step)):
         if not isinstance(value, Integral):
             raise TypeError(f"Parameter `{name}` should be an integer. Found `{name} = {value!r}`.")
@@ -128,9 +126,7 @@ def normal(
     return z[:, :n].reshape(len(indices), *shape).to(dtype)
 
 
-def integers(
-    indices: Tensor, shape: Sequence[int], high: int, *, seed: int, stream: str, step: int = 0
-) -> Tensor:
+def integers(indices: Tensor, shape: Sequence[int], high: int, *, seed: int, stream: str, step: int = 0) -> Tensor:
     """Draw integers from 0 to ``high - 1``, equally likely up to a relative ``high / 2^32``.
 
     Args:
@@ -163,9 +159,7 @@ def permutation(n: int, *, seed: int, stream: str) -> Tensor:
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise a ValueError unless ``dtype`` is float32 or float64."""
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"Parameter `dtype` should be torch.float32 or torch.float64. Found `dtype = {dtype}`."
-        )
+        raise ValueError(f"Parameter `dtype` should be torch.float32 or torch.float64. Found `dtype = {dtype}`.")
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,79 @@
+"""Optimize random least-squares problems with learned and with hand-designed optimizers, and compare them.
+
+Every rule takes a hundred steps on the same problems f(theta) = |W theta - y|^2 in ten dimensions, W and y
+standard normal, from theta = 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import odeopt
+from odeopt.baselines import baselines_for
+from odeopt.evaluation import EVALUATION_SEED, compare
+from odeopt.tasks import RandomQuadratic
+
+RULES = ("port-hamiltonian", "lstm", "hamiltonian")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the comparison."""
+    args = parse(argv)
+    began = time.perf_counter()
+    task = RandomQuadratic(device=args.device)
+    learned = {name: odeopt.load_pretrained(f"{name}-quadratic") for name in RULES}
+    hand_designed, origin = baselines_for(task, task, n_steps=args.steps, n_tasks=500, score="final")
+    comparison = compare(
+        learned | hand_designed,
+        task,
+        n_steps=args.steps,
+        n_runs=args.runs,
+        seed=EVALUATION_SEED + args.seed,
+        score="final",
+    )
+    title = f"Random quadratics, {task.dim} dimensions, {args.runs:,} problems"
+    path = comparison.plot(args.out / "quadratic.png", title=title)
+    print(f"\n{title}\n\n{comparison.table()}\nHand-designed rules: {origin}.\nFigure: {path}")
+    print(f"\nDone in {time.perf_counter() - began:.0f} s on {args.device}.")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options and check them before any work is done."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--steps", type=positive, default=100, help="optimizer steps per problem; for other numbers than the "
+        "default the hand-designed rules are tuned first")  # fmt: skip
+    add("--runs", type=positive, default=2000, help="number of problems")
+    add("--device", default="auto", help="where to compute; auto takes CUDA if there is one")
+    add("--seed", type=int, default=0, help="changes the problems")
+    add("--out", type=Path, default=Path("figs"), help="folder of the figure")
+    args = parser.parse_args(argv)
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} is not to be had: {str(error).splitlines()[0]}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        parser.error(f"--out should be a folder that can be written to; found {args.out} ({error})")
+    return args
+
+
+def positive(text: str) -> int:
+    """Read a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a positive integer; found {text}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""odeopt: optimizers learned as port-Hamiltonian systems and integrated by ODE solvers."""
+
+from odeopt._version import __version__
+from odeopt.artifacts import available_pretrained, load, load_pretrained, save
+from odeopt.evaluation import compare
+from odeopt.meta import MetaConfig, meta_train, unroll
+from odeopt.ode import integrate
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.rules import (
+    AdamUpdate,
+    HamiltonianUpdate,
+    LSTMUpdate,
+    PortHamiltonianUpdate,
+    RMSpropUpdate,
+    SGDUpdate,
+    UpdateRule,
+)
+
+__all__ = [
+    "AdamUpdate",
+    "HamiltonianUpdate",
+    "LSTMUpdate",
+    "LearnedOptimizer",
+    "MetaConfig",
+    "PhaseState",
+    "PortHamiltonianSystem",
+    "PortHamiltonianUpdate",
+    "RMSpropUpdate",
+    "SGDUpdate",
+    "UpdateRule",
+    "__version__",
+    "available_pretrained",
+    "compare",
+    "integrate",
+    "load",
+    "load_pretrained",
+    "meta_train",
+    "save",
+    "unroll",
+]

@@ -1,0 +1,137 @@
+"""Training configurations: TOML files that say which rule is fitted to which tasks, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from odeopt import rules, tasks
+from odeopt.meta.trainer import MetaConfig, MetaResult
+from odeopt.rules.base import UpdateRule
+from odeopt.tasks.base import Task
+
+_SECTIONS = ("rule", "task", "training")
+_TASKS = {"MLPClassification": tasks.MLPClassification, "RandomQuadratic": tasks.RandomQuadratic}
+_RULES = {
+    "port-hamiltonian": rules.PortHamiltonianUpdate,
+    "lstm": rules.LSTMUpdate,
+    "hamiltonian": rules.HamiltonianUpdate,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training configuration, read from a TOML file with the sections ``rule``, ``task`` and ``training``.
+
+    Attributes:
+        name: Name of the file without its suffix.
+        rule: ``class`` (``"port-hamiltonian"``, ``"lstm"`` or ``"hamiltonian"``) and the rule's arguments.
+        task: ``class`` (``"MLPClassification"`` or ``"RandomQuadratic"``) and the task's arguments.
+        training: Settings of :func:`odeopt.meta_train`.
+    """
+
+    name: str
+    rule: dict[str, Any]
+    task: dict[str, Any]
+    training: MetaConfig
+
+    def trained_for(self, result: MetaResult) -> dict[str, Any]:
+        """Describe for an artefact what ``result`` was trained on, and how it went."""
+        return {
+            "horizon": self.training.horizon,
+            "task": self.task,
+            "config": self.name,
+            "training": dataclasses.asdict(self.training),
+            "seconds": round(result.seconds, 1),
+            "best_meta_step": result.best_step,
+            "validation_loss": result.best_score,
+        }
+
+    def build_rule(self) -> UpdateRule:
+        """Build the untrained rule; the same weights every time, whatever the caller's random state."""
+        options = dict(self.rule)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            return _RULES[options.pop("class")](**options)
+
+    def build_task(
+        self,
+        split: str = "meta-train",
+        *,
+        data_dir: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Task:
+        """Build the task distribution.
+
+        Args:
+            split: ``"meta-train"`` or ``"evaluation"``, where the task has data to split.
+            data_dir: Where image datasets lie; see :func:`odeopt.tasks.load_dataset`.
+            device: Where the tasks live.
+        """
+        options = dict(self.task)
+        task_class = _TASKS[options.pop("class")]
+        if "dataset" in options:
+            options["dataset"] = tasks.load_dataset(options["dataset"], data_dir)
+            options["split"] = split
+        return task_class(**options, device=device)
+
+
+def load_config(name: str | os.PathLike) -> Config:
+    """Read a configuration.
+
+    Args:
+        name: Path of a TOML file, or the name of one that ships with the package.
+
+    Returns:
+        The configuration, every key of it checked.
+
+    Raises:
+        FileNotFoundError: If there is no such file and no configuration of that name.
+        ValueError: If the file is not TOML, or a section, a class or a key is missing or unknown.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = Path(str(resources.files("odeopt") / "configs" / f"{name}.toml"))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Parameter `name` should be a TOML file or one of {', '.join(available_configs())}. Found `{name}`."
+        )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+    if set(content) != set(_SECTIONS):
+        raise ValueError(f"{path} should have the sections {', '.join(_SECTIONS)}. Found {', '.join(content)}.")
+    _check_options(path, "rule", content["rule"], _RULES)
+    _check_options(path, "task", content["task"], _TASKS)
+    fields = {field.name for field in dataclasses.fields(MetaConfig)}
+    _check_keys(path, "training", content["training"], fields)
+    return Config(path.stem, content["rule"], content["task"], MetaConfig(**content["training"]))
+
+
+def available_configs() -> tuple[str, ...]:
+    """Names of the configurations that ship with the package."""
+    folder = resources.files("odeopt") / "configs"
+    return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")))
+
+
+def _check_options(path: Path, section: str, options: dict[str, Any], classes: dict[str, type]) -> None:
+    if options.get("class") not in classes:
+        raise ValueError(
+            f"{path}: `class` in [{section}] should be one of {', '.join(classes)}. Found `{options.get('class')}`."
+        )
+    allowed = set(inspect.signature(classes[options["class"]]).parameters) - {"device", "dtype", "split"}
+    _check_keys(path, section, {key: value for key, value in options.items() if key != "class"}, allowed)
+
+
+def _check_keys(path: Path, section: str, options: dict[str, Any], allowed: set[str]) -> None:
+    unknown = sorted(set(options) - allowed)
+    if unknown:
+        raise ValueError(f"{path}: [{section}] should hold only {', '.join(sorted(allowed))}. Found `{unknown[0]}`.")

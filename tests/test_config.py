@@ -1,0 +1,285 @@
+"""Training configurations, the shipped ones among them, and the command that runs them."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from rule_toys import draws, run
+
+import odeopt
+from odeopt.__main__ import main
+from odeopt.artifacts import read_metadata
+from odeopt.meta import MetaConfig
+from odeopt.meta.config import available_configs, load_config
+from odeopt.rules import HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate
+from odeopt.tasks import MLPClassification, RandomQuadratic
+
+QUADRATIC = """
+[rule]
+class = "port-hamiltonian"
+modes = 1
+hidden = [3]
+
+[task]
+class = "RandomQuadratic"
+dim = 3
+
+[training]
+n_meta_steps = 4
+n_tasks = 2
+horizon = 3
+validate_every = 2
+n_validation_tasks = 2
+"""
+
+
+def write(folder, text=QUADRATIC, name="tiny.toml", **replaced):
+    for old, new in replaced.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / name
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return path
+
+
+# -------------------- reading
+
+
+def test_configuration_holds_rule_task_and_training(tmp_path):
+    config = load_config(write(tmp_path))
+    assert config.name == "tiny"
+    assert config.training == MetaConfig(n_meta_steps=4, n_tasks=2, horizon=3, validate_every=2, n_validation_tasks=2)
+    rule = config.build_rule()
+    assert type(rule) is PortHamiltonianUpdate
+    assert rule.config | {"modes": 1, "hidden": [3]} == rule.config
+    task = config.build_task()
+    assert type(task) is RandomQuadratic
+    assert task.dim == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "rule_class"),
+    [("port-hamiltonian", PortHamiltonianUpdate), ("lstm", LSTMUpdate), ("hamiltonian", HamiltonianUpdate)],
+)
+def test_rule_is_built_by_its_name_the_same_way_every_time(tmp_path, name, rule_class):
+    text = f'[rule]\nclass = "{name}"\n[task]\nclass = "RandomQuadratic"\n[training]\nseed = 3\n'
+    config, weights = load_config(write(tmp_path, text)), []
+    for seed in (1, 2):
+        before = torch.manual_seed(seed).get_state()
+        rule = config.build_rule()
+        assert torch.equal(before, torch.get_rng_state())
+        assert type(rule) is rule_class
+        weights.append(torch.nn.utils.parameters_to_vector(rule.parameters()))
+    assert torch.equal(*weights)
+    other = load_config(write(tmp_path, text.replace("seed = 3", "seed = 4"))).build_rule()
+    assert not torch.equal(weights[0], torch.nn.utils.parameters_to_vector(other.parameters()))
+
+
+def test_image_task_is_built_on_the_split_asked_for(tmp_path):
+    text = QUADRATIC.replace("dim = 3", 'dataset = "digits"\nwidths = [5]\nactivation = "relu"')
+    config = load_config(write(tmp_path, text.replace("RandomQuadratic", "MLPClassification")))
+    train, held_out = config.build_task(), config.build_task("evaluation")
+    assert type(train) is MLPClassification
+    assert train.param_shapes["0.weight"] == (5, 64)
+    assert (train.describe()["split"], held_out.describe()["split"]) == ("meta-train", "evaluation")
+    assert config.build_task() is not train  # built anew: the configuration is not used up
+
+
+BROKEN = {
+    "not TOML": ('class = "port-hamiltonian"', "class = port", "tiny.toml is not valid TOML: .*line 3"),
+    "missing section": (
+        '[task]\nclass = "RandomQuadratic"\ndim = 3\n',
+        "",
+        r"should have the sections rule, task, training. Found rule, training",
+    ),
+    "unknown section": (
+        "[training]",
+        "[trainer]",
+        "sections rule, task, training. Found rule, task, trainer",
+    ),
+    "unknown rule": (
+        '"port-hamiltonian"',
+        '"adam"',
+        r"`class` in \[rule\] should be one of port-hamiltonian, lstm, hamiltonian. Found `adam`",
+    ),
+    "no rule": ('class = "port-hamiltonian"', "", r"`class` in \[rule\] should be one of .*. Found `None`"),
+    "unknown task": (
+        '"RandomQuadratic"',
+        '"Rosenbrock"',
+        r"`class` in \[task\] should be one of MLPClassification, RandomQuadratic. Found `Rosenbrock`",
+    ),
+    "unknown rule option": ("modes = 1", "mode = 1", r"\[rule\] should hold only .*modes.*. Found `mode`"),
+    "unknown task option": ("dim = 3", "size = 3", r"\[task\] should hold only dim. Found `size`"),
+    "split": (
+        '"RandomQuadratic"\ndim = 3',
+        '"MLPClassification"\ndataset = "digits"\nsplit = "evaluation"',
+        r"\[task\] should hold only .*widths. Found `split`",
+    ),
+    "unknown setting": (
+        "\nn_tasks = 2",
+        "\ntasks = 2",
+        r"\[training\] should hold only .*n_tasks.*. Found `tasks`",
+    ),
+    "setting out of range": (
+        "horizon = 3",
+        "horizon = 0",
+        "`horizon` should be a positive integer. Found `horizon = 0`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_configuration_is_refused_with_the_place_and_what_was_found(tmp_path, name):
+    old, new, match = BROKEN[name]
+    with pytest.raises(ValueError, match=match):
+        load_config(write(tmp_path, **{old: new}))
+
+
+@pytest.mark.parametrize(
+    "change", [("lr", '"fast"'), ("clip", "[1, 2]"), ("horizon", "[3]")], ids=lambda change: change[0]
+)
+def test_setting_of_the_wrong_type_is_refused_by_name(tmp_path, change):
+    name, value = change
+    text = QUADRATIC.replace("horizon = 3\n", "") + f"{name} = {value}\n"
+    with pytest.raises(ValueError, match=f"`{name}` should be"):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["no-such-configuration", "folder/missing.toml"])
+def test_missing_configuration_lists_the_shipped_ones(name):
+    with pytest.raises(FileNotFoundError, match=f"`name` should be a TOML file or one of .*. Found `{name}`"):
+        load_config(name)
+
+
+# -------------------- the shipped ones
+
+
+def test_every_trained_rule_ships_with_its_configuration():
+    trained = {name for name in odeopt.available_pretrained() if name.endswith(("-quadratic", "-mnist"))}
+    assert trained <= set(available_configs())
+
+
+@pytest.mark.parametrize("name", available_configs())
+def test_shipped_configuration_builds_a_rule_that_works(name):
+    config = load_config(name)
+    assert config.name == name
+    rule = config.build_rule()
+    updates, _ = run(rule, draws(3, 8, dtype=torch.float32), shape=(2, 4))
+    assert updates.isfinite().all()
+    assert config.task["class"] in ("MLPClassification", "RandomQuadratic")
+    if config.task["class"] == "RandomQuadratic":
+        assert config.build_task().param_shapes
+
+
+@pytest.mark.parametrize("name", sorted(set(available_configs()) & set(odeopt.available_pretrained())))
+def test_shipped_rule_is_the_one_of_its_configuration(name):
+    config, rule = load_config(name), odeopt.load_pretrained(name)
+    assert rule.config == config.build_rule().config
+    assert rule.trained_for["horizon"] == config.training.horizon
+    assert rule.trained_for["task"] == config.task
+    assert rule.trained_for["config"] == name
+
+
+# -------------------- the command
+
+
+def train(config, tmp_path, *options):
+    out, folder = tmp_path / "out" / "rule.safetensors", tmp_path / "run"
+    return main(["train", "--config", str(config), "--out", str(out), "--folder", str(folder), *options])
+
+
+def test_command_trains_saves_and_refuses_to_overwrite(tmp_path, capsys):
+    config, out = write(tmp_path), tmp_path / "out" / "rule.safetensors"
+    assert train(config, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: 4 of 4 meta-steps" in printed
+    assert f"saved {out}" in printed
+    rule, fields = odeopt.load(out), read_metadata(out)
+    assert rule.config == load_config(config).build_rule().config
+    assert (fields["horizon"], fields["task"]) == (3, {"class": "RandomQuadratic", "dim": 3})
+    assert fields["trained_for"]["config"] == "tiny"
+    assert fields["trained_for"]["training"]["n_meta_steps"] == 4
+    kept = out.read_bytes()
+    assert train(config, tmp_path) == 2
+    assert f"--out` should be a new file, or --overwrite be given. Found `{out}`" in capsys.readouterr().err
+    assert out.read_bytes() == kept
+    assert train(config, tmp_path, "--overwrite") == 0
+
+
+def test_stopped_command_saves_nothing_and_the_same_command_continues(tmp_path, capsys):
+    config, out = write(tmp_path), tmp_path / "out" / "rule.safetensors"
+    assert train(config, tmp_path, "--stop-after", "0") == 0
+    assert "2 of 4 meta-steps" in (printed := capsys.readouterr().out)
+    assert f"the same command continues from {tmp_path / 'run'}" in printed
+    assert not out.exists()
+    assert train(config, tmp_path) == 0
+    assert "4 of 4 meta-steps" in capsys.readouterr().out
+    whole = tmp_path / "whole"
+    assert train(config, whole) == 0
+    for a, b in zip(
+        odeopt.load(out).parameters(),
+        odeopt.load(whole / "out" / "rule.safetensors").parameters(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_results_go_to_runs_under_the_name_of_the_configuration(tmp_path, monkeypatch):
+    config = write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", str(config)]) == 0
+    assert (tmp_path / "runs" / "tiny.safetensors").exists()
+    assert (tmp_path / "runs" / "tiny" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("options", ["modes = 0", 'modes = "two"', 'solver = "rk5"'])
+def test_rule_that_cannot_be_built_is_one_clear_line(tmp_path, capsys, options):
+    assert train(write(tmp_path, **{"modes = 1": options}), tmp_path) == 2
+    error = capsys.readouterr().err
+    name = options.split()[0]
+    assert error.startswith("python -m odeopt train: ")
+    assert f"`{name}` should be" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["unknown rule option", "not TOML", "setting out of range"])
+def test_command_fails_with_one_clear_line(tmp_path, capsys, name):
+    old, new, _ = BROKEN[name]
+    assert train(write(tmp_path, **{old: new}), tmp_path) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("python -m odeopt train: ")
+    assert len(captured.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_module_runs_as_a_program_and_reports_errors_by_its_exit_status(tmp_path):
+    command = [sys.executable, "-m", "odeopt", "train", "--config", str(tmp_path / "missing.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "missing.toml" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["fly"], ["train", "--config", "x", "--fast"]])
+def test_command_line_is_checked(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "python -m odeopt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    options = [line for line in printed.splitlines() if line.strip().startswith("--")]
+    assert len(options) >= 2
+    # an option without help would be followed by the next one, or by nothing
+    lines = printed.splitlines()
+    for option in options:
+        rest = option.strip().split("  ", 1)[1:] or [lines[lines.index(option) + 1]]
+        assert rest[0].strip()
+        assert not rest[0].strip().startswith("--")

@@ -1,0 +1,82 @@
+"""Figures are written without a display and without touching matplotlib's global state."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from odeopt.evaluation import compare
+from odeopt.plots import _spread, line_styles, plot_comparison, plot_escape
+from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
+from odeopt.tasks import RandomQuadratic
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    rules = {"learned": PortHamiltonianUpdate(), "Adam": AdamUpdate(0.1), "diverging": SGDUpdate(1e30)}
+    return compare(rules, RandomQuadratic(3), n_steps=12, n_runs=4, progress_bar=False)
+
+
+def test_importing_the_library_does_not_import_matplotlib():
+    code = "import sys, odeopt, odeopt.plots, odeopt.baselines; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_a_comparison_is_drawn(comparison, tmp_path, suffix):
+    path = comparison.plot(tmp_path / "new" / f"figure.{suffix}", title="A title")
+    assert path.stat().st_size > 5000
+    assert suffix != "png" or path.read_bytes().startswith(PNG)
+
+
+def test_the_users_settings_and_figures_are_left_alone(comparison, tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"lines.linewidth": 7.0, "font.size": 20.0}):
+        before = dict(matplotlib.rcParams)
+        plot_comparison(comparison, tmp_path / "figure.png")
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_one_run_and_one_step_can_be_drawn(tmp_path):
+    single = compare({"Adam": AdamUpdate(0.1)}, RandomQuadratic(3), n_steps=1, n_runs=1, progress_bar=False)
+    assert single.plot(tmp_path / "figure.png").read_bytes().startswith(PNG)
+
+
+def test_escapes_are_drawn(tmp_path):
+    losses = {"a": {"learned": torch.tensor([[0.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])}}
+    path = plot_escape(losses, {"a": -0.5}, {"learned": True}, tmp_path / "figure.png", title="A title")
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_no_two_rules_look_alike_without_colour():
+    styles = line_styles({f"learned {i}": True for i in range(4)} | {f"other {i}": False for i in range(5)})
+    looks = [(style["linewidth"], str(style["linestyle"])) for style in styles.values()]
+    assert len(set(looks)) == len(looks)
+    assert min(styles[f"learned {i}"]["linewidth"] for i in range(4)) > max(
+        styles[f"other {i}"]["linewidth"] for i in range(5)
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_labels_keep_apart_in_order_and_inside(heights):
+    wanted, gap = {str(i): height for i, height in enumerate(heights)}, 0.08
+    placed = _spread(wanted, gap)
+    names = sorted(wanted, key=wanted.get)
+    ordered = [placed[name] for name in names]
+    # sums of a dozen heights round at 1e-15
+    assert all(upper - lower >= gap - 1e-12 for lower, upper in pairwise(ordered))
+    assert ordered[0] >= -1e-12
+    assert ordered[-1] <= 1 + 1e-12
+
+
+def test_labels_that_do_not_touch_stay_where_they_are():
+    wanted = {"a": 0.2, "b": 0.5, "c": 0.9}
+    assert _spread(wanted, 0.05) == pytest.approx(wanted, abs=1e-15)
