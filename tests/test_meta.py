@@ -157,7 +157,6 @@ def test_update_scale_is_the_learning_rate_of_a_linear_rule(factor):
     torch.testing.assert_close(scaled.losses, other.losses)
 
 
-
 def test_rule_sees_flat_tensors_their_shape_and_the_fraction_of_the_run_that_is_done():
     rule, task = Recorder(), network_task()
     unroll(rule, task, indices=INDICES, n_steps=2, start=1, total_steps=4)
