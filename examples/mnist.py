@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 import odeopt
+from odeopt import arguments
 from odeopt.baselines import baselines_for
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.meta import meta_train
@@ -111,36 +109,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "default the hand-designed rules are tuned first")  # fmt: skip
     add("--data-dir", type=Path, help="folder of the images, in torchvision's layout (None: the environment "
         "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
-    add("--steps", type=positive, default=100, help="optimizer steps per run; for others than the default "
+    add("--steps", type=arguments.positive, default=100, help="optimizer steps per run; for others than the default "
         "the hand-designed rules are tuned first")  # fmt: skip
-    add("--runs", type=positive, default=20, help="initialisations, each with its own batches")
-    add("--device", default="auto", help="where to compute; auto takes CUDA if there is one")
+    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
+    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
     add("--solver", metavar="METHOD", help="ODE solver of the port-hamiltonian rule (None: the one it was "
         f"trained with): {', '.join(available_methods())}")  # fmt: skip
     add("--seed", type=int, default=0, help="changes initialisations and batches")
-    add("--out", type=Path, default=Path("figs"), help="folder of the figures")
+    add("--out", type=arguments.folder, default="figs", help="folder of the figures")
     args = parser.parse_args(argv)
     if args.solver and args.solver not in available_methods():
         parser.error(f"--solver should be one of {', '.join(available_methods())}; found {args.solver}")
-    try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        args.device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} is not to be had: {str(error).splitlines()[0]}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        parser.error(f"--out should be a folder that can be written to; found {args.out} ({error})")
     return args
-
-
-def positive(text: str) -> int:
-    """Read a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a positive integer; found {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

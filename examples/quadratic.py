@@ -7,13 +7,10 @@ standard normal, from theta = 0.
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from pathlib import Path
-
-import torch
 
 import odeopt
+from odeopt import arguments
 from odeopt.baselines import baselines_for
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.tasks import RandomQuadratic
@@ -47,32 +44,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--steps", type=positive, default=100, help="optimizer steps per problem; for other numbers than the "
+    add("--steps", type=arguments.positive, default=100, help="optimizer steps per problem; for other numbers than the "
         "default the hand-designed rules are tuned first")  # fmt: skip
-    add("--runs", type=positive, default=2000, help="number of problems")
-    add("--device", default="auto", help="where to compute; auto takes CUDA if there is one")
+    add("--runs", type=arguments.positive, default=2000, help="number of problems")
+    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
     add("--seed", type=int, default=0, help="changes the problems")
-    add("--out", type=Path, default=Path("figs"), help="folder of the figure")
-    args = parser.parse_args(argv)
-    try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        args.device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} is not to be had: {str(error).splitlines()[0]}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        parser.error(f"--out should be a folder that can be written to; found {args.out} ({error})")
-    return args
-
-
-def positive(text: str) -> int:
-    """Read a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a positive integer; found {text}")
-    return int(text)
+    add("--out", type=arguments.folder, default="figs", help="folder of the figure")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

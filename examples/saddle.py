@@ -8,13 +8,12 @@ of the way from it to the minimum.
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from pathlib import Path
 
 import torch
 
 import odeopt
+from odeopt import arguments
 from odeopt.baselines import FAMILIES, PLAIN_SGD, build, tune_all
 from odeopt.evaluation import EVALUATION_SEED, Comparison, compare
 from odeopt.plots import plot_escape
@@ -112,34 +111,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--steps", type=positive, default=500, help="optimizer steps per run")
-    add("--runs", type=positive, default=200, help="starting points per landscape")
-    add("--dim", type=positive, default=100, help="dimensions of the second landscape, 2 or more")
-    add("--device", default="auto", help="where to compute; auto takes CUDA if there is one")
+    add("--steps", type=arguments.positive, default=500, help="optimizer steps per run")
+    add("--runs", type=arguments.positive, default=200, help="starting points per landscape")
+    add("--dim", type=arguments.positive, default=100, help="dimensions of the second landscape, 2 or more")
+    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
     add("--seed", type=int, default=0, help="changes the starting points")
-    add("--out", type=Path, default=Path("figs"), help="folder of the figure")
+    add("--out", type=arguments.folder, default="figs", help="folder of the figure")
     args = parser.parse_args(argv)
     if args.dim < 2:
         parser.error(f"--dim should be 2 or more; found {args.dim}")
-    try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        args.device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} is not to be had: {str(error).splitlines()[0]}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        parser.error(f"--out should be a folder that can be written to; found {args.out} ({error})")
     return args
-
-
-def positive(text: str) -> int:
-    """Read a positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a positive integer; found {text}")
-    return int(text)
 
 
 if __name__ == "__main__":

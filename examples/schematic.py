@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from itertools import pairwise, product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from odeopt import arguments
 from odeopt.plots import PALETTE, new_figure, style
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ PALE = {INK: WHITE, BLUE: "#D9E9F5", VERMILLION: "#FBE3D4", GREEN: "#DBF1E9"}
 def main(argv: list[str] | None = None) -> None:
     """Draw both panels into one figure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("figs"), help="folder of the figure (default: figs)")
+    parser.add_argument("--out", type=arguments.folder, default="figs", help="folder of the figure (default: figs)")
     path = parser.parse_args(argv).out / "schematic.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with style():
         figure, (axes,) = new_figure(WIDTH / 10, HEIGHT / 10)
         figure.set_layout_engine("none")

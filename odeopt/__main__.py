@@ -6,9 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from odeopt import artifacts
+from odeopt import arguments, artifacts
 from odeopt.baselines import make_baselines_table
 from odeopt.meta.config import available_configs, load_config
 from odeopt.meta.trainer import meta_train
@@ -28,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument(
         "--data-dir", type=Path, help="where image datasets lie (default: ODEOPT_DATA or a cache folder)"
     )
-    train.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
+    train.add_argument("--device", type=arguments.device, default="cpu", help="where to train (default: %(default)s)")
     train.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after "
                        "so long; the same command continues")  # fmt: skip
     train.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
@@ -52,7 +50,7 @@ def _train(args: argparse.Namespace) -> int:
         raise FileExistsError(f"Parameter `--out` should be a new file, or --overwrite be given. Found `{out}`.")
     out.parent.mkdir(parents=True, exist_ok=True)
     rule = config.build_rule().to(args.device)
-    task = config.build_task(data_dir=args.data_dir, device=torch.device(args.device))
+    task = config.build_task(data_dir=args.data_dir, device=args.device)
     folder = args.folder or Path("runs") / config.name
     result = meta_train(rule, task, config.training, folder=folder, stop_after=args.stop_after)
     n_done, n_wanted = len(result.meta_losses), config.training.n_meta_steps

@@ -34,6 +34,7 @@ ARROWS = {
     "artifacts": {"physics", "ode", "rules", "_version"},
     "evaluation": {"physics", "ode", "rules", "tasks", "meta"},
     "baselines": {"physics", "ode", "rules", "tasks", "meta", "evaluation", "_version"},
+    "arguments": set(),
     "tables": set(),
     "plots": {"evaluation"},
 }
