@@ -69,6 +69,8 @@ def save(
     require(is_known, "rule", rule, "of a class in `UpdateRule.registry`, by that name")
     wanted = "a dictionary with `horizon` and `task`"
     require(isinstance(trained_for, Mapping), "trained_for", trained_for, wanted)
+    require(path.parent.is_dir(), "path", str(path), "in a folder that exists")
+    require(not path.is_dir(), "path", str(path), "a file, not a folder")
     if path.exists() and not overwrite:
         raise FileExistsError(f"Parameter `path` should be a new file, or `overwrite` be True. Found `path = {path}`.")
     fields = {

@@ -224,7 +224,7 @@ def tune_all(
         One outcome per family, in their order.
     """
     outcomes = []
-    with tqdm(disable=not progress_bar, desc="tuning hand-designed rules", unit="trial") as bar:
+    with tqdm(disable=not progress_bar, desc="tuning hand-designed rules", unit=" trials") as bar:
         for family in families:
             bar.set_postfix_str(family.name)
             outcome = tune(

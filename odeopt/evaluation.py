@@ -156,7 +156,8 @@ class Comparison:
     @property
     def score_meaning(self) -> str:
         """The score in words."""
-        return SCORES[self.score]
+        n_last = "ten" if self.n_steps >= 10 else str(self.n_steps)
+        return SCORES[self.score].replace("last ten", f"last {n_last}")
 
     @property
     def _any(self) -> RuleResult:
@@ -251,7 +252,7 @@ def compare(
     if device is not None:
         task.to(device)
     results = {}
-    with tqdm(total=len(rules) * n_runs, disable=not progress_bar, desc="comparing", unit="run") as bar:
+    with tqdm(total=len(rules) * n_runs, disable=not progress_bar, desc="comparing", unit=" runs") as bar:
         for name, rule in rules.items():
             bar.set_postfix_str(name)
             # a copy, so that the caller's rule stays where it is

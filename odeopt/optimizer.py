@@ -105,6 +105,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # a scheduler, or the user, may have set it since it was checked
+            if not isinstance(group["lr"], Tensor):
+                require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
         pending = [
             (param, number, index)
             for number, group in enumerate(self.param_groups)
@@ -140,8 +143,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         try:
             _check_options(group)
             for index, param in enumerate(group["params"]):
-                if _is_unsupported(param):
-                    self._raise_unsupported(param, number, index, "be dense and real")
+                if _is_unsupported(param) or not param.is_floating_point():
+                    self._raise_unsupported(param, number, index, "be dense, real and of a floating-point type")
         except ValueError:
             self.param_groups.pop()
             raise
@@ -160,6 +163,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> None:
+            is_ours = all("n_steps" in group for group in final.get("param_groups", [{}]))
+            require(is_ours, "state_dict", sorted(final), "the state of a LearnedOptimizer")
             restored.update(self._read_state(final))
 
         reading = self.register_load_state_dict_pre_hook(read)
@@ -276,6 +281,7 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay"):
         require(bool(options[name] >= 0), name, options[name], "non-negative")
         require(bool(options[name] < float("inf")), name, options[name], "finite")
+        require(not isinstance(options[name], bool), name, options[name], "a number")
     is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
     require(total_steps is None or is_count, "total_steps", total_steps, "a positive integer or None")
     require(isinstance(options["maximize"], bool), "maximize", options["maximize"], "True or False")

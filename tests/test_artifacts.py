@@ -430,3 +430,9 @@ def test_shipped_rule_loads_and_moves_a_parameter_by_a_finite_update(name):
         update, state = rule(grad, state, param=param, shape=(3, 4))
         assert update.isfinite().all()
         assert update.abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "match"), [("no/rule.safetensors", "in a folder that exists"), (".", "a file, not")])
+def test_path_that_cannot_be_written_is_named(tmp_path, name, match):
+    with pytest.raises(ValueError, match=f"`path` should be {match}"):
+        save(RULES["lstm"](), tmp_path / name, trained_for=TRAINED_FOR, overwrite=True)

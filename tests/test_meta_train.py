@@ -136,7 +136,8 @@ def test_diverged_validation_scores_infinity_and_never_counts_as_best(end):
     rule = tiny_rule()
     before = flat_weights(rule)
     config = MetaConfig(**CONFIG, n_meta_steps=4)
-    result = meta_train(rule, TASK, config, validation_task=Diverging(end), progress_bar=False)
+    with pytest.warns(RuntimeWarning, match="No validation came out finite"):
+        result = meta_train(rule, TASK, config, validation_task=Diverging(end), progress_bar=False)
     assert result.validation == [(0, math.inf), (4, math.inf)]
     assert (result.best_step, result.best_score) == (0, math.inf)
     assert torch.equal(flat_weights(rule), before)
@@ -235,6 +236,48 @@ def test_interrupted_writing_leaves_the_last_checkpoint_whole(tmp_path, monkeypa
     result = train(tiny_rule(), tmp_path, n_meta_steps=8)
     assert result.meta_losses == expected.meta_losses
     assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("n_bytes", [0, 10, 2000])
+def test_damaged_checkpoint_is_refused_by_its_name(tmp_path, n_bytes):
+    train(tiny_rule(), tmp_path, n_meta_steps=4)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(
+        ValueError, match=r"`folder` should be empty or hold a whole checkpoint. Found `.*checkpoint.pt`"
+    ):
+        train(tiny_rule(), tmp_path, n_meta_steps=4)
+
+
+def test_each_resumed_piece_has_its_own_time(tmp_path, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: float(next(clock)))
+    pieces = [len(train(tiny_rule(), tmp_path, n_meta_steps=40, stop_after=6).meta_losses) for _ in range(3)]
+    assert pieces[0] < 40
+    assert pieces[1] - pieces[0] == pieces[2] - pieces[1] == pieces[0]
+
+
+def test_run_that_learned_nothing_says_so():
+    rule = tiny_rule()
+    with torch.no_grad():
+        next(rule.parameters()).fill_(math.nan)
+    with pytest.warns(RuntimeWarning, match="No validation came out finite"):
+        result = train(rule, n_meta_steps=2)
+    assert result.n_skipped_nonfinite == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("x", TASK, None), "`rule` should be of class UpdateRule. Found `'x'`"),
+        ((PortHamiltonianUpdate, TASK, None), "`rule` should be of class UpdateRule"),
+        ((SGDUpdate(), None, None), "`task` should be of class Task. Found `None`"),
+        ((SGDUpdate(), TASK, {"lr": 1.0}), "`config` should be of class MetaConfig. Found `{'lr': 1.0}`"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments, match):
+    with pytest.raises(TypeError, match=match):
+        meta_train(*arguments)
 
 
 def test_checkpoint_of_another_run_is_refused_by_what_changed(tmp_path):

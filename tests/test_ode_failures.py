@@ -261,3 +261,18 @@ def test_unknown_method_of_the_unit_step_is_named():
 def test_unknown_method_has_no_step_kind():
     with pytest.raises(ValueError, match="method"):
         is_fixed_step("no such method")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"options": "abc"}, r"`options` should be a dictionary or None. Found `options = 'abc'`"),
+        ({"options": {"step_size": "a"}}, r"`options\['step_size'\]` should be positive. Found `step_size = 'a'`"),
+        ({"t": None}, r"`t` should be a tensor or a sequence of numbers. Found `t = None`"),
+        ({"field": None}, r"`field` should be a function of time and state. Found `field = None`"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(change, match):
+    arguments = {"field": lambda t, x: -x, "x0": torch.ones(2), "t": [0.0, 1.0]} | change
+    with pytest.raises(ValueError, match=match):
+        integrate(**arguments)

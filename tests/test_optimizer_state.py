@@ -1,6 +1,7 @@
 """LearnedOptimizer refuses what it cannot use, and resumes, copies and moves without losing a bit."""
 
 import copy
+import math
 import pickle
 import warnings
 from io import BytesIO
@@ -67,6 +68,35 @@ def test_large_finite_gradient_whose_sum_overflows_is_not_skipped(opposed):
     optimizer.step()
     assert optimizer.n_skipped == 0
     assert param[0].item() == pytest.approx(1 - largest * 1e-38, rel=1e-5)  # 1e-38 is subnormal: few bits
+
+
+@pytest.mark.parametrize("lr", [math.nan, -1.0])
+def test_learning_rate_that_went_wrong_in_the_middle_of_a_run_moves_nothing(lr):
+    param = parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([param], SGDUpdate(0.1))
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match="`lr` should be non-negative and finite"):
+        optimizer.step()
+    assert param.item() == 1.0
+
+
+def test_integer_parameters_are_refused():
+    with pytest.raises(ValueError, match=r"should be dense, real and of a floating-point type.*torch\.int64"):
+        LearnedOptimizer([torch.ones(2, dtype=torch.int64)], SGDUpdate(0.1))
+
+
+def test_truth_value_is_no_learning_rate():
+    with pytest.raises(ValueError, match=r"`lr` should be a number\. Found `lr = True`"):
+        LearnedOptimizer([parameter([1.0], [1.0])], SGDUpdate(0.1), lr=True)
+
+
+def test_state_of_another_optimizer_is_refused():
+    param = parameter([1.0], [1.0])
+    other = torch.optim.Adam([param], lr=1e-3)
+    optimizer = LearnedOptimizer([param], SGDUpdate(0.1))
+    with pytest.raises(ValueError, match="`state_dict` should be the state of a LearnedOptimizer"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1.0
 
 
 def test_grad_scaler_unscales_and_skips_a_step_with_an_infinity():
@@ -180,9 +210,11 @@ def test_what_is_no_update_rule_is_refused(rule, found):
 )
 def test_complex_and_sparse_parameters_are_refused_by_name(tensor, found):
     odd = nn.Parameter(tensor)
-    with pytest.raises(ValueError, match=rf"Parameter `odd` should be dense and real.*{found}"):
+    with pytest.raises(
+        ValueError, match=rf"Parameter `odd` should be dense, real and of a floating-point type.*{found}"
+    ):
         LearnedOptimizer([("fine", parameter([1.0], [1.0])), ("odd", odd)], LeakySum())
-    with pytest.raises(ValueError, match=r"Parameter `param_groups\[0\]\['params'\]\[1\]` should be dense and real"):
+    with pytest.raises(ValueError, match=r"Parameter `param_groups\[0\]\['params'\]\[1\]` should be dense, real"):
         LearnedOptimizer([parameter([1.0], [1.0]), odd], LeakySum())
 
 

@@ -193,6 +193,14 @@ def test_extreme_gradients_move_a_parameter_as_ordinary_ones_do(variant, magnitu
     torch.testing.assert_close(extreme, ordinary, rtol=1e-4, atol=1e-6)  # roundings of float32
 
 
+@pytest.mark.parametrize("n", [3, 1000])
+def test_largest_finite_gradients_do_not_overflow(n):
+    rule = port_hamiltonian(dtype=f32)
+    grads = draws(4, n, dtype=f32).sign()
+    ordinary, largest = (run(rule, grads * m, param=grads[0])[0] for m in (1.0, 2.0**127))
+    assert torch.equal(largest, ordinary)  # a power of two
+
+
 def test_rule_leaves_the_origin():
     rule, grad = port_hamiltonian(), draws(4)
     update, _ = rule(grad, rule.init_state(grad), param=torch.zeros_like(grad))

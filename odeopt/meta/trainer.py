@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,19 +148,26 @@ def meta_train(
         validation_task: Where validation tasks come from; ``task``, with other seeds, by default.
         folder: Where ``checkpoint.pt`` and TensorBoard scalars go. A checkpoint found there is continued, and
             gives the result the uninterrupted run would have given. None keeps nothing.
-        stop_after: Seconds after which the run stops at the next validation, to be resumed later.
+        stop_after: Seconds after which this call stops at the next validation, to be resumed later.
         progress_bar: Whether to show one.
 
     Returns:
         The result, also when stopped early: ``len(result.meta_losses)`` says how far it got.
 
     Raises:
-        ValueError: If ``folder`` holds a checkpoint of a run with other settings.
+        ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings.
+        TypeError: If ``rule``, ``task`` or ``config`` is something else.
+
+    Warns:
+        RuntimeWarning: If no validation came out finite: nothing was learned then.
     """
-    config = config or MetaConfig()
+    config = MetaConfig() if config is None else config
+    for name, value, wanted in (("rule", rule, UpdateRule), ("task", task, Task), ("config", config, MetaConfig)):
+        if not isinstance(value, wanted):
+            raise TypeError(f"Parameter `{name}` should be of class {wanted.__name__}. Found `{value!r}`.")
     run = _Run(rule, task, config, validation_task or task, None if folder is None else Path(folder))
     run.resume()
-    began, n_done = time.perf_counter() - run.result.seconds, len(run.result.meta_losses)
+    began, seconds_before, n_done = time.perf_counter(), run.result.seconds, len(run.result.meta_losses)
     with tqdm(total=config.n_meta_steps, initial=n_done, disable=not progress_bar, desc="meta-training") as bar:
         if run.result.best_step == 0 and not run.result.validation:
             run.validate(0)
@@ -166,11 +175,19 @@ def meta_train(
             for loss in run.episode():
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", best=f"{run.result.best_score:.4f}")
-            run.result.seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            run.result.seconds = seconds_before + seconds
             has_saved = run.after_episode()
-            if has_saved and stop_after is not None and time.perf_counter() - began > stop_after:
+            if has_saved and stop_after is not None and seconds > stop_after:
                 break
     run.close()
+    if not math.isfinite(run.result.best_score):
+        warnings.warn(
+            "No validation came out finite, so no weights could be chosen: the rule is as it was. "
+            f"{run.result.n_skipped_nonfinite} meta-gradients were not finite.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     rule.load_state_dict(run.best_weights)
     return run.result
 
@@ -235,9 +252,11 @@ class _Run:
         norm = torch.nn.utils.get_total_norm(grads).item()
         if not norm < float("inf"):
             self.result.n_skipped_nonfinite += 1
+            self._skip()
         elif len(self.norms) >= 10 and norm > self.config.outlier_factor * statistics.median(self.norms):
             # thousands of times the usual length is chaos, not a direction: clipped it would still be a step
             self.result.n_skipped_outliers += 1
+            self._skip()
         else:
             self.norms = [*self.norms, norm][-_N_NORMS:]
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, torch.tensor(norm))
@@ -246,6 +265,11 @@ class _Run:
         self._log("meta/lr", self.meta_optimizer.param_groups[0]["lr"], step)
         if self.scheduler is not None and step + 1 < self.config.n_meta_steps:
             self.scheduler.step()
+
+    def _skip(self) -> None:
+        """Step without gradients, which moves nothing and keeps the scheduler's count of steps right."""
+        self.meta_optimizer.zero_grad()
+        self.meta_optimizer.step()
 
     def after_episode(self) -> bool:
         """Validate and write a checkpoint when their time has come; return whether it had."""
@@ -297,7 +321,13 @@ class _Run:
     def resume(self) -> None:
         if self.path is None or not self.path.exists():
             return
-        checkpoint = torch.load(self.path, weights_only=True, map_location="cpu")
+        try:
+            checkpoint = torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+            raise ValueError(
+                f"Parameter `folder` should be empty or hold a whole checkpoint. Found `{self.path}`, which cannot "
+                "be read; delete it to start anew."
+            ) from error
         identity = self._identity()
         if checkpoint["identity"] != identity:
             changed = [k for k, v in identity.items() if checkpoint["identity"].get(k) != v]

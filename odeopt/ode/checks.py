@@ -28,6 +28,8 @@ def check_choice(name: str, found: Any, known: Collection[str]) -> None:
 
 def check_options(name: str, options: dict[str, Any] | None, method: str, accepted: Collection[str]) -> None:
     """Check that the method reads every option; torchdiffeq would only warn."""
+    if not isinstance(options, dict | None):
+        raise ValueError(f"Parameter `{name}` should be a dictionary or None. Found `{name} = {options!r}`.")
     for key, value in (options or {}).items():
         if key not in accepted:
             raise ValueError(
@@ -35,8 +37,8 @@ def check_options(name: str, options: dict[str, Any] | None, method: str, accept
                 f"Found `{name}[{key!r}] = {value!r}`." + _suggestion(key, accepted)
             )
     step_size = (options or {}).get("step_size")
-    if step_size is not None and not step_size > 0:
-        raise ValueError(f"Parameter `{name}['step_size']` should be positive. Found `step_size = {step_size}`.")
+    if step_size is not None and not (isinstance(step_size, int | float | Tensor) and step_size > 0):
+        raise ValueError(f"Parameter `{name}['step_size']` should be positive. Found `step_size = {step_size!r}`.")
 
 
 def check_state(x0: State) -> None:
@@ -61,7 +63,12 @@ def check_state(x0: State) -> None:
 def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """Check output times and return them as a tensor on the device of the state."""
     if not isinstance(t, Tensor):
-        t = torch.tensor(t, dtype=like.real.dtype)
+        try:
+            t = torch.tensor(t, dtype=like.real.dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Parameter `t` should be a tensor or a sequence of numbers. Found `t = {t!r}`."
+            ) from error
     if not t.is_floating_point():
         raise ValueError(f"Parameter `t` should be floating point. Found `t.dtype = {t.dtype}`.")
     if t.ndim != 1 or len(t) < 2:

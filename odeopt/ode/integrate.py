@@ -148,6 +148,8 @@ def integrate(
         >>> solution.states.shape, solution.n_steps, solution.n_field_evals
         (torch.Size([11, 2]), 10, 40)
     """
+    if not callable(field):
+        raise ValueError(f"Parameter `field` should be a function of time and state. Found `field = {field!r}`.")
     check_choice("method", method, SOLVERS)
     check_options("options", options, method, _accepted_options(method))
     check_state(x0)

@@ -214,7 +214,10 @@ class PortHamiltonianUpdate(UpdateRule):
     def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Coefficients]:
         n = grad.shape[-1]
         shape = (n,) if shape is None else tuple(shape)
-        observation = self.observe(grad, state, grad.abs().sum(-1, keepdim=True) / n)
+        # halved as often as the sum could double: the largest numbers do not overflow, and no bit changes
+        shrink = 0.5 ** n.bit_length()
+        mean_abs = (shrink * grad.abs()).sum(-1, keepdim=True) / (shrink * n)
+        observation = self.observe(grad, state, mean_abs)
         means = None if self.coordinatewise else self.statistics(observation, state, param) / n
         return observation, self.coefficients(observation, means, shape, param is not None, progress)
 
