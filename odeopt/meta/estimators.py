@@ -9,7 +9,7 @@ from torch import Tensor
 
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.unroll import detached, unroll
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, require
 from odeopt.tasks.base import Task
 
 
@@ -64,8 +64,7 @@ class Backpropagation(Estimator):
     """
 
     def __init__(self, *, truncation: int | None = None, detach: bool = False) -> None:
-        if truncation is not None and truncation < 1:
-            raise ValueError(f"Parameter `truncation` should be positive. Found `truncation = {truncation}`.")
+        require(truncation is None or truncation >= 1, "truncation", truncation, "positive")
         self.truncation, self.detach = truncation, detach
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from odeopt.rules.base import require
+
 _WEIGHTS = ("uniform", "linear", "last")
 
 
@@ -34,12 +36,8 @@ class MetaObjective:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if self.weights not in _WEIGHTS:
-            raise ValueError(
-                f"Parameter `weights` should be one of {', '.join(_WEIGHTS)}. Found `weights = {self.weights!r}`."
-            )
-        if not self.eps > 0:
-            raise ValueError(f"Parameter `eps` should be positive. Found `eps = {self.eps}`.")
+        require(self.weights in _WEIGHTS, "weights", self.weights, f"one of {', '.join(_WEIGHTS)}")
+        require(self.eps > 0, "eps", self.eps, "positive")
 
     def __call__(self, losses: Tensor, *, start: int, horizon: int) -> Tensor:
         """Evaluate the part of the meta-loss that the steps ``start + 1 .. start + len(losses)`` contribute.

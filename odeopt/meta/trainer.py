@@ -169,7 +169,7 @@ def meta_train(
     run.resume()
     began, seconds_before, n_done = time.perf_counter(), run.result.seconds, len(run.result.meta_losses)
     with tqdm(total=config.n_meta_steps, initial=n_done, disable=not progress_bar, desc="meta-training") as bar:
-        if run.result.best_step == 0 and not run.result.validation:
+        if not run.result.validation:
             run.validate(0)
         while len(run.result.meta_losses) < config.n_meta_steps:
             for loss in run.episode():

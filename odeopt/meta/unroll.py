@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, require
 from odeopt.tasks.base import Task
 
 
@@ -69,13 +69,9 @@ def unroll(
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Fig. 2.
     """
-    if n_steps < 1:
-        raise ValueError(f"Parameter `n_steps` should be at least 1. Found `n_steps = {n_steps}`.")
-    if total_steps is not None and total_steps < start + n_steps:
-        raise ValueError(
-            f"Parameter `total_steps` should be at least `start + n_steps = {start + n_steps}`. "
-            f"Found `total_steps = {total_steps}`."
-        )
+    require(n_steps >= 1, "n_steps", n_steps, "at least 1")
+    is_long_enough = total_steps is None or total_steps >= start + n_steps
+    require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
     is_exact = torch.is_grad_enabled() and not detach
     params = task.init_params(indices, seed) if params is None else dict(params)
     shapes = {name: param.shape for name, param in params.items()}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.rules.base import UpdateRule, is_number, require, state_dtype
+from odeopt.rules.base import UpdateRule, is_number, per_coordinate, require
 from odeopt.rules.features import log_sign
 
 
@@ -59,7 +59,7 @@ class HamiltonianUpdate(UpdateRule):
         self.velocity_map = nn.Linear(2 * n_channels, 1)
 
     def init_state(self, param: Tensor) -> HamiltonianState:
-        return HamiltonianState(torch.zeros_like(param, dtype=state_dtype(param.dtype)))
+        return HamiltonianState(per_coordinate(param))
 
     def forward(self, grad, state, *, param=None, shape=None, progress=None):
         channels = (log_sign(x) if self.preprocess else x.unsqueeze(-1) for x in (grad, state.velocity))

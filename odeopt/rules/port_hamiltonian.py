@@ -332,17 +332,20 @@ class PortHamiltonianUpdate(UpdateRule):
         # under 2 the friction stays inside rk4's stability region on a step of length one
         friction = 2 * torch.sigmoid(logit)
         gain = (c.log_gain + c.gain_slope * log_ratio).exp()
-        # networks of q compute in the dtype of their weights
-        dtype = self.coefficient_network[-1].weight.dtype if self.stores_q else friction.dtype
+        dtype = self._system_dtype(state)
         z = Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
         return observation.u.unsqueeze(-1).to(dtype), z
+
+    def _system_dtype(self, state: PortHamiltonianState) -> torch.dtype:
+        """Dtype that the system computes in: networks of q need that of their weights."""
+        return self.coefficient_network[-1].weight.dtype if self.stores_q else state.p.dtype
 
     def _phase(self, p: Tensor, q: Tensor) -> PhaseState:
         return PhaseState(q.mT if self.stores_q else None, p.mT)
 
     def energy(self, state: PortHamiltonianState) -> Tensor:
         """Energy H stored in each coordinate's system, shape ``(*batch, n)``; dimensionless."""
-        dtype = self.coefficient_network[-1].weight.dtype if self.stores_q else state.p.dtype
+        dtype = self._system_dtype(state)
         return self.system.energy(self._phase(state.p.to(dtype), state.q.to(dtype)))
 
     def power_balance(
