@@ -21,6 +21,7 @@ from odeopt.ode.integrate import _UNIT_TIMES
 METHODS = available_methods()
 FIXED = [method for method in METHODS if is_fixed_step(method)]
 ADAPTIVE = [method for method in ORDER if not is_fixed_step(method)]
+BACKENDS = ["odeopt", "torchdiffeq"]
 F64 = torch.float64
 
 # A damped, rotating system: neither symmetric nor commuting with its transpose.
@@ -77,7 +78,7 @@ def test_unit_step_is_odeint_bit_for_bit_on_linear_systems(seed, n, dtype, metho
 
     t = torch.tensor([0.0, 1.0], dtype=dtype)
     expected = odeint(field, x0, t, method=method, options={"step_size": 1.0})[-1]
-    assert torch.equal(integrate_unit(field, x0, method=method), expected)
+    assert torch.equal(integrate_unit(field, x0, method=method, backend="torchdiffeq"), expected)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
@@ -86,10 +87,11 @@ def test_unit_step_takes_adaptive_methods_at_default_tolerances(method):
     assert torch.equal(integrate_unit(waving, X0, method=method), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (0,), (4,), (2, 3, 5)])
-def test_unit_step_keeps_shape_and_memory_layout(shape):
+def test_unit_step_keeps_shape_and_memory_layout(shape, backend):
     x0 = torch.ones(shape[::-1], dtype=F64).permute(tuple(reversed(range(len(shape)))))
-    x1 = integrate_unit(waving, x0)
+    x1 = integrate_unit(waving, x0, backend=backend)
     assert x1.shape == x0.shape
     assert x1.stride() == x0.stride()
 
@@ -100,68 +102,80 @@ def test_unit_step_has_first_and_second_derivatives(method):
     B = A.clone().requires_grad_()
 
     def step(x0, B):
-        return integrate_unit(lambda t, x: torch.tanh(x @ B) + torch.cos(3 * t + 1) * x, x0, method=method)
+        def field(t, x):
+            return torch.tanh(x @ B) + torch.cos(3 * t + 1) * x
+
+        return integrate_unit(field, x0, method=method, backend="torchdiffeq")
 
     assert torch.autograd.gradcheck(step, (x0, B))
     assert torch.autograd.gradgradcheck(step, (x0, B))
 
 
-def _step_in_inference_mode() -> None:
+def _step_in_inference_mode(step) -> None:
     with torch.inference_mode():
-        integrate_unit(waving, X0)
+        step(X0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "first_use",
     [
         _step_in_inference_mode,
-        lambda: torch.func.vmap(lambda x: integrate_unit(waving, x))(X0),
-        lambda: torch.func.jacrev(lambda x: integrate_unit(waving, x))(X0),
-        lambda: torch.compile(lambda x: integrate_unit(waving, x), backend="eager", fullgraph=True)(X0),
+        lambda step: torch.func.vmap(step)(X0),
+        lambda step: torch.func.jacrev(step)(X0),
+        lambda step: torch.compile(step, backend="eager", fullgraph=True)(X0),
     ],
     ids=["inference_mode", "vmap", "jacrev", "compile"],
 )
-def test_unit_step_is_differentiable_whatever_made_its_cached_times(first_use):
+def test_unit_step_is_differentiable_whatever_made_its_cached_times(first_use, backend):
+    def step(x0):
+        return integrate_unit(waving, x0, backend=backend)
+
     def gradient():
         x0 = X0.clone().requires_grad_()
-        return torch.autograd.grad(integrate_unit(waving, x0).sum(), x0)[0]
+        return torch.autograd.grad(step(x0).sum(), x0)[0]
 
     expected = gradient()
     _UNIT_TIMES.clear()
-    first_use()
+    first_use(step)
     assert torch.equal(gradient(), expected)
 
 
-def test_unit_step_is_the_same_under_no_grad_vmap_and_compile():
-    expected = integrate_unit(waving, X0)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unit_step_is_the_same_under_no_grad_vmap_and_compile(backend):
+    def step(x0):
+        return integrate_unit(waving, x0, backend=backend)
+
+    expected = step(X0)
     with torch.no_grad():
-        assert torch.equal(integrate_unit(waving, X0), expected)
-    assert torch.equal(torch.func.vmap(lambda x: integrate_unit(waving, x))(X0), expected)
-    compiled = torch.compile(lambda x: integrate_unit(waving, x), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(X0), expected)
+        assert torch.equal(step(X0), expected)
+    assert torch.equal(torch.func.vmap(step)(X0), expected)
+    assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(X0), expected)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "torchdiffeq"])
 @pytest.mark.parametrize("method", FIXED)
-def test_unit_step_on_cuda_equals_cpu(method):
+def test_unit_step_on_cuda_equals_cpu(method, backend):
     x0 = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=F64)
     # Only the last bits of sin and cos differ between the devices.
     torch.testing.assert_close(
-        integrate_unit(waving, x0.cuda(), method=method).cpu(),
-        integrate_unit(waving, x0, method=method),
+        integrate_unit(waving, x0.cuda(), method=method, backend=backend).cpu(),
+        integrate_unit(waving, x0, method=method, backend=backend),
         rtol=1e-13,
         atol=1e-13,
     )
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "torchdiffeq"])
 @pytest.mark.parametrize("method", [method for method in ORDER if is_fixed_step(method)])
-def test_unit_step_on_cuda_does_not_wait_for_the_device(method):
+def test_unit_step_on_cuda_does_not_wait_for_the_device(method, backend):
     x0 = torch.ones(8, device="cuda", requires_grad=True)
-    integrate_unit(waving, x0, method=method)
+    integrate_unit(waving, x0, method=method, backend=backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        integrate_unit(waving, x0, method=method)
+        integrate_unit(waving, x0, method=method, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
