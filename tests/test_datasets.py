@@ -14,6 +14,7 @@ import torch
 from odeopt.tasks import (
     DatasetCorrupt,
     DatasetUnavailable,
+    MLPClassification,
     datasets,
     default_data_dir,
     load_dataset,
@@ -104,10 +105,37 @@ def test_real_mnist_is_torchvisions():
     assert torch.bincount(data.train_labels).tolist() == counts
 
 
-def test_reads_once_per_process(tmp_path, raw):
-    first = load_dataset("fashion-mnist", tmp_path)
+def test_reads_once_per_process(tmp_path, raw, monkeypatch):
+    first, digits = load_dataset("fashion-mnist", tmp_path), load_dataset("digits")
+    monkeypatch.setattr(Path, "read_bytes", None)  # nothing can be read from here on
+    monkeypatch.setattr("sklearn.datasets.load_digits", None)
     assert load_dataset("fashion-mnist", str(tmp_path)) is first
-    assert load_dataset("digits") is load_dataset("digits")
+    assert load_dataset("digits") is digits
+
+
+def test_other_folder_is_another_dataset(tmp_path, raw):
+    write(tmp_path / "other" / "FashionMNIST" / "raw", files(n_train=30))
+    sizes = [len(load_dataset("fashion-mnist", folder).train_labels) for folder in (tmp_path, tmp_path / "other")]
+    assert sizes == [20, 30]
+
+
+def test_files_that_changed_are_read_again(tmp_path, raw):
+    first = load_dataset("fashion-mnist", tmp_path)
+    write(raw, files(n_train=30))
+    assert len(load_dataset("fashion-mnist", tmp_path).train_labels) == 30
+    (raw / IMAGES).write_bytes(wrong_magic((raw / IMAGES).read_bytes()))  # of the same size
+    later = (raw / LABELS).stat().st_mtime_ns + 10**9  # some file systems count seconds only
+    os.utime(raw / IMAGES, ns=(later, later))
+    with pytest.raises(DatasetCorrupt, match=f"{IMAGES} is corrupt"):
+        load_dataset("fashion-mnist", tmp_path)
+    assert len(first.train_labels) == 20  # what was handed out stays
+
+
+def test_tasks_share_the_images_as_bytes(tmp_path, raw):
+    data = load_dataset("fashion-mnist", tmp_path)
+    tasks = [MLPClassification(data, widths=(2,), split=split) for split in ("meta-train", "evaluation")]
+    assert {task.images.data_ptr() for task in tasks} == {data.train_images.data_ptr()}
+    assert tasks[0].images.dtype == torch.uint8
 
 
 def test_digits_are_scikit_learns_in_a_fixed_split():

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -96,7 +96,10 @@ DATASETS = (*_SOURCES, "digits")
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None, *, download: bool = True) -> ImageDataset:
-    """Read a dataset, downloading it first where it is missing; a second call returns the same object.
+    """Read a dataset, downloading it first where it is missing.
+
+    Files are read once per process: a second call returns the same object, which is not to be written into,
+    unless the files have changed on disk.
 
     Args:
         name: ``"mnist"``, ``"fashion-mnist"``, ``"kmnist"`` (28 x 28 pixels, 60,000 + 10,000 images), or
@@ -123,7 +126,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
         if not download:
             raise DatasetUnavailable(_unavailable(name, folder, "downloading is off"))
         _download(name, folder)
-    return _read(name, raw)
+    return _read(name, raw, tuple(_stamp(raw / file) for file in _FILES))
 
 
 def load_dataset_or_digits(
@@ -241,9 +244,15 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-@cache
-def _read(name: str, raw: Path) -> ImageDataset:
-    """Read once per process; a failure is not remembered."""
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _read(name: str, raw: Path, stamps: tuple[tuple[int, int], ...]) -> ImageDataset:
+    """Read once per process and version of the files; a failure is not remembered."""
     return _read_files(name, raw)
 
 
