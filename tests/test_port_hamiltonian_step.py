@@ -229,17 +229,27 @@ def test_tensor_variant_looks_at_the_whole_tensor_its_shape_and_its_values():
     assert not torch.allclose(together, run(rule, grads, param=5 * grads[0])[0], rtol=1e-4)
 
 
-def test_pieces_of_a_tensor_give_the_step_of_the_whole():
-    rule, grad, param = port_hamiltonian(), draws(6), draws(6, seed=1)
+def rows(state, index=None):
+    """State with a leading axis of one, or without it."""
+    return type(state)(*(x[None] if index is None else x[index] for x in state))
+
+
+@pytest.mark.parametrize("variant", ["default", "everything", "coordinatewise"])
+def test_pieces_of_a_tensor_give_the_step_of_the_whole(variant):
+    rule, grad, param = port_hamiltonian(variant), draws(6), draws(6, seed=1)
     state = random_state(rule, 6)
     update, after = rule(grad, state, param=param, shape=(2, 3))
     pieces = [slice(0, 2), slice(2, 6)]
     states = [state._replace(p=state.p[:, i], q=state.q[:, i], second_moment=state.second_moment[i]) for i in pieces]
-    mean_abs = sum(grad[i].abs().sum(-1, keepdim=True) for i in pieces) / 6
-    observed = [rule.observe(grad[i], s, mean_abs) for i, s in zip(pieces, states, strict=True)]
-    sums = [rule.statistics(o, s, param[i]) for i, o, s in zip(pieces, observed, states, strict=True)]
-    coefficients = rule.coefficients(observed[0], sum(sums) / 6, (2, 3), True, None)
-    steps = [rule.advance(o, s, coefficients) for o, s in zip(observed, states, strict=True)]
+    features, shared = torch.tensor([rule.features((2, 3))], dtype=f64), None
+    for stage in range(rule.n_stages):
+        sums = sum(
+            rule.statistics(stage, grad[i][None], rows(s), features, shared, param[i][None])
+            for i, s in zip(pieces, states, strict=True)
+        )
+        shared = rule.coefficients(stage, sums, rows(states[0]), features, shared, None)
+    steps = [rule.advance(grad[i][None], rows(s), shared) for i, s in zip(pieces, states, strict=True)]
+    steps = [(step[0][0], rows(step[1], 0)) for step in steps]
     # sums in another order: rounding
     torch.testing.assert_close(torch.cat([step[0] for step in steps]), update)
     torch.testing.assert_close(torch.cat([step[1].p for step in steps], dim=-1), after.p)

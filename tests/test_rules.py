@@ -19,7 +19,7 @@ from odeopt.rules import (
     UpdateRule,
 )
 from odeopt.rules.base import state_dtype
-from odeopt.rules.features import averaging_weight, coordinate_rms, log_sign, relative_moments
+from odeopt.rules.features import averaging_weight, coordinate_rms, log_sign, running_scale
 
 f32, f64 = torch.float32, torch.float64
 over_dtypes = pytest.mark.parametrize("dtype", [f32, f64], ids=str)
@@ -150,6 +150,13 @@ def test_averaging_weight_gives_the_bias_corrected_average(decay):
         average = (1 - weight) * average + weight * values[step - 1]
     powers = decay ** torch.arange(39, -1, -1, dtype=f64)
     torch.testing.assert_close(average[0], (powers * values).sum() / powers.sum())
+
+
+def relative_moments(grad, mean_abs, scale, square, weight):
+    """One step of the moments as rules take it: gradient and running square in units of the running scale."""
+    scale, divisor, carried = running_scale(mean_abs, scale, weight)
+    relative = grad / divisor
+    return relative, scale, carried * square + weight * relative.square()
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.95])

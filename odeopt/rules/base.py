@@ -24,12 +24,16 @@ class UpdateRule(nn.Module, ABC):
     :meth:`forward`. Keep every constructor argument in :attr:`config` so that artefacts can rebuild the rule.
 
     Attributes:
-        crosses_coordinates: Whether the update of a coordinate depends on other coordinates of its tensor.
+        crosses_coordinates: Whether the update of a coordinate depends on anything but its own gradient, parameter
+            and state, the step count and the progress. A rule that says False is handed the coordinates of many
+            tensors at once by :class:`odeopt.LearnedOptimizer`, and no ``shape``.
+        chunk_size: Coordinates that an eager step on a CPU takes at a time, so that its temporaries stay in cache.
         config: Constructor arguments that rebuild the rule; values that JSON can hold.
     """
 
     registry: ClassVar[dict[str, type[UpdateRule]]] = {}
-    crosses_coordinates: bool = False
+    crosses_coordinates: bool = True
+    chunk_size: int = 2**15
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -73,12 +77,70 @@ class UpdateRule(nn.Module, ABC):
             The update, shape ``(*batch, n)``, to be ADDED to the parameter; and the next state.
         """
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether the rule looks across coordinates only through the sums of :class:`StagedRule`."""
+        return False
+
     def n_parameters(self) -> int:
         """Number of learned parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+
+class StagedRule(UpdateRule):
+    r"""A rule that looks across the coordinates of a tensor only through a few sums over them.
+
+    .. math:: c_0 = C_0\Big(\sum_i s_0(g_i, x_i)\Big), \quad c_1 = C_1\Big(\sum_i s_1(g_i, x_i, c_0)\Big), \ \ldots,
+              \qquad (\Delta_i, x_i') = A(g_i, x_i, c)
+
+    Sums add up over pieces, so the same methods serve one tensor, the tensors of a model laid side by side, and a
+    tensor of which each process holds a shard. Coordinates that pad a piece have gradient, parameter and state zero;
+    they must contribute zero to every sum and keep a zero state.
+
+    In the methods below ``features`` and the fields of ``shared`` have one row per tensor, ``(*batch, k)``. Of
+    ``state``, :meth:`coefficients` may read the fields that a tensor holds once, :meth:`statistics` and
+    :meth:`advance` the others; a field of several numbers per coordinate, ``(*batch, m, n)``, may come to these two as
+    a tuple of ``m`` tensors ``(*batch, n)``, and may be returned so: a compiled loop wants them apart.
+    """
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the stages make up the whole step; a subclass may have options under which they do not."""
+        return True
+
+    @property
+    @abstractmethod
+    def n_stages(self) -> int:
+        """Number of sums that a step waits for, one after the other; at least 1."""
+
+    @abstractmethod
+    def features(self, shape: torch.Size | tuple[int, ...]) -> tuple[float, ...]:
+        """Numbers that follow from the shape of a tensor, its size among them."""
+
+    @abstractmethod
+    def statistics(
+        self, stage: int, grad: Tensor, state: NamedTuple, features: Tensor, shared: NamedTuple | None, param: Tensor
+    ) -> Tensor:
+        """Sums over the last axis of ``grad``, shape ``(*batch, n_statistics)``; none of them is allowed too."""
+
+    @abstractmethod
+    def coefficients(
+        self,
+        stage: int,
+        sums: Tensor,
+        state: NamedTuple,
+        features: Tensor,
+        shared: NamedTuple | None,
+        progress: Tensor | None,
+    ) -> NamedTuple:
+        """What is computed once per tensor from the sums of a stage, and shared by its coordinates."""
+
+    @abstractmethod
+    def advance(self, grad: Tensor, state: NamedTuple, shared: NamedTuple) -> tuple[Tensor, NamedTuple]:
+        """Step of each coordinate: the update, and the next state."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

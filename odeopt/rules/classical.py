@@ -35,6 +35,8 @@ class SGDUpdate(UpdateRule):
         Sutskever, Martens, Dahl, Hinton (2013), On the importance of initialization and momentum, Eq. (1)-(4).
     """
 
+    crosses_coordinates = False
+
     def __init__(self, lr: float = 1e-2, *, momentum: float = 0.0, nesterov: bool = False) -> None:
         require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
         require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
@@ -75,6 +77,8 @@ class RMSpropUpdate(UpdateRule):
         Tieleman, Hinton (2012), Lecture 6.5, Neural Networks for Machine Learning.
     """
 
+    crosses_coordinates = False
+
     def __init__(self, lr: float = 1e-2, *, alpha: float = 0.99, eps: float = 1e-8) -> None:
         require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
         require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
@@ -114,6 +118,8 @@ class AdamUpdate(UpdateRule):
     References:
         Kingma, Ba (2015), Adam: a method for stochastic optimization, Algorithm 1.
     """
+
+    crosses_coordinates = False
 
     def __init__(self, lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def log_sign(x: Tensor, factor: float = 10.0) -> Tensor:
     return torch.stack((logarithm, sign), dim=-1)
 
 
-def averaging_weight(step: Tensor, decay: float) -> Tensor:
+def averaging_weight(step: Tensor, decay: Tensor | float) -> Tensor:
     r"""Weight of the newest value in a bias-corrected exponential average.
 
     With :math:`w_t = (1 - \beta) / (1 - \beta^t)` the recursion
@@ -41,45 +42,40 @@ def averaging_weight(step: Tensor, decay: float) -> Tensor:
 
     Args:
         step: Number of values seen, the newest included; at least 1.
-        decay: :math:`\beta` in ``[0, 1)``.
+        decay: :math:`\beta` in ``[0, 1)``; several of them as a tensor that broadcasts against ``step``.
 
     Returns:
-        The weight, with the shape of ``step``.
+        The weight, of the broadcast shape.
     """
-    if decay == 0:
-        return torch.ones_like(step)
+    decay = torch.as_tensor(decay, dtype=step.dtype, device=step.device)
     # expm1: in float32, 1 - beta ** t loses digits where beta is close to one
-    return (decay - 1) / torch.expm1(step * math.log(decay))
+    return (decay - 1) / torch.expm1(step * decay.log())
 
 
-def relative_moments(
-    grad: Tensor, mean_abs: Tensor, scale: Tensor, square_avg: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Gradient and its running square in units of the tensor's running mean magnitude.
+def running_scale(mean_abs: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Running mean magnitude of a tensor's gradient, in units of which its coordinates keep their squares.
 
-    Multiplying every gradient by a power of two changes nothing but ``scale``, to the bit: division by
-    the scale comes first and squares after, so that nothing overflows, underflows or meets an absolute eps.
+    Multiplying every gradient by a power of two changes nothing but the scale, to the bit: division by the
+    scale comes first and squares after, so that nothing overflows, underflows or meets an absolute eps.
 
     .. math:: a_t = (1 - w) a_{t-1} + w \overline{|g|}, \quad n_t = g_t / a_t, \quad
-              v_t = (1 - w) v_{t-1} (a_{t-1} / a_t)^2 + w\, n_t^2
+              v_t = (1 - w) (a_{t-1} / a_t)^2\, v_{t-1} + w\, n_t^2
 
     The ratio :math:`a_{t-1} / a_t` is at most :math:`1 / (1 - w)`, so it cannot overflow.
 
     Args:
-        grad: Gradient, shape ``(*batch, n)``.
-        mean_abs: Mean of its magnitude over the tensor, shape ``(*batch, 1)``.
-        scale: :math:`a_{t-1}`, shape ``(*batch, 1)``; zero before the first step.
-        square_avg: :math:`v_{t-1}`, in units of :math:`a_{t-1}^2`, shape ``(*batch, n)``.
-        weight: :math:`w_t` of :func:`averaging_weight`, shape ``(*batch, 1)``.
+        mean_abs: Mean magnitude of the gradient over the tensor, shape ``(*batch, 1)``.
+        scale: :math:`a_{t-1}`, shape ``(*batch, k)``, over ``k`` lengths of memory; zero before the first step.
+        weight: :math:`w_t` of :func:`averaging_weight`, shape ``(*batch, k)``.
 
     Returns:
-        ``(n_t, a_t, v_t)``. A tensor whose gradients have all been zero gives zeros.
+        :math:`a_t`; the divisor of the gradient, :math:`a_t` or one where that is zero; and the factor on
+        :math:`v_{t-1}`. Each of shape ``(*batch, k)``.
     """
-    new_scale = (1 - weight) * scale + weight * mean_abs
+    keep = 1 - weight
+    new_scale = keep * scale + weight * mean_abs
     divisor = torch.where(new_scale > 0, new_scale, 1.0)
-    relative = grad / divisor
-    carried = (1 - weight) * (scale / divisor).square()
-    return relative, new_scale, carried * square_avg + weight * relative.square()
+    return new_scale, divisor, keep * (scale / divisor).square()
 
 
 def coordinate_rms(grad: Tensor, rms: Tensor, weight: Tensor) -> Tensor:
@@ -101,3 +97,32 @@ def coordinate_rms(grad: Tensor, rms: Tensor, weight: Tensor) -> Tensor:
     divisor = torch.where(is_zero, 1.0, largest)
     mean_square = (1 - weight) * (rms / divisor).square() + weight * (grad / divisor).square()
     return largest * torch.where(is_zero, 1.0, mean_square).sqrt()
+
+
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Fan-in and fan-out as torch.nn.init counts them; one and the size for biases."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    receptive_field = math.prod(shape[2:])
+    return shape[1] * receptive_field, shape[0] * receptive_field
+
+
+def shape_numbers(shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Size, a power of two under its inverse, a factor on the first step size, and three signals of order one."""
+    n, (fan_in, fan_out) = math.prod(shape), _fans(shape)
+    is_bias = float(len(shape) < 2)
+    return n, 0.5 ** n.bit_length(), fan_in**-0.25, math.log(fan_in) / 5, math.log(fan_out) / 5, is_bias
+
+
+def shape_features(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What :func:`shape_numbers` says of a shape, as a tensor."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(shape_numbers(shape), dtype=dtype, device=device)
+    return _kept_features(tuple(shape), dtype, device)
+
+
+@lru_cache(maxsize=1024)
+def _kept_features(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers on their device, kept: making them anew would wait for the device at every step."""
+    with torch.inference_mode(False):  # a tensor of inference mode could not be saved for autograd later
+        return torch.tensor(shape_numbers(shape), dtype=dtype, device=device)

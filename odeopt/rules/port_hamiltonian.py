@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.ode import available_methods, integrate_unit, is_fixed_step
+from odeopt.ode import EXPLICIT_METHODS, LINEAR_METHODS, available_methods, integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance
 from odeopt.rules.base import (
-    UpdateRule,
+    StagedRule,
     is_integer,
     is_number,
     per_coordinate,
@@ -20,12 +20,13 @@ from odeopt.rules.base import (
     require,
     state_dtype,
 )
-from odeopt.rules.features import averaging_weight, coordinate_rms, relative_moments
+from odeopt.rules.features import averaging_weight, coordinate_rms, running_scale, shape_features, shape_numbers
 from odeopt.rules.parts import HeldFriction, HeldPort, bounded_inverse_mass, potential_network
 
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
+_BACKENDS = ("auto", "odeopt", "torchdiffeq")
 
 
 class PortHamiltonianState(NamedTuple):
@@ -57,31 +58,28 @@ class Modulation(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What one gradient says about each coordinate, and about its tensor's scale."""
+    """What one gradient says about each coordinate, each field of shape ``(*batch, n)``."""
 
-    u: Tensor  # port effort, (*batch, n)
-    log_rms: Tensor  # log of the coordinate's running rms, (*batch, n)
-    magnitudes: Tensor  # log of the tensor's mean magnitude over its running values, (*batch, 2)
+    u: Tensor  # port effort
     second_moment: Tensor
+
+
+class Shared(NamedTuple):
+    """What the coordinates of a tensor share over one step, each field of shape ``(*batch, k)``."""
+
+    step: Tensor
+    weight: Tensor  # of the newest gradient in the running moments
     scale: Tensor
     slow_scale: Tensor
-    step: Tensor
+    divisor: Tensor  # the scale, one where it is zero
+    carried: Tensor  # weight of the running square, in the new units
+    magnitudes: Tensor  # log of the tensor's mean magnitude over its two running values
+    per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; (*batch, 6 * modes)
+    kappa: Tensor | None = None
+    log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
 
 
-class Coefficients(NamedTuple):
-    """Output of the per-tensor network; modes first, shapes ``(*batch, modes, 1)`` or ``(*batch, 1)``."""
-
-    log_gain: Tensor
-    gain_slope: Tensor
-    friction_logit: Tensor
-    friction_log_rms: Tensor
-    friction_power: Tensor
-    friction_effort: Tensor
-    kappa: Tensor
-    log_rms: Tensor  # log rms of the tensor, which coordinates are compared with
-
-
-class PortHamiltonianUpdate(UpdateRule):
+class PortHamiltonianUpdate(StagedRule):
     r"""A port-Hamiltonian system per coordinate, driven by the gradient, moving the parameter by its output.
 
     .. math::
@@ -97,8 +95,9 @@ class PortHamiltonianUpdate(UpdateRule):
 
     Args:
         modes: Degrees of freedom of each coordinate's system.
-        solver: A method of :func:`odeopt.ode.integrate`. Adaptive methods choose one step size for all
-            coordinates, and so couple them.
+        solver: A method of :func:`odeopt.ode.integrate`, or ``"exponential"``, which solves the friction exactly
+            (for systems without networks of q). Adaptive methods choose one step size for all coordinates, and so
+            couple them.
         coordinatewise: If True no signal crosses coordinates (the seed's setting).
         mass: ``"unit"``, or ``"network"`` for a mass that depends on ``q``.
         potential: ``"none"``, or ``"network"`` for a potential V(q) >= 0.
@@ -110,9 +109,11 @@ class PortHamiltonianUpdate(UpdateRule):
         uses_progress: Whether the network sees ``progress`` (and whether it is known).
         initial_kappa: Step size of the untrained rule where the fan-in is one, in units of the parameter; it
             falls with the fourth root of the fan-in.
+        backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods, which
+            give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
 
     Raises:
-        ValueError: If an argument is out of range or ``solver`` is not among the installed methods.
+        ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
 
     References:
         Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, Eq. (8): the system.
@@ -134,9 +135,13 @@ class PortHamiltonianUpdate(UpdateRule):
         time_scales: tuple[float, ...] = (3.0, 30.0, 300.0),
         uses_progress: bool = False,
         initial_kappa: float = 0.06,
+        backend: str = "auto",
     ) -> None:
         require(is_integer(modes) and modes >= 1, "modes", modes, "an integer of at least 1")
-        require(solver in available_methods(), "solver", solver, f"one of {', '.join(available_methods())}")
+        require(backend in _BACKENDS, "backend", backend, f"one of {', '.join(_BACKENDS)}")
+        depends_on_q = "network" in (mass, potential, friction, port)
+        solvers = _solvers(backend, depends_on_q=depends_on_q)
+        require(solver in solvers, "solver", solver, f"one of {', '.join(solvers)}")
         require(is_number(decay) and 0 <= decay < 1, "decay", decay, "in [0, 1)")
         require(all(is_integer(w) and w > 0 for w in hidden), "hidden", hidden, "positive widths")
         are_scales = len(time_scales) > 0 and all(is_number(s) and s > 0 for s in time_scales)
@@ -164,12 +169,15 @@ class PortHamiltonianUpdate(UpdateRule):
             time_scales=list(time_scales),
             uses_progress=uses_progress,
             initial_kappa=initial_kappa,
+            backend=backend,
         )
-        self.modes, self.solver, self.decay = modes, solver, decay
-        self.coordinatewise = coordinatewise
-        self.crosses_coordinates = not (coordinatewise and is_fixed_step(solver))
+        self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
+        self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
+        # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
+        self.is_linear = solver in LINEAR_METHODS and not depends_on_q and backend != "torchdiffeq"
+        self.has_fixed_step = self.is_linear or is_fixed_step(solver)
+        self.crosses_coordinates = not (coordinatewise and self.has_fixed_step)
         self.uses_progress, self.initial_kappa = uses_progress, initial_kappa
-        self.stores_q = "network" in (mass, potential, friction, port)
         self.system = PortHamiltonianSystem(
             modes,
             inverse_mass=bounded_inverse_mass(modes) if mass == "network" else None,
@@ -178,6 +186,9 @@ class PortHamiltonianUpdate(UpdateRule):
             port=HeldPort(modes, depends_on_q=port == "network"),
         )
         self.register_buffer("time_scales", torch.tensor(time_scales), persistent=False)
+        # in double precision, for rules in double
+        self.register_buffer("decays", torch.tensor([decay, _SLOW_DECAY], dtype=torch.float64), persistent=False)
+        self.register_buffer("magnitude_units", torch.tensor([1.0, 0.5]), persistent=False)
         # per mode: log gain, its slope, and four numbers for the friction; then log kappa
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress
@@ -190,7 +201,9 @@ class PortHamiltonianUpdate(UpdateRule):
         nn.init.zeros_(head.bias)
         self.coefficient_network = nn.Sequential(*layers, head)
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes)
-        self.register_buffer("initial_logit", torch.logit(frictions / 2).unsqueeze(-1), persistent=False)
+        start = torch.zeros(6, modes)
+        start[0], start[2] = math.log(0.35), torch.logit(frictions / 2)
+        self.register_buffer("start", start.flatten(), persistent=False)
 
     def init_state(self, param: Tensor) -> PortHamiltonianState:
         *batch, n = param.shape
@@ -205,140 +218,171 @@ class PortHamiltonianUpdate(UpdateRule):
             step=per_tensor(param),
         )
 
+    @property
+    def n_stages(self) -> int:
+        """Number of sums over a tensor that a step waits for."""
+        return 1 if self.coordinatewise else 2
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether coordinates meet in sums only, and a coordinate without gradient and momentum stays so.
+
+        An adaptive solver chooses one step size for all coordinates, and a potential moves those at rest.
+        """
+        return self.has_fixed_step and self.config["potential"] == "none"
+
     def forward(self, grad, state, *, param=None, shape=None, progress=None):
         if grad.shape[-1] == 0:
             return grad, state
-        observation, coefficients = self._prepare(grad, state, param, shape, progress)
-        return self.advance(observation, state, coefficients)
+        observation, shared = self._prepare(grad, state, param, shape, progress)
+        return self._advance(observation, state, shared)
 
-    def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Coefficients]:
-        n = grad.shape[-1]
-        shape = (n,) if shape is None else tuple(shape)
-        # halved as often as the sum could double: the largest numbers do not overflow, and no bit changes
-        shrink = 0.5 ** n.bit_length()
-        mean_abs = (shrink * grad.abs()).sum(-1, keepdim=True) / (shrink * n)
-        observation = self.observe(grad, state, mean_abs)
-        means = None if self.coordinatewise else self.statistics(observation, state, param) / n
-        return observation, self.coefficients(observation, means, shape, param is not None, progress)
+    def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Shared]:
+        features = shape_features(
+            grad.shape[-1:] if shape is None else tuple(shape), state.step.dtype, state.step.device
+        )
+        sums = self.statistics(0, grad, state, features, None, param)
+        shared = self.coefficients(0, sums, state, features, None, progress)
+        observation = self.observe(grad, state, shared)
+        if not self.coordinatewise:
+            sums = self._second_sums(observation, state, param)
+            shared = self.coefficients(1, sums, state, features, shared, progress, has_param=param is not None)
+        return observation, shared
 
-    def observe(self, grad: Tensor, state: PortHamiltonianState, mean_abs: Tensor) -> Observation:
-        """Normalise a gradient, shape ``(*batch, n)``, given its mean magnitude ``(*batch, 1)``."""
-        step = state.step + 1
-        weight = averaging_weight(step, self.decay)
+    def features(self, shape):
+        return shape_numbers(tuple(shape))
+
+    def statistics(self, stage, grad, state, features, shared, param):
+        """Sums over coordinates: of the magnitude, shrunk; then of ``v, u^2, theta^2, u p_k, p_k^2``."""
         if self.coordinatewise:
-            rms = coordinate_rms(grad, state.second_moment, weight)
-            u = -grad / torch.where(rms > 0, rms, 1.0)
-            # the coordinate's present magnitude beside its own history: the tensor is out of sight
-            log_rms = 0.5 * (u.square() + _EPS_SIGNAL).log()
-            return Observation(u, log_rms, step[..., :0], rms, state.scale, state.slow_scale, step)
-        relative, scale, square = relative_moments(grad, mean_abs, state.scale, state.second_moment, weight)
-        u = -relative * (square + _EPS_EFFORT).rsqrt()
-        slow_weight = averaging_weight(step, _SLOW_DECAY)
-        slow_scale = (1 - slow_weight) * state.slow_scale + slow_weight * mean_abs
-        log_rms = 0.5 * (square + _EPS_SIGNAL).log()
-        magnitudes = torch.cat((_log_ratio(mean_abs, scale), 0.5 * _log_ratio(mean_abs, slow_scale)), dim=-1)
-        return Observation(u, log_rms, magnitudes, square, scale, slow_scale, step)
+            return grad[..., :0]
+        if stage == 0:
+            return (features[..., 1:2] * grad.abs()).sum(-1, keepdim=True)
+        return self._second_sums(self.observe(grad, state, shared), state, param)
 
-    def statistics(self, observation: Observation, state: PortHamiltonianState, param: Tensor | None) -> Tensor:
-        """Sums over the coordinates of a tensor, which add up over segments and shards.
-
-        Returns:
-            Shape ``(*batch, 3 + 2 * modes)``: of ``v``, ``u^2``, ``theta^2``, ``u p_k`` and ``p_k^2``.
-        """
+    def _second_sums(self, observation: Observation, state, param: Tensor | None) -> Tensor:
         u, p = observation.u, state.p
         theta = torch.zeros_like(u) if param is None else param.to(u.dtype)
+        if isinstance(p, tuple):  # one sum after the other, which a compiled loop takes in one pass
+            sums = (observation.second_moment, u * u, theta * theta, *(u * p_k for p_k in p), *(p_k * p_k for p_k in p))
+            return torch.cat([x.sum(-1, keepdim=True) for x in sums], dim=-1)
         squares = torch.stack((observation.second_moment, u * u, theta * theta), dim=-2)
         return torch.cat((squares, u.unsqueeze(-2) * p, p * p), dim=-2).sum(-1)
 
-    def coefficients(
-        self,
-        observation: Observation,
-        means: Tensor | None,
-        shape: tuple[int, ...],
-        has_param: bool,
-        progress: Tensor | None,
-    ) -> Coefficients:
-        """Run the per-tensor network.
+    def observe(self, grad: Tensor, state: PortHamiltonianState, shared: Shared) -> Observation:
+        """Normalise a gradient, shape ``(*batch, n)``, by the running moments."""
+        if self.coordinatewise:
+            rms = coordinate_rms(grad, state.second_moment, shared.weight)
+            return Observation(-grad / torch.where(rms > 0, rms, 1.0), rms)
+        relative = grad / -shared.divisor
+        square = shared.carried * state.second_moment + shared.weight * relative.square()
+        return Observation(relative * (square + _EPS_EFFORT).rsqrt(), square)
 
-        Args:
-            observation: What :meth:`observe` returned.
-            means: :meth:`statistics` over the number of coordinates; None for the coordinatewise variant.
-            shape: Shape of the parameter tensor, for fan-in and fan-out.
-            has_param: Whether ``theta`` was seen; its rms counts as one otherwise.
-            progress: Fraction of the run that is done, or None.
+    def _log_ratio(self, observation: Observation, shared: Shared) -> Tensor:
+        """Log of each coordinate's running rms over that of its tensor, shape ``(*batch, n)``."""
+        if self.coordinatewise:
+            # the coordinate's present magnitude beside its own history: the tensor is out of sight
+            return 0.5 * (observation.u.square() + _EPS_SIGNAL).log()
+        return 0.5 * (observation.second_moment + _EPS_SIGNAL).log() - shared.log_rms
 
-        Returns:
-            The coefficients of the per-coordinate functions.
-        """
-        step = observation.step
-        signals = [torch.tanh(step / self.time_scales.to(step.dtype))]
+    def coefficients(self, stage, sums, state, features, shared, progress, has_param=True):
+        """Running scale of the tensor (stage 0), then the coefficients that its network emits (the last stage)."""
+        if stage == 0:
+            step = state.step + 1
+            weight = averaging_weight(step, self.decays.to(step.dtype))
+            if self.coordinatewise:
+                zero = torch.zeros_like(step)
+                shared = Shared(step, weight[..., :1], state.scale, state.slow_scale, zero, zero, zero)
+                return self._with_network(shared, [], features, progress, zero)
+            mean_abs = sums / (features[..., 0:1] * features[..., 1:2])
+            # over a short memory, in units of which coordinates keep their squares, and over a long one
+            before = torch.cat((state.scale, state.slow_scale), dim=-1)
+            scales, divisors, carried = running_scale(mean_abs, before, weight)
+            # bounded below, and finite where both are zero
+            magnitudes = (mean_abs / divisors + _EPS_SIGNAL).log() * self.magnitude_units.to(step.dtype)
+            return Shared(
+                step, weight[..., :1], scales[..., :1], scales[..., 1:], divisors[..., :1], carried[..., :1], magnitudes
+            )
+        d, means = self.modes, sums / features[..., 0:1]
+        v, u2, theta2 = means[..., 0:1], means[..., 1:2], means[..., 2:3]
+        up, p2 = means[..., 3 : 3 + d], means[..., 3 + d :]
+        alignment = up * (u2 * p2 + _EPS_SIGNAL).rsqrt()
+        theta_signal = 0.25 * (theta2 + 1e-6).log() if has_param else torch.zeros_like(v)
+        shape_signals = features[..., 3:].expand(*v.shape[:-1], 3)
+        signals = [shared.magnitudes, alignment, 0.5 * (p2 + _EPS_SIGNAL).log(), theta_signal, shape_signals]
+        return self._with_network(shared, signals, features, progress, 0.5 * (v + _EPS_SIGNAL).log())
+
+    def _with_network(self, shared: Shared, signals: list[Tensor], features, progress, log_rms) -> Shared:
+        step, network = shared.step, self.coefficient_network
+        times = [torch.tanh(step / self.time_scales.to(step.dtype))]
         if self.uses_progress:
             known = torch.ones_like(step) if progress is not None else torch.zeros_like(step)
-            signals += [known, known * (0.0 if progress is None else progress)]
-        log_rms = torch.zeros_like(step)
-        if means is not None:
-            d = self.modes
-            v, u2, theta2 = means[..., 0:1], means[..., 1:2], means[..., 2:3]
-            up, p2 = means[..., 3 : 3 + d], means[..., 3 + d :]
-            log_rms = 0.5 * (v + _EPS_SIGNAL).log()
-            alignment = up * (u2 * p2 + _EPS_SIGNAL).rsqrt()
-            theta_signal = 0.25 * (theta2 + 1e-6).log() if has_param else torch.zeros_like(v)
-            signals += [observation.magnitudes, alignment, 0.5 * (p2 + _EPS_SIGNAL).log(), theta_signal]
-            signals += [torch.full_like(v, value) for value in _shape_signals(shape)]
-        network = self.coefficient_network
-        out = network(torch.cat(signals, dim=-1).to(network[-1].weight.dtype)).to(step.dtype)
+            times += [known, known * (0.0 if progress is None else progress)]
+        out = network(torch.cat([*times, *signals], dim=-1).to(network[-1].weight.dtype)).to(step.dtype)
         # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
-        fan_in = 1 if self.coordinatewise else _fans(shape)[0]
-        kappa = self.initial_kappa * fan_in**-0.25 * out[..., -1:].exp()
-        per_mode = out[..., :-1].unflatten(-1, (6, self.modes)).unsqueeze(-1).unbind(-3)
-        log_gain, gain_slope, logit, *slopes = per_mode
-        return Coefficients(
-            log_gain + math.log(0.35),
-            gain_slope,
-            logit + self.initial_logit.to(logit.dtype),
-            *slopes,
-            kappa,
-            log_rms,
-        )
+        start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features[..., 2:3]
+        per_mode = out[..., :-1] + self.start.to(step.dtype)
+        return shared._replace(per_mode=per_mode, kappa=start * out[..., -1:].exp(), log_rms=log_rms)
 
-    def advance(
-        self, observation: Observation, state: PortHamiltonianState, coefficients: Coefficients
-    ) -> tuple[Tensor, PortHamiltonianState]:
+    def advance(self, grad, state, shared):
+        return self._advance(self.observe(grad, state, shared), state, shared)
+
+    def _advance(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, PortHamiltonianState]:
         """Integrate every coordinate's system over one step; return the update and the next state."""
-        d, dtype = self.modes, state.p.dtype
-        u, z = self._held(observation, state, coefficients)
+        u, q = observation.u, state.q
+        coefficients = shared.per_mode.unflatten(-1, (6, self.modes))
+        if not self.is_linear:
+            p, q, delta = self._integrate(state, *self._held(observation, state, shared))
+        elif isinstance(state.p, tuple):
+            log_ratio = self._log_ratio(observation, shared)
+            by_mode = coefficients.unsqueeze(-2).unbind(-1)
+            steps = [self._linear_step(p, u, log_ratio, c.unbind(-2)) for p, c in zip(state.p, by_mode, strict=True)]
+            p, delta = tuple(p for p, _ in steps), sum(output for _, output in steps)
+        else:
+            log_ratio, by_kind = self._log_ratio(observation, shared), coefficients.unsqueeze(-1).unbind(-3)
+            p, output = self._linear_step(state.p, u.unsqueeze(-2), log_ratio.unsqueeze(-2), by_kind)
+            delta = output.sum(-2)
+        new_state = PortHamiltonianState(p, q, observation.second_moment, shared.scale, shared.slow_scale, shared.step)
+        return shared.kappa * delta, new_state
+
+    def _linear_step(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
+        """Momentum after the step, and the integral of what it contributes to the output."""
+        friction, gain = self._modulation(p, u, log_ratio, coefficients)
+        p, integral = linear_step(p, gain * u, friction, self.solver)
+        return p, gain * integral
+
+    def _modulation(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
+        """Friction and port gain of one mode, or of all that ``p`` holds, held over a step; elementwise."""
+        log_gain, gain_slope, logit, by_log_rms, by_power, by_effort = coefficients
+        logit = logit + by_log_rms * log_ratio + by_power * (u * p) + by_effort * u.abs()
+        # under 2 the friction stays inside rk4's stability region on a step of length one
+        return 2 * torch.sigmoid(logit), (log_gain + gain_slope * log_ratio).exp()
+
+    def _held(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Modulation]:
+        """Effort, shape ``(*batch, n, 1)``, and modulation, as the system takes them."""
+        dtype, u = self._system_dtype(state), observation.u.unsqueeze(-2)
+        log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
+        by_kind = shared.per_mode.unflatten(-1, (6, self.modes)).unsqueeze(-1).unbind(-3)
+        friction, gain = self._modulation(_stacked(state.p), u, log_ratio, by_kind)
+        return u.mT.to(dtype), Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
+
+    def _integrate(self, state, u: Tensor, z: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """Momenta, positions and integrated output after one step of the solver on the whole system."""
+        d, p, q = self.modes, _stacked(state.p), _stacked(state.q)
 
         def field(t, y):
             dx, output = self.system.vector_field_and_output(self._phase(y[..., :d, :], y[..., d:-1, :]), u, z)
             rates = (dx.p.mT, output.mT) if dx.q is None else (dx.p.mT, dx.q.mT, output.mT)
             return torch.cat(rates, dim=-2)
 
-        start = torch.cat((state.p, state.q, torch.zeros_like(state.p[..., :1, :])), dim=-2)
-        end = integrate_unit(field, start.to(u.dtype), method=self.solver).to(dtype)
-        p, q, delta = end.split((d, state.q.shape[-2], 1), dim=-2)
-        _, _, _, *moments = observation
-        new_state = PortHamiltonianState(p, q, *moments)
-        return coefficients.kappa * delta.squeeze(-2), new_state
-
-    def _held(self, observation, state, c: Coefficients) -> tuple[Tensor, Modulation]:
-        """Effort, shape ``(*batch, n, 1)``, and modulation of one step."""
-        u, log_ratio = observation.u.unsqueeze(-2), (observation.log_rms - c.log_rms).unsqueeze(-2)
-        logit = (
-            c.friction_logit
-            + c.friction_log_rms * log_ratio
-            + c.friction_power * (u * state.p)
-            + c.friction_effort * u.abs()
-        )
-        # under 2 the friction stays inside rk4's stability region on a step of length one
-        friction = 2 * torch.sigmoid(logit)
-        gain = (c.log_gain + c.gain_slope * log_ratio).exp()
-        dtype = self._system_dtype(state)
-        z = Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
-        return observation.u.unsqueeze(-1).to(dtype), z
+        start = torch.cat((p, q, torch.zeros_like(p[..., :1, :])), dim=-2)
+        end = integrate_unit(field, start.to(u.dtype), method=self.solver, backend=self.backend).to(p.dtype)
+        p, q, delta = end.split((d, q.shape[-2], 1), dim=-2)
+        return p, q, delta.squeeze(-2)
 
     def _system_dtype(self, state: PortHamiltonianState) -> torch.dtype:
         """Dtype that the system computes in: networks of q need that of their weights."""
-        return self.coefficient_network[-1].weight.dtype if self.stores_q else state.p.dtype
+        return self.coefficient_network[-1].weight.dtype if self.stores_q else state.step.dtype
 
     def _phase(self, p: Tensor, q: Tensor) -> PhaseState:
         return PhaseState(q.mT if self.stores_q else None, p.mT)
@@ -369,26 +413,18 @@ class PortHamiltonianUpdate(UpdateRule):
         Returns:
             Energy rate, dissipated and supplied power and their residual, each ``(*batch, n)``, per step.
         """
-        observation, coefficients = self._prepare(grad, state, param, shape, progress)
-        u, z = self._held(observation, state, coefficients)
+        observation, shared = self._prepare(grad, state, param, shape, progress)
+        u, z = self._held(observation, state, shared)
         x = self._phase(state.p.to(u.dtype), state.q.to(u.dtype))
         return self.system.power_balance(x, u, z)
 
 
-def _log_ratio(magnitude: Tensor, reference: Tensor) -> Tensor:
-    """Logarithm of a magnitude over a running mean of it; bounded below, and finite where both are zero."""
-    return (magnitude / torch.where(reference > 0, reference, 1.0) + _EPS_SIGNAL).log()
+def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(modes, dim=-2) if isinstance(modes, tuple) else modes
 
 
-def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Fan-in and fan-out as torch.nn.init counts them; one and the size for biases."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    receptive_field = math.prod(shape[2:])
-    return shape[1] * receptive_field, shape[0] * receptive_field
-
-
-def _shape_signals(shape: tuple[int, ...]) -> tuple[float, float, float]:
-    """Log fan-in and fan-out, scaled to order one, and whether the tensor is a bias."""
-    fan_in, fan_out = _fans(shape)
-    return math.log(fan_in) / 5, math.log(fan_out) / 5, float(len(shape) < 2)
+def _solvers(backend: str, *, depends_on_q: bool) -> tuple[str, ...]:
+    """Methods that a backend offers for a system that does, or does not, depend on ``q``."""
+    ours = EXPLICIT_METHODS if depends_on_q else LINEAR_METHODS
+    theirs = () if backend == "odeopt" else available_methods()
+    return theirs if backend == "torchdiffeq" else tuple(dict.fromkeys((*theirs, *ours)))
