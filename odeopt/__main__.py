@@ -1,14 +1,24 @@
-"""Command line: ``python -m odeopt train`` and ``python -m odeopt tune``."""
+"""Command line: ``python -m odeopt train`` and ``python -m odeopt tune``.
+
+Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its processes train one rule together.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from odeopt import arguments, artifacts
 from odeopt.baselines import make_baselines_table
-from odeopt.meta.config import available_configs, load_config
+from odeopt.meta.config import Config, available_configs, load_config
+from odeopt.meta.distributed import LostRankError, World, joined_world, local_rank
 from odeopt.meta.trainer import meta_train
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
 
@@ -18,7 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m odeopt", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser("train", help="meta-train a rule from a configuration")
+    train = commands.add_parser(
+        "train",
+        help="meta-train a rule from a configuration",
+        description="Meta-train a rule from a configuration. Under torchrun each rank works on tasks of its own: "
+        "two ranks equal one process with twice the tasks. An interrupted run continues, on any number of "
+        "ranks, with the same command.",
+    )
     train.add_argument("--config", required=True, help=f"a TOML file, or one of {', '.join(available_configs())}")
     train.add_argument("--out", type=Path, help="where the rule goes (default: runs/NAME.safetensors)")
     train.add_argument("--folder", type=Path, help="checkpoint and TensorBoard scalars; an interrupted run "
@@ -26,9 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument(
         "--data-dir", type=Path, help="where image datasets lie (default: ODEOPT_DATA or a cache folder)"
     )
-    train.add_argument("--device", type=arguments.device, default="cpu", help="where to train (default: %(default)s)")
+    train.add_argument("--device", type=_device, default="cpu", help="where to train (default: %(default)s); under "
+                       "torchrun, cuda is one GPU for each rank")  # fmt: skip
     train.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after "
                        "so long; the same command continues")  # fmt: skip
+    train.add_argument("--timeout", type=arguments.positive, default=1800, metavar="SECONDS", help="how long a rank "
+                       "waits for the others before it counts them as lost (default: %(default)s)")  # fmt: skip
     train.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
 
     tune = commands.add_parser("tune", help="tune the hand-designed optimizers and write their table")
@@ -39,20 +58,39 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return {"train": _train, "tune": _tune}[args.command](args)
     except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable) as error:
-        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, error
+    except LostRankError as error:
+        status, message = 1, error
+    except _Terminated as error:
+        status, message = 128 + signal.SIGTERM, error
+    print(f"{parser.prog} {args.command}: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+class _Terminated(BaseException):
+    """The process was asked to stop; like KeyboardInterrupt, nothing that handles errors should take it for one."""
 
 
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config)
-    out = args.out or Path("runs") / f"{config.name}.safetensors"
-    if out.exists() and not args.overwrite:
-        raise FileExistsError(f"Parameter `--out` should be a new file, or --overwrite be given. Found `{out}`.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rule = config.build_rule().to(args.device)
-    task = config.build_task(data_dir=args.data_dir, device=args.device)
     folder = args.folder or Path("runs") / config.name
+    out = args.out or Path("runs") / f"{config.name}.safetensors"
+    with _stoppable(folder), joined_world(args.device, timeout=args.timeout) as world:
+        return _train_with(world, config, folder, out, args)
+
+
+def _train_with(world: World, config: Config, folder: Path, out: Path, args: argparse.Namespace) -> int:
+    def prepare() -> None:
+        if out.exists() and not args.overwrite:
+            raise FileExistsError(f"Parameter `--out` should be a new file, or --overwrite be given. Found `{out}`.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    world.from_first(prepare)
+    rule = config.build_rule().to(args.device)
+    task = world.in_turn(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
     result = meta_train(rule, task, config.training, folder=folder, stop_after=args.stop_after)
+    if not world.is_first:
+        return 0
     n_done, n_wanted = len(result.meta_losses), config.training.n_meta_steps
     print(
         f"{config.name}: {n_done} of {n_wanted} meta-steps in {result.seconds:.0f} s; best validation loss "
@@ -65,6 +103,34 @@ def _train(args: argparse.Namespace) -> int:
     artifacts.save(rule, out, trained_for=config.trained_for(result), overwrite=args.overwrite)
     print(f"saved {out}")
     return 0
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Make SIGTERM, which torchrun sends to the ranks that are left when one fails, an exception with a message."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated(
+            f"Rank {os.environ.get('RANK', 0)} was told to stop (SIGTERM), as torchrun does when another rank has "
+            f"stopped; the same command continues from {folder}."
+        )
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, where alone signals arrive
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _device(text: str) -> torch.device:
+    """Read a device that is there; under torchrun, that of this rank."""
+    rank = local_rank()
+    is_cuda = text.startswith("cuda") or (text == "auto" and torch.cuda.is_available())
+    return arguments.device(f"cuda:{rank}" if is_cuda and rank is not None else text)
 
 
 def _tune(args: argparse.Namespace) -> int:

@@ -1,17 +1,21 @@
 """Learning a rule: the unrolled computation, estimators of its gradient, and the training loop."""
 
+from odeopt.meta.distributed import LostRankError, World
 from odeopt.meta.estimators import Backpropagation, Estimator
 from odeopt.meta.objective import MetaObjective
-from odeopt.meta.trainer import MetaConfig, MetaResult, meta_train
+from odeopt.meta.settings import MetaConfig, MetaResult
+from odeopt.meta.trainer import meta_train
 from odeopt.meta.unroll import Trajectory, unroll
 
 __all__ = [
     "Backpropagation",
     "Estimator",
+    "LostRankError",
     "MetaConfig",
     "MetaObjective",
     "MetaResult",
     "Trajectory",
+    "World",
     "meta_train",
     "unroll",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from odeopt import rules, tasks
-from odeopt.meta.trainer import MetaConfig, MetaResult
+from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
@@ -49,6 +49,7 @@ class Config:
             "task": self.task,
             "config": self.name,
             "training": dataclasses.asdict(self.training),
+            "tasks_per_meta_step": result.n_tasks_per_step,
             "seconds": round(result.seconds, 1),
             "best_meta_step": result.best_step,
             "validation_loss": result.best_score,

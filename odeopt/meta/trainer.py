@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 import statistics
@@ -16,112 +17,29 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from odeopt.meta.estimators import Backpropagation, Estimator
-from odeopt.meta.objective import MetaObjective
+from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
+from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.unroll import unroll
-from odeopt.rules.base import UpdateRule, is_integer, is_number, require
+from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
-_SCHEDULES = ("one-cycle", "constant")
+_FORMAT = 2  # of checkpoints; version 0.1.0 of the library wrote none
 _VALIDATION_SEED_OFFSET = 1_000_003  # validation draws from streams that training never touches
 _N_NORMS = 50  # accepted gradient norms that an outlier is judged against
 
 
-@dataclasses.dataclass(frozen=True)
-class MetaConfig:
-    """Settings of a meta-training run.
-
-    Attributes:
-        n_meta_steps: Number of meta-updates tried, skipped ones included.
-        n_tasks: Tasks per batch.
-        horizon: Optimizee steps per task.
-        truncation: Steps per segment of truncated backpropagation; None for the full horizon.
-        detach: Whether the gradients that the rule sees count as constants.
-        weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"`` or ``"last"``.
-        log_loss: Whether the meta-loss takes logarithms of the losses.
-        gain_margin: Training multiplies the updates by this factor, use and validation do not: the rule then
-            stands that far away from the step sizes it was fitted at, which are at the edge of stability.
-        lr: Peak learning rate of meta-Adam.
-        schedule: ``"one-cycle"`` or ``"constant"``.
-        clip: Largest norm of a meta-gradient; longer ones are scaled down to it.
-        outlier_factor: A meta-gradient this many times longer than the running median is skipped.
-        validate_every: Meta-steps between validations.
-        n_validation_tasks: Tasks per validation, on the full horizon.
-        seed: Seed of everything.
-    """
-
-    n_meta_steps: int = 150
-    n_tasks: int = 4
-    horizon: int = 100
-    truncation: int | None = None
-    detach: bool = False
-    weights: str = "linear"
-    log_loss: bool = True
-    gain_margin: float = 1.0
-    lr: float = 3e-3
-    schedule: str = "one-cycle"
-    clip: float = 0.3
-    outlier_factor: float = 100.0
-    validate_every: int = 10
-    n_validation_tasks: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("n_meta_steps", "n_tasks", "horizon", "validate_every", "n_validation_tasks"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 1, name, value, "a positive integer")
-        is_length = self.truncation is None or (is_integer(self.truncation) and self.truncation >= 1)
-        require(is_length, "truncation", self.truncation, "a positive integer or None")
-        require(is_integer(self.seed), "seed", self.seed, "an integer")
-        for name in ("detach", "log_loss"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        for name in ("lr", "clip", "outlier_factor"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, name, value, "a positive number")
-        is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
-        require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
-        require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")
-        self.objective()
-
-    def objective(self) -> MetaObjective:
-        """Build the meta-loss."""
-        return MetaObjective(self.weights, self.log_loss)
-
-    def estimator(self) -> Estimator:
-        """Build the estimator of the meta-gradient."""
-        return Backpropagation(truncation=self.truncation, detach=self.detach)
-
-
-@dataclasses.dataclass
-class MetaResult:
-    """What meta-training leaves behind.
-
-    Attributes:
-        rule: The rule, holding the weights that did best in validation.
-        best_score: Their validation score: mean loss over the last tenth of the horizon.
-        best_step: The meta-step they come from.
-        meta_losses: Meta-loss of every meta-step.
-        validation: Pairs of meta-step and validation score.
-        n_skipped_nonfinite: Meta-gradients skipped because they were not finite.
-        n_skipped_outliers: Meta-gradients skipped because of their length.
-        seconds: Time spent, over all resumed pieces.
-    """
-
-    rule: UpdateRule
-    best_score: float = float("inf")
-    best_step: int = 0
-    meta_losses: list[float] = dataclasses.field(default_factory=list)
-    validation: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    n_skipped_nonfinite: int = 0
-    n_skipped_outliers: int = 0
-    seconds: float = 0.0
-
-
 @torch.no_grad()
-def validation_score(rule: UpdateRule, task: Task, *, indices: Tensor, horizon: int, seed: int) -> float:
+def validation_score(
+    rule: UpdateRule, task: Task, *, indices: Tensor, horizon: int, seed: int, world: World = ALONE
+) -> float:
     """Mean loss over the tasks and the last tenth of the full horizon; infinite where a run diverged."""
-    trajectory = unroll(rule, task, indices=indices, n_steps=horizon, seed=seed, total_steps=horizon)
-    score = trajectory.losses[-max(1, horizon // 10) :].mean().item()
+    indices, n_last = indices[world.share(len(indices))], max(1, horizon // 10)
+    if len(indices) > 0:
+        trajectory = unroll(rule, task, indices=indices, n_steps=horizon, seed=seed, total_steps=horizon)
+        losses = trajectory.losses[-n_last:]
+    else:  # more ranks than tasks
+        losses = torch.zeros(n_last, 0, dtype=task.dtype, device=task.device)
+    score = world.gather(losses.mT).mT.mean().item()
     return score if score == score else float("inf")
 
 
@@ -141,6 +59,12 @@ def meta_train(
     skipped and counted; the weights kept are those that did best in validation over the full horizon on tasks
     that training never sees.
 
+    Where torch.distributed has a default group, as under ``torchrun``, every rank makes this call, with the same
+    arguments. Each works on ``config.n_tasks`` tasks of its own, and all end up with the same weights: those of one
+    process with as many tasks as they have together, to rounding. The first rank's initial weights count, and it
+    alone writes and prints. A resumed run keeps the number of tasks per meta-step that it began with, divided over
+    the ranks there are now, so that it gives the result of the uninterrupted one on any number of them.
+
     Args:
         rule: The rule; changed in place. On return it holds the best weights.
         task: Training tasks.
@@ -155,8 +79,10 @@ def meta_train(
         The result, also when stopped early: ``len(result.meta_losses)`` says how far it got.
 
     Raises:
-        ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings.
+        ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings or
+            with fewer tasks per meta-step than there are ranks; if a rank's arguments are not those of the others.
         TypeError: If ``rule``, ``task`` or ``config`` is something else.
+        LostRankError: If another rank stopped or cannot be reached. The last checkpoint is whole.
 
     Warns:
         RuntimeWarning: If no validation came out finite: nothing was learned then.
@@ -165,23 +91,17 @@ def meta_train(
     for name, value, wanted in (("rule", rule, UpdateRule), ("task", task, Task), ("config", config, MetaConfig)):
         if not isinstance(value, wanted):
             raise TypeError(f"Parameter `{name}` should be of class {wanted.__name__}. Found `{value!r}`.")
-    run = _Run(rule, task, config, validation_task or task, None if folder is None else Path(folder))
-    run.resume()
-    began, seconds_before, n_done = time.perf_counter(), run.result.seconds, len(run.result.meta_losses)
-    with tqdm(total=config.n_meta_steps, initial=n_done, disable=not progress_bar, desc="meta-training") as bar:
-        if not run.result.validation:
-            run.validate(0)
-        while len(run.result.meta_losses) < config.n_meta_steps:
-            for loss in run.episode():
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", best=f"{run.result.best_score:.4f}")
-            seconds = time.perf_counter() - began
-            run.result.seconds = seconds_before + seconds
-            has_saved = run.after_episode()
-            if has_saved and stop_after is not None and seconds > stop_after:
-                break
-    run.close()
-    if not math.isfinite(run.result.best_score):
+    folder = None if folder is None else Path(folder)
+    run = _Run(rule, task, config, validation_task or task, folder, current_world())
+    try:
+        run.resume()
+        _train(run, stop_after, progress_bar)
+    except LostRankError as error:
+        then = "nothing was kept" if folder is None else f"the same command continues from {folder}"
+        raise LostRankError(f"{error}, after meta-step {len(run.result.meta_losses)}; {then}.") from error
+    finally:
+        run.close()
+    if not math.isfinite(run.result.best_score) and run.world.is_first:
         warnings.warn(
             "No validation came out finite, so no weights could be chosen: the rule is as it was. "
             f"{run.result.n_skipped_nonfinite} meta-gradients were not finite.",
@@ -192,13 +112,38 @@ def meta_train(
     return run.result
 
 
+def _train(run: _Run, stop_after: float | None, progress_bar: bool) -> None:
+    n_done, n_wanted = len(run.result.meta_losses), run.config.n_meta_steps
+    began, seconds_before = time.perf_counter(), run.result.seconds
+    is_hidden = not (progress_bar and run.world.is_first)
+    with tqdm(total=n_wanted, initial=n_done, disable=is_hidden, desc="meta-training") as bar:
+        if not run.result.validation:
+            run.validate(0)
+        while len(run.result.meta_losses) < n_wanted:
+            for loss in run.episode():
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", best=f"{run.result.best_score:.4f}")
+            seconds = time.perf_counter() - began
+            run.result.seconds = seconds_before + seconds
+            # clocks differ between ranks: the first one's decides
+            if run.after_episode() and run.world.agree(stop_after is not None and seconds > stop_after):
+                break
+
+
 class _Run:
     """State of one meta-training run; everything in it that changes goes into the checkpoint."""
 
     def __init__(
-        self, rule: UpdateRule, task: Task, config: MetaConfig, validation_task: Task, folder: Path | None
+        self,
+        rule: UpdateRule,
+        task: Task,
+        config: MetaConfig,
+        validation_task: Task,
+        folder: Path | None,
+        world: World,
     ) -> None:
         self.rule, self.task, self.config, self.validation_task = rule, task, config, validation_task
+        self.world = world
         self.objective, self.estimator = config.objective(), config.estimator()
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         if not self.parameters:
@@ -209,14 +154,14 @@ class _Run:
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
                 self.meta_optimizer, config.lr, total_steps=max(config.n_meta_steps, 2), cycle_momentum=False
             )
-        self.result = MetaResult(rule)
+        self.result = MetaResult(rule, n_tasks_per_step=config.n_tasks * world.size)
         self.best_weights = _copy(rule.state_dict())
         self.norms: list[float] = []
-        self.n_episodes = 0
+        self.n_tasks_seen = 0
         self.n_validated = 0
         self.path = None if folder is None else folder / "checkpoint.pt"
         self.writer = None
-        if folder is not None:
+        if folder is not None and world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             from torch.utils.tensorboard import SummaryWriter
 
@@ -225,9 +170,9 @@ class _Run:
     def episode(self) -> Iterator[float]:
         """Train on one batch of tasks; yield the meta-loss of each meta-step."""
         config = self.config
-        first = self.n_episodes * config.n_tasks
-        indices = torch.arange(first, first + config.n_tasks)
-        self.n_episodes += 1
+        n_tasks = self.result.n_tasks_per_step
+        indices = torch.arange(self.n_tasks_seen, self.n_tasks_seen + n_tasks)[self.world.share(n_tasks)]
+        self.n_tasks_seen += n_tasks
         steps = self.estimator.gradients(
             self.rule,
             self.task,
@@ -236,6 +181,7 @@ class _Run:
             horizon=config.horizon,
             seed=config.seed,
             update_scale=config.gain_margin,
+            world=self.world,
         )
         self.meta_optimizer.zero_grad()
         for meta_loss in steps:
@@ -249,7 +195,8 @@ class _Run:
     def _update(self) -> None:
         step = len(self.result.meta_losses)
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).item()
+        # unlike ranks may round it differently, and part for good where one of them skips
+        norm = self.world.agree(torch.nn.utils.get_total_norm(grads).item())
         if not norm < float("inf"):
             self.result.n_skipped_nonfinite += 1
             self._skip()
@@ -291,6 +238,7 @@ class _Run:
             indices=torch.arange(config.n_validation_tasks),
             horizon=config.horizon,
             seed=config.seed + _VALIDATION_SEED_OFFSET,
+            world=self.world,
         )
         self.result.validation.append((step, score))
         self._log("validation/score", score, step)
@@ -299,10 +247,11 @@ class _Run:
             self.best_weights = _copy(self.rule.state_dict())
 
     def save(self) -> None:
-        if self.path is None:
+        if self.path is None or not self.world.is_first:
             return
         result = {f.name: getattr(self.result, f.name) for f in dataclasses.fields(MetaResult) if f.name != "rule"}
         checkpoint = {
+            "format": _FORMAT,
             "identity": self._identity(),
             "rule": self.rule.state_dict(),
             "best_weights": self.best_weights,
@@ -310,7 +259,7 @@ class _Run:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "result": result,
             "norms": self.norms,
-            "n_episodes": self.n_episodes,
+            "n_tasks_seen": self.n_tasks_seen,
             "n_validated": self.n_validated,
         }
         # written beside and renamed: a run that dies while writing leaves the last checkpoint whole
@@ -319,38 +268,72 @@ class _Run:
         os.replace(temporary, self.path)
 
     def resume(self) -> None:
-        if self.path is None or not self.path.exists():
+        """Continue from the checkpoint, if there is one; the first rank reads it for all."""
+        self._start_alike()
+        content = self.world.from_first(self._read)
+        if content is None:
             return
         try:
-            checkpoint = torch.load(self.path, weights_only=True, map_location="cpu")
+            checkpoint = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
             raise ValueError(
                 f"Parameter `folder` should be empty or hold a whole checkpoint. Found `{self.path}`, which cannot "
                 "be read; delete it to start anew."
             ) from error
+        if checkpoint.get("format") != _FORMAT:
+            raise ValueError(
+                "Parameter `folder` should be empty or hold a checkpoint of this version of odeopt. Found "
+                f"`{self.path}`, written by another one; finish the run with that version or delete it to start anew."
+            )
         identity = self._identity()
         if checkpoint["identity"] != identity:
-            changed = [k for k, v in identity.items() if checkpoint["identity"].get(k) != v]
+            changed = _differences(identity, checkpoint["identity"])
             raise ValueError(
                 f"Parameter `folder` should be empty or hold a checkpoint of the same run. Found `{self.path}` "
-                f"with another {', '.join(f'`{name}`' for name in changed)}; choose another folder or delete it."
+                f"with another {changed}; choose another folder or delete it."
+            )
+        result = MetaResult(self.rule, **checkpoint["result"])
+        if result.n_tasks_per_step < self.world.size:
+            raise ValueError(
+                f"The run in `{self.path}` has {result.n_tasks_per_step} tasks per meta-step, too few for "
+                f"{self.world.size} ranks. Continue it on at most {result.n_tasks_per_step}."
             )
         self.rule.load_state_dict(checkpoint["rule"])
         self.best_weights = checkpoint["best_weights"]
         self.meta_optimizer.load_state_dict(checkpoint["meta_optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
-        self.result = MetaResult(self.rule, **checkpoint["result"])
-        self.norms = checkpoint["norms"]
-        self.n_episodes, self.n_validated = checkpoint["n_episodes"], checkpoint["n_validated"]
+        self.result, self.norms = result, checkpoint["norms"]
+        self.n_tasks_seen, self.n_validated = checkpoint["n_tasks_seen"], checkpoint["n_validated"]
+
+    def _read(self) -> bytes | None:
+        return None if self.path is None or not self.path.exists() else self.path.read_bytes()
+
+    def _start_alike(self) -> None:
+        """Give every rank the first one's weights, and refuse ranks that are about to run something else."""
+        if self.world.size == 1:
+            return
+        weights = {name: value.cpu() for name, value in self.rule.state_dict().items()}
+        identity, weights = self.world.agree((self._identity(), weights))
+        if identity != self._identity():
+            changed = _differences(identity, self._identity())
+            raise ValueError(
+                f"Every rank should train the same rule in the same way. Found another {changed} on rank "
+                f"{self.world.rank}."
+            )
+        self.rule.load_state_dict(weights)
+        self.best_weights = _copy(self.rule.state_dict())
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 
     def _identity(self) -> dict[str, Any]:
+        """What makes two runs one; how much memory it takes is not part of it."""
+        config = dataclasses.asdict(self.config)
+        del config["checkpoint"]
         return {
-            "config": dataclasses.asdict(self.config),
+            "config": config,
             "rule class": type(self.rule).__name__,
             "rule config": self.rule.config,
             "task": self.task.describe(),
@@ -363,3 +346,7 @@ class _Run:
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in weights.items()}
+
+
+def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name, value in identity.items() if other.get(name) != value)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from odeopt.rules.base import UpdateRule, require
 from odeopt.tasks.base import Task
@@ -39,6 +41,7 @@ def unroll(
     total_steps: int | None = None,
     detach: bool = False,
     update_scale: float = 1.0,
+    checkpoint: int | None = None,
 ) -> Trajectory:
     """Optimize the tasks ``indices`` with ``rule``, all of them as one batched computation.
 
@@ -46,6 +49,11 @@ def unroll(
     differentiable with respect to the rule; the optimizee's second derivatives are part of that unless
     ``detach`` is set, which treats the gradients that the rule sees as constants (the dashed edges of
     the paper's Figure 2).
+
+    A differentiated run keeps what every step computed. With ``checkpoint`` it keeps parameters and states at the
+    ends of segments only, and the backward pass computes each segment again: the same gradient to rounding, for
+    twice the evaluations. Derivatives then come from ``.backward()`` without ``inputs``;
+    ``torch.autograd.grad`` raises.
 
     Args:
         rule: The update rule.
@@ -59,12 +67,13 @@ def unroll(
         total_steps: Length of the whole run, told to the rule as its progress; None leaves it unknown.
         detach: Whether the meta-gradient ignores how gradients depend on the rule.
         update_scale: Factor on the updates, the ``lr`` of :class:`odeopt.LearnedOptimizer`.
+        checkpoint: Steps per checkpointed segment; None keeps the whole run in memory.
 
     Returns:
         Losses, final parameters and final states.
 
     Raises:
-        ValueError: If ``n_steps`` or ``total_steps`` is out of range.
+        ValueError: If ``n_steps``, ``total_steps`` or ``checkpoint`` is out of range.
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Fig. 2.
@@ -72,39 +81,97 @@ def unroll(
     require(n_steps >= 1, "n_steps", n_steps, "at least 1")
     is_long_enough = total_steps is None or total_steps >= start + n_steps
     require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
-    is_exact = torch.is_grad_enabled() and not detach
+    require(checkpoint is None or checkpoint >= 1, "checkpoint", checkpoint, "positive")
     params = task.init_params(indices, seed) if params is None else dict(params)
     shapes = {name: param.shape for name, param in params.items()}
     flat = {name: param.reshape(len(indices), shapes[name][1:].numel()) for name, param in params.items()}
     if states is None:
         states = {name: rule.init_state(param) for name, param in flat.items()}
-    losses = []
-    for step in range(start, start + n_steps + 1):
-        with torch.enable_grad():
-            variables = {name: _variable(param, shapes[name]) for name, param in flat.items()}
-            loss = task.loss(variables, task.sample_batch(indices, step, seed))
-            total = loss.sum()
-        losses.append(loss if torch.is_grad_enabled() else loss.detach())
-        if step == start + n_steps:
-            break
-        # where the run is differentiated the graph of the loss is needed again by the meta-gradient
-        grads = torch.autograd.grad(
-            total, list(variables.values()), create_graph=is_exact, retain_graph=torch.is_grad_enabled()
-        )
-        progress = None if total_steps is None else loss.new_tensor(step / total_steps)
-        states, new_flat = dict(states), {}
-        for (name, param), grad in zip(flat.items(), grads, strict=True):
-            update, states[name] = rule(
-                grad.reshape(param.shape),
-                states[name],
-                param=param,
-                shape=shapes[name][1:],
-                progress=progress,
-            )
-            new_flat[name] = param + (update if update_scale == 1 else update_scale * update)
-        flat = new_flat
+    run = _Unroll(rule, task, indices, seed, shapes, total_steps, detach, update_scale)
+    steps = run.checkpointed if checkpoint is not None and torch.is_grad_enabled() else run.steps
+    end, length, losses = start + n_steps, checkpoint or n_steps, []
+    for first in range(start, end, length):
+        piece, flat, states = steps(first, min(first + length, end), flat, states)
+        losses += piece
+    losses.append(_kept(run.evaluate(flat, end)[0]))
     params = {name: param.view(shapes[name]) for name, param in flat.items()}
     return Trajectory(torch.stack(losses), params, states)
+
+
+class _Unroll(NamedTuple):
+    """What the steps of a run have in common."""
+
+    rule: UpdateRule
+    task: Task
+    indices: Tensor
+    seed: int
+    shapes: dict[str, torch.Size]
+    total_steps: int | None
+    detach: bool
+    update_scale: float
+
+    @torch.enable_grad()
+    def evaluate(self, flat: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Losses of a step, their sum, and the parameters with respect to which it can be differentiated."""
+        variables = {name: _variable(param, self.shapes[name]) for name, param in flat.items()}
+        loss = self.task.loss(variables, self.task.sample_batch(self.indices, step, self.seed))
+        return loss, loss.sum(), list(variables.values())
+
+    def steps(
+        self, start: int, end: int, flat: dict[str, Tensor], states: dict[str, NamedTuple]
+    ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, NamedTuple]]:
+        """Take some steps: the loss before each of them, and what they lead to."""
+        is_exact, losses = torch.is_grad_enabled() and not self.detach, []
+        for step in range(start, end):
+            loss, total, variables = self.evaluate(flat, step)
+            losses.append(_kept(loss))
+            # where the run is differentiated the graph of the loss is needed again by the meta-gradient
+            grads = torch.autograd.grad(total, variables, create_graph=is_exact, retain_graph=torch.is_grad_enabled())
+            progress = None if self.total_steps is None else loss.new_tensor(step / self.total_steps)
+            states, new_flat = dict(states), {}
+            for (name, param), grad in zip(flat.items(), grads, strict=True):
+                update, states[name] = self.rule(
+                    grad.reshape(param.shape),
+                    states[name],
+                    param=param,
+                    shape=self.shapes[name][1:],
+                    progress=progress,
+                )
+                new_flat[name] = param + (update if self.update_scale == 1 else self.update_scale * update)
+            flat = new_flat
+        return losses, flat, states
+
+    def checkpointed(self, start, end, flat, states):
+        """As :meth:`steps`, but nothing inside is kept: the backward pass takes the steps again."""
+        kinds = {name: (type(states[name]), len(states[name])) for name in flat}
+
+        def packed_steps(*tensors):
+            losses, flat, states = self.steps(start, end, *unpack(tensors))
+            return *losses, *pack(flat, states)
+
+        def pack(flat, states):
+            return [*flat.values(), *(value for name in flat for value in states[name])]
+
+        def unpack(tensors):
+            flat = dict(zip(kinds, tensors, strict=False))
+            values = iter(tensors[len(kinds) :])
+            return flat, {name: kind(*itertools.islice(values, n)) for name, (kind, n) in kinds.items()}
+
+        # the reentrant form: the other one computes everything before a segment again for each inner gradient;
+        # it differentiates only what depends on an input that requires it. Random numbers are counter-based.
+        inputs = [_differentiable(value) for value in pack(flat, states)]
+        outputs = run_again_in_backward(packed_steps, *inputs, use_reentrant=True, preserve_rng_state=False)
+        return list(outputs[: end - start]), *unpack(outputs[end - start :])
+
+
+def _kept(loss: Tensor) -> Tensor:
+    """A loss without its graph, unless the run is to be differentiated."""
+    return loss if torch.is_grad_enabled() else loss.detach()
+
+
+def _differentiable(value: Tensor) -> Tensor:
+    """A tensor that requires a gradient, where its dtype can have one."""
+    return value if value.requires_grad or not value.is_floating_point() else value.detach().requires_grad_()
 
 
 def _variable(param: Tensor, shape: torch.Size) -> Tensor:

@@ -1,0 +1,110 @@
+"""What a meta-training run is told, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from odeopt.meta.estimators import Backpropagation, Estimator
+from odeopt.meta.objective import MetaObjective
+from odeopt.rules.base import UpdateRule, is_integer, is_number, require
+
+_SCHEDULES = ("one-cycle", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaConfig:
+    """Settings of a meta-training run.
+
+    Attributes:
+        n_meta_steps: Number of meta-updates tried, skipped ones included.
+        n_tasks: Tasks per batch, on each rank.
+        horizon: Optimizee steps per task.
+        truncation: Steps per segment of truncated backpropagation; None for the full horizon.
+        checkpoint: Steps per checkpointed segment, for horizons that do not fit in memory; None keeps every step.
+            ``horizon / checkpoint`` boundaries and ``checkpoint`` steps are in memory at once. With the
+            port-Hamiltonian rule a boundary has 16 bytes per parameter and task, a step about 200, so
+            ``sqrt(horizon / 12)`` needs the least; any length takes the same time, about 1.3 times that without.
+            The gradient is the same to rounding, and a run may be resumed with another length.
+        detach: Whether the gradients that the rule sees count as constants.
+        weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"`` or ``"last"``.
+        log_loss: Whether the meta-loss takes logarithms of the losses.
+        gain_margin: Training multiplies the updates by this factor, use and validation do not: the rule then
+            stands that far away from the step sizes it was fitted at, which are at the edge of stability.
+        lr: Peak learning rate of meta-Adam.
+        schedule: ``"one-cycle"`` or ``"constant"``.
+        clip: Largest norm of a meta-gradient; longer ones are scaled down to it.
+        outlier_factor: A meta-gradient this many times longer than the running median is skipped.
+        validate_every: Meta-steps between validations.
+        n_validation_tasks: Tasks per validation, on the full horizon.
+        seed: Seed of everything.
+    """
+
+    n_meta_steps: int = 150
+    n_tasks: int = 4
+    horizon: int = 100
+    truncation: int | None = None
+    checkpoint: int | None = None
+    detach: bool = False
+    weights: str = "linear"
+    log_loss: bool = True
+    gain_margin: float = 1.0
+    lr: float = 3e-3
+    schedule: str = "one-cycle"
+    clip: float = 0.3
+    outlier_factor: float = 100.0
+    validate_every: int = 10
+    n_validation_tasks: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_meta_steps", "n_tasks", "horizon", "validate_every", "n_validation_tasks"):
+            value = getattr(self, name)
+            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        for name in ("truncation", "checkpoint"):
+            value = getattr(self, name)
+            require(value is None or (is_integer(value) and value >= 1), name, value, "a positive integer or None")
+        require(is_integer(self.seed), "seed", self.seed, "an integer")
+        for name in ("detach", "log_loss"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        for name in ("lr", "clip", "outlier_factor"):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, name, value, "a positive number")
+        is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
+        require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
+        require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")
+        self.objective()
+
+    def objective(self) -> MetaObjective:
+        """Build the meta-loss."""
+        return MetaObjective(self.weights, self.log_loss)
+
+    def estimator(self) -> Estimator:
+        """Build the estimator of the meta-gradient."""
+        return Backpropagation(truncation=self.truncation, detach=self.detach, checkpoint=self.checkpoint)
+
+
+@dataclasses.dataclass
+class MetaResult:
+    """What meta-training leaves behind.
+
+    Attributes:
+        rule: The rule, holding the weights that did best in validation.
+        best_score: Their validation score: mean loss over the last tenth of the horizon.
+        best_step: The meta-step they come from.
+        meta_losses: Meta-loss of every meta-step.
+        validation: Pairs of meta-step and validation score.
+        n_skipped_nonfinite: Meta-gradients skipped because they were not finite.
+        n_skipped_outliers: Meta-gradients skipped because of their length.
+        seconds: Time spent, over all resumed pieces.
+        n_tasks_per_step: Tasks per meta-step, of all ranks together.
+    """
+
+    rule: UpdateRule
+    best_score: float = float("inf")
+    best_step: int = 0
+    meta_losses: list[float] = dataclasses.field(default_factory=list)
+    validation: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    n_skipped_nonfinite: int = 0
+    n_skipped_outliers: int = 0
+    seconds: float = 0.0
+    n_tasks_per_step: int = 0
