@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from odeopt.rules.base import UpdateRule, require, state_dtype
+from odeopt.rules.base import UpdateRule, require
+from odeopt.stepping import Bucket, Shard, StepOptions, state_template, step_bucket
 
 _COUNTERS = ("n_steps", "n_skipped")
+# Coordinates from which on half a minute of compiling is soon earned: a step of a million takes 20 ms eagerly.
+_WORTH_COMPILING = 2**20
+# Parameters from this size on are stepped where they lie, the others side by side in a buffer. On a CPU copying
+# costs as much as half a step; on a GPU a call of its own costs more, unless the tensor is large.
+_STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -23,14 +30,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
     .. math:: \theta_{t+1} = (1 - \eta\lambda)\,\theta_t + \eta\,\Delta_t, \qquad
               (\Delta_t, s_{t+1}) = \mathrm{rule}(\nabla f(\theta_t), s_t)
 
-    Learning-rate schedulers, gradient clipping, ``GradScaler``, hooks, parameter groups, checkpoints and
-    pickling work as with any optimizer of ``torch.optim``. The rule's state lives in ``state[param]`` under
-    the names of the rule's ``NamedTuple``, in float32 or better whatever the dtype of the parameter; the step
-    is computed so too, and a bfloat16 parameter is rounded once.
+    Learning-rate schedulers, gradient clipping, ``GradScaler``, hooks, parameter groups, checkpoints, pickling,
+    ``DistributedDataParallel`` and ``fully_shard`` work as with any optimizer of ``torch.optim``. The rule's state
+    lives in ``state[param]`` under the names of the rule's ``NamedTuple``, in the shape of the parameter; as in
+    ``torch.optim``, each step changes it in place.
+
+    The parameters of a group are stepped in a few calls: large ones where they lie, all others of one device and
+    dtype side by side in a buffer. Rules that look across a tensor otherwise than by sums
+    (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
-    weight decay, :attr:`n_skipped` counts it, and the first one is warned of. Looking for them costs one
-    transfer to the host a step. Parameters without a gradient, or without elements, are left alone.
+    weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
+    :meth:`state_dict`) fetches the count, and the first are warned of then, on a CPU at once. Parameters without
+    a gradient, or without elements, are left alone.
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either with their own ``lr``,
@@ -42,6 +54,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown.
+        compile: Whether the loops over coordinates go through ``torch.compile``, which takes about half a minute
+            once per kind of rule, dtype and layout, whatever the sizes. ``"auto"`` does so from a million
+            parameters on. Where compiling fails a warning says so and the step runs eagerly, a few times slower.
+        state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
+            computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
+        capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
+            A number given as ``lr`` is frozen into the graph; a tensor is not.
 
     Raises:
         TypeError: If ``rule`` is not an instance of :class:`odeopt.rules.base.UpdateRule`.
@@ -64,6 +83,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         total_steps: int | None = None,
+        compile: bool | str = "auto",
+        state_dtype: torch.dtype | None = None,
+        capturable: bool = False,
     ) -> None:
         if not isinstance(rule, UpdateRule):
             found = f"the class {rule.__name__} itself" if isinstance(rule, type) else repr(rule)
@@ -71,21 +93,26 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "Parameter `rule` should be an instance of UpdateRule, built by its class or loaded by "
                 f"`odeopt.load_pretrained`. Found `rule = {found}`."
             )
+        require(isinstance(compile, bool) or compile == "auto", "compile", compile, "True, False or 'auto'")
+        is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
+        require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
+        require(isinstance(capturable, bool), "capturable", capturable, "True or False")
         self.rule = copy.deepcopy(rule).requires_grad_(False).eval()
-        self._placed_rules: dict[torch.device, UpdateRule] = {}
-        self._state_type: Callable[..., NamedTuple] | None = None
+        self.compile, self.state_dtype, self.capturable = compile, state_dtype, capturable
+        self._forget_buckets()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
         _check_options(defaults)
         super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0))
 
     @property
     def n_steps(self) -> int:
-        """Number of calls of :meth:`step` so far."""
-        return self.param_groups[0]["n_steps"]
+        """Number of calls of :meth:`step` so far, those in a captured graph included."""
+        return int(self.param_groups[0]["n_steps"])
 
     @property
     def n_skipped(self) -> int:
         """Number of gradients skipped so far, one per tensor and step, because they were not finite."""
+        self._fetch_skipped()
         return sum(group["n_skipped"] for group in self.param_groups)
 
     @torch.no_grad()
@@ -99,32 +126,28 @@ class LearnedOptimizer(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex; nothing has moved then.
+            ValueError: If a gradient is sparse or complex, or a learning rate out of range; nothing has moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:  # a scheduler, or the user, may have set it since it was checked
-            if not isinstance(group["lr"], Tensor):
+        for number, group in enumerate(self.param_groups):
+            if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
-        pending = [
-            (param, number, index)
-            for number, group in enumerate(self.param_groups)
-            for index, param in enumerate(group["params"])
-            if param.grad is not None and param.numel() > 0
-        ]
-        for param, number, index in pending:
-            if _is_unsupported(param.grad):
-                self._raise_unsupported(param.grad, number, index, "have a dense, real gradient")
-        skipped = []
-        are_finite = _are_finite([param.grad for param, *_ in pending])
-        for (param, number, index), is_finite in zip(pending, are_finite, strict=True):
-            if is_finite:
-                self._move(param, self.param_groups[number])
-            else:
-                skipped.append((number, index))
-        self._count(skipped)
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None and _is_unsupported(param.grad):
+                    self._raise_unsupported(param.grad, number, index, "have a dense, real gradient")
+        may_warn = False
+        for number, group in enumerate(self.param_groups):
+            for bucket in self._buckets_of(number):
+                rule = self._rule_for(bucket.device)
+                step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule))
+                # what lies on the CPU can be looked at for nothing
+                may_warn = may_warn or (bucket.device.type == "cpu" and bool(bucket.n_skipped.any()))
+            group["n_steps"] += 1
+        if may_warn:
+            self._fetch_skipped(device="cpu")
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -140,11 +163,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         group.update(n_steps=self.n_steps if number else 0, n_skipped=0)
+        self._place_counters()
         try:
             _check_options(group)
             for index, param in enumerate(group["params"]):
                 if _is_unsupported(param) or not param.is_floating_point():
                     self._raise_unsupported(param, number, index, "be dense, real and of a floating-point type")
+                if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:
+                    raise ValueError(
+                        f"Parameter `rule` should look across a tensor by sums only (StagedRule), or not at all, where "
+                        f"parameters are sharded. Found `rule = {type(self.rule).__name__}`."
+                    )
         except ValueError:
             self.param_groups.pop()
             raise
@@ -167,6 +196,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             require(is_ours, "state_dict", sorted(final), "the state of a LearnedOptimizer")
             restored.update(self._read_state(final))
 
+        self._forget_buckets()
         reading = self.register_load_state_dict_pre_hook(read)
         writing = self.register_load_state_dict_post_hook(lambda _: self.state.update(restored), prepend=True)
         try:
@@ -174,17 +204,41 @@ class LearnedOptimizer(torch.optim.Optimizer):
         finally:
             reading.remove()
             writing.remove()
+        self._place_counters()
+
+    def state_dict(self) -> StateDict:
+        """State and options, as of ``torch.optim``; the tensors are the optimizer's own, not copies."""
+        self._fetch_skipped()
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"rule": self.rule}
+        self._fetch_skipped()
+        # copies: a view pickles the whole buffer that it looks into
+        state = defaultdict(dict, {p: {name: x.clone() for name, x in s.items()} for p, s in self.state.items()})
+        names = ("rule", "compile", "state_dtype", "capturable")
+        return super().__getstate__() | {"state": state} | {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_placed_rules", {})
-        self.__dict__.setdefault("_state_type", None)
+        self._forget_buckets()
         for group in self.param_groups:
             for option in ("weight_decay", "maximize", "total_steps", *_COUNTERS):
                 group.setdefault(option, self.defaults[option])
+
+    def _forget_buckets(self) -> None:
+        """Let the next step lay the parameters out anew, with the state that :attr:`state` holds."""
+        self._rules: dict[torch.device, UpdateRule] = {}
+        self._buckets: dict[int, list[Bucket]] = {}
+        self._is_placed: set[Tensor] = set()
+
+    def _place_counters(self) -> None:
+        """Keep the count of steps where a captured step can raise it, or as a number."""
+        for group in self.param_groups:
+            if self.capturable:
+                device = group["params"][0].device
+                group["n_steps"] = torch.as_tensor(group["n_steps"], dtype=torch.float32).to(device)
+            else:
+                group["n_steps"] = int(group["n_steps"])
 
     def _name(self, number: int, index: int) -> str:
         names = self.param_groups[number].get("param_names")
@@ -196,55 +250,90 @@ class LearnedOptimizer(torch.optim.Optimizer):
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
 
-    def _rule_for(self, param: Tensor) -> UpdateRule:
-        if param.device not in self._placed_rules:
-            self._placed_rules[param.device] = copy.deepcopy(self.rule).to(param.device)
-        return self._placed_rules[param.device]
+    def _rule_for(self, device: torch.device) -> UpdateRule:
+        if device not in self._rules:
+            self._rules[device] = copy.deepcopy(self.rule).to(device)
+        return self._rules[device]
 
-    def _move(self, param: Tensor, group: dict[str, Any]) -> None:
-        rule, dtype = self._rule_for(param), state_dtype(param.dtype)
-        flat, grad = param.detach().reshape(-1).to(dtype), param.grad.reshape(-1).to(dtype)
-        saved = self.state.get(param)
-        if not saved or self._state_type is None:
-            state = rule.init_state(flat)
-            self._state_type = type(state)
-        if saved:
-            state = self._state_type(**saved)
-        if group["maximize"]:
-            grad = -grad
+    def _compiles(self, rule: UpdateRule) -> bool:
+        """Whether to compile; a rule that is called per tensor would be compiled for each shape."""
+        if rule.crosses_coordinates and not rule.is_staged:
+            return False
+        return self.compile is True or (self.compile == "auto" and self._n_coordinates >= _WORTH_COMPILING)
+
+    def _options(self, group: dict[str, Any], bucket: Bucket) -> StepOptions:
+        def scalar(x: float | Tensor) -> Tensor:
+            return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype)
+
         progress = None
         if group["total_steps"] is not None:
-            done = min(group["n_steps"] / group["total_steps"], 1.0)
-            progress = torch.full((), done, dtype=dtype, device=param.device)
-        update, state = rule(grad, state, param=flat, shape=param.shape, progress=progress)
-        # a new dict, never a write into the old one, which a state_dict taken earlier still holds
-        self.state[param] = state._asdict()
+            done = group["n_steps"] / group["total_steps"]
+            if isinstance(done, Tensor):
+                progress = done.clamp(max=1.0).to(bucket.device, bucket.dtype)
+            else:
+                progress = torch.full((), min(done, 1.0), dtype=bucket.dtype, device=bucket.device)
+        decay = scalar(group["weight_decay"]) if group["weight_decay"] != 0 else None
+        return StepOptions(scalar(group["lr"]), decay, progress, group["maximize"])
 
-        update, lr, alpha = update.reshape(param.shape), group["lr"], 1
-        if isinstance(lr, Tensor):
-            lr = lr.reshape(())
-            update = update * lr
-        else:
-            alpha = lr  # saves a temporary; takes host numbers only
-        moved = param.to(dtype)  # the parameter itself where it has the dtype already
-        if group["weight_decay"] != 0:
-            moved.mul_(1 - lr * group["weight_decay"])
-        moved.add_(update, alpha=alpha)
-        if moved is not param:
-            param.copy_(moved)
+    def _buckets_of(self, number: int) -> Iterator[Bucket]:
+        """Buckets of a group in which some parameter has a gradient."""
+        group = self.param_groups[number]
+        if any(bucket.has_moved() for bucket in self._buckets.get(number, ())):  # to another device, or dtype
+            self._is_placed.difference_update(*(bucket.params for bucket in self._buckets.pop(number)))
+        new = [p for p in group["params"] if p.grad is not None and p not in self._is_placed and p.numel() > 0]
+        if new:
+            self._place(number, new)
+        for bucket in self._buckets.get(number, ()):
+            if any(param.grad is not None for param in bucket.params):
+                yield bucket
 
-    def _count(self, skipped: list[tuple[int, int]]) -> None:
-        is_first = self.n_skipped == 0
-        for number, _ in skipped:
-            self.param_groups[number]["n_skipped"] += 1
-        for group in self.param_groups:
-            group["n_steps"] += 1
-        if skipped and is_first:
+    def _place(self, number: int, params: list[Tensor]) -> None:
+        """Lay out parameters that have their first gradient, and begin or take up their state."""
+        alike: dict[tuple, list[Tensor]] = defaultdict(list)
+        for param in params:
+            shard = Shard.of(param)
+            rule = self._rule_for(param.device)
+            is_alone = rule.crosses_coordinates and not rule.is_staged
+            # by the average piece, so that all processes choose alike
+            size = param.numel() // shard.n_shards
+            threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
+            is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
+            key = (param.device, param.dtype, shard.group_key)
+            alike[(*key, param) if is_alone or is_large else key].append(param)
+        for together in alike.values():
+            rule = self._rule_for(together[0].device)
+            bucket = Bucket(rule, together, dtype=self.state_dtype)
+            for index, param in enumerate(together):
+                if self.state.get(param):
+                    bucket.set_state(index, self.state[param])
+                else:
+                    bucket.init_state(index, rule)
+                self.state[param] = bucket.views(index)
+            self._buckets.setdefault(number, []).append(bucket)
+        self._is_placed.update(params)
+        self._n_coordinates = sum(param.numel() for param in self._is_placed)
+
+    def _fetch_skipped(self, device: str | None = None) -> None:
+        """Bring the counts of skipped gradients to the host, and warn of the first ones."""
+        had = any(group["n_skipped"] for group in self.param_groups)
+        first = None
+        for number, buckets in self._buckets.items():
+            group = self.param_groups[number]
+            for bucket in buckets:
+                if device is not None and bucket.device.type != device:
+                    continue
+                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=False):
+                    if count and first is None:
+                        index = next(i for i, p in enumerate(group["params"]) if p is param)
+                        first = self._name(number, index)
+                    group["n_skipped"] += count
+                bucket.n_skipped.zero_()
+        if first is not None and not had:
             warnings.warn(
-                f"Parameter `{self._name(*skipped[0])}` was not moved at step {self.n_steps}: its gradient "
-                "is not finite. Later such steps are skipped and counted in `n_skipped` without a warning.",
+                f"Parameter `{first}` was not moved at {'' if device else 'or before '}step {self.n_steps}: its "
+                "gradient is not finite. Later such steps are skipped and counted in `n_skipped` without a warning.",
                 RuntimeWarning,
-                stacklevel=5,  # the caller of step(), past the wrappers of no_grad and of the base class
+                stacklevel=5 if device else 3,  # the caller of step(), past the wrappers of the base class
             )
 
     def _read_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
@@ -255,20 +344,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for index, (param, key) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
                 saved = state_dict["state"].get(key)
                 if saved:
-                    flat = param.detach().reshape(-1).to(state_dtype(param.dtype))
-                    template = self._rule_for(param).init_state(flat)._asdict()
+                    template = state_template(self._rule_for(param.device), param, self.state_dtype)
                     restored[param] = _matched(saved, template, self._name(number, index))
         return restored
 
 
-def _matched(saved: dict[str, Tensor], template: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
-        return {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in state.items()}
-
-    wanted, found = shapes(template), shapes(saved)
+def _matched(
+    saved: dict[str, Tensor], template: dict[str, tuple[torch.Size, torch.dtype]], name: str
+) -> dict[str, Tensor]:
+    wanted = {field: tuple(shape) for field, (shape, _) in template.items()}
+    found = {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in saved.items()}
     if found != wanted:
         raise ValueError(f"Parameter `{name}` should have a state of {wanted} under this rule. Found {found}.")
-    return {field: saved[field].to(like.device, like.dtype) for field, like in template.items()}
+    return {field: saved[field].to(dtype=dtype) for field, (_, dtype) in template.items()}
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -289,14 +377,3 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _is_unsupported(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided or tensor.is_complex()
-
-
-def _are_finite(grads: list[Tensor]) -> list[bool]:
-    """Whether each gradient is finite, for one transfer to the host."""
-    if not grads:
-        return []
-    # A finite sum has finite terms only, and costs a tenth of looking at each. One that is not finite may
-    # just have overflowed, so then the terms are looked at.
-    device = grads[0].device
-    sums = torch.stack([grad.sum().isfinite().to(device) for grad in grads]).tolist()
-    return [known or bool(grad.isfinite().all()) for known, grad in zip(sums, grads, strict=True)]

@@ -51,13 +51,14 @@ def test_non_finite_gradient_moves_nothing_is_counted_and_warned_of_once(rule, d
     assert hurt.isfinite().all()
 
 
-def test_non_finite_first_gradient_leaves_no_state():
+def test_non_finite_first_gradient_leaves_the_state_at_its_start():
     param = parameter([1.0], [float("nan")])
-    optimizer = LearnedOptimizer([param], LeakySum())
+    optimizer = LearnedOptimizer([param], AdamUpdate())
     with pytest.warns(RuntimeWarning, match="n_skipped"):
         optimizer.step()
-    assert param not in optimizer.state
+    assert all(value.eq(0).all() for value in optimizer.state[param].values())
     assert optimizer.n_skipped == 1
+    assert param.item() == 1.0
 
 
 @pytest.mark.parametrize("opposed", [False, True])
@@ -285,14 +286,16 @@ def test_bfloat16_parameters_keep_float32_state_through_load_state_dict():
         assert torch.equal(value, exact[name])
 
 
-def test_state_dict_is_a_snapshot_that_later_steps_leave_alone():
-    param = parameter([1.0], [1.0])
-    optimizer = LearnedOptimizer([param], LeakySum())
+def test_state_that_was_loaded_is_not_shared_with_the_optimizer_it_came_from():
+    first, second = parameter([1.0], [1.0]), parameter([1.0], [1.0])
+    optimizer, again = (LearnedOptimizer([param], LeakySum()) for param in (first, second))
     optimizer.step()
-    snapshot = optimizer.state_dict()
-    optimizer.step()
-    assert snapshot["state"][0]["total"].item() == 1.0
-    assert snapshot["param_groups"][0]["n_steps"] == 1
+    again.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        again.step()
+    assert optimizer.state[first]["total"].item() == 1.0
+    assert again.state[second]["total"].item() == pytest.approx(1 + 0.9 * (1 + 0.9))
+    assert (optimizer.n_steps, again.n_steps) == (1, 3)
 
 
 def test_pre_hook_of_the_user_edits_what_is_loaded():

@@ -1,0 +1,232 @@
+"""Parameters side by side: the layouts in which one call steps many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.rules.base import UpdateRule, state_dtype
+from odeopt.stepping.shards import Shard
+
+ROW = 1024  # coordinates per row of a packed bucket; the last row of a tensor is filled up with zeros
+
+
+class Rows(NamedTuple):
+    """Which tensor each row of coordinates belongs to.
+
+    Attributes:
+        features: What the rule knows of each tensor's shape, shape ``(n_tensors, n_features)``.
+        tensor: Number of the tensor of each row, int64, shape ``(n_rows,)``; None where one tensor is one row.
+        offsets: First row of each tensor, and the number of rows, int64, shape ``(n_tensors + 1,)``; None likewise.
+    """
+
+    features: Tensor
+    tensor: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add up the rows of each tensor: ``(n_rows, k)`` to ``(n_tensors, k)``, in a fixed order."""
+        if self.offsets is None:
+            return x
+        # index_add_ adds in any order on CUDA: a run could not be repeated bit for bit
+        return torch.segment_reduce(x, "sum", offsets=self.offsets, axis=0, unsafe=True)
+
+    def spread(self, x: Tensor | None) -> Tensor | None:
+        """Give each row what its tensor has: ``(n_tensors, k)`` to ``(n_rows, k)``."""
+        return x if x is None or self.tensor is None else x[self.tensor]
+
+    def first(self, x: Tensor) -> Tensor:
+        """What each tensor has, out of what all of its rows hold: ``(n_rows, k)`` to ``(n_tensors, k)``."""
+        return x if self.offsets is None else x[self.offsets[:-1]]
+
+    def part(self, rows: slice) -> Rows:
+        """Layout of some of the rows, for :meth:`spread`."""
+        return self if self.tensor is None else self._replace(tensor=self.tensor[rows])
+
+
+class Bucket:
+    """One tensor, or many side by side, as rows of coordinates: ``(n_rows, *, n_columns, *)``.
+
+    A bucket of one tensor is a single row, and works on gradient and parameter in place. Several tensors are packed
+    into rows of :data:`ROW` coordinates of which no two tensors share one; one call copies their gradients and
+    values in, and one the values out again. A row that belongs to no tensor stands at the end, so that a compiled
+    loop never meets a size of one, for which it would be compiled again.
+
+    Args:
+        rule: The rule, on the device of the parameters.
+        params: Parameters of one device, dtype and mesh.
+        dtype: Of what the state holds per coordinate; None for float32 or better.
+
+    Attributes:
+        params: The parameters.
+        shards: Where each of them lies.
+        dtype: In which the step is computed.
+        state: State of the rule in rows; fields of several numbers per coordinate as a tuple of tensors.
+        rows: The layout.
+        columns: For each field of the state, which axis the columns are; None where the field holds one value per row.
+        n_skipped: Gradients skipped because they were not finite, int64, ``(n_tensors, 1)``.
+    """
+
+    def __init__(self, rule: UpdateRule, params: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> None:
+        self.params = list(params)
+        self.shards = [Shard.of(param) for param in self.params]
+        local = self._local_params()
+        self.device, self.param_dtype, self.dtype = local[0].device, local[0].dtype, state_dtype(local[0].dtype)
+        # an empty piece has no row of its own, and one that is not contiguous has to be copied
+        self.is_packed = len(params) > 1 or local[0].numel() == 0 or not local[0].is_contiguous()
+        self.is_shared = self.shards[0].mesh is not None
+        self._shapes = [param.shape for param in local]
+        sizes = [param.numel() for param in local]
+        n_rows = [max(1, -(-n // ROW)) for n in sizes] if self.is_packed else [1]
+        self._starts = [sum(n_rows[:i]) for i in range(len(n_rows) + 1)]
+        self.shape = (self._starts[-1] + 1, ROW) if self.is_packed else (1, sizes[0])
+        self.rows = self._make_rows(rule, n_rows)
+        n_tensors = len(self.rows.features)
+        self.n_skipped = torch.zeros((n_tensors, 1), dtype=torch.int64, device=self.device)
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
+
+        self._type, self._axes, template = _fields(rule, local[0].new_zeros(3), dtype)
+        self._storage: dict[str, Tensor] = {}
+        for name, axis in self._axes.items():
+            shape, kept = template[name]
+            shape = (self.shape[0], *shape) if axis is None else (*shape[:axis], *self.shape, *shape[axis + 1 :])
+            self._storage[name] = torch.zeros(shape, dtype=kept, device=self.device)
+        self.state = self._type(*(self._in_rows(name) for name in self._storage))
+        self.columns = tuple(
+            None if axis is None else 1 if isinstance(field, tuple) else axis + 1
+            for axis, field in zip(self._axes.values(), self.state, strict=True)
+        )
+        if self.is_packed:
+            self.grad, self.theta = (torch.zeros(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            parts = range(len(self.params))
+            self._grads, self._thetas = ([self._view(x, i, 0) for i in parts] for x in (self.grad, self.theta))
+
+    def has_moved(self) -> bool:
+        """Whether a parameter has since been brought to another device or dtype."""
+        return any(param.device != self.device or param.dtype != self.param_dtype for param in self.params)
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring gradients and parameters into rows.
+
+        Returns:
+            Gradient and parameter, shape ``(n_rows, n_columns)``; and which tensors have a gradient, bool,
+            ``(n_tensors, 1)``.
+        """
+        grads, params = [param.grad for param in self.params], self._local_params()
+        has_grad = tuple(grad is not None for grad in grads)
+        if self.is_shared:
+            pairs = zip(self.shards, grads, strict=True)
+            grads = [None if grad is None else shard.local(grad) for shard, grad in pairs]
+        if not self.is_packed:
+            return grads[0].reshape(1, -1), params[0].view(1, -1), self._mask(has_grad)
+        torch._foreach_copy_(self._thetas, params)
+        if all(has_grad):
+            torch._foreach_copy_(self._grads, grads)
+        else:
+            there = [(view, grad) for view, grad in zip(self._grads, grads, strict=True) if grad is not None]
+            torch._foreach_copy_(*map(list, zip(*there, strict=True)))
+        return self.grad, self.theta, self._mask(has_grad)
+
+    def store(self) -> None:
+        """Bring the parameters back out of the rows, rounded once."""
+        if self.is_packed:
+            torch._foreach_copy_(self._local_params(), self._thetas)
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """Add up over the processes that share the parameters."""
+        # without the row of no tensor: a process whose piece of a lone tensor is empty has one, the others do not
+        self.shards[0].add_up(sums[: len(self.params)])
+        return sums
+
+    def views(self, index: int) -> dict[str, Tensor]:
+        """State of one parameter under the rule's names, in the shape of the parameter; it changes with each step."""
+        views, start = {}, self._starts[index]
+        for name, axis in self._axes.items():
+            if axis is None:
+                views[name] = self._storage[name][start]
+            else:
+                views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
+        return views
+
+    def set_state(self, index: int, state: dict[str, Tensor]) -> None:
+        """Overwrite the state of one parameter."""
+        start, end = self._starts[index : index + 2]
+        for name, axis in self._axes.items():
+            value = state[name].detach()
+            if axis is None:
+                self._storage[name][start:end] = value.to(self.device)
+            else:
+                self._view(self._storage[name], index, axis).copy_(self.shards[index].local(value, axis))
+
+    def init_state(self, index: int, rule: UpdateRule) -> None:
+        """Set the state of one parameter to what the rule begins with."""
+        local = self.shards[index].local(self.params[index]).detach()
+        state = rule.init_state(local.reshape(-1).to(self.dtype))._asdict()
+        for name, axis in self._axes.items():
+            if axis is not None:
+                like = state[name]
+                piece = like.reshape((*like.shape[:axis], *local.shape, *like.shape[axis + 1 :]))
+                state[name] = self.shards[index].whole(piece, axis)
+        self.set_state(index, state)
+
+    def _local_params(self) -> list[Tensor]:
+        """This process's pieces of the parameters."""
+        return [shard.local(param).detach() for shard, param in zip(self.shards, self.params, strict=True)]
+
+    def _make_rows(self, rule: UpdateRule, n_rows: list[int]) -> Rows:
+        features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
+        if not self.is_packed:
+            return Rows(torch.tensor(features, dtype=self.dtype, device=self.device))
+        features = torch.tensor([*features, features[-1]], dtype=self.dtype, device=self.device)
+        counts = torch.tensor([*n_rows, 1])
+        tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return Rows(features, tensor.to(self.device), offsets.to(self.device))
+
+    def _in_rows(self, name: str) -> Tensor | tuple[Tensor, ...]:
+        """Field of the state with the rows first, and its parts one by one where it holds several per coordinate."""
+        axis, storage = self._axes[name], self._storage[name]
+        if not axis:
+            return storage
+        return storage.unbind(0) if axis == 1 and len(storage) else storage.movedim(axis, 0)
+
+    def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
+        """Coordinates of one tensor in its own shape; ``axis`` is that of the rows, columns follow."""
+        start, end, shape = *self._starts[index : index + 2], self._shapes[index]
+        flat = storage.narrow(axis, start, end - start).flatten(axis, axis + 1).narrow(axis, 0, shape.numel())
+        return flat.view((*flat.shape[:axis], *shape, *flat.shape[axis + 1 :]))
+
+    def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
+        if has_grad not in self._masks:
+            mask = [*has_grad, False] if self.is_packed else has_grad
+            self._masks[has_grad] = torch.tensor(mask, device=self.device).unsqueeze(-1)
+        return self._masks[has_grad]
+
+
+def state_template(
+    rule: UpdateRule, param: Tensor, dtype: torch.dtype | None = None
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each field of the state of a parameter, as :meth:`Bucket.views` gives them."""
+    _, axes, template = _fields(rule, torch.zeros(3, dtype=param.dtype, device=param.device), dtype)
+    for name, axis in axes.items():
+        shape, kept = template[name]
+        if axis is not None:
+            template[name] = torch.Size((*shape[:axis], *param.shape, *shape[axis + 1 :])), kept
+    return template
+
+
+def _fields(
+    rule: UpdateRule, like: Tensor, dtype: torch.dtype | None
+) -> tuple[type, dict[str, int | None], dict[str, tuple[torch.Size, torch.dtype]]]:
+    """Type of the rule's state; the axis of each field along coordinates, None for once per tensor; shape and dtype."""
+    n, axes, template = like.numel(), {}, {}
+    state, larger = rule.init_state(like), rule.init_state(like.new_zeros(n + 2))
+    for name, a, b in zip(state._fields, state, larger, strict=True):
+        along = [axis for axis, sizes in enumerate(zip(a.shape, b.shape, strict=True)) if sizes == (n, n + 2)]
+        axes[name] = along[0] if along else None
+        is_narrowed = along and dtype is not None and a.is_floating_point()
+        template[name] = a.shape, dtype if is_narrowed else a.dtype
+    return type(state), axes, template

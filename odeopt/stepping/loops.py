@@ -1,0 +1,352 @@
+"""The step of a bucket: as compiled loops over its coordinates, or eagerly in chunks that stay in cache."""
+
+from __future__ import annotations
+
+import json
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.rules.base import UpdateRule
+from odeopt.stepping.buckets import Bucket, Rows
+
+# Coordinates under which the whole step is compiled as one: less to launch, but what a tensor shares is worked out
+# again for each vector of its coordinates, which beyond this costs more than launching every stage by itself.
+_ONE_CALL = 2**16
+
+_COMPILED: dict[tuple, Callable] = {}
+_WORKED: set[tuple] = set()
+_FAILED: set[tuple] = set()
+
+
+class StepOptions(NamedTuple):
+    """What a step is told beside gradients and state.
+
+    Attributes:
+        lr: Factor on the update, 0-d.
+        decay: Decoupled weight decay per unit of ``lr``, 0-d; None for none.
+        progress: Fraction of the run that is done, 0-d; None where unknown.
+        maximize: Whether to climb.
+    """
+
+    lr: Tensor
+    decay: Tensor | None = None
+    progress: Tensor | None = None
+    maximize: bool = False
+
+
+class Piece(NamedTuple):
+    """Some of the rows or columns of a bucket.
+
+    Attributes:
+        rows: Their layout.
+        grad: Gradient, shape ``(n_rows, n_columns)``.
+        theta: Parameter, likewise.
+        state: State, rows first.
+        columns: Axis of the columns in each field of the state; None for what a tensor holds once.
+        shape: Of the bucket's first parameter, for rules that are called per tensor.
+    """
+
+    rows: Rows
+    grad: Tensor
+    theta: Tensor
+    state: NamedTuple
+    columns: tuple[int | None, ...]
+    shape: torch.Size
+
+
+def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, *, compile: bool) -> None:
+    """Step every tensor of a bucket that has a finite gradient, and count those whose gradient is not finite.
+
+    Args:
+        rule: The rule, on the device of the bucket; staged, or one that does not cross coordinates.
+        bucket: Parameters and state; both change in place.
+        options: The step's factors.
+        compile: Whether to compile the loops. Where that fails a warning says so, once for each kind of bucket, and
+            the step is done eagerly.
+    """
+    grad, theta, has_grad = bucket.load()
+    piece = Piece(bucket.rows, grad, theta, bucket.state, bucket.columns, bucket.params[0].shape)
+    known: list[Tensor] = []
+    if not (compile and _step_compiled(rule, bucket, piece, has_grad, options, known)):
+        _step_in_chunks(rule, bucket, piece, has_grad, options, known)
+    bucket.store()
+
+
+# -------------------- parts of a step, as functions of tensors
+
+
+def _sums(rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None, options: StepOptions) -> Tensor:
+    """Sums of one stage for each row; those of the first one after a count of rows that are not finite."""
+    rows, grad = piece.rows, _gradient(piece, options)
+    sums = [_is_broken(grad)] if stage == 0 else []
+    if rule.is_staged:
+        state = _wide(piece.state, grad.dtype)
+        sums.append(rule.statistics(stage, grad, state, rows.spread(rows.features), _spread(rows, shared), piece.theta))
+    return torch.cat(sums, dim=-1)
+
+
+def _shared(
+    rule: UpdateRule, stage: int, piece: Piece, sums: Tensor, shared: NamedTuple | None, options: StepOptions
+) -> NamedTuple:
+    """What the coordinates of each tensor share after a stage; :func:`_sums` added up over rows comes in."""
+    fields = (piece.rows.first(x) if axis is None else None for x, axis in zip(piece.state, piece.columns, strict=True))
+    sums = sums[:, 1:] if stage == 0 else sums
+    state = type(piece.state)(*fields)
+    return rule.coefficients(stage, sums, state, piece.rows.features, shared, options.progress)
+
+
+def _stage(
+    rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None, options: StepOptions
+) -> tuple[Tensor, NamedTuple | None]:
+    sums = piece.rows.sum(_sums(rule, stage, piece, shared, options))
+    return sums[:, :1], _shared(rule, stage, piece, sums, shared, options) if rule.is_staged else None
+
+
+def _moved(
+    rule: UpdateRule, piece: Piece, shared: NamedTuple | None, options: StepOptions
+) -> tuple[Tensor, NamedTuple]:
+    """Parameters and state after the step."""
+    grad, theta = _gradient(piece, options), piece.theta.to(piece.rows.features.dtype)
+    state = _wide(piece.state, grad.dtype)
+    if rule.is_staged:
+        update, state = rule.advance(grad, state, _spread(piece.rows, shared))
+    else:
+        state = type(state)(*(torch.stack(x, dim=1) if isinstance(x, tuple) else x for x in state))
+        if rule.crosses_coordinates:  # one tensor, as the rule sees it elsewhere
+            state = type(state)(*(x[0] for x in state))
+            # what becomes of a gradient that is not finite is thrown away, but an adaptive solver would stumble over it
+            grad = torch.where(grad.isfinite(), grad, 0.0)
+            update, state = rule(grad[0], state, param=theta[0], shape=piece.shape, progress=options.progress)
+            state = type(state)(*(x.unsqueeze(0) for x in state))
+        else:
+            update, state = rule(grad, state, param=theta, progress=options.progress)
+    if options.decay is not None:
+        theta = theta * (1 - options.lr * options.decay)
+    return theta + options.lr * update, state
+
+
+def _write(old: Tensor | tuple, new: Tensor | tuple, moves: Tensor | None) -> None:
+    """Write a field of the state where its row ``moves``; everywhere if that is None."""
+    if isinstance(old, tuple):
+        new = new if isinstance(new, tuple) else new.unbind(1)
+        for old_part, new_part in zip(old, new, strict=True):
+            _write(old_part, new_part, moves)
+    elif old.numel() > 0:
+        if moves is not None:
+            new = torch.where(moves.reshape(-1, *[1] * (old.dim() - 1)), new, old)
+        old.copy_(new)
+
+
+def _move(
+    rule: UpdateRule,
+    piece: Piece,
+    shared: NamedTuple | None,
+    options: StepOptions,
+    broken: Tensor,
+    has_grad: Tensor,
+    n_skipped: Tensor,
+) -> None:
+    """The last part as a compiled loop takes it: everything written in place, by masks and not by branches."""
+    moves = piece.rows.spread(has_grad & (broken == 0))
+    theta, state = _moved(rule, piece, shared, options)
+    n_skipped.add_(has_grad & (broken > 0))
+    _write(piece.theta, theta, moves)
+    for old, new in zip(piece.state, state, strict=True):
+        _write(old, new, moves)
+
+
+def _gradient(piece: Piece, options: StepOptions) -> Tensor:
+    grad = piece.grad.to(piece.rows.features.dtype)
+    return -grad if options.maximize else grad
+
+
+def _is_broken(grad: Tensor) -> Tensor:
+    """One for each row with an infinity or a NaN, zero for the others; shape ``(n_rows, 1)``."""
+    if grad.shape[-1] == 0:  # an empty row has no largest number
+        return grad.sum(-1, keepdim=True)
+    largest = torch.linalg.vector_norm(grad, torch.inf, dim=-1, keepdim=True)
+    return largest.isfinite().logical_not().to(grad.dtype)
+
+
+def _wide(state: NamedTuple, dtype: torch.dtype) -> NamedTuple:
+    """State in the dtype that the step is computed in, where it is kept in a narrower one."""
+    return type(state)(
+        *(tuple(_widened(y, dtype) for y in x) if isinstance(x, tuple) else _widened(x, dtype) for x in state)
+    )
+
+
+def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _spread(rows: Rows, shared: NamedTuple | None) -> NamedTuple | None:
+    return None if shared is None else type(shared)(*(rows.spread(x) for x in shared))
+
+
+# -------------------- eagerly, in chunks
+
+
+def _step_in_chunks(
+    rule: UpdateRule, bucket: Bucket, piece: Piece, has_grad: Tensor, options: StepOptions, known: list[Tensor]
+) -> None:
+    """Step chunk by chunk; ``known`` are the sums of the first stages, where they have been added up already."""
+    chunks, is_packed = list(_chunks(rule, bucket, piece)), bucket.is_packed
+    broken, shared = None, None
+    for stage in range(rule.n_stages if rule.is_staged else 1):
+        if stage < len(known):
+            sums = known[stage]
+        else:
+            sums = [_sums(rule, stage, chunk, shared, options) for chunk in chunks]
+            # chunks of columns are parts of one row, chunks of rows are not
+            sums = bucket.add_up(piece.rows.sum(torch.cat(sums)) if is_packed else torch.stack(sums).sum(0))
+        broken = sums[:, :1] if stage == 0 else broken
+        shared = _shared(rule, stage, piece, sums, shared, options) if rule.is_staged else None
+    moves = has_grad & (broken == 0)
+    bucket.n_skipped += has_grad & (broken > 0)
+    # a look costs nothing on a CPU, and where every tensor moves no mask is needed; elsewhere it would wait
+    needs_mask = bucket.device.type != "cpu" or not bool(moves[: len(bucket.params)].all())
+    new = piece.state
+    for chunk in chunks:
+        theta, new = _moved(rule, chunk, shared, options)
+        mask = chunk.rows.spread(moves) if needs_mask else None
+        _write(chunk.theta, theta, mask)
+        for old_field, new_field, axis in zip(chunk.state, new, piece.columns, strict=True):
+            if is_packed or axis is not None:
+                _write(old_field, new_field, mask)
+    if not is_packed:  # what the chunks of a row have in common, which the next chunk would have read
+        for old_field, new_field, axis in zip(piece.state, new, piece.columns, strict=True):
+            if axis is None:
+                _write(old_field, new_field, moves if needs_mask else None)
+
+
+def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
+    """Pieces whose temporaries stay in the cache of a CPU; on other devices each would cost launches."""
+    n_rows, n_columns = piece.grad.shape
+    is_whole = rule.crosses_coordinates and not rule.is_staged
+    if is_whole or bucket.device.type != "cpu" or n_rows * n_columns <= rule.chunk_size:
+        yield piece
+        return
+    along, length = (0, max(1, rule.chunk_size // n_columns)) if bucket.is_packed else (1, rule.chunk_size)
+    for start in range(0, piece.grad.shape[along], length):
+        stop = min(start + length, piece.grad.shape[along])
+
+        def cut(x: Tensor | tuple, axis: int | None, start=start, stop=stop) -> Tensor | tuple:
+            if isinstance(x, tuple):
+                return tuple(cut(y, axis) for y in x)
+            return x if axis is None else x.narrow(axis, start, stop - start)
+
+        axes = [0] * len(piece.columns) if bucket.is_packed else piece.columns
+        yield Piece(
+            piece.rows.part(slice(start, stop)) if bucket.is_packed else piece.rows,
+            cut(piece.grad, along),
+            cut(piece.theta, along),
+            type(piece.state)(*map(cut, piece.state, axes)),
+            piece.columns,
+            piece.shape,
+        )
+
+
+# -------------------- compiled
+
+
+def _step_compiled(
+    rule: UpdateRule, bucket: Bucket, piece: Piece, has_grad: Tensor, options: StepOptions, known: list[Tensor]
+) -> bool:
+    """Run the step as compiled loops; return whether that went well, and say so where it did not.
+
+    ``known`` receives the sums that other processes have had their part in: one that fails later, and alone, must
+    not ask for them again.
+    """
+    key = _kind(rule, bucket, options)
+    if key in _FAILED:
+        return False
+    # Sizes that happen to be equal in the first model are not to be taken for one size.
+    is_first = key not in _WORKED
+    tracing = torch.fx.experimental._config.patch(use_duck_shape=False) if is_first else nullcontext()
+    try:
+        with tracing:
+            _run_compiled(rule, bucket, piece, has_grad, options, key, known)
+    except Exception as error:
+        if not is_first and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        _FAILED.add(key)
+        reason = str(error).strip().splitlines()
+        warnings.warn(
+            f"The step of {key[0].__name__} could not be compiled and runs eagerly, several times slower "
+            f"(`compile=False` does so without a warning). {type(error).__name__}: {reason[0] if reason else ''}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    _WORKED.add(key)
+    return True
+
+
+def _run_compiled(
+    rule: UpdateRule,
+    bucket: Bucket,
+    piece: Piece,
+    has_grad: Tensor,
+    options: StepOptions,
+    key: tuple,
+    known: list[Tensor],
+) -> None:
+    if not bucket.is_shared and piece.grad.numel() < _ONE_CALL:
+        _compiled(_step, key)(rule, piece, options, has_grad, bucket.n_skipped)
+        return
+    broken, shared = None, None
+    for stage in range(rule.n_stages if rule.is_staged else 1):
+        if bucket.is_shared:
+            sums = bucket.add_up(_compiled(_row_sums, key, stage)(rule, stage, piece, shared, options))
+            known.append(sums)
+            if rule.is_staged:
+                shared = _compiled(_shared, key, stage)(rule, stage, piece, sums, shared, options)
+        else:
+            sums, shared = _compiled(_stage, key, stage)(rule, stage, piece, shared, options)
+        broken = sums[:, :1] if stage == 0 else broken
+    # nothing has been written so far, nor will it be before this has compiled: a failure costs nothing
+    _compiled(_move, key)(rule, piece, shared, options, broken, has_grad, bucket.n_skipped)
+
+
+def _step(rule: UpdateRule, piece: Piece, options: StepOptions, has_grad: Tensor, n_skipped: Tensor) -> None:
+    broken, shared = None, None
+    for stage in range(rule.n_stages if rule.is_staged else 1):
+        counts, shared = _stage(rule, stage, piece, shared, options)
+        broken = counts if stage == 0 else broken
+    _move(rule, piece, shared, options, broken, has_grad, n_skipped)
+
+
+def _row_sums(rule, stage: int, piece: Piece, shared, options: StepOptions) -> Tensor:
+    return piece.rows.sum(_sums(rule, stage, piece, shared, options))
+
+
+def _compiled(function: Callable, key: tuple, stage: int = -1) -> Callable:
+    """A compiled copy of a function for one kind of bucket."""
+    name = (*key, function.__name__, stage)
+    if name not in _COMPILED:
+        # A code object of its own: torch.compile counts recompilations by code object, and would give up on a
+        # process that uses a few rules, dtypes and layouts.
+        code = function.__code__.replace(co_name=f"{function.__name__}_{len(_COMPILED)}")
+        copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
+        _COMPILED[name] = torch.compile(copy, dynamic=True, fullgraph=True, options={"size_asserts": False})
+    return _COMPILED[name]
+
+
+def _kind(rule: UpdateRule, bucket: Bucket, options: StepOptions) -> tuple:
+    """What compiled code depends on; sizes, weights and the values of the options do not enter."""
+    flags = options.decay is None, options.progress is None, options.maximize, options.lr.device.type
+    state = tuple(x[0].dtype if isinstance(x, tuple) else x.dtype for x in bucket.state)
+    dtypes = bucket.param_dtype, bucket.dtype, state
+    return type(rule), _config(rule), bucket.is_packed, bucket.is_shared, bucket.device.type, dtypes, flags
+
+
+@lru_cache(maxsize=64)
+def _config(rule: UpdateRule) -> str:
+    return json.dumps(rule.config, sort_keys=True, default=repr)

@@ -1,0 +1,99 @@
+"""Parameters of which each process holds a part: ``DTensor``, as ``torch.distributed.fsdp.fully_shard`` makes them."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shard(NamedTuple):
+    """Where a parameter lies.
+
+    Attributes:
+        shape: Of the whole parameter.
+        mesh: Mesh of the processes that share it; None for a parameter of this process alone.
+        placements: How each axis of the mesh shares it.
+    """
+
+    shape: torch.Size
+    mesh: object | None = None
+    placements: tuple = ()
+
+    @classmethod
+    def of(cls, param: Tensor) -> Shard:
+        """Find out where ``param`` lies."""
+        if is_distributed(param):
+            return cls(param.shape, param.device_mesh, tuple(param.placements))
+        return cls(param.shape)
+
+    @property
+    def group_key(self) -> tuple:
+        """What parameters must have in common to be stepped, and to have their sums added up, together."""
+        return (self.mesh, self._divides)
+
+    @property
+    def n_shards(self) -> int:
+        """Number of pieces."""
+        return torch.Size(self.mesh.size(axis) for axis, divides in enumerate(self._divides) if divides).numel()
+
+    @property
+    def _divides(self) -> tuple[bool, ...]:
+        """Whether the processes along each axis of the mesh hold pieces, and not copies."""
+        # not `is_shard`, which is False of the pieces of pieces that fully_shard makes after tensor parallelism
+        return tuple(not placement.is_replicate() for placement in self.placements)
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """Sum over the processes that hold the pieces, in place: the one thing that they tell each other."""
+        for axis, divides in enumerate(self._divides):
+            if divides:
+                torch.distributed.all_reduce(sums, group=self.mesh.get_group(axis))
+        return sums
+
+    def local(self, tensor: Tensor, axis: int = 0) -> Tensor:
+        """This process's piece of the parameter, or of a tensor whose axes from ``axis`` on are the parameter's.
+
+        A tensor that lies otherwise, such as a gradient not yet summed, is brought to lie as the parameter does; one
+        that is no ``DTensor`` beside a parameter that is one is the whole of it.
+        """
+        if self.mesh is None:
+            return tensor
+        from torch.distributed.tensor import DTensor, Replicate
+
+        if not is_distributed(tensor):
+            copies = [Replicate()] * len(self.placements)
+            tensor = DTensor.from_local(tensor, self.mesh, copies, run_check=False)
+        placements = self._placements(axis)
+        if tuple(tensor.placements) != placements:
+            tensor = tensor.redistribute(self.mesh, placements)
+        return tensor.to_local()
+
+    def whole(self, local: Tensor, axis: int) -> Tensor:
+        """Wrap this process's piece of a state whose axes from ``axis`` on are those of the parameter."""
+        if self.mesh is None:
+            return local
+        from torch.distributed.tensor import DTensor
+
+        shape = torch.Size((*local.shape[:axis], *self.shape, *local.shape[axis + len(self.shape) :]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, self._placements(axis), run_check=False, shape=shape, stride=stride)
+
+    def _placements(self, axis: int) -> tuple:
+        return tuple(_shifted(placement, axis) for placement in self.placements)
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``."""
+    # what has not been imported has made no tensors; importing it would double the time that `import odeopt` takes
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _shifted(placement, axis: int):
+    """The same placement where ``axis`` further axes stand in front."""
+    if placement.is_replicate() or axis == 0:
+        return placement
+    order = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
+    return type(placement)(placement.dim + axis, **order)
