@@ -22,6 +22,8 @@ _WORTH_COMPILING = 2**20
 # Parameters from this size on are stepped where they lie, the others side by side in a buffer. On a CPU copying
 # costs as much as half a step; on a GPU a call of its own costs more, unless the tensor is large.
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
+# Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
+_EXCHANGES_ALONE = 2**22
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -297,6 +299,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             # by the average piece, so that all processes choose alike
             size = param.numel() // shard.n_shards
             threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
+            if shard.n_shards > 1:
+                threshold = max(threshold, _EXCHANGES_ALONE)
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
             key = (param.device, param.dtype, shard.group_key)
             alike[(*key, param) if is_alone or is_large else key].append(param)

@@ -162,8 +162,10 @@ def test_memory_grows_with_boundaries_and_not_with_steps():
     # ten boundaries each: twice the steps, the same memory but for the losses
     few = [saved_bytes(horizon, horizon // 10) for horizon in (20, 40)]
     assert few[1] < 1.02 * few[0]
-    # a boundary is parameters and state: with two modes 32 bytes per parameter in float64, and three numbers a tensor
-    n_boundaries, n_parameters, n_tensors, n_tasks = 10, 26, 4, len(INDICES)
+    # a boundary is parameters and state: with two modes 32 bytes per parameter in float64, and three numbers a tensor;
+    # side by side, each of these tensors is filled up to the size of the largest
+    sizes = [shape.numel() for shape in network_task().param_shapes.values()]
+    n_boundaries, n_parameters, n_tensors, n_tasks = 10, len(sizes) * max(sizes), len(sizes), len(INDICES)
     boundaries = n_boundaries * n_tasks * 8 * (4 * n_parameters + 3 * n_tensors)
     end = saved_bytes(1, None)  # the loss after the last step keeps no more than one step does
     assert few[0] < boundaries + end

@@ -307,7 +307,7 @@ def fresh(monkeypatch):
 
 
 @compiles
-@pytest.mark.parametrize("name", ["port-hamiltonian", "adam"])
+@pytest.mark.parametrize("name", ["port-hamiltonian", "lstm"])
 def test_compiled_step_is_the_step_and_serves_other_models(name, fresh):
     torch.manual_seed(0)
     rule = RULES[name]()

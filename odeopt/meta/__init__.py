@@ -1,7 +1,7 @@
 """Learning a rule: the unrolled computation, estimators of its gradient, and the training loop."""
 
 from odeopt.meta.distributed import LostRankError, World
-from odeopt.meta.estimators import Backpropagation, Estimator
+from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.trainer import meta_train
@@ -10,6 +10,7 @@ from odeopt.meta.unroll import Trajectory, unroll
 __all__ = [
     "Backpropagation",
     "Estimator",
+    "EvolutionStrategies",
     "LostRankError",
     "MetaConfig",
     "MetaObjective",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from odeopt.meta.estimators import Backpropagation, Estimator
+from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies
 from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule, is_integer, is_number, require
 
 _SCHEDULES = ("one-cycle", "constant")
+# What each estimator of the meta-gradient can be told; None, or False, leaves it unsaid.
+_ESTIMATORS = {
+    "backpropagation": ("truncation", "checkpoint", "detach"),
+    "es": ("n_pairs", "sigma", "chunk"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,9 @@ class MetaConfig:
         n_meta_steps: Number of meta-updates tried, skipped ones included.
         n_tasks: Tasks per batch, on each rank.
         horizon: Optimizee steps per task.
+        meta_gradient: How the meta-gradient is estimated: ``"backpropagation"``, which reads ``truncation``,
+            ``checkpoint`` and ``detach``; or ``"es"``, :class:`~odeopt.meta.estimators.EvolutionStrategies` over the
+            full horizon, which reads ``n_pairs``, ``sigma`` and ``chunk``. An option of the other one is an error.
         truncation: Steps per segment of truncated backpropagation; None for the full horizon.
         checkpoint: Steps per checkpointed segment, for horizons that do not fit in memory; None keeps every step.
             ``horizon / checkpoint`` boundaries and ``checkpoint`` steps are in memory at once. With the
@@ -26,6 +34,11 @@ class MetaConfig:
             ``sqrt(horizon / 12)`` needs the least; any length takes the same time, about 1.3 times that without.
             The gradient is the same to rounding, and a run may be resumed with another length.
         detach: Whether the gradients that the rule sees count as constants.
+        n_pairs: Antithetic pairs of perturbations of the rule's weights per meta-step; 16 where None.
+        sigma: Standard deviation of the perturbations, in the units of the weights; 0.01 where None.
+        chunk: Perturbations that are run at a time, ``2 * n_pairs`` of them where None: the memory is that of
+            ``chunk * n_tasks`` tasks. The gradient is the same to rounding, and a run may be resumed with another
+            chunk.
         weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"`` or ``"last"``.
         log_loss: Whether the meta-loss takes logarithms of the losses.
         gain_margin: Training multiplies the updates by this factor, use and validation do not: the rule then
@@ -42,9 +55,13 @@ class MetaConfig:
     n_meta_steps: int = 150
     n_tasks: int = 4
     horizon: int = 100
+    meta_gradient: str = "backpropagation"
     truncation: int | None = None
     checkpoint: int | None = None
     detach: bool = False
+    n_pairs: int | None = None
+    sigma: float | None = None
+    chunk: int | None = None
     weights: str = "linear"
     log_loss: bool = True
     gain_margin: float = 1.0
@@ -60,9 +77,11 @@ class MetaConfig:
         for name in ("n_meta_steps", "n_tasks", "horizon", "validate_every", "n_validation_tasks"):
             value = getattr(self, name)
             require(is_integer(value) and value >= 1, name, value, "a positive integer")
-        for name in ("truncation", "checkpoint"):
+        for name in ("truncation", "checkpoint", "n_pairs", "chunk"):
             value = getattr(self, name)
             require(value is None or (is_integer(value) and value >= 1), name, value, "a positive integer or None")
+        is_deviation = self.sigma is None or (is_number(self.sigma) and self.sigma > 0)
+        require(is_deviation, "sigma", self.sigma, "a positive number or None")
         require(is_integer(self.seed), "seed", self.seed, "an integer")
         for name in ("detach", "log_loss"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
@@ -72,6 +91,13 @@ class MetaConfig:
         is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
         require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
         require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")
+        is_known = self.meta_gradient in tuple(_ESTIMATORS)
+        require(is_known, "meta_gradient", self.meta_gradient, f"one of {', '.join(_ESTIMATORS)}")
+        for estimator, names in _ESTIMATORS.items():
+            for name in names if estimator != self.meta_gradient else ():
+                value = getattr(self, name)
+                wanted = f"left out where `meta_gradient = {self.meta_gradient!r}`, which has no such option"
+                require(value is None or value is False, name, value, wanted)
         self.objective()
 
     def objective(self) -> MetaObjective:
@@ -80,7 +106,9 @@ class MetaConfig:
 
     def estimator(self) -> Estimator:
         """Build the estimator of the meta-gradient."""
-        return Backpropagation(truncation=self.truncation, detach=self.detach, checkpoint=self.checkpoint)
+        estimator = EvolutionStrategies if self.meta_gradient == "es" else Backpropagation
+        given = {name: getattr(self, name) for name in _ESTIMATORS[self.meta_gradient]}
+        return estimator(**{name: value for name, value in given.items() if value is not None})
 
 
 @dataclasses.dataclass

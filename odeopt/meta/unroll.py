@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
+from odeopt.meta.layouts import Separate, layout_for
 from odeopt.rules.base import UpdateRule, require
 from odeopt.tasks.base import Task
 
@@ -87,13 +88,16 @@ def unroll(
     flat = {name: param.reshape(len(indices), shapes[name][1:].numel()) for name, param in params.items()}
     if states is None:
         states = {name: rule.init_state(param) for name, param in flat.items()}
-    run = _Unroll(rule, task, indices, seed, shapes, total_steps, detach, update_scale)
+    layout = layout_for(rule, shapes, next(iter(flat.values())))
+    flat, states = layout.pack(flat, states)
+    run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale)
     steps = run.checkpointed if checkpoint is not None and torch.is_grad_enabled() else run.steps
     end, length, losses = start + n_steps, checkpoint or n_steps, []
     for first in range(start, end, length):
         piece, flat, states = steps(first, min(first + length, end), flat, states)
         losses += piece
     losses.append(_kept(run.evaluate(flat, end)[0]))
+    flat, states = layout.unpack(flat, states)
     params = {name: param.view(shapes[name]) for name, param in flat.items()}
     return Trajectory(torch.stack(losses), params, states)
 
@@ -105,7 +109,7 @@ class _Unroll(NamedTuple):
     task: Task
     indices: Tensor
     seed: int
-    shapes: dict[str, torch.Size]
+    layout: Separate
     total_steps: int | None
     detach: bool
     update_scale: float
@@ -113,8 +117,8 @@ class _Unroll(NamedTuple):
     @torch.enable_grad()
     def evaluate(self, flat: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Losses of a step, their sum, and the parameters with respect to which it can be differentiated."""
-        variables = {name: _variable(param, self.shapes[name]) for name, param in flat.items()}
-        loss = self.task.loss(variables, self.task.sample_batch(self.indices, step, self.seed))
+        variables = {name: _variable(param) for name, param in flat.items()}
+        loss = self.task.loss(self.layout.views(variables), self.task.sample_batch(self.indices, step, self.seed))
         return loss, loss.sum(), list(variables.values())
 
     def steps(
@@ -130,13 +134,7 @@ class _Unroll(NamedTuple):
             progress = None if self.total_steps is None else loss.new_tensor(step / self.total_steps)
             states, new_flat = dict(states), {}
             for (name, param), grad in zip(flat.items(), grads, strict=True):
-                update, states[name] = self.rule(
-                    grad.reshape(param.shape),
-                    states[name],
-                    param=param,
-                    shape=self.shapes[name][1:],
-                    progress=progress,
-                )
+                update, states[name] = self.layout.step(self.rule, name, grad, states[name], param, progress)
                 new_flat[name] = param + (update if self.update_scale == 1 else self.update_scale * update)
             flat = new_flat
         return losses, flat, states
@@ -174,9 +172,9 @@ def _differentiable(value: Tensor) -> Tensor:
     return value if value.requires_grad or not value.is_floating_point() else value.detach().requires_grad_()
 
 
-def _variable(param: Tensor, shape: torch.Size) -> Tensor:
-    """View of a flat parameter in its own shape, with respect to which a gradient can be taken."""
-    variable = param.view(shape)
+def _variable(param: Tensor) -> Tensor:
+    """View of a parameter with respect to which a gradient can be taken."""
+    variable = param.view(param.shape)
     return variable if variable.requires_grad else variable.requires_grad_()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,15 @@ class UpdateRule(nn.Module, ABC):
         crosses_coordinates: Whether the update of a coordinate depends on anything but its own gradient, parameter
             and state, the step count and the progress. A rule that says False is handed the coordinates of many
             tensors at once by :class:`odeopt.LearnedOptimizer`, and no ``shape``.
+        fuses: Whether a compiled step is one loop that keeps nothing but its results in memory. A rule of matrix
+            products says False; it is compiled for chunks of coordinates.
         chunk_size: Coordinates that an eager step on a CPU takes at a time, so that its temporaries stay in cache.
         config: Constructor arguments that rebuild the rule; values that JSON can hold.
     """
 
     registry: ClassVar[dict[str, type[UpdateRule]]] = {}
     crosses_coordinates: bool = True
+    fuses: bool = True
     chunk_size: int = 2**15
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -90,6 +93,35 @@ class UpdateRule(nn.Module, ABC):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
 
+class Rows(Protocol):
+    """Rows of coordinates, each a part of some tensor."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add up the rows of each tensor: ``(*batch, n_rows, k)`` to ``(*batch, n_tensors, k)``."""
+
+    def spread(self, x: Tensor | None) -> Tensor | None:
+        """Give each row what its tensor has: ``(*batch, n_tensors, k)`` to ``(*batch, n_rows, k)``."""
+
+    def spread_all(self, shared: NamedTuple) -> NamedTuple:
+        """:meth:`spread` each field."""
+
+
+class _WholeTensor:
+    """The rows of one tensor that is one row: nothing to add up, nothing to spread."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def spread(self, x: Tensor | None) -> Tensor | None:
+        return x
+
+    def spread_all(self, shared: NamedTuple) -> NamedTuple:
+        return shared
+
+
+TENSOR = _WholeTensor()
+
+
 class StagedRule(UpdateRule):
     r"""A rule that looks across the coordinates of a tensor only through a few sums over them.
 
@@ -141,6 +173,31 @@ class StagedRule(UpdateRule):
     @abstractmethod
     def advance(self, grad: Tensor, state: NamedTuple, shared: NamedTuple) -> tuple[Tensor, NamedTuple]:
         """Step of each coordinate: the update, and the next state."""
+
+    @abstractmethod
+    def forward_rows(
+        self,
+        grad: Tensor,
+        state: NamedTuple,
+        features: Tensor,
+        rows: Rows,
+        *,
+        param: Tensor | None = None,
+        progress: Tensor | None = None,
+    ) -> tuple[Tensor, NamedTuple]:
+        """Advance several tensors at once, as :meth:`UpdateRule.forward` does one; differentiable.
+
+        Args:
+            grad: Gradients as rows of coordinates, shape ``(*batch, n_rows, n_columns)``, padded with zeros.
+            state: State; fields per coordinate in rows, those once per tensor of shape ``(*batch, n_tensors, k)``.
+            features: :meth:`features` of each tensor, shape ``(n_tensors, n_features)``.
+            rows: Which tensor each row belongs to.
+            param: Parameters in rows.
+            progress: As in :meth:`UpdateRule.forward`.
+
+        Returns:
+            The update in rows, and the next state in the form of ``state``.
+        """
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

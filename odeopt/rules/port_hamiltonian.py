@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odeopt.ode import EXPLICIT_METHODS, LINEAR_METHODS, available_methods, integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance
 from odeopt.rules.base import (
+    TENSOR,
     StagedRule,
     is_integer,
     is_number,
@@ -200,8 +201,8 @@ class PortHamiltonianUpdate(StagedRule):
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
         nn.init.zeros_(head.bias)
         self.coefficient_network = nn.Sequential(*layers, head)
-        frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes)
-        start = torch.zeros(6, modes)
+        frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
+        start = torch.zeros(6, modes, dtype=torch.float64)
         start[0], start[2] = math.log(0.35), torch.logit(frictions / 2)
         self.register_buffer("start", start.flatten(), persistent=False)
 
@@ -241,13 +242,23 @@ class PortHamiltonianUpdate(StagedRule):
         features = shape_features(
             grad.shape[-1:] if shape is None else tuple(shape), state.step.dtype, state.step.device
         )
-        sums = self.statistics(0, grad, state, features, None, param)
+        return self._observe_and_share(grad, state, features, param, progress, TENSOR)[:2]
+
+    def forward_rows(self, grad, state, features, rows, *, param=None, progress=None):
+        observation, shared, per_tensor = self._observe_and_share(grad, state, features, param, progress, rows)
+        update, new_state = self._advance(observation, state, shared)
+        held = {name: getattr(per_tensor, name) for name in ("scale", "slow_scale", "step")}
+        return update, new_state._replace(**held)
+
+    def _observe_and_share(self, grad, state, features, param, progress, rows) -> tuple[Observation, Shared, Shared]:
+        """Both stages of a step: what is seen of each coordinate, and what the rows and the tensors share."""
+        sums = rows.sum(self.statistics(0, grad, state, rows.spread(features), None, param))
         shared = self.coefficients(0, sums, state, features, None, progress)
-        observation = self.observe(grad, state, shared)
+        observation = self.observe(grad, state, rows.spread_all(shared))
         if not self.coordinatewise:
-            sums = self._second_sums(observation, state, param)
+            sums = rows.sum(self._second_sums(observation, state, param))
             shared = self.coefficients(1, sums, state, features, shared, progress, has_param=param is not None)
-        return observation, shared
+        return observation, rows.spread_all(shared), shared
 
     def features(self, shape):
         return shape_numbers(tuple(shape))

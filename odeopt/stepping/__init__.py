@@ -1,7 +1,7 @@
 """Stepping many parameters at once: where they lie, where their shards are, and the loops over their coordinates."""
 
-from odeopt.stepping.buckets import Bucket, Rows, state_template
+from odeopt.stepping.buckets import Bucket, Rows, state_fields, state_template
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.shards import Shard
 
-__all__ = ["Bucket", "Rows", "Shard", "StepOptions", "state_template", "step_bucket"]
+__all__ = ["Bucket", "Rows", "Shard", "StepOptions", "state_fields", "state_template", "step_bucket"]

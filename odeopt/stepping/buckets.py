@@ -38,6 +38,10 @@ class Rows(NamedTuple):
         """Give each row what its tensor has: ``(n_tensors, k)`` to ``(n_rows, k)``."""
         return x if x is None or self.tensor is None else x[self.tensor]
 
+    def spread_all(self, shared: NamedTuple | None) -> NamedTuple | None:
+        """:meth:`spread` each field."""
+        return None if shared is None else type(shared)(*(self.spread(x) for x in shared))
+
     def first(self, x: Tensor) -> Tensor:
         """What each tensor has, out of what all of its rows hold: ``(n_rows, k)`` to ``(n_tensors, k)``."""
         return x if self.offsets is None else x[self.offsets[:-1]]
@@ -88,7 +92,7 @@ class Bucket:
         self.n_skipped = torch.zeros((n_tensors, 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
-        self._type, self._axes, template = _fields(rule, local[0].new_zeros(3), dtype)
+        self._type, self._axes, template = state_fields(rule, local[0].new_zeros(3), dtype)
         self._storage: dict[str, Tensor] = {}
         for name, axis in self._axes.items():
             shape, kept = template[name]
@@ -210,7 +214,7 @@ def state_template(
     rule: UpdateRule, param: Tensor, dtype: torch.dtype | None = None
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of each field of the state of a parameter, as :meth:`Bucket.views` gives them."""
-    _, axes, template = _fields(rule, torch.zeros(3, dtype=param.dtype, device=param.device), dtype)
+    _, axes, template = state_fields(rule, torch.zeros(3, dtype=param.dtype, device=param.device), dtype)
     for name, axis in axes.items():
         shape, kept = template[name]
         if axis is not None:
@@ -218,7 +222,7 @@ def state_template(
     return template
 
 
-def _fields(
+def state_fields(
     rule: UpdateRule, like: Tensor, dtype: torch.dtype | None
 ) -> tuple[type, dict[str, int | None], dict[str, tuple[torch.Size, torch.dtype]]]:
     """Type of the rule's state; the axis of each field along coordinates, None for once per tensor; shape and dtype."""

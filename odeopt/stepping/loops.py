@@ -20,6 +20,8 @@ from odeopt.stepping.buckets import Bucket, Rows
 # again for each vector of its coordinates, which beyond this costs more than launching every stage by itself.
 _ONE_CALL = 2**16
 
+_GUARDS = ("SHAPE_ENV", "TENSOR_MATCH", "GRAD_MODE", "DEFAULT_DEVICE", "GLOBAL_STATE")
+
 _COMPILED: dict[tuple, Callable] = {}
 _WORKED: set[tuple] = set()
 _FAILED: set[tuple] = set()
@@ -88,7 +90,9 @@ def _sums(rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None,
     sums = [_is_broken(grad)] if stage == 0 else []
     if rule.is_staged:
         state = _wide(piece.state, grad.dtype)
-        sums.append(rule.statistics(stage, grad, state, rows.spread(rows.features), _spread(rows, shared), piece.theta))
+        sums.append(
+            rule.statistics(stage, grad, state, rows.spread(rows.features), rows.spread_all(shared), piece.theta)
+        )
     return torch.cat(sums, dim=-1)
 
 
@@ -116,7 +120,7 @@ def _moved(
     grad, theta = _gradient(piece, options), piece.theta.to(piece.rows.features.dtype)
     state = _wide(piece.state, grad.dtype)
     if rule.is_staged:
-        update, state = rule.advance(grad, state, _spread(piece.rows, shared))
+        update, state = rule.advance(grad, state, piece.rows.spread_all(shared))
     else:
         state = type(state)(*(torch.stack(x, dim=1) if isinstance(x, tuple) else x for x in state))
         if rule.crosses_coordinates:  # one tensor, as the rule sees it elsewhere
@@ -184,10 +188,6 @@ def _wide(state: NamedTuple, dtype: torch.dtype) -> NamedTuple:
 
 def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _spread(rows: Rows, shared: NamedTuple | None) -> NamedTuple | None:
-    return None if shared is None else type(shared)(*(rows.spread(x) for x in shared))
 
 
 # -------------------- eagerly, in chunks
@@ -298,7 +298,7 @@ def _run_compiled(
     key: tuple,
     known: list[Tensor],
 ) -> None:
-    if not bucket.is_shared and piece.grad.numel() < _ONE_CALL:
+    if rule.fuses and not bucket.is_shared and piece.grad.numel() < _ONE_CALL:
         _compiled(_step, key)(rule, piece, options, has_grad, bucket.n_skipped)
         return
     broken, shared = None, None
@@ -312,7 +312,10 @@ def _run_compiled(
             sums, shared = _compiled(_stage, key, stage)(rule, stage, piece, shared, options)
         broken = sums[:, :1] if stage == 0 else broken
     # nothing has been written so far, nor will it be before this has compiled: a failure costs nothing
-    _compiled(_move, key)(rule, piece, shared, options, broken, has_grad, bucket.n_skipped)
+    move, n_skipped = _compiled(_move, key), bucket.n_skipped
+    for part in [piece] if rule.fuses else _chunks(rule, bucket, piece):
+        move(rule, part, shared, options, broken, has_grad, n_skipped)
+        n_skipped = torch.zeros_like(n_skipped)  # counted once
 
 
 def _step(rule: UpdateRule, piece: Piece, options: StepOptions, has_grad: Tensor, n_skipped: Tensor) -> None:
@@ -335,8 +338,19 @@ def _compiled(function: Callable, key: tuple, stage: int = -1) -> Callable:
         # process that uses a few rules, dtypes and layouts.
         code = function.__code__.replace(co_name=f"{function.__name__}_{len(_COMPILED)}")
         copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
-        _COMPILED[name] = torch.compile(copy, dynamic=True, fullgraph=True, options={"size_asserts": False})
+        _COMPILED[name] = torch.compile(copy, dynamic=True, fullgraph=True, options=_compiler_options())
     return _COMPILED[name]
+
+
+@lru_cache(maxsize=1)
+def _compiler_options() -> dict:
+    """Options of the installed compiler that make a small step cheaper to launch, and a large one to compute."""
+    options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+    options = {name: value for name, value in options.items() if name in torch._inductor.list_options()}
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9):
+        # What Python objects hold, _kind tells apart; looking at all of it again takes a fifth of a small step.
+        options["guard_filter_fn"] = lambda guards: [guard.guard_type in _GUARDS for guard in guards]
+    return options
 
 
 def _kind(rule: UpdateRule, bucket: Bucket, options: StepOptions) -> tuple:

@@ -60,12 +60,12 @@ class Shard(NamedTuple):
         """
         if self.mesh is None:
             return tensor
-        from torch.distributed.tensor import DTensor, Replicate
-
         if not is_distributed(tensor):
+            from torch.distributed.tensor import DTensor, Replicate
+
             copies = [Replicate()] * len(self.placements)
             tensor = DTensor.from_local(tensor, self.mesh, copies, run_check=False)
-        placements = self._placements(axis)
+        placements = self.piece_placements(axis)
         if tuple(tensor.placements) != placements:
             tensor = tensor.redistribute(self.mesh, placements)
         return tensor.to_local()
@@ -78,10 +78,13 @@ class Shard(NamedTuple):
 
         shape = torch.Size((*local.shape[:axis], *self.shape, *local.shape[axis + len(self.shape) :]))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, self._placements(axis), run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(
+            local, self.mesh, self.piece_placements(axis), run_check=False, shape=shape, stride=stride
+        )
 
-    def _placements(self, axis: int) -> tuple:
-        return tuple(_shifted(placement, axis) for placement in self.placements)
+    def piece_placements(self, axis: int) -> tuple:
+        """Placements of a tensor whose axes from ``axis`` on are the parameter's."""
+        return tuple(_shifted(placement, axis) for placement in self.placements) if axis else self.placements
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -93,7 +96,7 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def _shifted(placement, axis: int):
     """The same placement where ``axis`` further axes stand in front."""
-    if placement.is_replicate() or axis == 0:
+    if placement.is_replicate():
         return placement
     order = {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
     return type(placement)(placement.dim + axis, **order)

@@ -1,0 +1,171 @@
+"""How the parameters of a task lie while it is optimized: one by one, or side by side so that one call steps all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from odeopt.rules.base import StagedRule, UpdateRule, require
+from odeopt.stepping import state_fields
+
+# Coordinates per row at most: few enough that small tensors are not mostly padding, enough that rows cost little.
+_ROW = 256
+
+Params = dict[str, Tensor]
+States = dict[str, NamedTuple]
+
+
+class Separate:
+    """Every parameter by itself, shape ``(n_tasks, n)``, stepped by a call of its own.
+
+    Args:
+        shapes: Shape of each parameter, ``(n_tasks, *shape)``.
+    """
+
+    def __init__(self, shapes: dict[str, torch.Size]) -> None:
+        self.shapes = shapes
+
+    def pack(self, params: Params, states: States) -> tuple[Params, States]:
+        """Bring flat parameters ``(n_tasks, n)`` and their states into the form that the steps take."""
+        return params, states
+
+    def unpack(self, packed: Params, states: States) -> tuple[Params, States]:
+        """The reverse of :meth:`pack`."""
+        return packed, states
+
+    def views(self, packed: Params) -> Params:
+        """Each parameter in its own shape, as functions of the packed ones."""
+        return {name: param.view(self.shapes[name]) for name, param in packed.items()}
+
+    def step(self, rule: UpdateRule, name: str, grad: Tensor, state: NamedTuple, param: Tensor, progress) -> tuple:
+        """Update and next state of one packed parameter."""
+        return rule(grad, state, param=param, shape=self.shapes[name][1:], progress=progress)
+
+
+class SideBySide(Separate):
+    """All parameters as one, shape ``(n_tasks, n_rows * n_columns)``; the last row of each is filled up with zeros.
+
+    A step then costs as many operations as that of a single parameter. The state lies in rows.
+
+    Args:
+        shapes: Shape of each parameter, ``(n_tasks, *shape)``.
+        rule: The rule.
+        like: A tensor of the dtype and device of the parameters.
+    """
+
+    def __init__(self, shapes: dict[str, torch.Size], rule: StagedRule, like: Tensor) -> None:
+        super().__init__(shapes)
+        self.type, self.axes, _ = state_fields(rule, like.new_zeros(3), None)
+        sizes = [shape[1:].numel() for shape in shapes.values()]
+        self.n_columns = min(_ROW, max(sizes)) if len(sizes) > 1 else sizes[0]
+        n_rows = [-(-n // self.n_columns) for n in sizes]
+        self.padding = [rows * self.n_columns - n for n, rows in zip(sizes, n_rows, strict=True)]
+        self.pieces = [size for pair in zip(sizes, self.padding, strict=True) for size in pair]
+        features = [rule.features(shape[1:]) for shape in shapes.values()]
+        self.features = torch.tensor(features, dtype=like.dtype, device=like.device)
+        tensor = torch.repeat_interleave(torch.arange(len(n_rows)), torch.tensor(n_rows))
+        self.tensor = tensor.to(like.device)
+        self.members = F.one_hot(self.tensor, len(n_rows)).mT.to(like.dtype)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add up the rows of each tensor; see :class:`odeopt.rules.base.Rows`."""
+        return self.members @ x
+
+    def spread(self, x: Tensor | None) -> Tensor | None:
+        """Give each row what its tensor has."""
+        return None if x is None else x.index_select(-2, self.tensor)
+
+    def spread_all(self, shared: NamedTuple) -> NamedTuple:
+        """:meth:`spread` each field."""
+        return type(shared)(*(self.spread(x) for x in shared))
+
+    def pack(self, params, states):
+        fields = {}
+        for name, axis in self.axes.items():
+            values = [getattr(states[key], name) for key in params]
+            if axis is None:
+                fields[name] = torch.stack(values, 1)
+            else:  # the state of a batch of tasks has an axis in front; the rows follow it
+                in_line = self._join(values, axis + 1)
+                fields[name] = in_line.unflatten(axis + 1, (-1, self.n_columns)).movedim(axis + 1, 1)
+        return {"": self._join(list(params.values()), 1)}, {"": self.type(**fields)}
+
+    def unpack(self, packed, states):
+        fields = []
+        for value, axis in zip(states[""], self.axes.values(), strict=True):
+            if axis is None:
+                fields.append(value.unbind(1))
+            else:
+                fields.append(self._split(value.movedim(1, axis + 1).flatten(axis + 1, axis + 2), axis + 1))
+        params = dict(zip(self.shapes, self._split(packed[""], 1), strict=True))
+        return params, {
+            key: self.type(*values) for key, values in zip(self.shapes, zip(*fields, strict=True), strict=True)
+        }
+
+    def views(self, packed):
+        pieces = self._split(packed[""], 1)
+        return {name: x.view(shape) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
+
+    def step(self, rule, name, grad, state, param, progress):
+        grad, param = (x.unflatten(1, (-1, self.n_columns)) for x in (grad, param))
+        if isinstance(rule, CompiledSteps):
+            update, state = rule.forward_rows(rule.rule, self, grad, state, param, progress)
+        else:
+            update, state = _forward_rows(rule, self, grad, state, param, progress)
+        return update.flatten(1, 2), state
+
+    def _join(self, values: list[Tensor], axis: int) -> Tensor:
+        """Lay tensors along an axis, with zeros between them."""
+        n_after = values[0].dim() - 1 - axis
+        padded = [F.pad(x, [0, 0] * n_after + [0, n]) for x, n in zip(values, self.padding, strict=True)]
+        return torch.cat(padded, dim=axis)
+
+    def _split(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
+        return x.split(self.pieces, dim=axis)[::2]
+
+
+class CompiledSteps:
+    """A staged rule whose steps :func:`odeopt.unroll` takes through ``torch.compile``, forward and backward.
+
+    What the steps of a rule cost beside the task's own loss is mostly memory traffic between elementwise operations;
+    fused it falls to about half. Compiling takes a minute: once for the first step of a run, once for those
+    after it, once without derivatives.
+
+    Args:
+        rule: The rule; trained, it is the one that changes.
+
+    Raises:
+        ValueError: If the rule is not staged.
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        is_staged = isinstance(rule, StagedRule) and rule.is_staged
+        require(is_staged, "rule", type(rule).__name__, "a staged rule where its steps are to be compiled")
+        self.rule = rule
+        self.forward_rows = torch.compile(_forward_rows, dynamic=True, fullgraph=True)
+
+    def init_state(self, param: Tensor) -> NamedTuple:
+        """As :meth:`odeopt.UpdateRule.init_state`."""
+        return self.rule.init_state(param)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the rule."""
+        return self.rule.parameters()
+
+
+def _forward_rows(rule, layout: SideBySide, grad, state, param, progress) -> tuple[Tensor, NamedTuple]:
+    return rule.forward_rows(grad, state, layout.features, layout, param=param, progress=progress)
+
+
+def layout_for(rule: UpdateRule | CompiledSteps, shapes: dict[str, torch.Size], like: Tensor) -> Separate:
+    """Layout in which ``rule`` steps parameters of these shapes fastest."""
+    if isinstance(rule, CompiledSteps):
+        return SideBySide(shapes, rule.rule, like)
+    is_staged = isinstance(rule, StagedRule) and rule.is_staged
+    if is_staged and len(shapes) > 1 and all(shape[1:].numel() > 0 for shape in shapes.values()):
+        return SideBySide(shapes, rule, like)
+    return Separate(shapes)

@@ -1,0 +1,151 @@
+"""The benchmark of the step: its workloads are what they are called, its loop is the rule, its script runs."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim import Optimizer
+
+import odeopt
+from odeopt import LearnedOptimizer
+from odeopt.evaluation import EVALUATION_SEED, run, scores_of
+from odeopt.stepping import loops
+from odeopt.tasks import MLPClassification, load_dataset
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a file of the benchmark, and forget it after the test."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for path in FOLDER.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    yield importlib.import_module
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Run what would be compiled as it is, which here would take most of the time."""
+    monkeypatch.setattr(loops, "_COMPILED", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+
+
+def parameters():
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator) for shape in ((3, 4), (5,))]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("workload", "n_tensors", "n_parameters"),
+    # torchvision's resnet18(), and GPT2LMHeadModel of transformers with its tied head
+    [("resnet18", 62, 11_689_512), ("gpt2", 148, 124_439_808), ("1e4", 1, 10_000)],
+)
+def test_workloads_have_as_many_parameters_as_the_models(load, workload, n_tensors, n_parameters):
+    workloads = load("workloads")
+    assert len(workloads.shapes_of(workload)) == n_tensors
+    assert workloads.n_parameters(workload) == n_parameters
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_the_loop_of_cells_is_the_lstm_rule(load, preprocess):
+    torch.manual_seed(0)
+    rule = odeopt.LSTMUpdate(preprocess=preprocess)
+    ours, loop = parameters(), parameters()
+    optimizers = LearnedOptimizer(ours, rule), load("workloads").CellLoop(loop, rule)
+    for _ in range(5):
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, loop, parameters(), strict=True):
+        assert not torch.equal(a, start)
+        # gates computed as one matrix product and through sigmoids only: a few roundings of numbers of size one
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+def test_a_state_in_float32_gives_the_losses_of_the_rule_and_one_in_bfloat16_others(load):
+    task = MLPClassification(load_dataset("digits"), (5,), split="evaluation")
+    scores_with_state = load("measuring").scores_with_state
+    wide, narrow = (scores_with_state(task, dtype, n_runs=2, n_steps=12) for dtype in (torch.float32, torch.bfloat16))
+    losses, _ = run(odeopt.load_pretrained("port-hamiltonian"), task, n_steps=12, n_runs=2, seed=EVALUATION_SEED)
+    # twelve steps in another order of sums
+    torch.testing.assert_close(wide, scores_of(losses, "last ten"), rtol=1e-4, atol=0)
+    assert not torch.equal(wide, narrow)
+    # bfloat16 keeps 8 bits: one part in 256 of a momentum
+    torch.testing.assert_close(wide, narrow, rtol=0.02, atol=0)
+
+
+class Greedy(Optimizer):
+    """Keeps a buffer outside its state, and makes another one in each step."""
+
+    n_bytes = 2**26
+
+    def __init__(self, params):
+        super().__init__(params, {})
+        self.buffer = torch.ones(self.n_bytes // 4)
+
+    def step(self, closure=None):
+        if not self.state:  # the first step does not count
+            torch.ones(self.n_bytes)
+        self.state[self.param_groups[0]["params"][0]]["momentum"] = torch.ones(self.n_bytes // 4)
+        torch.ones(self.n_bytes // 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks the kernel of Linux")
+def test_extra_memory_is_all_but_parameters_gradients_and_state(load):
+    # the buffer, the temporary, and the new state while the old one is there; a few MB for the rest of the process
+    extra = load("measuring").extra_bytes(lambda: Greedy(parameters()), CPU)
+    assert extra == pytest.approx(2 * Greedy.n_bytes, abs=6e6)
+
+
+def test_the_script_prints_tables_and_saves_figure_and_numbers(load, uncompiled, tmp_path, capsys):
+    step, workloads = load("step"), load("workloads")
+    options = ["--dataset", "digits", "--repeats", "2", "--threads", str(torch.get_num_threads()), "--quick"]
+    step.main(["--sizes", "300", *options, "--out-dir", str(tmp_path), "--json", str(tmp_path / "rows.json")])
+    text = capsys.readouterr().out
+    results = json.loads((tmp_path / "rows.json").read_text())
+    names = [row["optimizer"] for row in results["rows"] if row["workload"] == "300"]
+    assert names == list(workloads.contenders(CPU, has_lstm=True))
+    table = text[text.index("300: 300 parameters") :].split("\n\n")[1].splitlines()[3:]
+    assert [line.split("  ")[0] for line in table] == names
+    rows = {row["optimizer"]: row for row in results["rows"] if row["workload"] == "300"}
+    assert all(len(row["ms"]) == 2 and min(row["ms"]) > 0 for row in rows.values())
+    # beside 12 bytes per parameter three numbers and counts per tensor
+    assert 12 <= rows[workloads.COMPILED]["state_bytes"] / 300 < 12.1
+    assert 6 <= rows[workloads.NARROW]["state_bytes"] / 300 < 6.1
+    assert rows[workloads.LSTM]["state_bytes"] == rows[workloads.LOOP]["state_bytes"] == 300 * 320
+    assert f"{workloads.LOOP} / {workloads.LSTM}, 300: " in text
+    assert len(results["bfloat16"]["float32"]) == len(results["bfloat16"]["bfloat16"]) == 3
+    assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_memory_is_printed_for_the_parent_process(load, uncompiled, monkeypatch, capsys):
+    step, workloads = load("step"), load("workloads")
+    monkeypatch.setattr(step, "LARGE", 100)
+    step.main(["--memory", "--sizes", "50", "200", "--threads", str(torch.get_num_threads())])
+    memory = json.loads(capsys.readouterr().out)
+    assert list(memory) == ["200"]
+    assert set(memory["200"]) == set(workloads.contenders(CPU, has_lstm=True)) - {workloads.LOOP}
+
+
+@pytest.mark.parametrize("size", ["0", "1.5", "vgg"])
+def test_sizes_are_numbers_or_models(load, size, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        load("step").parse(["--sizes", size])
+    message = f"--sizes: should be a number of parameters or one of resnet18, gpt2; found {size}"
+    assert capsys.readouterr().err.strip().endswith(message)
+
+
+def test_the_largest_tensor_is_for_gpus_and_the_patient(load):
+    parse = load("step").parse
+    assert "1e8" not in parse([]).sizes
+    assert "1e8" in parse(["--full"]).sizes
+    assert parse(["--quick"]).sizes == ["1e4", "1e5", "1e6", "resnet18"]
