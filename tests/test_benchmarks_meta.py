@@ -33,7 +33,7 @@ def test_the_loop_runs_the_tasks_of_the_batch(benchmark, family, name, is_traini
         task = MLPClassification(load_dataset("digits"), dtype=dtype)
     rule = odeopt.load_pretrained(f"{name}-{family}").to(dtype)
     config = MetaConfig(gain_margin=1.5, detach=name == "lstm")
-    case = benchmark.Case(family, name, rule, task, config, 3, is_training)
+    case = benchmark.Case(family, name, rule, task, config, 3, is_training, rule)
     gradients = {}
     weights = [w for w in rule.parameters() if w.requires_grad]
     rule.zero_grad = lambda: gradients.update({len(gradients): [w.grad.clone() for w in weights if w.grad is not None]})

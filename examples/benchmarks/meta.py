@@ -26,6 +26,7 @@ import odeopt
 from odeopt import arguments
 from odeopt.meta import Backpropagation, MetaConfig, MetaObjective, unroll
 from odeopt.meta.config import load_config
+from odeopt.meta.layouts import CompiledSteps
 from odeopt.plots import plot_memory
 from odeopt.rules import UpdateRule
 from odeopt.tables import draw_table
@@ -55,8 +56,10 @@ def main(argv: list[str] | None = None) -> None:
             rule, config = odeopt.load_pretrained(f"{name}-{family}"), load_config(f"{name}-{family}").training
             n_steps = 5 if args.quick else config.truncation or config.horizon
             for is_training in (True, False):
-                case = Case(family, name, rule.to(args.device), task, config, n_steps, is_training)
+                case = Case(family, name, rule.to(args.device), task, config, n_steps, is_training, rule)
                 timings.append(timed(case, args))
+                if rule.is_staged and not args.quick:  # compiling takes a minute
+                    timings.append(timed(case._replace(name=f"{name}, compiled", stepped=CompiledSteps(rule)), args))
     title = f"{N_TASKS['quadratic']} quadratics in 10 dimensions, {N_TASKS['mnist']} networks on {dataset.name}"
     print(f"\n{title}: medians [quartiles] of {args.repeats} interleaved repeats\n\n{timing_table(timings)}\n")
     horizons = (2, 4) if args.quick else (25, 50, 100, 200)
@@ -85,6 +88,7 @@ class Case(NamedTuple):
     config: MetaConfig
     n_steps: int
     is_training: bool
+    stepped: UpdateRule | CompiledSteps
 
 
 def batched(case: Case) -> None:
@@ -92,10 +96,10 @@ def batched(case: Case) -> None:
     config, indices = case.config, torch.arange(N_TASKS[case.family])
     if not case.is_training:
         with torch.no_grad():
-            unroll(case.rule, case.task, indices=indices, n_steps=case.n_steps, total_steps=case.n_steps)
+            unroll(case.stepped, case.task, indices=indices, n_steps=case.n_steps, total_steps=case.n_steps)
         return
     options = {"horizon": case.n_steps, "seed": 0, "update_scale": config.gain_margin}
-    for _ in config.estimator().gradients(case.rule, case.task, config.objective(), indices=indices, **options):
+    for _ in config.estimator().gradients(case.stepped, case.task, config.objective(), indices=indices, **options):
         case.rule.zero_grad()
 
 

@@ -29,14 +29,15 @@ class UpdateRule(nn.Module, ABC):
             tensors at once by :class:`odeopt.LearnedOptimizer`, and no ``shape``.
         fuses: Whether a compiled step is one loop that keeps nothing but its results in memory. A rule of matrix
             products says False; it is compiled for chunks of coordinates.
-        chunk_size: Coordinates that an eager step on a CPU takes at a time, so that its temporaries stay in cache.
+        chunk_size: Coordinates that an eager step on a CPU takes at a time for each thread: its temporaries are to stay
+            in cache.
         config: Constructor arguments that rebuild the rule; values that JSON can hold.
     """
 
     registry: ClassVar[dict[str, type[UpdateRule]]] = {}
     crosses_coordinates: bool = True
     fuses: bool = True
-    chunk_size: int = 2**15
+    chunk_size: int = 2**16
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

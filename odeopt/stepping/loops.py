@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -230,10 +231,11 @@ def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
     """Pieces whose temporaries stay in the cache of a CPU; on other devices each would cost launches."""
     n_rows, n_columns = piece.grad.shape
     is_whole = rule.crosses_coordinates and not rule.is_staged
-    if is_whole or bucket.device.type != "cpu" or n_rows * n_columns <= rule.chunk_size:
+    size = rule.chunk_size * torch.get_num_threads()
+    if is_whole or bucket.device.type != "cpu" or n_rows * n_columns <= size:
         yield piece
         return
-    along, length = (0, max(1, rule.chunk_size // n_columns)) if bucket.is_packed else (1, rule.chunk_size)
+    along, length = (0, max(1, size // n_columns)) if bucket.is_packed else (1, size)
     for start in range(0, piece.grad.shape[along], length):
         stop = min(start + length, piece.grad.shape[along])
 
@@ -298,7 +300,7 @@ def _run_compiled(
     key: tuple,
     known: list[Tensor],
 ) -> None:
-    if rule.fuses and not bucket.is_shared and piece.grad.numel() < _ONE_CALL:
+    if _is_one_call(rule, bucket):
         _compiled(_step, key)(rule, piece, options, has_grad, bucket.n_skipped)
         return
     broken, shared = None, None
@@ -338,14 +340,18 @@ def _compiled(function: Callable, key: tuple, stage: int = -1) -> Callable:
         # process that uses a few rules, dtypes and layouts.
         code = function.__code__.replace(co_name=f"{function.__name__}_{len(_COMPILED)}")
         copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__)
-        _COMPILED[name] = torch.compile(copy, dynamic=True, fullgraph=True, options=_compiler_options())
+        _COMPILED[name] = torch.compile(
+            copy, dynamic=True, fullgraph=True, options=_compiler_options(is_small=function is _step)
+        )
     return _COMPILED[name]
 
 
-@lru_cache(maxsize=1)
-def _compiler_options() -> dict:
+@lru_cache(maxsize=2)
+def _compiler_options(*, is_small: bool) -> dict:
     """Options of the installed compiler that make a small step cheaper to launch, and a large one to compute."""
     options = {"size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast"}
+    if is_small:  # waking a second thread takes longer than the loops do
+        options["cpp.threads"] = 1
     options = {name: value for name, value in options.items() if name in torch._inductor.list_options()}
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9):
         # What Python objects hold, _kind tells apart; looking at all of it again takes a fifth of a small step.
@@ -358,7 +364,12 @@ def _kind(rule: UpdateRule, bucket: Bucket, options: StepOptions) -> tuple:
     flags = options.decay is None, options.progress is None, options.maximize, options.lr.device.type
     state = tuple(x[0].dtype if isinstance(x, tuple) else x.dtype for x in bucket.state)
     dtypes = bucket.param_dtype, bucket.dtype, state
-    return type(rule), _config(rule), bucket.is_packed, bucket.is_shared, bucket.device.type, dtypes, flags
+    layout = bucket.is_packed, bucket.is_shared, _is_one_call(rule, bucket)
+    return type(rule), _config(rule), layout, bucket.device.type, dtypes, flags
+
+
+def _is_one_call(rule: UpdateRule, bucket: Bucket) -> bool:
+    return rule.fuses and not bucket.is_shared and math.prod(bucket.shape) < _ONE_CALL
 
 
 @lru_cache(maxsize=64)
