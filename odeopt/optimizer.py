@@ -282,9 +282,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[number]
         if any(bucket.has_moved() for bucket in self._buckets.get(number, ())):  # to another device, or dtype
             self._is_placed.difference_update(*(bucket.params for bucket in self._buckets.pop(number)))
-        new = [p for p in group["params"] if p.grad is not None and p not in self._is_placed and p.numel() > 0]
+        new = [p for p in group["params"] if p.grad is not None and p not in self._is_placed]
         if new:
-            self._place(number, new)
+            self._place(number, [p for p in new if p.numel() > 0])
+            self._place_empty([p for p in new if p.numel() == 0])
         for bucket in self._buckets.get(number, ()):
             if any(param.grad is not None for param in bucket.params):
                 yield bucket
@@ -316,6 +317,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._buckets.setdefault(number, []).append(bucket)
         self._is_placed.update(params)
         self._n_coordinates = sum(param.numel() for param in self._is_placed)
+
+    def _place_empty(self, params: list[Tensor]) -> None:
+        """Give parameters without elements a state, which checkpoints that are loaded strictly ask for."""
+        for param in params:
+            if not self.state.get(param):
+                template = state_template(self._rule_for(param.device), param, self.state_dtype)
+                self.state[param] = {
+                    name: torch.zeros(shape, dtype=dtype, device=param.device)
+                    for name, (shape, dtype) in template.items()
+                }
+        self._is_placed.update(params)
 
     def _fetch_skipped(self, device: str | None = None) -> None:
         """Bring the counts of skipped gradients to the host, and warn of the first ones."""

@@ -1,8 +1,6 @@
 """The benchmark of meta-training: its two ways compute the same, and it prints, draws and saves what it says."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,16 +9,12 @@ import odeopt
 from odeopt.meta import MetaConfig, unroll
 from odeopt.tasks import MLPClassification, RandomQuadratic, load_dataset
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "meta.py"
 TINY = ["--quick", "--dataset", "digits", "--repeats", "1"]
 
 
 @pytest.fixture
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_meta", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load):
+    return load("meta")
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -58,7 +52,7 @@ def test_benchmark_prints_draws_and_saves(benchmark, tmp_path, capsys, monkeypat
     benchmark.main([*TINY, "--out", str(tmp_path / "new"), "--json", str(tmp_path / "numbers.json")])
     text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text
-    assert f"threads: {torch.get_num_threads()}" in text
+    assert f"{torch.get_num_threads()} thread(s)" in text
     assert (tmp_path / "new" / "memory.png").stat().st_size > 5000
     results = json.loads((tmp_path / "numbers.json").read_text())
     assert len(results["timings"]) == 12

@@ -1,8 +1,6 @@
 """The benchmark of the step: its workloads are what they are called, its loop is the rule, its script runs."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,19 +13,7 @@ from odeopt.evaluation import EVALUATION_SEED, run, scores_of
 from odeopt.stepping import loops
 from odeopt.tasks import MLPClassification, load_dataset
 
-FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a file of the benchmark, and forget it after the test."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for path in FOLDER.glob("*.py"):
-        monkeypatch.delitem(sys.modules, path.stem, raising=False)
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture

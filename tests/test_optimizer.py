@@ -73,11 +73,24 @@ def test_any_shape_and_dtype_follows_the_rule_called_by_hand(rule, dtype, shape)
 
 
 @over_rules
-def test_empty_parameter_keeps_no_state(rule):
-    param = parameter(torch.zeros(0, 3), torch.zeros(0, 3))
-    optimizer = LearnedOptimizer([param], rule)
-    optimizer.step()
-    assert len(optimizer.state) == 0
+def test_state_of_an_empty_parameter_is_saved_and_loaded_like_any_other(rule):
+    def optimizer_of_two():
+        params = [parameter(torch.zeros(0, 3), torch.zeros(0, 3)), parameter(torch.ones(3), torch.ones(3))]
+        return params, LearnedOptimizer(params, rule)
+
+    params, optimizer = optimizer_of_two()
+    for _ in range(2):
+        optimizer.step()
+    assert list(optimizer.state[params[0]]) == list(optimizer.state[params[1]])
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert sorted(saved["state"]) == [0, 1]  # torch.distributed.checkpoint asks for every parameter's
+    others, other = optimizer_of_two()
+    other.load_state_dict(saved)
+    others[1].data.copy_(params[1].data)
+    for each in (optimizer, other):
+        each.step()
+    assert params[0].shape == others[0].shape == (0, 3)
+    assert torch.equal(params[1], others[1])
 
 
 @over_rules

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from measuring import clock, machine
 from torch import Tensor
 
 import odeopt
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     networks = MLPClassification(dataset, device=args.device)
     if args.measure:
         return print(peak_bytes(networks, *args.measure))
-    print(*filter(None, [notice]), machine(args), sep="\n")
+    print(*filter(None, [notice]), machine(args.device), sep="\n")
     timings = []
     for family, task in (("quadratic", RandomQuadratic(device=args.device)), ("mnist", networks)):
         for name in RULES:
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     title = f"Exact meta-gradient of the port-Hamiltonian rule, {N_MEMORY_TASKS} networks on {dataset.name}"
     print(f"Figure: {plot_memory(curves, args.out / 'memory.png', limit=4e9, title=title)}")
     if args.json:
-        results = {"machine": machine(args), "dataset": dataset.name, "timings": timings, "memory": memory}
+        results = {"machine": machine(args.device), "dataset": dataset.name, "timings": timings, "memory": memory}
         args.json.write_text(json.dumps(results, indent=2))
 
 
@@ -155,13 +154,6 @@ def timed(case: Case, args: argparse.Namespace) -> dict:
     return labels | {"steps": case.n_steps, "batched_us": ours, "loop_us": loop, "ratio": ratio}
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def timing_table(timings: list[dict]) -> str:
     """One line per rule, family and pass."""
     headers = [("family", ""), ("rule", ""), ("pass", ""), ("steps", "1/(s task)"), ("batched", "us/(task step)"),
@@ -210,17 +202,6 @@ def measured_apart(horizon: int, checkpoint: int, args: argparse.Namespace) -> i
     command = [sys.executable, __file__, "--measure", horizon, checkpoint]
     command += [text for option, value in options.items() if value is not None for text in (option, value)]
     return int(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def machine(args: argparse.Namespace) -> str:
-    """Processor, threads and versions in one line."""
-    try:
-        processor = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()).group(1)
-    except (OSError, AttributeError):
-        processor = platform.processor() or platform.machine()
-    if args.device.type == "cuda":
-        processor = f"{torch.cuda.get_device_name(args.device)}, {processor}"
-    return f"{processor}, threads: {args.threads}, torch {torch.__version__}, odeopt {odeopt.__version__}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
