@@ -108,7 +108,7 @@ BROKEN = {
     "unknown task": (
         '"RandomQuadratic"',
         '"Rosenbrock"',
-        r"`class` in \[task\] should be one of MLPClassification, RandomQuadratic. Found `Rosenbrock`",
+        r"`class` in \[task\] should be one of MLPClassification, NoisyQuadratic, RandomQuadratic, TeacherStudent, Mixture. Found `Rosenbrock`",
     ),
     "unknown rule option": ("modes = 1", "mode = 1", r"\[rule\] should hold only .*modes.*. Found `mode`"),
     "unknown task option": ("dim = 3", "size = 3", r"\[task\] should hold only dim. Found `size`"),
@@ -168,7 +168,7 @@ def test_shipped_configuration_builds_a_rule_that_works(name):
     rule = config.build_rule()
     updates, _ = run(rule, draws(3, 8, dtype=torch.float32), shape=(2, 4))
     assert updates.isfinite().all()
-    assert config.task["class"] in ("MLPClassification", "RandomQuadratic")
+    assert config.task["class"] in ("MLPClassification", "RandomQuadratic", "Mixture")
     if config.task["class"] == "RandomQuadratic":
         assert config.build_task().param_shapes
 

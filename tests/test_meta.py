@@ -215,7 +215,7 @@ def test_weights_sum_to_one_over_the_horizon_and_pieces_add_up(weights):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"weights": "first"}, "`weights` should be one of uniform, linear, last. Found `weights = 'first'`"),
+        ({"weights": "first"}, "`weights` should be one of uniform, linear, late, last. Found `weights = 'first'`"),
         ({"eps": 0.0}, "`eps` should be positive. Found `eps = 0.0`"),
     ],
 )

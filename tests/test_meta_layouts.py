@@ -119,3 +119,25 @@ def test_meta_training_takes_the_compiled_steps(monkeypatch):
 def test_steps_of_a_rule_without_stages_are_not_compiled():
     with pytest.raises(ValueError, match=r"`rule` should be a staged rule.* Found `rule = 'LSTMUpdate'`"):
         meta_train(LSTMUpdate(), RandomQuadratic(), MetaConfig(n_meta_steps=1), compile=True, progress_bar=False)
+
+
+def test_rule_with_networks_of_positions_is_not_compiled():
+    with pytest.raises(ValueError, match="`rule` should be one without networks of positions"):
+        CompiledSteps(port_hamiltonian(mass="network"))
+
+
+def test_steps_are_taken_as_they_are_where_nothing_compiles(monkeypatch):
+    def compile_fails(function, **options):
+        def fails(*args):
+            raise torch._dynamo.exc.Unsupported("no compiler here")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compile_fails)
+    rule, task = port_hamiltonian().double(), RandomQuadratic(3, dtype=torch.float64)
+    compiled = CompiledSteps(rule)
+    options = {"task": task, "indices": torch.arange(2), "n_steps": 3}
+    with pytest.warns(RuntimeWarning, match="PortHamiltonianUpdate could not be compiled.*no compiler here"):
+        losses = unroll(compiled, **options).losses
+    # side by side with one tensor is not what the plain run does, so rounding may differ
+    torch.testing.assert_close(losses, unroll(rule, **options).losses, rtol=1e-12, atol=0)

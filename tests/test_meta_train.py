@@ -88,7 +88,7 @@ def test_outliers_are_judged_by_what_came_before_an_interruption(monkeypatch, tm
 
 def test_long_meta_gradients_are_scaled_down_to_the_clip(monkeypatch):
     # plain gradient descent in place of Adam, which would hide the scale
-    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: torch.optim.SGD(p, lr))
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, betas: torch.optim.SGD(p, lr))
     _, moves = scripted(monkeypatch, [0.1, 0.2, 0.5, 7.0], clip=0.2, lr=1.0)
     assert moves == pytest.approx([0.1, 0.2, 0.2, 0.2], rel=1e-4)
 
@@ -271,7 +271,7 @@ def test_run_that_learned_nothing_says_so():
     [
         (("x", TASK, None), "`rule` should be of class UpdateRule. Found `'x'`"),
         ((PortHamiltonianUpdate, TASK, None), "`rule` should be of class UpdateRule"),
-        ((SGDUpdate(), None, None), "`task` should be of class Task. Found `None`"),
+        ((SGDUpdate(), None, None), "`task` should be of class Task or Mixture. Found `None`"),
         ((SGDUpdate(), TASK, {"lr": 1.0}), "`config` should be of class MetaConfig. Found `{'lr': 1.0}`"),
     ],
 )
@@ -354,7 +354,7 @@ def test_rule_without_weights_is_refused():
             {"schedule": "cosine"},
             "`schedule` should be one of one-cycle, constant. Found `schedule = 'cosine'`",
         ),
-        ({"weights": "first"}, "`weights` should be one of uniform, linear, last"),
+        ({"weights": "first"}, "`weights` should be one of uniform, linear, late, last"),
         ({"gain_margin": 0.5}, "`gain_margin` should be a number of at least 1. Found `gain_margin = 0.5`"),
         ({"truncation": 0}, "`truncation` should be a positive integer or None. Found `truncation = 0`"),
     ],

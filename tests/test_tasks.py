@@ -14,8 +14,11 @@ from odeopt.tasks import (
     MLPClassification,
     ModuleTask,
     MonkeySaddle,
+    NoisyQuadratic,
     RandomQuadratic,
+    Rescaled,
     Rosenbrock,
+    TeacherStudent,
     load_dataset,
 )
 from odeopt.tasks import random as rnd
@@ -43,6 +46,9 @@ TASKS = {
     "quadratic": lambda: RandomQuadratic(4, dtype=f64),
     "classification": lambda: MLPClassification(tiny_images(), (5, 4), batch_size=7, dtype=f64),
     "module": module_task,
+    "noisy": lambda: NoisyQuadratic(4, condition=10.0, noise=0.2, dtype=f64),
+    "teacher": lambda: TeacherStudent(5, (4,), 2, spread=0.5, batch_size=6, dtype=f64),
+    "rescaled": lambda: Rescaled(MLPClassification(tiny_images(), (5,), batch_size=7, dtype=f64), 1.0),
     "rosenbrock": lambda: Rosenbrock(dtype=f64),
     "monkey": lambda: MonkeySaddle(dtype=f64, offset=0.5),
     "high-dim": lambda: HighDimSaddle(5, dtype=f64, offset=0.5),

@@ -1,7 +1,7 @@
 """Learning a rule: the unrolled computation, estimators of its gradient, and the training loop."""
 
 from odeopt.meta.distributed import LostRankError, World
-from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies
+from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies, Hybrid
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.trainer import meta_train
@@ -11,6 +11,7 @@ __all__ = [
     "Backpropagation",
     "Estimator",
     "EvolutionStrategies",
+    "Hybrid",
     "LostRankError",
     "MetaConfig",
     "MetaObjective",

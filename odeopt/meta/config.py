@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import tomllib
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
 _SECTIONS = ("rule", "task", "training")
-_TASKS = {"MLPClassification": tasks.MLPClassification, "RandomQuadratic": tasks.RandomQuadratic}
+_TASKS = {
+    task.__name__: task
+    for task in (tasks.MLPClassification, tasks.NoisyQuadratic, tasks.RandomQuadratic, tasks.TeacherStudent)
+}
 _RULES = {
     "port-hamiltonian": rules.PortHamiltonianUpdate,
     "lstm": rules.LSTMUpdate,
@@ -33,7 +37,8 @@ class Config:
     Attributes:
         name: Name of the file without its suffix.
         rule: ``class`` (``"port-hamiltonian"``, ``"lstm"`` or ``"hamiltonian"``) and the rule's arguments.
-        task: ``class`` (``"MLPClassification"`` or ``"RandomQuadratic"``) and the task's arguments.
+        task: ``class`` (of a task, or ``"Mixture"``) and its arguments. A mixture has tables ``families``, each with
+            ``class``, arguments, and in ``choices`` lists of values for further ones.
         training: Settings of :func:`odeopt.meta_train`.
     """
 
@@ -68,7 +73,7 @@ class Config:
         *,
         data_dir: str | os.PathLike | None = None,
         device: torch.device | str = "cpu",
-    ) -> Task:
+    ) -> Task | tasks.Mixture:
         """Build the task distribution.
 
         Args:
@@ -77,11 +82,27 @@ class Config:
             device: Where the tasks live.
         """
         options = dict(self.task)
-        task_class = _TASKS[options.pop("class")]
-        if "dataset" in options:
-            options["dataset"] = tasks.load_dataset(options["dataset"], data_dir)
-            options["split"] = split
-        return task_class(**options, device=device)
+        if options.pop("class") != "Mixture":
+            return _task(**self.task, split=split, data_dir=data_dir, device=device)
+        families = []
+        for options_of_family in options.pop("families"):
+            fixed, choices = dict(options_of_family), dict(options_of_family.get("choices", {}))
+            numbers = {name: fixed.pop(name) for name in ("share", "log_range") if name in fixed}
+            fixed.pop("choices", None)
+            for name in choices.get("dataset", ()):
+                tasks.load_dataset(name, data_dir)  # what is missing should show before the training
+            make = partial(_task, split=split, data_dir=data_dir)
+            families.append(tasks.Family(make, fixed, choices, name=fixed["class"], **numbers))
+        return tasks.Mixture(families, **options, device=device)
+
+
+def _task(*, split: str, data_dir: str | os.PathLike | None, device: torch.device | str, **options: Any) -> Task:
+    """Build a task from the options that a configuration gives it."""
+    task_class = _TASKS[options.pop("class")]
+    if "dataset" in options:
+        options["dataset"] = tasks.load_dataset(options["dataset"], data_dir)
+        options["split"] = split
+    return task_class(**options, device=device)
 
 
 def load_config(name: str | os.PathLike) -> Config:
@@ -111,7 +132,7 @@ def load_config(name: str | os.PathLike) -> Config:
     if set(content) != set(_SECTIONS):
         raise ValueError(f"{path} should have the sections {', '.join(_SECTIONS)}. Found {', '.join(content)}.")
     _check_options(path, "rule", content["rule"], _RULES)
-    _check_options(path, "task", content["task"], _TASKS)
+    _check_task(path, content["task"])
     fields = {field.name for field in dataclasses.fields(MetaConfig)}
     _check_keys(path, "training", content["training"], fields)
     return Config(path.stem, content["rule"], content["task"], MetaConfig(**content["training"]))
@@ -123,11 +144,24 @@ def available_configs() -> tuple[str, ...]:
     return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")))
 
 
-def _check_options(path: Path, section: str, options: dict[str, Any], classes: dict[str, type]) -> None:
+def _check_task(path: Path, options: dict[str, Any]) -> None:
+    if options.get("class") != "Mixture":
+        _check_options(path, "task", options, _TASKS, others=("Mixture",))
+        return
+    allowed = set(inspect.signature(tasks.Mixture).parameters) - {"device"}
+    _check_keys(path, "task", {key: value for key, value in options.items() if key != "class"}, allowed)
+    families = options.get("families")
+    if not isinstance(families, list) or not families or not all(isinstance(family, dict) for family in families):
+        raise ValueError(f"{path}: `families` in [task] should be tables [[task.families]]. Found `{families}`.")
+    for family in families:
+        own = {key: value for key, value in family.items() if key not in ("share", "log_range", "choices")}
+        _check_options(path, "task.families", own | family.get("choices", {}), _TASKS)
+
+
+def _check_options(path: Path, section: str, options: dict[str, Any], classes: dict[str, type], others=()) -> None:
     if options.get("class") not in classes:
-        raise ValueError(
-            f"{path}: `class` in [{section}] should be one of {', '.join(classes)}. Found `{options.get('class')}`."
-        )
+        names = ", ".join((*classes, *others))
+        raise ValueError(f"{path}: `class` in [{section}] should be one of {names}. Found `{options.get('class')}`.")
     allowed = set(inspect.signature(classes[options["class"]]).parameters) - {"device", "dtype", "split"}
     _check_keys(path, section, {key: value for key, value in options.items() if key != "class"}, allowed)
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch import Tensor
 
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.objective import MetaObjective
+from odeopt.meta.perturbations import Noise, perturbed
 from odeopt.meta.unroll import detached, unroll
-from odeopt.rules import PortHamiltonianUpdate
 from odeopt.rules.base import UpdateRule, is_integer, is_number, require
 from odeopt.tasks.base import Task
-from odeopt.tasks.random import normal
 
 
 class Estimator(ABC):
@@ -33,6 +31,7 @@ class Estimator(ABC):
         horizon: int,
         seed: int,
         update_scale: float = 1.0,
+        tells_horizon: bool = True,
         world: World = ALONE,
     ) -> Iterator[Tensor]:
         """Run one batch of tasks over ``horizon`` steps.
@@ -49,6 +48,7 @@ class Estimator(ABC):
             horizon: Number of optimizee steps.
             seed: Seed of initial parameters and batches.
             update_scale: Factor on the updates.
+            tells_horizon: Whether the rule is told how far along the horizon it is.
             world: The ranks that work on the batch.
 
         Yields:
@@ -83,9 +83,10 @@ class Backpropagation(Estimator):
             require(value is None or value >= 1, name, value, "positive")
         self.truncation, self.detach, self.checkpoint = truncation, detach, checkpoint
 
-    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, world=ALONE):
+    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
+                  world=ALONE):  # fmt: skip
         length = self.truncation or horizon
-        params = states = None
+        params = states = first = None
         for start in range(0, horizon, length):
             n_steps = min(length, horizon - start)
             trajectory = unroll(
@@ -97,12 +98,13 @@ class Backpropagation(Estimator):
                 start=start,
                 params=params,
                 states=states,
-                total_steps=horizon,
+                total_steps=horizon if tells_horizon else None,
                 detach=self.detach,
                 update_scale=update_scale,
                 checkpoint=self.checkpoint,
             )
-            meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon).mean()
+            first = trajectory.losses[0].detach() if first is None else first
+            meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon, first=first).mean()
             # a segment's weights sum to its share of the horizon; gradients of segments should be comparable
             (meta_loss * (horizon / n_steps)).backward()
             _, params, states = detached(trajectory)
@@ -142,11 +144,15 @@ class EvolutionStrategies(Estimator):
         sigma: Standard deviation of the perturbations, the same for every weight, in the units of the
             weights: absolute, not relative to their size.
         chunk: Perturbations that are run at a time, which bounds the memory; None for all. With 1 each runs by itself
-            and nothing is mapped by ``torch.func.vmap``, which is how a rule is run that it cannot map: among the
-            rules of this library those that differentiate an energy or choose their step size. For them 1 is taken
-            whatever is said here. Batches save overhead, so they help most where tasks are small (a fifth of the time
-            of single runs on the quadratics); the LSTM on networks is fastest with 1, its gates staying in cache.
+            and nothing is mapped by ``torch.func.vmap``, which is how a rule is run that vmap cannot take. Rules whose
+            solver chooses its step sizes run so whatever is said here. Batches save overhead, so they help most where
+            tasks are small (a fifth of the time of single runs on the quadratics); the LSTM on networks is fastest
+            with 1, its gates staying in cache.
         ceiling: What a loss counts at most, as above.
+        clip: What the meta-losses of a pair are taken to differ by at most, in units of the meta-loss; None for no
+            limit. Beyond the edge of stability the difference says which way is back, its size says nothing.
+        subspace: Beginning of the names of the weights that are perturbed; all by default. Fewer dimensions need
+            fewer pairs; the other weights get no gradient.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -157,152 +163,114 @@ class EvolutionStrategies(Estimator):
     """
 
     def __init__(
-        self, *, n_pairs: int = 16, sigma: float = 0.01, chunk: int | None = None, ceiling: float = 10.0
+        self,
+        *,
+        n_pairs: int = 16,
+        sigma: float = 0.01,
+        chunk: int | None = None,
+        ceiling: float = 10.0,
+        clip: float | None = None,
+        subspace: str = "",
     ) -> None:
         require(is_integer(n_pairs) and n_pairs >= 1, "n_pairs", n_pairs, "a positive integer")
         require(is_number(sigma) and sigma > 0, "sigma", sigma, "a positive number")
         require(chunk is None or (is_integer(chunk) and chunk >= 1), "chunk", chunk, "a positive integer or None")
         require(is_number(ceiling) and ceiling > 0, "ceiling", ceiling, "a positive number")
+        require(clip is None or (is_number(clip) and clip > 0), "clip", clip, "a positive number or None")
+        require(isinstance(subspace, str), "subspace", subspace, "the beginning of a name")
         self.n_pairs, self.sigma, self.chunk, self.ceiling = n_pairs, sigma, chunk, ceiling
+        self.clip, self.subspace = clip, subspace
 
-    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, world=ALONE):
-        weights = {name: p for name, p in rule.named_parameters() if p.requires_grad}
-        noise = _Noise(weights, seed, world.agree(int(indices[0])))
+    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
+                  world=ALONE):  # fmt: skip
+        weights = {name: p for name, p in rule.named_parameters() if p.requires_grad and name.startswith(self.subspace)}
+        require(len(weights) > 0, "subspace", self.subspace, "the beginning of the name of a weight of the rule")
+        noise = Noise(weights, seed, world.agree(int(indices[0])))
         n_runs = 2 * self.n_pairs  # w + sigma eps and w - sigma eps of a pair come one after the other
-        length = min(self.chunk or n_runs, n_runs) if _is_mappable(rule) else 1
+        # an adaptive solver would choose its steps for all perturbations together
+        length = min(self.chunk or n_runs, n_runs) if getattr(rule, "has_fixed_step", True) else 1
         losses = []
-        for first in range(0, n_runs, length):
-            runs = range(first, min(first + length, n_runs))
-            perturbed = _Perturbed(rule, noise.perturbed(runs, self.sigma))
-            losses.append(self._losses(perturbed, task, objective, indices, horizon, seed, update_scale))
+        for start in range(0, n_runs, length):
+            runs = range(start, min(start + length, n_runs))
+            stacked = perturbed(rule, noise.perturbed(runs, self.sigma))
+            trajectory = self._trajectory(stacked, task, indices.repeat(len(runs)), horizon, seed, update_scale,
+                                          tells_horizon)  # fmt: skip
+            losses.append(self._meta_losses(trajectory.losses, objective).view(len(runs), len(indices)).mT)
         # in double precision: what follows are small differences
         losses = world.gather(torch.cat(losses, dim=1).double())
-        slopes = (losses[:, 0::2] - losses[:, 1::2]).mean(0) / (2 * self.sigma)
+        differences = losses[:, 0::2] - losses[:, 1::2]
+        if self.clip is not None:
+            differences = differences.clamp(-self.clip, self.clip)
+        slopes = differences.mean(0) / (2 * self.sigma)
         for name, grad in noise.combined(slopes / self.n_pairs, max(1, length // 2)).items():
             weights[name].grad = grad
         yield losses.mean().to(task.dtype)
 
     @torch.no_grad()
-    def _losses(self, rule: _Perturbed, task, objective, indices, horizon, seed, update_scale) -> Tensor:
-        """Meta-loss of each task under each perturbation, shape ``(n_tasks, n_perturbations)``."""
-        trajectory = unroll(
-            rule,
-            task,
-            indices=indices.repeat(rule.n),
-            n_steps=horizon,
-            seed=seed,
-            total_steps=horizon,
-            update_scale=update_scale,
-        )
-        start, losses = trajectory.losses[0], trajectory.losses[1:]
-        highest = start + self.ceiling * start.abs()
+    def _trajectory(self, rule, task, indices, horizon, seed, update_scale, tells_horizon):
+        total = horizon if tells_horizon else None
+        options = {"n_steps": horizon, "seed": seed, "total_steps": total, "update_scale": update_scale}
+        return unroll(rule, task, indices=indices, **options)
+
+    def _meta_losses(self, losses: Tensor, objective: MetaObjective) -> Tensor:
+        """Meta-loss of each run, its losses bounded."""
+        first, losses = losses[0], losses[1:]
+        highest = first + self.ceiling * first.abs()
         losses = torch.where(losses <= highest, losses, highest)  # NaN is not below anything
-        return objective(losses, start=0, horizon=horizon).view(rule.n, len(indices)).mT
+        return objective(losses, start=0, horizon=len(losses), first=first)
 
 
-class _Noise(NamedTuple):
-    """Perturbations of some weights, each a function of its name: drawn where and whenever they are needed."""
+class Hybrid(Estimator):
+    r"""Backpropagation where the run is calm, evolution strategies where it is chaotic or too long.
 
-    weights: dict[str, Tensor]
-    seed: int
-    step: int  # what tells the meta-steps of a run apart
-
-    def draw(self, name: str, pairs: range) -> Tensor:
-        """Standard normal perturbations of a weight, shape ``(n_pairs, *shape)``."""
-        weight = self.weights[name]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        numbers = torch.arange(pairs.start, pairs.stop, device=weight.device)
-        return normal(
-            numbers, weight.shape, seed=self.seed, stream=f"meta/perturbation/{name}", step=self.step, dtype=dtype
-        )
-
-    @torch.no_grad()
-    def perturbed(self, runs: range, sigma: float) -> dict[str, Tensor]:
-        """Weights of some runs, each ``(n_runs, *shape)``; runs ``2k`` and ``2k + 1`` are pair ``k``."""
-        pairs, stacks = range(runs.start // 2, (runs.stop + 1) // 2), {}
-        for name, weight in self.weights.items():
-            eps = self.draw(name, pairs)
-            both = torch.stack((sigma * eps, -sigma * eps), dim=1).flatten(0, 1)
-            first = runs.start - 2 * pairs.start
-            stacks[name] = (weight + both[first : first + len(runs)]).to(weight.dtype)
-        return stacks
-
-    @torch.no_grad()
-    def combined(self, factors: Tensor, n_at_once: int) -> dict[str, Tensor]:
-        """Sum over all pairs of ``factors``, shape ``(n_pairs,)``, times what the pair draws."""
-        sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in self.weights.items()}
-        for first in range(0, len(factors), n_at_once):
-            pairs = range(first, min(first + n_at_once, len(factors)))
-            for name, total in sums.items():
-                part = factors[first : pairs.stop].to(total.device)
-                total += torch.tensordot(part, self.draw(name, pairs).double(), dims=1)
-        return {name: total.to(self.weights[name].dtype) for name, total in sums.items()}
-
-
-class _Perturbed:
-    """A rule under several sets of weights, which :func:`~odeopt.meta.unroll` takes for one rule with more tasks.
-
-    Batches have ``n_perturbations * n_tasks`` entries, those of a perturbation together.
+    At the edge of stability, where good step sizes lie, the exact gradient of a long run grows without bound and says
+    nothing. Left out, nothing would hold the weights back: the calm runs all ask for longer steps. So such a run is
+    done again under perturbed weights, whose losses do say which way is back.
 
     Args:
-        rule: The rule.
-        weights: Its weights by name, each ``(n_perturbations, *shape)``.
+        threshold: Norm of the exact gradient up to which it counts.
+        longest: Steps up to which backpropagation is tried; longer runs go to the perturbations at once.
+        evolution: What evaluates the rest, on the first task of the batch only.
+        coordinates: Coordinates times perturbations at a time, of which there are fewer for larger tasks (two pairs at
+            least).
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Metz et al. (2019), Understanding and correcting pathologies in the training of learned optimizers, Sec. 4:
+        a combination of the two estimators, weighted by their variances.
     """
 
-    def __init__(self, rule: UpdateRule, weights: dict[str, Tensor]) -> None:
-        self.rule, self.weights = _Methods(rule), {f"rule.{name}": value for name, value in weights.items()}
-        self.n = len(next(iter(weights.values())))
+    def __init__(
+        self,
+        evolution: EvolutionStrategies,
+        *,
+        threshold: float = 5.0,
+        longest: int = 150,
+        coordinates: float = 1.5e5,
+    ) -> None:
+        for name, value in (("threshold", threshold), ("coordinates", coordinates)):
+            require(is_number(value) and value > 0, name, value, "a positive number")
+        require(is_integer(longest) and longest >= 1, "longest", longest, "a positive integer")
+        self.evolution, self.threshold, self.longest, self.coordinates = evolution, threshold, longest, coordinates
+        self.backpropagation = Backpropagation()
 
-    def init_state(self, param: Tensor) -> NamedTuple:
-        def one(weights, param):
-            return functional_call(self.rule, weights, ("init_state", param))
-
-        if self.n == 1:
-            return one(self._only(), param)
-        return _each(self._joined, vmap(one)(self.weights, self._apart(param)))
-
-    def __call__(self, grad, state, *, param, shape, progress):
-        def one(weights, grad, state, param):
-            signals = {"param": param, "shape": shape, "progress": progress}
-            return functional_call(self.rule, weights, ("__call__", grad, state), signals)
-
-        if self.n == 1:
-            return one(self._only(), grad, state, param)
-        state = _each(self._apart, state)
-        update, state = vmap(one)(self.weights, self._apart(grad), state, self._apart(param))
-        return self._joined(update), _each(self._joined, state)
-
-    def _only(self) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.weights.items()}
-
-    def _apart(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.n, len(x) // self.n))
-
-    def _joined(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1)
-
-
-class _Methods(nn.Module):
-    """A rule whose methods ``functional_call`` can call, all of them."""
-
-    def __init__(self, rule: UpdateRule) -> None:
-        super().__init__()
-        self.rule = rule
-
-    def forward(self, method, *args, **kwargs):
-        return getattr(self.rule, method)(*args, **kwargs)
-
-
-def _each(function: Callable[[Tensor], Tensor], state: NamedTuple) -> NamedTuple:
-    return type(state)(*(function(x) for x in state))
-
-
-def _is_mappable(rule: UpdateRule) -> bool:
-    """Whether ``torch.func.vmap`` can map the steps of a rule.
-
-    It cannot map an energy that is differentiated inside the step, nor a solver that decides from the numbers what to
-    do next.
-    """
-    if not isinstance(rule, PortHamiltonianUpdate):
-        return True
-    return rule.has_fixed_step and "network" not in (rule.config["mass"], rule.config["potential"])
+    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
+                  world=ALONE):  # fmt: skip
+        options = {"horizon": horizon, "seed": seed, "update_scale": update_scale, "tells_horizon": tells_horizon}
+        options["world"] = world
+        weights = [p for p in rule.parameters() if p.requires_grad]
+        if horizon <= self.longest:
+            (meta_loss,) = self.backpropagation.gradients(rule, task, objective, indices=indices, **options)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
+            if world.agree(norm) <= self.threshold:
+                yield meta_loss
+                return
+            for p in weights:
+                p.grad = None
+        n = sum(shape.numel() for shape in task.param_shapes.values())
+        fewer = copy.copy(self.evolution)
+        while fewer.n_pairs > 2 and 2 * fewer.n_pairs * n > self.coordinates:
+            fewer.n_pairs //= 2
+        yield from fewer.gradients(rule, task, objective, indices=indices[:1], **options)

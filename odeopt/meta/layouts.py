@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -139,14 +140,34 @@ class CompiledSteps:
         rule: The rule; trained, it is the one that changes.
 
     Raises:
-        ValueError: If the rule is not staged.
+        ValueError: If the rule is not staged, or has networks of positions, which the compiler cannot trace.
+
+    Warns:
+        RuntimeWarning: If nothing can be compiled here; the steps are then taken as they are.
     """
 
     def __init__(self, rule: UpdateRule) -> None:
         is_staged = isinstance(rule, StagedRule) and rule.is_staged
         require(is_staged, "rule", type(rule).__name__, "a staged rule where its steps are to be compiled")
+        is_simple = not getattr(rule, "stores_q", False)
+        require(is_simple, "rule", rule, "one without networks of positions where its steps are to be compiled")
         self.rule = rule
-        self.forward_rows = torch.compile(_forward_rows, dynamic=True, fullgraph=True)
+        self._compiled = torch.compile(_forward_rows, dynamic=True, fullgraph=True)
+
+    def forward_rows(self, rule, layout: SideBySide, *args) -> tuple[Tensor, NamedTuple]:
+        """One step, compiled where that works."""
+        try:
+            return self._compiled(rule, layout, *args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()
+            warnings.warn(
+                f"The steps of {type(rule).__name__} could not be compiled and are taken as they are, about half as "
+                f"fast. {type(error).__name__}: {reason[0] if reason else ''}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._compiled = _forward_rows
+            return _forward_rows(rule, layout, *args)
 
     def init_state(self, param: Tensor) -> NamedTuple:
         """As :meth:`odeopt.UpdateRule.init_state`."""

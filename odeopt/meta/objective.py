@@ -9,7 +9,8 @@ from torch import Tensor
 
 from odeopt.rules.base import require
 
-_WEIGHTS = ("uniform", "linear", "last")
+_WEIGHTS = ("uniform", "linear", "late", "last")
+_CEILING = 10.0  # what a relative loss counts at most
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,11 @@ class MetaObjective:
               \qquad \sum_t w_t = 1
 
     Args:
-        weights: ``"uniform"``, ``"linear"`` (``w_t`` proportional to ``t``) or ``"last"``.
+        weights: ``"uniform"``, ``"linear"`` (``w_t`` proportional to ``t``), ``"late"`` (half linear, half uniform over
+            the last tenth) or ``"last"``.
         log: Whether losses pass through a logarithm first, so that each task counts alike.
         eps: Added to the losses inside the logarithm, in units of the loss.
+        relative: Whether losses are divided by the first loss of their run, and count at most ten then.
 
     Raises:
         ValueError: If ``weights`` is unknown or ``eps`` is not positive.
@@ -34,24 +37,35 @@ class MetaObjective:
     weights: str = "linear"
     log: bool = True
     eps: float = 1e-8
+    relative: bool = False
 
     def __post_init__(self) -> None:
         require(self.weights in _WEIGHTS, "weights", self.weights, f"one of {', '.join(_WEIGHTS)}")
         require(self.eps > 0, "eps", self.eps, "positive")
 
-    def __call__(self, losses: Tensor, *, start: int, horizon: int) -> Tensor:
+    def __call__(self, losses: Tensor, *, start: int, horizon: int, first: Tensor | None = None) -> Tensor:
         """Evaluate the part of the meta-loss that the steps ``start + 1 .. start + len(losses)`` contribute.
 
         Args:
             losses: Losses after those steps, shape ``(n_steps, n_tasks)``.
             start: Number of steps taken before the first of them.
             horizon: Length of the whole run, over which the weights sum to one.
+            first: Loss before the first step of the run, shape ``(n_tasks,)``; needed where losses are relative.
 
         Returns:
             Meta-loss of each task, shape ``(n_tasks,)``.
         """
         t = torch.arange(1, horizon + 1, dtype=losses.dtype, device=losses.device)
-        weights = {"uniform": torch.ones_like(t), "linear": t, "last": (t == horizon).to(t.dtype)}[self.weights]
+        is_late = (t > horizon - max(1, horizon // 10)).to(t.dtype)
+        weights = {
+            "uniform": torch.ones_like(t),
+            "linear": t,
+            "late": t / t.sum() + is_late / is_late.sum(),
+            "last": (t == horizon).to(t.dtype),
+        }[self.weights]
+        if self.relative:
+            losses = losses / first
+            losses = torch.where(losses <= _CEILING, losses, _CEILING)  # NaN is not below anything
         weights = (weights / weights.sum())[start : start + len(losses)]
         values = (losses + self.eps).log() if self.log else losses
         return (weights.unsqueeze(-1) * values).sum(0)

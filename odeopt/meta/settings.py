@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies
+from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies, Hybrid
 from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule, is_integer, is_number, require
 
@@ -12,7 +12,8 @@ _SCHEDULES = ("one-cycle", "constant")
 # What each estimator of the meta-gradient can be told; None, or False, leaves it unsaid.
 _ESTIMATORS = {
     "backpropagation": ("truncation", "checkpoint", "detach"),
-    "es": ("n_pairs", "sigma", "chunk"),
+    "es": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace"),
+    "hybrid": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace", "threshold", "longest"),
 }
 
 
@@ -22,11 +23,13 @@ class MetaConfig:
 
     Attributes:
         n_meta_steps: Number of meta-updates tried, skipped ones included.
-        n_tasks: Tasks per batch, on each rank.
-        horizon: Optimizee steps per task.
+        n_tasks: Tasks per batch, on each rank; of a mixture, draws per meta-step on each rank.
+        horizon: Optimizee steps per task; a mixture draws its own.
         meta_gradient: How the meta-gradient is estimated: ``"backpropagation"``, which reads ``truncation``,
             ``checkpoint`` and ``detach``; or ``"es"``, :class:`~odeopt.meta.estimators.EvolutionStrategies` over the
-            full horizon, which reads ``n_pairs``, ``sigma`` and ``chunk``. An option of the other one is an error.
+            full horizon, which reads ``n_pairs``, ``sigma``, ``chunk``, ``difference_clip`` and ``subspace``; or
+            ``"hybrid"``, :class:`~odeopt.meta.estimators.Hybrid`, which reads these, ``threshold`` and ``longest``. An
+            option that the chosen one does not read is an error.
         truncation: Steps per segment of truncated backpropagation; None for the full horizon.
         checkpoint: Steps per checkpointed segment, for horizons that do not fit in memory; None keeps every step.
             ``horizon / checkpoint`` boundaries and ``checkpoint`` steps are in memory at once. With the
@@ -39,16 +42,26 @@ class MetaConfig:
         chunk: Perturbations that are run at a time, ``2 * n_pairs`` of them where None: the memory is that of
             ``chunk * n_tasks`` tasks. The gradient is the same to rounding, and a run may be resumed with another
             chunk.
-        weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"`` or ``"last"``.
+        difference_clip: What the meta-losses of a pair count as differing by at most; no limit where None.
+        subspace: Beginning of the names of the weights that are perturbed; all where None.
+        threshold: Norm of an exact meta-gradient up to which it counts; 5 where None.
+        longest: Steps up to which the exact meta-gradient is tried; 150 where None.
+        weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"``, ``"late"`` or ``"last"``.
         log_loss: Whether the meta-loss takes logarithms of the losses.
+        log_eps: Added to a loss inside the logarithm.
+        relative_loss: Whether losses are divided by the first one of their run.
         gain_margin: Training multiplies the updates by this factor, use and validation do not: the rule then
             stands that far away from the step sizes it was fitted at, which are at the edge of stability.
         lr: Peak learning rate of meta-Adam.
+        beta2: Decay of meta-Adam's second moment.
+        averaging: Decay, per meta-step, of the running mean of the weights, which is what is validated and kept; 0
+            keeps the weights themselves.
         schedule: ``"one-cycle"`` or ``"constant"``.
-        clip: Largest norm of a meta-gradient; longer ones are scaled down to it.
+        clip: Largest norm of a meta-gradient; longer ones are scaled down to it. With a mixture that of each draw,
+            before they are averaged.
         outlier_factor: A meta-gradient this many times longer than the running median is skipped.
         validate_every: Meta-steps between validations.
-        n_validation_tasks: Tasks per validation, on the full horizon.
+        n_validation_tasks: Tasks per validation, on the full horizon; draws of a mixture.
         seed: Seed of everything.
     """
 
@@ -62,10 +75,18 @@ class MetaConfig:
     n_pairs: int | None = None
     sigma: float | None = None
     chunk: int | None = None
+    difference_clip: float | None = None
+    subspace: str | None = None
+    threshold: float | None = None
+    longest: int | None = None
     weights: str = "linear"
     log_loss: bool = True
+    log_eps: float = 1e-8
+    relative_loss: bool = False
     gain_margin: float = 1.0
     lr: float = 3e-3
+    beta2: float = 0.999
+    averaging: float = 0.0
     schedule: str = "one-cycle"
     clip: float = 0.3
     outlier_factor: float = 100.0
@@ -77,15 +98,21 @@ class MetaConfig:
         for name in ("n_meta_steps", "n_tasks", "horizon", "validate_every", "n_validation_tasks"):
             value = getattr(self, name)
             require(is_integer(value) and value >= 1, name, value, "a positive integer")
-        for name in ("truncation", "checkpoint", "n_pairs", "chunk"):
+        for name in ("truncation", "checkpoint", "n_pairs", "chunk", "longest"):
             value = getattr(self, name)
             require(value is None or (is_integer(value) and value >= 1), name, value, "a positive integer or None")
-        is_deviation = self.sigma is None or (is_number(self.sigma) and self.sigma > 0)
-        require(is_deviation, "sigma", self.sigma, "a positive number or None")
+        for name in ("sigma", "difference_clip", "threshold"):
+            value = getattr(self, name)
+            require(value is None or (is_number(value) and value > 0), name, value, "a positive number or None")
+        is_prefix = self.subspace is None or isinstance(self.subspace, str)
+        require(is_prefix, "subspace", self.subspace, "the beginning of a name or None")
+        for name in ("averaging", "beta2"):
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
         require(is_integer(self.seed), "seed", self.seed, "an integer")
-        for name in ("detach", "log_loss"):
+        for name in ("detach", "log_loss", "relative_loss"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        for name in ("lr", "clip", "outlier_factor"):
+        for name in ("lr", "clip", "outlier_factor", "log_eps"):
             value = getattr(self, name)
             require(is_number(value) and value > 0, name, value, "a positive number")
         is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
@@ -93,22 +120,28 @@ class MetaConfig:
         require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")
         is_known = self.meta_gradient in tuple(_ESTIMATORS)
         require(is_known, "meta_gradient", self.meta_gradient, f"one of {', '.join(_ESTIMATORS)}")
-        for estimator, names in _ESTIMATORS.items():
-            for name in names if estimator != self.meta_gradient else ():
-                value = getattr(self, name)
-                wanted = f"left out where `meta_gradient = {self.meta_gradient!r}`, which has no such option"
-                require(value is None or value is False, name, value, wanted)
+        read = _ESTIMATORS[self.meta_gradient]
+        for name in sorted({name for names in _ESTIMATORS.values() for name in names} - set(read)):
+            value = getattr(self, name)
+            wanted = f"left out where `meta_gradient = {self.meta_gradient!r}`, which has no such option"
+            require(value is None or value is False, name, value, wanted)
         self.objective()
 
     def objective(self) -> MetaObjective:
         """Build the meta-loss."""
-        return MetaObjective(self.weights, self.log_loss)
+        return MetaObjective(self.weights, self.log_loss, self.log_eps, self.relative_loss)
 
     def estimator(self) -> Estimator:
         """Build the estimator of the meta-gradient."""
-        estimator = EvolutionStrategies if self.meta_gradient == "es" else Backpropagation
         given = {name: getattr(self, name) for name in _ESTIMATORS[self.meta_gradient]}
-        return estimator(**{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.meta_gradient == "backpropagation":
+            return Backpropagation(**given)
+        own = {name: given.pop(name) for name in ("threshold", "longest") if name in given}
+        if "difference_clip" in given:
+            given["clip"] = given.pop("difference_clip")
+        evolution = EvolutionStrategies(**given)
+        return evolution if self.meta_gradient == "es" else Hybrid(evolution, **own)
 
 
 @dataclasses.dataclass

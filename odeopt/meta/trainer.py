@@ -23,18 +23,24 @@ from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule, require
-from odeopt.tasks.base import Task
+from odeopt.tasks import Mixture, Task
 
 _FORMAT = 2  # of checkpoints; version 0.1.0 of the library wrote none
 _VALIDATION_SEED_OFFSET = 1_000_003  # validation draws from streams that training never touches
+_LEAST = 1e-3  # under a loss that is compared with the first one by its logarithm
 _N_NORMS = 50  # accepted gradient norms that an outlier is judged against
 
 
 @torch.no_grad()
 def validation_score(
-    rule: UpdateRule, task: Task, *, indices: Tensor, horizon: int, seed: int, world: World = ALONE
+    rule: UpdateRule, task: Task | Mixture, *, indices: Tensor, horizon: int, seed: int, world: World = ALONE
 ) -> float:
-    """Mean loss over the tasks and the last tenth of the full horizon; infinite where a run diverged."""
+    """Mean loss over the tasks and the last tenth of the full horizon; infinite where a run diverged.
+
+    With a mixture the mean over draws of the logarithm of that loss over the first one of the run.
+    """
+    if isinstance(task, Mixture):
+        return _mixture_score(rule, task, indices=indices, seed=seed, world=world)
     indices, n_last = indices[world.share(len(indices))], max(1, horizon // 10)
     if len(indices) > 0:
         trajectory = unroll(rule, task, indices=indices, n_steps=horizon, seed=seed, total_steps=horizon)
@@ -45,12 +51,24 @@ def validation_score(
     return score if score == score else float("inf")
 
 
+def _mixture_score(rule: UpdateRule, mixture: Mixture, *, indices: Tensor, seed: int, world: World) -> float:
+    scores = []
+    for number in indices[world.share(len(indices))].tolist():
+        task, problems, horizon, _ = mixture.draw(number, seed)
+        losses = unroll(rule, task, indices=problems, n_steps=horizon, seed=seed, total_steps=horizon).losses
+        last = losses[-max(1, horizon // 10) :].mean(0)
+        scores.append((last / losses[0] + _LEAST).log().mean().double())
+    scores = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64, device=mixture.device)
+    score = world.gather(scores).mean().item()
+    return score if score == score else float("inf")
+
+
 def meta_train(
     rule: UpdateRule,
-    task: Task,
+    task: Task | Mixture,
     config: MetaConfig | None = None,
     *,
-    validation_task: Task | None = None,
+    validation_task: Task | Mixture | None = None,
     folder: str | os.PathLike | None = None,
     stop_after: float | None = None,
     progress_bar: bool = True,
@@ -70,7 +88,8 @@ def meta_train(
 
     Args:
         rule: The rule; changed in place. On return it holds the best weights.
-        task: Training tasks.
+        task: Training tasks, or a mixture of them: each meta-step then averages over ``config.n_tasks`` draws per
+            rank, each with a gradient of norm ``config.clip`` at most.
         config: Settings; the defaults when None.
         validation_task: Where validation tasks come from; ``task``, with other seeds, by default.
         folder: Where ``checkpoint.pt`` and TensorBoard scalars go. A checkpoint found there is continued, and
@@ -94,9 +113,14 @@ def meta_train(
         RuntimeWarning: If no validation came out finite: nothing was learned then.
     """
     config = MetaConfig() if config is None else config
-    for name, value, wanted in (("rule", rule, UpdateRule), ("task", task, Task), ("config", config, MetaConfig)):
+    for name, value, wanted in (
+        ("rule", rule, UpdateRule),
+        ("task", task, Task | Mixture),
+        ("config", config, MetaConfig),
+    ):
         if not isinstance(value, wanted):
-            raise TypeError(f"Parameter `{name}` should be of class {wanted.__name__}. Found `{value!r}`.")
+            kind = " or ".join(cls.__name__ for cls in getattr(wanted, "__args__", (wanted,)))
+            raise TypeError(f"Parameter `{name}` should be of class {kind}. Found `{value!r}`.")
     folder = None if folder is None else Path(folder)
     run = _Run(rule, task, config, validation_task or task, folder, current_world())
     if compile:
@@ -144,9 +168,9 @@ class _Run:
     def __init__(
         self,
         rule: UpdateRule,
-        task: Task,
+        task: Task | Mixture,
         config: MetaConfig,
-        validation_task: Task,
+        validation_task: Task | Mixture,
         folder: Path | None,
         world: World,
     ) -> None:
@@ -157,7 +181,7 @@ class _Run:
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
-        self.meta_optimizer = torch.optim.Adam(self.parameters, lr=config.lr)
+        self.meta_optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.9, config.beta2))
         self.scheduler = None
         if config.schedule == "one-cycle":
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -165,6 +189,7 @@ class _Run:
             )
         self.result = MetaResult(rule, n_tasks_per_step=config.n_tasks * world.size)
         self.best_weights = _copy(rule.state_dict())
+        self.averaged = _copy(rule.state_dict())
         self.norms: list[float] = []
         self.n_tasks_seen = 0
         self.n_validated = 0
@@ -188,6 +213,9 @@ class _Run:
         n_tasks = self.result.n_tasks_per_step
         indices = torch.arange(self.n_tasks_seen, self.n_tasks_seen + n_tasks)[self.world.share(n_tasks)]
         self.n_tasks_seen += n_tasks
+        if isinstance(self.task, Mixture):
+            yield self._mixed_episode(indices.tolist())
+            return
         steps = self.estimator.gradients(
             self.stepped,
             self.task,
@@ -207,8 +235,46 @@ class _Run:
                 return
             self.meta_optimizer.zero_grad()
 
+    def _mixed_episode(self, numbers: list[int]) -> float:
+        """Train on draws of the mixture, each with a gradient of bounded length; return the meta-loss."""
+        config, total, losses = self.config, [torch.zeros_like(p) for p in self.parameters], []
+        n_skipped, device = 0, self.parameters[0].device
+        for number in numbers:
+            draw = self.task.draw(number, config.seed)
+            steps = self.estimator.gradients(
+                self.stepped,
+                draw.task,
+                self.objective,
+                indices=draw.indices,
+                horizon=draw.horizon,
+                seed=config.seed,
+                update_scale=config.gain_margin,
+                tells_horizon=draw.tells_horizon,
+            )
+            self.meta_optimizer.zero_grad()
+            for meta_loss in steps:
+                losses.append(meta_loss.double())
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+                norm = torch.nn.utils.get_total_norm(grads)
+                if norm.isfinite():
+                    scale = (config.clip / (norm + 1e-12)).clamp(max=1.0)
+                    total = [x + scale * grad for x, grad in zip(total, grads, strict=True)]
+                else:
+                    n_skipped += 1
+                self.meta_optimizer.zero_grad()
+        n_estimates = max(len(losses), 1)
+        mean = torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float64)
+        mean, *total = self.world.average([mean.to(device), *(x / n_estimates for x in total)], weight=len(numbers))
+        n_skipped = self.world.gather(torch.tensor([n_skipped], dtype=torch.float64, device=device))
+        self.result.n_skipped_nonfinite += int(n_skipped.sum())
+        for p, grad in zip(self.parameters, total, strict=True):
+            p.grad = grad
+        self.meta_optimizer.step()
+        self._after_update(torch.nn.utils.get_total_norm(total).item())
+        self.result.meta_losses.append(mean.item())
+        return mean.item()
+
     def _update(self) -> None:
-        step = len(self.result.meta_losses)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         # unlike ranks may round it differently, and part for good where one of them skips
         norm = self.world.agree(torch.nn.utils.get_total_norm(grads).item())
@@ -223,6 +289,13 @@ class _Run:
             self.norms = [*self.norms, norm][-_N_NORMS:]
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, torch.tensor(norm))
             self.meta_optimizer.step()
+        self._after_update(norm)
+
+    def _after_update(self, norm: float) -> None:
+        """Average the weights, write the log, and move on along the schedule."""
+        step, decay = len(self.result.meta_losses), self.config.averaging
+        for name, value in self.rule.state_dict().items():
+            self.averaged[name].lerp_(value, 1 - decay)
         self._log("meta/gradient_norm", norm, step)
         self._log("meta/lr", self.meta_optimizer.param_groups[0]["lr"], step)
         if self.scheduler is not None and step + 1 < self.config.n_meta_steps:
@@ -247,6 +320,8 @@ class _Run:
 
     def validate(self, step: int) -> None:
         config = self.config
+        current = _copy(self.rule.state_dict())
+        self.rule.load_state_dict(self.averaged)
         score = validation_score(
             self.rule,
             self.validation_task,
@@ -259,7 +334,8 @@ class _Run:
         self._log("validation/score", score, step)
         if score < self.result.best_score:
             self.result.best_score, self.result.best_step = score, step
-            self.best_weights = _copy(self.rule.state_dict())
+            self.best_weights = _copy(self.averaged)
+        self.rule.load_state_dict(current)
 
     def save(self) -> None:
         if self.path is None or not self.world.is_first:
@@ -270,6 +346,7 @@ class _Run:
             "identity": self._identity(),
             "rule": self.rule.state_dict(),
             "best_weights": self.best_weights,
+            "averaged": self.averaged,
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "result": result,
@@ -314,7 +391,7 @@ class _Run:
                 f"{self.world.size} ranks. Continue it on at most {result.n_tasks_per_step}."
             )
         self.rule.load_state_dict(checkpoint["rule"])
-        self.best_weights = checkpoint["best_weights"]
+        self.best_weights, self.averaged = checkpoint["best_weights"], checkpoint["averaged"]
         self.meta_optimizer.load_state_dict(checkpoint["meta_optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
@@ -337,7 +414,7 @@ class _Run:
                 f"{self.world.rank}."
             )
         self.rule.load_state_dict(weights)
-        self.best_weights = _copy(self.rule.state_dict())
+        self.best_weights, self.averaged = _copy(self.rule.state_dict()), _copy(self.rule.state_dict())
 
     def close(self) -> None:
         if self.writer is not None:

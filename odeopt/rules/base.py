@@ -27,6 +27,8 @@ class UpdateRule(nn.Module, ABC):
         crosses_coordinates: Whether the update of a coordinate depends on anything but its own gradient, parameter
             and state, the step count and the progress. A rule that says False is handed the coordinates of many
             tensors at once by :class:`odeopt.LearnedOptimizer`, and no ``shape``.
+        uses_layers: Whether weights enter only where ``nn.Linear`` layers are called on inputs whose first axis is that
+            of the tasks. Such a rule runs many sets of weights at once cheaply.
         fuses: Whether a compiled step is one loop that keeps nothing but its results in memory. A rule of matrix
             products says False; it is compiled for chunks of coordinates.
         chunk_size: Coordinates that an eager step on a CPU takes at a time for each thread: its temporaries are to stay
@@ -36,6 +38,7 @@ class UpdateRule(nn.Module, ABC):
 
     registry: ClassVar[dict[str, type[UpdateRule]]] = {}
     crosses_coordinates: bool = True
+    uses_layers: bool = False
     fuses: bool = True
     chunk_size: int = 2**16
 

@@ -1,5 +1,7 @@
 """Parts of a coordinate's system: friction and port held over a step, and networks of its position.
 
+Beside them what a step of the rule hands on from one of its stages to the next.
+
 The rule takes explicit steps of unit length, so friction and mass are bounded: the fastest decay rate that they
 can make together stays under 2.71, inside the stability region of rk4 (2.785). The curvature of the potential is
 not bounded.
@@ -7,12 +9,44 @@ not bounded.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from odeopt.physics import MatrixPart, PositiveDefinite, Potential, mlp
 
 _WIDTHS = (8,)
+
+
+class Modulation(NamedTuple):
+    """Friction, shape ``(*batch, n, modes)``, and port gain ``(*batch, n, modes, 1)``, held over one step."""
+
+    friction: Tensor
+    gain: Tensor
+
+
+class Observation(NamedTuple):
+    """What one gradient says about each coordinate, each field of shape ``(*batch, n)``."""
+
+    u: Tensor  # port effort
+    second_moment: Tensor
+
+
+class Shared(NamedTuple):
+    """What the coordinates of a tensor share over one step, each field of shape ``(*batch, k)``."""
+
+    step: Tensor
+    weight: Tensor  # of the newest gradient in the running moments
+    scale: Tensor
+    slow_scale: Tensor
+    divisor: Tensor  # the scale, one where it is zero
+    carried: Tensor  # weight of the running square, in the new units
+    magnitudes: Tensor  # log of the tensor's mean magnitude over its two running values
+    per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; (*batch, 6 * modes)
+    kappa: Tensor | None = None
+    memory: Tensor | None = None  # of the network, after the step
+    log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
 
 
 class _Bounded(nn.Module):

@@ -22,11 +22,20 @@ from odeopt.rules.base import (
     state_dtype,
 )
 from odeopt.rules.features import averaging_weight, coordinate_rms, running_scale, shape_features, shape_numbers
-from odeopt.rules.parts import HeldFriction, HeldPort, bounded_inverse_mass, potential_network
+from odeopt.rules.parts import (
+    HeldFriction,
+    HeldPort,
+    Modulation,
+    Observation,
+    Shared,
+    bounded_inverse_mass,
+    potential_network,
+)
 
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
+_MEMORY_RATE = 0.1  # per step
 _BACKENDS = ("auto", "odeopt", "torchdiffeq")
 
 
@@ -41,6 +50,7 @@ class PortHamiltonianState(NamedTuple):
         scale: Running mean magnitude of the tensor's gradient, shape ``(*batch, 1)``.
         slow_scale: The same over a long memory, shape ``(*batch, 1)``: what the gradient has fallen from.
         step: Number of steps taken, shape ``(*batch, 1)``.
+        memory: What the network of the tensor remembers, shape ``(*batch, memory)``.
     """
 
     p: Tensor
@@ -49,35 +59,7 @@ class PortHamiltonianState(NamedTuple):
     scale: Tensor
     slow_scale: Tensor
     step: Tensor
-
-
-class Modulation(NamedTuple):
-    """Friction, shape ``(*batch, n, modes)``, and port gain ``(*batch, n, modes, 1)``, held over one step."""
-
-    friction: Tensor
-    gain: Tensor
-
-
-class Observation(NamedTuple):
-    """What one gradient says about each coordinate, each field of shape ``(*batch, n)``."""
-
-    u: Tensor  # port effort
-    second_moment: Tensor
-
-
-class Shared(NamedTuple):
-    """What the coordinates of a tensor share over one step, each field of shape ``(*batch, k)``."""
-
-    step: Tensor
-    weight: Tensor  # of the newest gradient in the running moments
-    scale: Tensor
-    slow_scale: Tensor
-    divisor: Tensor  # the scale, one where it is zero
-    carried: Tensor  # weight of the running square, in the new units
-    magnitudes: Tensor  # log of the tensor's mean magnitude over its two running values
-    per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; (*batch, 6 * modes)
-    kappa: Tensor | None = None
-    log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
+    memory: Tensor
 
 
 class PortHamiltonianUpdate(StagedRule):
@@ -110,6 +92,8 @@ class PortHamiltonianUpdate(StagedRule):
         uses_progress: Whether the network sees ``progress`` (and whether it is known).
         initial_kappa: Step size of the untrained rule where the fan-in is one, in units of the parameter; it
             falls with the fourth root of the fan-in.
+        memory: Slow variables per tensor that the network moves by at most a tenth per step, and sees; the first one is
+            added to log kappa. So step sizes can grow for as long as gradients point along the momenta.
         backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods, which
             give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
 
@@ -120,6 +104,8 @@ class PortHamiltonianUpdate(StagedRule):
         Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, Eq. (8): the system.
         van der Schaft, Jeltsema (2014), Port-Hamiltonian systems theory, Ch. 2: passivity.
     """
+
+    uses_layers = True
 
     def __init__(
         self,
@@ -136,9 +122,11 @@ class PortHamiltonianUpdate(StagedRule):
         time_scales: tuple[float, ...] = (3.0, 30.0, 300.0),
         uses_progress: bool = False,
         initial_kappa: float = 0.06,
+        memory: int = 0,
         backend: str = "auto",
     ) -> None:
         require(is_integer(modes) and modes >= 1, "modes", modes, "an integer of at least 1")
+        require(is_integer(memory) and memory >= 0, "memory", memory, "a non-negative integer")
         require(backend in _BACKENDS, "backend", backend, f"one of {', '.join(_BACKENDS)}")
         depends_on_q = "network" in (mass, potential, friction, port)
         solvers = _solvers(backend, depends_on_q=depends_on_q)
@@ -170,9 +158,11 @@ class PortHamiltonianUpdate(StagedRule):
             time_scales=list(time_scales),
             uses_progress=uses_progress,
             initial_kappa=initial_kappa,
+            memory=memory,
             backend=backend,
         )
         self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
+        self.memory = memory
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
         # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
         self.is_linear = solver in LINEAR_METHODS and not depends_on_q and backend != "torchdiffeq"
@@ -190,14 +180,14 @@ class PortHamiltonianUpdate(StagedRule):
         # in double precision, for rules in double
         self.register_buffer("decays", torch.tensor([decay, _SLOW_DECAY], dtype=torch.float64), persistent=False)
         self.register_buffer("magnitude_units", torch.tensor([1.0, 0.5]), persistent=False)
-        # per mode: log gain, its slope, and four numbers for the friction; then log kappa
+        # per mode: log gain, its slope, and four numbers for the friction; then log kappa, and how the memory moves
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
-        n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress
+        n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
         widths = (n_signals, *hidden)
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        head = nn.Linear(widths[-1], 6 * modes + 1)
+        head = nn.Linear(widths[-1], 6 * modes + 1 + memory)
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
         nn.init.zeros_(head.bias)
         self.coefficient_network = nn.Sequential(*layers, head)
@@ -217,6 +207,7 @@ class PortHamiltonianUpdate(StagedRule):
             scale=per_tensor(param),
             slow_scale=per_tensor(param),
             step=per_tensor(param),
+            memory=torch.zeros((*batch, self.memory), dtype=dtype, device=param.device),
         )
 
     @property
@@ -247,7 +238,7 @@ class PortHamiltonianUpdate(StagedRule):
     def forward_rows(self, grad, state, features, rows, *, param=None, progress=None):
         observation, shared, per_tensor = self._observe_and_share(grad, state, features, param, progress, rows)
         update, new_state = self._advance(observation, state, shared)
-        held = {name: getattr(per_tensor, name) for name in ("scale", "slow_scale", "step")}
+        held = {name: getattr(per_tensor, name) for name in ("scale", "slow_scale", "step", "memory")}
         return update, new_state._replace(**held)
 
     def _observe_and_share(self, grad, state, features, param, progress, rows) -> tuple[Observation, Shared, Shared]:
@@ -304,7 +295,7 @@ class PortHamiltonianUpdate(StagedRule):
             if self.coordinatewise:
                 zero = torch.zeros_like(step)
                 shared = Shared(step, weight[..., :1], state.scale, state.slow_scale, zero, zero, zero)
-                return self._with_network(shared, [], features, progress, zero)
+                return self._with_network(shared, state.memory, [], features, progress, zero)
             mean_abs = sums / (features[..., 0:1] * features[..., 1:2])
             # over a short memory, in units of which coordinates keep their squares, and over a long one
             before = torch.cat((state.scale, state.slow_scale), dim=-1)
@@ -321,19 +312,27 @@ class PortHamiltonianUpdate(StagedRule):
         theta_signal = 0.25 * (theta2 + 1e-6).log() if has_param else torch.zeros_like(v)
         shape_signals = features[..., 3:].expand(*v.shape[:-1], 3)
         signals = [shared.magnitudes, alignment, 0.5 * (p2 + _EPS_SIGNAL).log(), theta_signal, shape_signals]
-        return self._with_network(shared, signals, features, progress, 0.5 * (v + _EPS_SIGNAL).log())
+        return self._with_network(shared, state.memory, signals, features, progress, 0.5 * (v + _EPS_SIGNAL).log())
 
-    def _with_network(self, shared: Shared, signals: list[Tensor], features, progress, log_rms) -> Shared:
+    def _with_network(
+        self, shared: Shared, memory: Tensor, signals: list[Tensor], features, progress, log_rms
+    ) -> Shared:
         step, network = shared.step, self.coefficient_network
         times = [torch.tanh(step / self.time_scales.to(step.dtype))]
         if self.uses_progress:
             known = torch.ones_like(step) if progress is not None else torch.zeros_like(step)
             times += [known, known * (0.0 if progress is None else progress)]
-        out = network(torch.cat([*times, *signals], dim=-1).to(network[-1].weight.dtype)).to(step.dtype)
+        out = network(torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)).to(
+            step.dtype
+        )
         # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
         start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features[..., 2:3]
-        per_mode = out[..., :-1] + self.start.to(step.dtype)
-        return shared._replace(per_mode=per_mode, kappa=start * out[..., -1:].exp(), log_rms=log_rms)
+        per_mode, log_kappa, moves = out.split((6 * self.modes, 1, self.memory), dim=-1)
+        if self.memory > 0:
+            memory = memory + _MEMORY_RATE * torch.tanh(moves)
+            log_kappa = log_kappa + memory[..., :1]
+        per_mode = per_mode + self.start.to(step.dtype)
+        return shared._replace(per_mode=per_mode, kappa=start * log_kappa.exp(), memory=memory, log_rms=log_rms)
 
     def advance(self, grad, state, shared):
         return self._advance(self.observe(grad, state, shared), state, shared)
@@ -353,7 +352,8 @@ class PortHamiltonianUpdate(StagedRule):
             log_ratio, by_kind = self._log_ratio(observation, shared), coefficients.unsqueeze(-1).unbind(-3)
             p, output = self._linear_step(state.p, u.unsqueeze(-2), log_ratio.unsqueeze(-2), by_kind)
             delta = output.sum(-2)
-        new_state = PortHamiltonianState(p, q, observation.second_moment, shared.scale, shared.slow_scale, shared.step)
+        per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
+        new_state = PortHamiltonianState(p, q, observation.second_moment, *per_tensor)
         return shared.kappa * delta, new_state
 
     def _linear_step(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:

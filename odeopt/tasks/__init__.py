@@ -12,26 +12,37 @@ from .datasets import (
     load_dataset_or_digits,
 )
 from .landscapes import HighDimSaddle, Landscape, MonkeySaddle, Rosenbrock, Saddle
+from .mixture import Draw, Family, Mixture
 from .module import ModuleTask
-from .quadratic import RandomQuadratic
+from .quadratic import NoisyQuadratic, RandomQuadratic
+from .regression import TeacherStudent
+from .rescaled import Rescaled
+from .scaled import ScaledTask
 
 __all__ = [
     "DATASETS",
     "Batch",
     "DatasetCorrupt",
     "DatasetUnavailable",
+    "Draw",
+    "Family",
     "FixedBatchTask",
     "HighDimSaddle",
     "ImageDataset",
     "Landscape",
     "MLPClassification",
+    "Mixture",
     "ModuleTask",
     "MonkeySaddle",
+    "NoisyQuadratic",
     "Params",
     "RandomQuadratic",
+    "Rescaled",
     "Rosenbrock",
     "Saddle",
+    "ScaledTask",
     "Task",
+    "TeacherStudent",
     "default_data_dir",
     "load_dataset",
     "load_dataset_or_digits",

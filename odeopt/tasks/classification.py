@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Batch, Params, Task
+from .base import Batch, Params
 from .datasets import ImageDataset, load_dataset
-from .random import integers, permutation, uniform
+from .perceptron import PerceptronTask
+from .random import integers, permutation
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-}
 SPLITS = ("meta-train", "evaluation")
 
 
-class MLPClassification(Task):
+class MLPClassification(PerceptronTask):
     r"""Fit a multilayer perceptron to images, one initialisation and one order of minibatches per problem.
 
     .. math:: f_t(\theta) = -\frac{1}{B} \sum_{b=1}^{B} \log \mathrm{softmax}(n_\theta(x_{tb}))_{c_{tb}}
@@ -31,10 +24,7 @@ class MLPClassification(Task):
     Pixels are scaled to [0, 1] and nothing else, so pixels that are zero in every image stay zero. A fixed
     shuffle cuts the training images in two halves: ``"meta-train"`` draws its minibatches from one,
     ``"evaluation"`` from the other, and their initialisations are different too.
-
-    Parameters are named and shaped as in ``nn.Sequential(Linear, activation, Linear, ...)``: ``"0.weight"``
-    of shape ``(out, in)``, ``"0.bias"``, ``"2.weight"``, ...; they start as ``nn.Linear`` does, uniform
-    within ``1 / sqrt(fan_in)`` of zero.
+    Parameters are named and drawn as :class:`~odeopt.tasks.perceptron.PerceptronTask` says.
 
     Args:
         dataset: Images, or the name of a dataset for :func:`load_dataset`.
@@ -66,13 +56,6 @@ class MLPClassification(Task):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if any(width < 1 for width in widths):
-            raise ValueError(f"Parameter `widths` should hold positive numbers. Found `widths = {tuple(widths)}`.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Parameter `activation` should be one of {', '.join(ACTIVATIONS)}. "
-                f"Found `activation = {activation!r}`."
-            )
         if batch_size < 1:
             raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
         if split not in SPLITS:
@@ -80,43 +63,22 @@ class MLPClassification(Task):
         if isinstance(dataset, str):
             dataset = load_dataset(dataset)
         super().__init__(
+            (dataset.train_images.shape[1], *widths, dataset.n_classes),
+            activation=activation,
+            stream=f"classification/{split}",
             device=device,
             dtype=dtype,
             dataset=dataset.name,
-            widths=list(widths),
-            activation=activation,
             batch_size=batch_size,
             split=split,
         )
-        self.activation = ACTIVATIONS[activation]
         self.batch_size = batch_size
         self.split = split
-        self.sizes = (dataset.train_images.shape[1], *widths, dataset.n_classes)
         halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
         self.members = halves[SPLITS.index(split)]
         self.images, self.labels = dataset.train_images, dataset.train_labels
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
         self.to(device)
-
-    @property
-    def param_shapes(self) -> dict[str, torch.Size]:
-        """Shape of each parameter of one network, by name."""
-        shapes = {}
-        for layer, (fan_in, fan_out) in enumerate(pairwise(self.sizes)):
-            shapes[f"{2 * layer}.weight"] = torch.Size((fan_out, fan_in))
-            shapes[f"{2 * layer}.bias"] = torch.Size((fan_out,))
-        return shapes
-
-    def init_params(self, indices: Tensor, seed: int) -> Params:
-        """Draw networks as ``nn.Linear`` does; see :meth:`Task.init_params`."""
-        indices = self._indices(indices)
-        params = {}
-        for name, shape in self.param_shapes.items():
-            layer = int(name.split(".")[0]) // 2
-            bound = 1 / math.sqrt(self.sizes[layer])
-            u = uniform(indices, shape, seed=seed, stream=f"classification/{self.split}/{name}", dtype=self.dtype)
-            params[name] = u.mul_(2 * bound).sub_(bound)
-        return params
 
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw a minibatch per problem, uniformly from the split.
@@ -138,7 +100,7 @@ class MLPClassification(Task):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
         images, labels = batch
-        logits = self._logits(params, images)
+        logits = self.outputs(params, images)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
     @torch.no_grad()
@@ -166,7 +128,7 @@ class MLPClassification(Task):
         # Chunks bound the memory of the first layer's input, which every problem reads.
         for chunk, truth in zip(images.split(1024), labels.split(1024), strict=True):
             x = self._scaled(chunk).expand(n_tasks, -1, -1)
-            n_right += (self._logits(params, x).argmax(2) == truth).sum(1)
+            n_right += (self.outputs(params, x).argmax(2) == truth).sum(1)
         return n_right / n_images
 
     def sample_members(self, indices: Tensor, step: int, seed: int) -> Tensor:
@@ -178,16 +140,3 @@ class MLPClassification(Task):
     def _scaled(self, images: Tensor) -> Tensor:
         """Bytes to numbers in [0, 1]."""
         return images.to(self.dtype).div_(255)
-
-    def _logits(self, params: Params, x: Tensor) -> Tensor:
-        """Apply each problem's network to its images: (n_tasks, B, n_pixels) to (n_tasks, B, n_classes)."""
-        # images run along the last axis: measured on a CPU, the first layer's products, forward and backward,
-        # are a third faster than with images along rows
-        x = x.transpose(1, 2)
-        n_layers = len(self.sizes) - 1
-        for layer in range(n_layers):
-            weight, bias = params[f"{2 * layer}.weight"], params[f"{2 * layer}.bias"]
-            x = torch.baddbmm(bias.unsqueeze(2), weight, x)
-            if layer < n_layers - 1:
-                x = self.activation(x)
-        return x.transpose(1, 2)

@@ -19,7 +19,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -103,7 +103,8 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
 
     Args:
         name: ``"mnist"``, ``"fashion-mnist"``, ``"kmnist"`` (28 x 28 pixels, 60,000 + 10,000 images), or
-            ``"digits"`` (8 x 8, 1,437 + 360 images, bundled with scikit-learn, never downloaded).
+            ``"digits"`` (8 x 8, 1,437 + 360 images, bundled with scikit-learn, never downloaded). A number behind a
+            stroke averages squares of so many pixels: ``"mnist/2"`` has 14 x 14.
         data_dir: Folder in torchvision's layout; :func:`default_data_dir` if None.
         download: Whether a missing dataset may be downloaded.
 
@@ -115,8 +116,11 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
         DatasetUnavailable: If the files are missing and cannot be downloaded, or may not be.
         DatasetCorrupt: If a file is truncated or damaged.
     """
+    name, _, factor = name.partition("/")
     if name not in DATASETS:
         raise ValueError(f"Parameter `name` should be one of {', '.join(DATASETS)}. Found `name = {name!r}`.")
+    if factor:
+        return _pooled(load_dataset(name, data_dir, download=download), factor)
     if name == "digits":
         return _digits()
     folder = Path(data_dir) if data_dir is not None else default_data_dir()
@@ -127,6 +131,30 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
             raise DatasetUnavailable(_unavailable(name, folder, "downloading is off"))
         _download(name, folder)
     return _read(name, raw, tuple(_stamp(raw / file) for file in _FILES))
+
+
+@lru_cache(maxsize=8)
+def _pooled(dataset: ImageDataset, factor: str) -> ImageDataset:
+    """Average squares of pixels, once per process."""
+    k = int(factor) if factor.isdecimal() else 0
+    if k < 1 or any(side % k for side in dataset.image_shape):
+        raise ValueError(
+            f"Parameter `name` should end in a number that divides {dataset.image_shape}. "
+            f"Found `name = '{dataset.name}/{factor}'`."
+        )
+    height, width = (side // k for side in dataset.image_shape)
+
+    def pool(images: Tensor) -> Tensor:
+        squares = images.view(len(images), height, k, width, k)
+        return squares.float().mean(dim=(2, 4)).round().to(images.dtype).flatten(1)
+
+    return replace(
+        dataset,
+        name=f"{dataset.name}/{factor}",
+        train_images=pool(dataset.train_images),
+        test_images=pool(dataset.test_images),
+        image_shape=(height, width),
+    )
 
 
 def load_dataset_or_digits(

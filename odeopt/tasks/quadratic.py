@@ -1,4 +1,4 @@
-"""Random least-squares problems: the seed project's first family of tasks."""
+"""Random quadratics: the seed project's least squares, and quadratics of a given spectrum under noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Batch, FixedBatchTask, Params
-from .random import normal
+from .random import normal, uniform
 
 
 class RandomQuadratic(FixedBatchTask):
@@ -53,3 +53,75 @@ class RandomQuadratic(FixedBatchTask):
         W, y = batch
         residual = torch.baddbmm(y.unsqueeze(-1), W, params["theta"].unsqueeze(-1), beta=-1)
         return residual.square().sum(dim=(1, 2))
+
+
+class NoisyQuadratic(FixedBatchTask):
+    r"""Quadratics whose eigenvalues spread over a given range, and whose minimum shakes from step to step.
+
+    .. math:: f_t(\theta) = \tfrac12 (\theta - \theta_* - \sigma \varepsilon_t)^\top Q \Lambda Q^\top
+              (\theta - \theta_* - \sigma \varepsilon_t), \qquad \ln \lambda_i \sim U(-\ln c, 0), \quad
+              \theta_{*i}, \varepsilon_{ti} \sim N(0, 1), \quad \theta_0 = 0
+
+    The noise of the gradient has the covariance of minibatches: large where curvature is. ``Q`` is a random rotation.
+
+    Args:
+        dim: Number of coordinates.
+        condition: The range :math:`c` of the eigenvalues, at least 1.
+        noise: Standard deviation :math:`\sigma` of the minimum, 0 for none.
+        device: See :class:`Task`.
+        dtype: See :class:`Task`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Zhang et al. (2019), Which algorithmic choices matter at which batch sizes? Insights from a noisy quadratic
+        model, Section 3.
+    """
+
+    def __init__(
+        self,
+        dim: int = 10,
+        condition: float = 100.0,
+        noise: float = 0.1,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, value, is_right, wanted in (
+            ("dim", dim, dim >= 1, "positive"),
+            ("condition", condition, 1 <= condition < float("inf"), "a finite number of at least 1"),
+            ("noise", noise, 0 <= noise < float("inf"), "a finite number of at least 0"),
+        ):
+            if not is_right:
+                raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value}`.")
+        super().__init__(device=device, dtype=dtype, dim=dim, condition=condition, noise=noise)
+        self.dim, self.condition, self.noise = dim, condition, noise
+
+    def init_params(self, indices: Tensor, seed: int) -> Params:
+        """Start at zero: ``theta`` of shape ``(n_tasks, dim)``."""
+        return {"theta": torch.zeros(len(indices), self.dim, device=self.device, dtype=self.dtype)}
+
+    def draw(self, indices: Tensor, seed: int) -> Batch:
+        r"""Draw ``A`` with :math:`A^\top A = Q \Lambda Q^\top`, ``(n_tasks, dim, dim)``, and the minimum."""
+        indices, shape = self._indices(indices), (self.dim, self.dim)
+        rotation, _ = torch.linalg.qr(normal(indices, shape, seed=seed, stream="noisy/Q", dtype=torch.float64))
+        u = uniform(indices, (self.dim, 1), seed=seed, stream="noisy/spectrum", dtype=torch.float64)
+        A = self.condition ** (-0.5 * u) * rotation.mT
+        minimum = normal(indices, (self.dim,), seed=seed, stream="noisy/minimum", dtype=self.dtype)
+        # rounded, because powers of a batch may differ in their last bit from those of one number
+        return A.float().to(self.dtype), minimum
+
+    def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Return ``A`` and the shaken minimum of a step, ``(n_tasks, dim)``; see :meth:`Task.sample_batch`."""
+        A, minimum = super().sample_batch(indices, step, seed)
+        if self.noise == 0:
+            return A, minimum
+        indices = self._indices(indices)
+        eps = normal(indices, (self.dim,), seed=seed, stream="noisy/noise", step=step, dtype=self.dtype)
+        return A, minimum + self.noise * eps
+
+    def loss(self, params: Params, batch: Batch) -> Tensor:
+        """Half the squared distance in the metric of the Hessian, ``(n_tasks,)``; see :meth:`Task.loss`."""
+        A, minimum = batch
+        return 0.5 * torch.bmm(A, (params["theta"] - minimum).unsqueeze(-1)).square().sum(dim=(1, 2))

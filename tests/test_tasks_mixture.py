@@ -1,0 +1,206 @@
+"""Mixtures of tasks, and the tasks that are there to be mixed."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from odeopt.tasks import (
+    Family,
+    Mixture,
+    MLPClassification,
+    NoisyQuadratic,
+    RandomQuadratic,
+    Rescaled,
+    TeacherStudent,
+    load_dataset,
+)
+
+f64 = torch.float64
+INDICES = torch.arange(400)
+
+
+def mixture(**options):
+    return Mixture(
+        [
+            Family(RandomQuadratic, choices={"dim": [2, 5]}, share=3.0),
+            Family(TeacherStudent, {"n_inputs": 8}, {"widths": [[], [4], [8, 8]], "activation": ["tanh", "relu"]}),
+            Family(NoisyQuadratic, {"dim": 4}, log_range=1.0),
+        ],
+        **options,
+    )
+
+
+# -------------------- draws
+
+
+def test_draws_are_functions_of_number_and_seed():
+    one, other = mixture(), mixture()
+    numbers = [3, 0, 7, 3]
+    for number in numbers:
+        a, b = one.draw(number, seed=5), other.draw(number, seed=5)
+        assert a.task.describe() == b.task.describe()
+        assert torch.equal(a.indices, b.indices)
+        assert a[2:] == b[2:]
+    kinds = {
+        seed: [repr(one.draw(n, seed).task) + str(one.draw(n, seed).horizon) for n in range(20)] for seed in (0, 1)
+    }
+    assert kinds[0] != kinds[1]
+
+
+def test_families_come_by_their_share_and_choices_alike():
+    draws = [mixture().draw(n, seed=0) for n in range(1000)]
+    kinds = [type(draw.task).__name__ for draw in draws]
+    # shares 3, 1 and 1, half of the last one rescaled; five sigma of a count of a thousand is 79 at most
+    for kind, p in (("RandomQuadratic", 0.6), ("TeacherStudent", 0.2), ("NoisyQuadratic", 0.1), ("Rescaled", 0.1)):
+        assert abs(kinds.count(kind) - 1000 * p) < 5 * math.sqrt(1000 * p * (1 - p)), kind
+    pairs = [(tuple(d.task.config["widths"]), d.task.config["activation"]) for d in draws if "widths" in d.task.config]
+    assert len(set(pairs)) == 6
+    assert min(map(pairs.count, set(pairs))) > len(pairs) / 6 - 5 * math.sqrt(len(pairs) * 5 / 36)
+    assert abs(sum(d.tells_horizon for d in draws) - 700) < 5 * math.sqrt(1000 * 0.21)
+
+
+def test_no_problem_is_drawn_twice():
+    seen = [index for n in range(50) for index in mixture(n_problems=3).draw(n, seed=0).indices.tolist()]
+    assert len(seen) == len(set(seen)) > 50
+
+
+def test_horizons_are_log_uniform():
+    draws = [mixture(horizons=(10, 999)).draw(n, seed=0) for n in range(500)]
+    logs = torch.tensor([math.log10(draw.horizon) for draw in draws])
+    assert {10 <= draw.horizon <= 999 for draw in draws} == {True}
+    # uniform over two decades: mean 2, deviation .58
+    assert abs(logs.mean() - 2) < 5 * 0.58 / math.sqrt(500)
+
+
+def test_large_tasks_come_alone_and_for_fewer_steps():
+    family = Family(RandomQuadratic, choices={"dim": [2, 100]})
+    sizes = {2: set(), 100: set()}
+    for n in range(200):
+        draw = Mixture([family], horizons=(5, 50), work=1000, coordinates=100, n_problems=4).draw(n, seed=0)
+        sizes[draw.task.dim].add((len(draw.indices), draw.horizon > 10))
+    assert sizes == {2: {(4, False), (4, True)}, 100: {(1, False)}}
+
+
+def test_description_is_plain_and_says_everything():
+    described = json.loads(json.dumps(mixture(horizons=(7, 9)).describe()))
+    assert described["horizons"] == [7, 9]
+    assert [family["task"] for family in described["families"]] == [
+        "RandomQuadratic",
+        "TeacherStudent",
+        "NoisyQuadratic",
+    ]
+    assert described["families"][1]["choices"]["activation"] == ["tanh", "relu"]
+    assert described["families"][2]["log_range"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mixture([]), "`families` should be at least one family"),
+        (lambda: mixture(horizons=(9, 7)), r"`horizons` should be two rising numbers. Found `horizons = \(9, 7\)`"),
+        (lambda: mixture(told=1.5), "`told` should be between 0 and 1. Found `told = 1.5`"),
+        (lambda: Family(RandomQuadratic, choices={"dim": 3}), "`choices` should hold lists of values. Found `dim = 3`"),
+        (lambda: Family(RandomQuadratic, {"dim": 3}, {"dim": [3]}), "what is not fixed. Found `dim` in both"),
+        (lambda: Family(RandomQuadratic, share=0.0), "`share` should be a positive number. Found `share = 0.0`"),
+        (lambda: NoisyQuadratic(condition=0.5), "`condition` should be a finite number of at least 1. Found .* 0.5"),
+        (lambda: TeacherStudent(n_inputs=0), "`n_inputs` should be positive. Found `n_inputs = 0`"),
+        (lambda: TeacherStudent(spread=-1.0), "`spread` should be a finite number of at least 0. Found .* -1.0"),
+        (lambda: Rescaled(RandomQuadratic(), 0.0), "`log_range` should be a positive number. Found `log_range = 0.0`"),
+        (lambda: load_dataset("digits/3"), r"`name` should end in a number that divides \(8, 8\). Found .*digits/3"),
+        (lambda: load_dataset("digits/x"), "`name` should end in a number"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -------------------- noisy quadratics
+
+
+def test_spectrum_of_the_noisy_quadratic_is_log_uniform_over_its_range():
+    task = NoisyQuadratic(4, condition=100.0, noise=0.0, dtype=f64)
+    A, minimum = task.sample_batch(INDICES, 0, 0)
+    logs = torch.linalg.eigvalsh(A.mT @ A).log10()
+    assert logs.min() >= -2 - 1e-9
+    assert logs.max() <= 1e-9
+    # uniform on [-2, 0]: deviation .58, of 1,600 values
+    assert abs(logs.mean() + 1) < 5 * 0.58 / 40
+    at_minimum = task.loss({"theta": minimum}, (A, minimum))
+    torch.testing.assert_close(at_minimum, torch.zeros(400, dtype=f64))
+
+
+def test_noise_shakes_the_minimum_by_its_deviation():
+    task = NoisyQuadratic(4, noise=0.5, dtype=f64)
+    (A, first), (B, second) = (task.sample_batch(INDICES, step, 0) for step in (0, 1))
+    assert torch.equal(A, B)
+    assert (first - second).std().item() == pytest.approx(0.5 * math.sqrt(2), rel=5 / math.sqrt(3200))
+
+
+# -------------------- teacher and student
+
+
+def test_student_is_the_network_of_torch_and_its_loss_the_mean_square():
+    task = TeacherStudent(5, (4, 3), 2, activation="gelu", batch_size=6, dtype=f64)
+    params, (x, y) = task.init_params(INDICES[:3], 0), task.sample_batch(INDICES[:3], 0, 0)
+    layers = (nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2))
+    network = nn.Sequential(*layers).to(f64)
+    for k, loss in enumerate(task.loss(params, (x, y))):
+        network.load_state_dict({name: value[k] for name, value in params.items()})
+        torch.testing.assert_close(loss, nn.functional.mse_loss(network(x[k]), y[k]))
+
+
+def test_teachers_are_fixed_over_steps_and_of_order_one():
+    task = TeacherStudent(16, (4,), 2, batch_size=64, dtype=f64)
+    (x0, y0), (x1, y1) = (task.sample_batch(INDICES, step, 0) for step in (0, 1))
+    assert not torch.equal(x0, x1)
+    assert 0.3 < y0.std() < 1.5
+    # the same function: a regression on the first batch of many tasks explains the second as well
+    linear = torch.linalg.lstsq(x0, y0).solution
+    residual = [((x @ linear - y).square().mean() / y.square().mean()).item() for x, y in ((x0, y0), (x1, y1))]
+    assert residual[1] < 0.9
+    assert residual[1] < 2.5 * residual[0]
+
+
+def test_scales_of_the_inputs_are_spread_and_their_mean_square_is_one():
+    x, _ = TeacherStudent(16, (4,), spread=1.0, batch_size=256, dtype=f64).sample_batch(INDICES, 0, 0)
+    scales = x.square().mean(1)
+    assert scales.mean(1).sub(1).abs().max() < 1.5  # of chi-squared numbers, some with large weights
+    assert abs(scales.mean() - 1) < 0.05
+    # ln of a squared scale has deviation 2
+    assert scales.log().std(1).mean().item() == pytest.approx(2.0, rel=0.1)
+
+
+# -------------------- rescaled tasks, smaller images
+
+
+def test_rescaled_task_starts_with_the_same_loss_and_a_longer_gradient():
+    task = MLPClassification("digits", (5,), dtype=f64)
+    rescaled = Rescaled(task, 1.0)
+    indices = INDICES[:5]
+    params, plain = rescaled.init_params(indices, 1), task.init_params(indices, 1)
+    batches = rescaled.sample_batch(indices, 2, 1), task.sample_batch(indices, 2, 1)
+    for values in (params, plain):
+        for value in values.values():
+            value.requires_grad_()
+    losses = rescaled.loss(params, batches[0]), task.loss(plain, batches[1])
+    torch.testing.assert_close(*losses)
+    grads = [torch.autograd.grad(loss.sum(), list(v.values())) for loss, v in zip(losses, (params, plain), strict=True)]
+    for k, name in enumerate(plain):
+        shape = (-1, *(1,) * (plain[name].dim() - 1))
+        factor = (plain[name] / params[name]).flatten(1)[:, 0]
+        assert math.exp(-1) <= factor.min() < factor.max() <= math.exp(1)
+        torch.testing.assert_close(grads[0][k], grads[1][k] * factor.view(shape))
+
+
+def test_smaller_images_are_means_of_squares():
+    whole, half = load_dataset("digits"), load_dataset("digits/2")
+    assert half.name == "digits/2"
+    assert half.image_shape == (4, 4)
+    first = whole.train_images[0].view(8, 8).float()
+    mean = first[2:4, 4:6].mean()
+    assert abs(half.train_images[0].view(4, 4)[1, 2] - mean) <= 0.5
+    assert load_dataset("digits/2") is half
