@@ -1,4 +1,4 @@
-"""Command line: ``python -m odeopt train`` and ``python -m odeopt tune``.
+"""Command line: ``python -m odeopt train``, ``python -m odeopt tune`` and ``python -m odeopt matrix``.
 
 Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its processes train one rule together.
 """
@@ -6,21 +6,24 @@ Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from odeopt import arguments, artifacts
 from odeopt.baselines import make_baselines_table
+from odeopt.matrix import evaluate_matrix, grid
 from odeopt.meta.config import Config, available_configs, load_config
 from odeopt.meta.distributed import LostRankError, World, joined_world, local_rank
 from odeopt.meta.trainer import meta_train
-from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
+from odeopt.tasks import DatasetCorrupt, DatasetUnavailable, load_dataset
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,9 +59,34 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     tune.add_argument("--data-dir", type=Path, help="as for train")
 
+    matrix = commands.add_parser(
+        "matrix",
+        help="run a rule beside tuned Adam over networks, data, horizons and scales",
+        description="Run a rule beside Adam, constant and with cosine decay, tuned for each cell. Cells are kept as "
+        "they are done: an interrupted run continues with the same command.",
+    )
+    matrix.add_argument("--rule", default="port-hamiltonian", help="a .safetensors file, or one of "
+                        f"{', '.join(artifacts.available_pretrained())} (default: %(default)s)")  # fmt: skip
+    matrix.add_argument("--runs", type=arguments.positive, default=5, help="runs per cell (default: %(default)s)")
+    matrix.add_argument("--tuning-runs", type=arguments.positive, default=4, help="runs per learning rate that is "
+                        "tried (default: %(default)s)")  # fmt: skip
+    matrix.add_argument("--cells", default="", metavar="PATTERN", help="only cells in whose name this regular "
+                        "expression is found")  # fmt: skip
+    matrix.add_argument("--max-horizon", type=arguments.positive, metavar="STEPS", help="only cells of at most so many "
+                        "steps")  # fmt: skip
+    matrix.add_argument("--quick", action="store_true", help="everything on the digits, for at most 50 steps")
+    matrix.add_argument("--references-from", type=Path, metavar="FILE", help="matrix.json of another rule with the "
+                        "same settings, from which Adam's results are taken")  # fmt: skip
+    matrix.add_argument("--data-dir", type=Path, help="as for train; data sets other than MNIST are left out where "
+                        "they are not found")  # fmt: skip
+    matrix.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
+    matrix.add_argument("--out", type=arguments.folder, default="runs/matrix", help="folder of matrix.json and "
+                        "matrix.png (default: %(default)s)")  # fmt: skip
+    matrix.add_argument("--markdown", action="store_true", help="print the table as markdown")
+
     args = parser.parse_args(argv)
     try:
-        return {"train": _train, "tune": _tune}[args.command](args)
+        return {"train": _train, "tune": _tune, "matrix": _matrix}[args.command](args)
     except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable) as error:
         status, message = 2, error
     except LostRankError as error:
@@ -137,6 +165,35 @@ def _device(text: str) -> torch.device:
 
 def _tune(args: argparse.Namespace) -> int:
     make_baselines_table(args.out, data_dir=args.data_dir, progress_bar=True)
+    return 0
+
+
+def _matrix(args: argparse.Namespace) -> int:
+    is_file = args.rule.endswith(".safetensors")
+    rule = artifacts.load(args.rule) if is_file else artifacts.load_pretrained(args.rule)
+    select = partial(grid, max_horizon=args.max_horizon or math.inf, pattern=args.cells, quick=args.quick)
+    found = []
+    for name in sorted({cell.dataset for cells in select().values() for cell in cells.values()}):
+        try:
+            load_dataset(name, args.data_dir, download=name == "mnist")
+            found.append(name)
+        except DatasetUnavailable as error:
+            if name == "mnist":
+                raise
+            print(f"Left out: {error}", file=sys.stderr, flush=True)
+    matrix = evaluate_matrix(
+        rule,
+        select(datasets=found),
+        name=Path(args.rule).stem if is_file else args.rule,
+        path=args.out / "matrix.json",
+        references_from=args.references_from,
+        n_runs=args.runs,
+        n_tuning_runs=args.tuning_runs,
+        data_dir=args.data_dir,
+        device=args.device,
+    )
+    print(matrix.table(markdown=args.markdown))
+    print(f"\nsaved {args.out / 'matrix.json'} and {matrix.plot(args.out / 'matrix.png')}")
     return 0
 
 

@@ -35,12 +35,13 @@ ARROWS = {
     "artifacts": {"physics", "ode", "rules", "_version"},
     "evaluation": {"physics", "ode", "rules", "stepping", "tasks", "meta"},
     "baselines": {"physics", "ode", "rules", "tasks", "meta", "evaluation", "_version"},
+    "matrix": {"rules", "tasks", "evaluation", "baselines", "tables", "_version"},
     "arguments": set(),
     "tables": set(),
     "plots": {"evaluation"},
 }
 # Methods that draw and print do so by rooms above their own, which they import when they are called.
-LAZY = {"evaluation": {"plots", "tables"}}
+LAZY = {"evaluation": {"plots", "tables"}, "matrix": {"plots"}}
 TOP = {"__init__", "__main__"}  # may import everything
 
 DOORS = {

@@ -103,32 +103,43 @@ class AdamState(NamedTuple):
 
 
 class AdamUpdate(UpdateRule):
-    r"""Adam, as ``torch.optim.Adam``.
+    r"""Adam, as ``torch.optim.Adam``; with cosine decay also as ``CosineAnnealingLR`` over the whole run makes it.
 
-    .. math:: \Delta_t = -\eta\, \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
+    .. math:: \Delta_t = -\eta\, \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}, \qquad
+              \eta \to \tfrac{\eta}{2}\,(1 + \cos \pi \tau) \ \text{with cosine decay, } \tau \text{ the progress}
 
     Args:
         lr: Learning rate, per step.
         betas: Decays of the running gradient and of its square, each in ``[0, 1)``.
         eps: Added to the root, in units of the gradient.
+        cosine: Whether the learning rate decays to zero over the run, whose length must then be known.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or a step with ``cosine`` is not told the progress.
 
     References:
         Kingma, Ba (2015), Adam: a method for stochastic optimization, Algorithm 1.
+        Loshchilov, Hutter (2017), SGDR: stochastic gradient descent with warm restarts, Eq. (5), without restarts.
     """
 
     crosses_coordinates = False
 
-    def __init__(self, lr: float = 1e-3, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        cosine: bool = False,
+    ) -> None:
         require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
         require(
             len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)"
         )
         require(is_number(eps) and eps >= 0, "eps", eps, "non-negative")
-        super().__init__(lr=lr, betas=list(betas), eps=eps)
-        self.lr, self.betas, self.eps = lr, tuple(betas), eps
+        require(isinstance(cosine, bool), "cosine", cosine, "True or False")
+        super().__init__(lr=lr, betas=list(betas), eps=eps, cosine=cosine)
+        self.lr, self.betas, self.eps, self.cosine = lr, tuple(betas), eps, cosine
 
     def init_state(self, param: Tensor) -> AdamState:
         return AdamState(per_coordinate(param), per_coordinate(param), per_tensor(param))
@@ -141,5 +152,11 @@ class AdamUpdate(UpdateRule):
         # expm1: in float32, 1 - 0.999 ** 1 would already be off by 6e-5
         bias1, bias2 = (-torch.expm1(step * math.log(b)) if b > 0 else 1.0 for b in self.betas)
         denominator = (exp_avg_sq / bias2).sqrt() + self.eps
-        update = -self.lr * (exp_avg / bias1) / denominator
+        update = -self._lr(progress) * (exp_avg / bias1) / denominator
         return update, AdamState(exp_avg, exp_avg_sq, step)
+
+    def _lr(self, progress: Tensor | None) -> Tensor | float:
+        if not self.cosine:
+            return self.lr
+        require(progress is not None, "progress", progress, "the fraction of the run that is done, for `cosine`")
+        return self.lr * (1 + torch.cos(math.pi * progress)) / 2
