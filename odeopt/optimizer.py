@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.rules.base import UpdateRule, require
-from odeopt.stepping import Bucket, Shard, StepOptions, state_template, step_bucket
+from odeopt.stepping import Bucket, Shard, StepOptions, is_distributed, state_template, step_bucket
 
 _COUNTERS = ("n_steps", "n_skipped")
 # Coordinates from which on half a minute of compiling is soon earned: a step of a million takes 20 ms eagerly.
@@ -26,6 +27,20 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 _EXCHANGES_ALONE = 2**22
 
 
+class _Placed(NamedTuple):
+    """A bucket, the group whose options it follows, and the state that it handed out, field by field."""
+
+    bucket: Bucket
+    group: dict[str, Any]
+    handed: list[Tensor]
+
+    def is_current(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether parameters and state still are what the bucket steps."""
+        names = self.bucket.state._fields
+        found = (x for param in self.bucket.params for x in map(state.get(param, {}).get, names))
+        return all(map(is_, found, self.handed)) and not self.bucket.has_moved()
+
+
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""Steps the parameters of a model with an update rule.
 
@@ -35,11 +50,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Learning-rate schedulers, gradient clipping, ``GradScaler``, hooks, parameter groups, checkpoints, pickling,
     ``DistributedDataParallel`` and ``fully_shard`` work as with any optimizer of ``torch.optim``. The rule's state
     lives in ``state[param]`` under the names of the rule's ``NamedTuple``, in the shape of the parameter; as in
-    ``torch.optim``, each step changes it in place.
+    ``torch.optim``, each step changes it in place, and what is edited, replaced or deleted there, or in the groups,
+    counts from the next step on.
 
-    The parameters of a group are stepped in a few calls: large ones where they lie, all others of one device and
-    dtype side by side in a buffer. Rules that look across a tensor otherwise than by sums
-    (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
+    The parameters of a group are stepped in a few calls: large ones where they lie, all others (under 2**16
+    coordinates on a CPU, 2**24 on a GPU) of one device and dtype side by side in a buffer. There each is padded to a
+    multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less. Rules
+    that look across a tensor otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
     weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
@@ -101,6 +118,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
         self.rule = copy.deepcopy(rule).requires_grad_(False).eval()
         self.compile, self.state_dtype, self.capturable = compile, state_dtype, capturable
+        self._rules: dict[torch.device, UpdateRule] = {}
         self._forget_buckets()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
         _check_options(defaults)
@@ -128,28 +146,31 @@ class LearnedOptimizer(torch.optim.Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, or a learning rate out of range; nothing has moved then.
+            ValueError: If a gradient is sparse or complex, a learning rate out of range, or a state that was put into
+                :attr:`state` not the rule's; nothing has moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
-            for index, param in enumerate(group["params"]):
+            for param in group["params"]:
                 if param.grad is not None and _is_unsupported(param.grad):
-                    self._raise_unsupported(param.grad, number, index, "have a dense, real gradient")
+                    self._raise_unsupported(param.grad, param, "have a dense, real gradient")
+        self._lay_out()
         may_warn = False
-        for number, group in enumerate(self.param_groups):
-            for bucket in self._buckets_of(number):
+        for bucket, group, _ in self._placed:
+            if any(param.grad is not None for param in bucket.params):
                 rule = self._rule_for(bucket.device)
                 step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule))
                 # what lies on the CPU can be looked at for nothing
                 may_warn = may_warn or (bucket.device.type == "cpu" and bool(bucket.n_skipped.any()))
+        for group in self.param_groups:
             group["n_steps"] += 1
         if may_warn:
-            self._fetch_skipped(device="cpu")
+            self._fetch_skipped(stacklevel=5, device="cpu")
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,14 +184,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         # a copy, because the base class fills it in: two optimizers given one dict would share its counters
         super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
-        number, group = len(self.param_groups) - 1, self.param_groups[-1]
-        group.update(n_steps=self.n_steps if number else 0, n_skipped=0)
+        group = self.param_groups[-1]
+        group.update(n_steps=self.n_steps if len(self.param_groups) > 1 else 0, n_skipped=0)
         self._place_counters()
         try:
             _check_options(group)
-            for index, param in enumerate(group["params"]):
+            for param in group["params"]:
                 if _is_unsupported(param) or not param.is_floating_point():
-                    self._raise_unsupported(param, number, index, "be dense, real and of a floating-point type")
+                    self._raise_unsupported(param, param, "be dense, real and of a floating-point type")
                 if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:
                     raise ValueError(
                         f"Parameter `rule` should look across a tensor by sums only (StagedRule), or not at all, where "
@@ -209,19 +230,32 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._place_counters()
 
     def state_dict(self) -> StateDict:
-        """State and options, as of ``torch.optim``; the tensors are the optimizer's own, not copies."""
+        """State and options, as of ``torch.optim``.
+
+        Returns:
+            The optimizer's own tensors where a parameter is stepped in place, and copies without the padding of the
+            others, whose state lies side by side.
+        """
         self._fetch_skipped()
-        return super().state_dict()
+
+        def compact(_: torch.optim.Optimizer, final: StateDict) -> None:
+            final["state"] = {key: _compact(fields) for key, fields in final["state"].items()}
+
+        compacting = self.register_state_dict_post_hook(compact, prepend=True)  # before the user's own
+        try:
+            return super().state_dict()
+        finally:
+            compacting.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
-        # copies: a view pickles the whole buffer that it looks into
-        state = defaultdict(dict, {p: {name: x.clone() for name, x in s.items()} for p, s in self.state.items()})
+        state = defaultdict(dict, {param: _compact(fields) for param, fields in self.state.items()})
         names = ("rule", "compile", "state_dtype", "capturable")
         return super().__getstate__() | {"state": state} | {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._rules = {}
         self._forget_buckets()
         for group in self.param_groups:
             for option in ("weight_decay", "maximize", "total_steps", *_COUNTERS):
@@ -229,26 +263,32 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _forget_buckets(self) -> None:
         """Let the next step lay the parameters out anew, with the state that :attr:`state` holds."""
-        self._rules: dict[torch.device, UpdateRule] = {}
-        self._buckets: dict[int, list[Bucket]] = {}
+        self._placed: list[_Placed] = []
         self._is_placed: set[Tensor] = set()
+        self._placed_groups: list[list[int]] = []
 
     def _place_counters(self) -> None:
         """Keep the count of steps where a captured step can raise it, or as a number."""
+        params = [param for group in self.param_groups for param in group["params"]]
         for group in self.param_groups:
             if self.capturable:
-                device = group["params"][0].device
-                group["n_steps"] = torch.as_tensor(group["n_steps"], dtype=torch.float32).to(device)
+                device = next((param.device for param in group["params"] or params), None)
+                group["n_steps"] = torch.as_tensor(group["n_steps"], dtype=torch.float32, device=device)
             else:
                 group["n_steps"] = int(group["n_steps"])
 
-    def _name(self, number: int, index: int) -> str:
-        names = self.param_groups[number].get("param_names")
-        return names[index] if names else f"param_groups[{number}]['params'][{index}]"
+    def _name(self, param: Tensor) -> str | None:
+        """Name of a parameter; None for one that has been removed."""
+        for number, group in enumerate(self.param_groups):
+            for index, other in enumerate(group["params"]):
+                if other is param:
+                    names = group.get("param_names")
+                    return names[index] if names else f"param_groups[{number}]['params'][{index}]"
+        return None
 
-    def _raise_unsupported(self, tensor: Tensor, number: int, index: int, wanted: str) -> None:
+    def _raise_unsupported(self, tensor: Tensor, param: Tensor, wanted: str) -> None:
         raise ValueError(
-            f"Parameter `{self._name(number, index)}` should {wanted} (embeddings: `sparse=False`; "
+            f"Parameter `{self._name(param)}` should {wanted} (embeddings: `sparse=False`; "
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
 
@@ -277,20 +317,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         decay = scalar(group["weight_decay"]) if group["weight_decay"] != 0 else None
         return StepOptions(scalar(group["lr"]), decay, progress, group["maximize"])
 
-    def _buckets_of(self, number: int) -> Iterator[Bucket]:
-        """Buckets of a group in which some parameter has a gradient."""
-        group = self.param_groups[number]
-        if any(bucket.has_moved() for bucket in self._buckets.get(number, ())):  # to another device, or dtype
-            self._is_placed.difference_update(*(bucket.params for bucket in self._buckets.pop(number)))
-        new = [p for p in group["params"] if p.grad is not None and p not in self._is_placed]
-        if new:
-            self._place(number, [p for p in new if p.numel() > 0])
-            self._place_empty([p for p in new if p.numel() == 0])
-        for bucket in self._buckets.get(number, ()):
-            if any(param.grad is not None for param in bucket.params):
-                yield bucket
+    def _lay_out(self) -> None:
+        """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
+        groups = [[id(group), *map(id, group["params"])] for group in self.param_groups]
+        if groups != self._placed_groups or not all(placed.is_current(self.state) for placed in self._placed):
+            self._fetch_skipped(stacklevel=6)
+            self._forget_buckets()
+            self._placed_groups = groups
+        for group in self.param_groups:
+            new = [p for p in group["params"] if p.grad is not None and p not in self._is_placed]
+            if new:
+                self._place(group, [p for p in new if p.numel() > 0])
+                self._place_empty([p for p in new if p.numel() == 0])
 
-    def _place(self, number: int, params: list[Tensor]) -> None:
+    def _place(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Lay out parameters that have their first gradient, and begin or take up their state."""
         alike: dict[tuple, list[Tensor]] = defaultdict(list)
         for param in params:
@@ -309,13 +349,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
             rule = self._rule_for(together[0].device)
             bucket = Bucket(rule, together, dtype=self.state_dtype)
             for index, param in enumerate(together):
-                if self.state.get(param):
-                    bucket.set_state(index, self.state[param])
+                held = self.state.get(param, {})  # others may keep something of theirs there too
+                begun = {name: held[name] for name in bucket.state._fields if name in held}
+                if begun:
+                    bucket.set_state(index, self._matched(param, begun))
                 else:
                     bucket.init_state(index, rule)
-                self.state[param] = bucket.views(index)
-            self._buckets.setdefault(number, []).append(bucket)
-        self._is_placed.update(params)
+                self.state[param] = {**held, **bucket.views(index)}
+            handed = [self.state[param][name] for param in together for name in bucket.state._fields]
+            self._placed.append(_Placed(bucket, group, handed))
+            self._is_placed.update(together)
         self._n_coordinates = sum(param.numel() for param in self._is_placed)
 
     def _place_empty(self, params: list[Tensor]) -> None:
@@ -329,50 +372,57 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 }
         self._is_placed.update(params)
 
-    def _fetch_skipped(self, device: str | None = None) -> None:
+    def _fetch_skipped(self, *, stacklevel: int = 3, device: str | None = None) -> None:
         """Bring the counts of skipped gradients to the host, and warn of the first ones."""
         had = any(group["n_skipped"] for group in self.param_groups)
         first = None
-        for number, buckets in self._buckets.items():
-            group = self.param_groups[number]
-            for bucket in buckets:
-                if device is not None and bucket.device.type != device:
-                    continue
-                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=False):
-                    if count and first is None:
-                        index = next(i for i, p in enumerate(group["params"]) if p is param)
-                        first = self._name(number, index)
-                    group["n_skipped"] += count
-                bucket.n_skipped.zero_()
+        for bucket, group, _ in self._placed:
+            if device is not None and bucket.device.type != device:
+                continue
+            for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=False):
+                if count and first is None:
+                    first = self._name(param)
+                group["n_skipped"] += count
+            bucket.n_skipped.zero_()
         if first is not None and not had:
             warnings.warn(
                 f"Parameter `{first}` was not moved at {'' if device else 'or before '}step {self.n_steps}: its "
                 "gradient is not finite. Later such steps are skipped and counted in `n_skipped` without a warning.",
                 RuntimeWarning,
-                stacklevel=5 if device else 3,  # the caller of step(), past the wrappers of the base class
+                stacklevel=stacklevel,  # the user's line; step() is called by two wrappers of the base class
             )
 
     def _read_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
-        """Saved state by parameter, checked against the rule, in the rule's dtypes and on its devices."""
+        """Saved state by parameter."""
         restored = {}
         pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)  # lengths: the base class's job
-        for number, (group, saved_group) in enumerate(pairs):
-            for index, (param, key) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
+        for group, saved_group in pairs:
+            for param, key in zip(group["params"], saved_group["params"], strict=False):
                 saved = state_dict["state"].get(key)
                 if saved:
-                    template = state_template(self._rule_for(param.device), param, self.state_dtype)
-                    restored[param] = _matched(saved, template, self._name(number, index))
+                    restored[param] = self._matched(param, saved)
         return restored
 
+    def _matched(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """State of a parameter, checked against the rule, in the rule's dtypes."""
+        template = state_template(self._rule_for(param.device), param, self.state_dtype)
+        wanted = {field: tuple(shape) for field, (shape, _) in template.items()}
+        found = {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in state.items()}
+        if found != wanted:
+            raise ValueError(
+                f"Parameter `{self._name(param)}` should have a state of {wanted} under this rule. Found {found}."
+            )
+        return {field: state[field].to(dtype=dtype) for field, (_, dtype) in template.items()}
 
-def _matched(
-    saved: dict[str, Tensor], template: dict[str, tuple[torch.Size, torch.dtype]], name: str
-) -> dict[str, Tensor]:
-    wanted = {field: tuple(shape) for field, (shape, _) in template.items()}
-    found = {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in saved.items()}
-    if found != wanted:
-        raise ValueError(f"Parameter `{name}` should have a state of {wanted} under this rule. Found {found}.")
-    return {field: saved[field].to(dtype=dtype) for field, (_, dtype) in template.items()}
+
+def _compact(state: dict[str, Any]) -> dict[str, Any]:
+    """Copy the tensors that look into a larger storage, all of which ``torch.save`` and pickle would write."""
+
+    def is_part(x: Any) -> bool:
+        local = x.to_local() if is_distributed(x) else x
+        return isinstance(local, Tensor) and local.nbytes < local.untyped_storage().nbytes()
+
+    return {name: x.clone() if is_part(x) else x for name, x in state.items()}
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def test_step_of_a_model_is_the_rules_step_of_each_tensor(name, dtype, monkeypat
     torch.manual_seed(0)
     # weights in the dtype of the step, or float32 would round what double precision is to show
     rule, grads = RULES[name]().to(f64 if dtype == f64 else f32), gradients(SHAPES, 4, dtype)
-    monkeypatch.setattr(type(rule), "chunk_size", 3000)  # so that rows and columns are cut, and not evenly
+    monkeypatch.setattr(type(rule), "chunk_size", 3000)  # so that rows and columns are cut
     params = parameters(SHAPES, dtype)
     wanted = tensor_by_tensor(rule, params, grads, lr=0.5, decay=0.1, total_steps=8)
     optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.1, total_steps=8, compile=False)
@@ -146,9 +146,10 @@ def test_large_parameters_are_stepped_where_they_lie():
     params = parameters([(300, 250), (10,), (11,)])
     optimizer = LearnedOptimizer(params, port_hamiltonian())
     follow(params, optimizer, gradients([p.shape for p in params], 1))
-    sizes = sorted((len(b.params), b.shape) for b in optimizer._buckets[0])
-    assert sizes == [(1, (1, 75_000)), (2, (3, 1024))]
-    assert not hasattr(optimizer._buckets[0][0], "theta") or len(optimizer._buckets[0]) == 2
+    buckets = [placed.bucket for placed in optimizer._placed]
+    sizes = sorted((len(b.params), b.shape) for b in buckets)
+    assert sizes == [(1, (1, 75_000)), (2, (3, 16))]  # short rows for short tensors
+    assert [hasattr(b, "theta") for b in buckets] == [len(b.params) > 1 for b in buckets]
 
 
 def test_tensors_that_come_and_go_keep_their_state():
@@ -186,7 +187,7 @@ def test_padding_stays_zero():
     rule, params = port_hamiltonian(), parameters([(5,), (1030,)])
     optimizer = LearnedOptimizer(params, rule)
     follow(params, optimizer, gradients([p.shape for p in params], 5))
-    (bucket,) = optimizer._buckets[0]
+    ((bucket, _, _),) = optimizer._placed
     for field in (*bucket.state.p, bucket.state.second_moment, bucket.theta):
         assert field[0, 5:].eq(0).all()
         assert field[2, 6:].eq(0).all()
@@ -344,6 +345,7 @@ def test_what_cannot_be_compiled_says_so_once_and_steps_eagerly(fresh, monkeypat
     with pytest.warns(RuntimeWarning, match=re.escape("could not be compiled and runs eagerly")) as record:
         found = follow(params, optimizer, grads)
     assert len(record) == 1
+    assert record[0].filename == __file__
     assert "no C++ compiler here" in str(record[0].message)
     assert "long story" not in str(record[0].message)
     assert_close(found, wanted, f32)

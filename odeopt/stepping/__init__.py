@@ -2,6 +2,6 @@
 
 from odeopt.stepping.buckets import Bucket, Rows, state_fields, state_template
 from odeopt.stepping.loops import StepOptions, step_bucket
-from odeopt.stepping.shards import Shard
+from odeopt.stepping.shards import Shard, is_distributed
 
-__all__ = ["Bucket", "Rows", "Shard", "StepOptions", "state_fields", "state_template", "step_bucket"]
+__all__ = ["Bucket", "Rows", "Shard", "StepOptions", "is_distributed", "state_fields", "state_template", "step_bucket"]

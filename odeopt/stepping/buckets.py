@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from odeopt.rules.base import UpdateRule, state_dtype
 from odeopt.stepping.shards import Shard
 
-ROW = 1024  # coordinates per row of a packed bucket; the last row of a tensor is filled up with zeros
+# Most coordinates per row of a packed bucket, and fewest; the last row of a tensor is filled up with zeros.
+ROW, SHORT_ROW = 1024, 16
 
 
 class Rows(NamedTuple):
@@ -55,9 +57,9 @@ class Bucket:
     """One tensor, or many side by side, as rows of coordinates: ``(n_rows, *, n_columns, *)``.
 
     A bucket of one tensor is a single row, and works on gradient and parameter in place. Several tensors are packed
-    into rows of :data:`ROW` coordinates of which no two tensors share one; one call copies their gradients and
-    values in, and one the values out again. A row that belongs to no tensor stands at the end, so that a compiled
-    loop never meets a size of one, for which it would be compiled again.
+    into rows of :data:`ROW` coordinates, shorter ones where all tensors are smaller, of which no two tensors share one;
+    one call copies their gradients and values in, and one the values out again. A row that belongs to no tensor stands
+    at the end, so that a compiled loop never meets a size of one, for which it would be compiled again.
 
     Args:
         rule: The rule, on the device of the parameters.
@@ -84,15 +86,16 @@ class Bucket:
         self.is_shared = self.shards[0].mesh is not None
         self._shapes = [param.shape for param in local]
         sizes = [param.numel() for param in local]
-        n_rows = [max(1, -(-n // ROW)) for n in sizes] if self.is_packed else [1]
-        self._starts = [sum(n_rows[:i]) for i in range(len(n_rows) + 1)]
-        self.shape = (self._starts[-1] + 1, ROW) if self.is_packed else (1, sizes[0])
+        n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if self.is_packed else sizes[0]
+        n_rows = [max(1, -(-n // n_columns)) for n in sizes] if self.is_packed else [1]
+        self._starts = [0, *accumulate(n_rows)]
+        self.shape = (self._starts[-1] + self.is_packed, n_columns)
         self.rows = self._make_rows(rule, n_rows)
         n_tensors = len(self.rows.features)
         self.n_skipped = torch.zeros((n_tensors, 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
-        self._type, self._axes, template = state_fields(rule, local[0].new_zeros(3), dtype)
+        self._type, self._axes, template = state_fields(rule, local[0].new_zeros(3, dtype=self.dtype), dtype)
         self._storage: dict[str, Tensor] = {}
         for name, axis in self._axes.items():
             shape, kept = template[name]
@@ -109,7 +112,9 @@ class Bucket:
             self._grads, self._thetas = ([self._view(x, i, 0) for i in parts] for x in (self.grad, self.theta))
 
     def has_moved(self) -> bool:
-        """Whether a parameter has since been brought to another device or dtype."""
+        """Whether a parameter has since been brought to another device or dtype, or cannot be stepped in place now."""
+        if not self.is_packed and not self.shards[0].local(self.params[0]).is_contiguous():
+            return True
         return any(param.device != self.device or param.dtype != self.param_dtype for param in self.params)
 
     def load(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +219,8 @@ def state_template(
     rule: UpdateRule, param: Tensor, dtype: torch.dtype | None = None
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of each field of the state of a parameter, as :meth:`Bucket.views` gives them."""
-    _, axes, template = state_fields(rule, torch.zeros(3, dtype=param.dtype, device=param.device), dtype)
+    like = torch.zeros(3, dtype=state_dtype(param.dtype), device=param.device)
+    _, axes, template = state_fields(rule, like, dtype)
     for name, axis in axes.items():
         shape, kept = template[name]
         if axis is not None:

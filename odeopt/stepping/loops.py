@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -213,18 +214,12 @@ def _step_in_chunks(
     bucket.n_skipped += has_grad & (broken > 0)
     # a look costs nothing on a CPU, and where every tensor moves no mask is needed; elsewhere it would wait
     needs_mask = bucket.device.type != "cpu" or not bool(moves[: len(bucket.params)].all())
-    new = piece.state
     for chunk in chunks:
-        theta, new = _moved(rule, chunk, shared, options)
+        theta, state = _moved(rule, chunk, shared, options)
         mask = chunk.rows.spread(moves) if needs_mask else None
         _write(chunk.theta, theta, mask)
-        for old_field, new_field, axis in zip(chunk.state, new, piece.columns, strict=True):
-            if is_packed or axis is not None:
-                _write(old_field, new_field, mask)
-    if not is_packed:  # what the chunks of a row have in common, which the next chunk would have read
-        for old_field, new_field, axis in zip(piece.state, new, piece.columns, strict=True):
-            if axis is None:
-                _write(old_field, new_field, moves if needs_mask else None)
+        for old, new in zip(chunk.state, state, strict=True):
+            _write(old, new, mask)
 
 
 def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
@@ -235,14 +230,17 @@ def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
     if is_whole or bucket.device.type != "cpu" or n_rows * n_columns <= size:
         yield piece
         return
-    along, length = (0, max(1, size // n_columns)) if bucket.is_packed else (1, size)
-    for start in range(0, piece.grad.shape[along], length):
-        stop = min(start + length, piece.grad.shape[along])
+    along, n, length = (0, n_rows, max(1, size // n_columns)) if bucket.is_packed else (1, n_columns, size)
+    # alike in size: for a last one of size one a loop would be compiled again
+    n_chunks = -(-n // length)
+    for start, stop in pairwise(n * i // n_chunks for i in range(n_chunks + 1)):
 
         def cut(x: Tensor | tuple, axis: int | None, start=start, stop=stop) -> Tensor | tuple:
             if isinstance(x, tuple):
                 return tuple(cut(y, axis) for y in x)
-            return x if axis is None else x.narrow(axis, start, stop - start)
+            if axis is None:  # what the chunks of a row have in common: all read it as it was, the last one writes it
+                return x if stop == n else x.clone()
+            return x.narrow(axis, start, stop - start)
 
         axes = [0] * len(piece.columns) if bucket.is_packed else piece.columns
         yield Piece(
@@ -261,7 +259,7 @@ def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
 def _step_compiled(
     rule: UpdateRule, bucket: Bucket, piece: Piece, has_grad: Tensor, options: StepOptions, known: list[Tensor]
 ) -> bool:
-    """Run the step as compiled loops; return whether that went well, and say so where it did not.
+    """Run the step as compiled loops; return whether it is done, and say so where compiling failed.
 
     ``known`` receives the sums that other processes have had their part in: one that fails later, and alone, must
     not ask for them again.
@@ -272,23 +270,26 @@ def _step_compiled(
     # Sizes that happen to be equal in the first model are not to be taken for one size.
     is_first = key not in _WORKED
     tracing = torch.fx.experimental._config.patch(use_duck_shape=False) if is_first else nullcontext()
+    is_done = True
     try:
         with tracing:
-            _run_compiled(rule, bucket, piece, has_grad, options, key, known)
+            failure = _run_compiled(rule, bucket, piece, has_grad, options, key, known)
     except Exception as error:
         if not is_first and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
-        _FAILED.add(key)
-        reason = str(error).strip().splitlines()
-        warnings.warn(
-            f"The step of {key[0].__name__} could not be compiled and runs eagerly, several times slower "
-            f"(`compile=False` does so without a warning). {type(error).__name__}: {reason[0] if reason else ''}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    _WORKED.add(key)
-    return True
+        failure, is_done = error, False
+    if failure is None:
+        _WORKED.add(key)
+        return True
+    _FAILED.add(key)
+    reason = str(failure).strip().splitlines()
+    warnings.warn(
+        f"The step of {key[0].__name__} could not be compiled and runs eagerly, several times slower "
+        f"(`compile=False` does so without a warning). {type(failure).__name__}: {reason[0] if reason else ''}",
+        RuntimeWarning,
+        stacklevel=6,  # the caller of LearnedOptimizer.step(), past the wrappers of the base class
+    )
+    return is_done
 
 
 def _run_compiled(
@@ -299,10 +300,11 @@ def _run_compiled(
     options: StepOptions,
     key: tuple,
     known: list[Tensor],
-) -> None:
+) -> Exception | None:
+    """Step; return what kept a chunk beside the first from compiling, which was then done eagerly."""
     if _is_one_call(rule, bucket):
         _compiled(_step, key)(rule, piece, options, has_grad, bucket.n_skipped)
-        return
+        return None
     broken, shared = None, None
     for stage in range(rule.n_stages if rule.is_staged else 1):
         if bucket.is_shared:
@@ -313,11 +315,18 @@ def _run_compiled(
         else:
             sums, shared = _compiled(_stage, key, stage)(rule, stage, piece, shared, options)
         broken = sums[:, :1] if stage == 0 else broken
-    # nothing has been written so far, nor will it be before this has compiled: a failure costs nothing
-    move, n_skipped = _compiled(_move, key), bucket.n_skipped
-    for part in [piece] if rule.fuses else _chunks(rule, bucket, piece):
-        move(rule, part, shared, options, broken, has_grad, n_skipped)
+    move, n_skipped, failure = _compiled(_move, key), bucket.n_skipped, None
+    for number, part in enumerate([piece] if rule.fuses else _chunks(rule, bucket, piece)):
+        arguments = rule, part, shared, options, broken, has_grad, n_skipped
+        try:
+            move(*arguments)
+        except Exception as error:
+            if number == 0:  # nothing has been written so far, and the whole step can be done again
+                raise
+            move, failure = _move, error
+            move(*arguments)
         n_skipped = torch.zeros_like(n_skipped)  # counted once
+    return failure
 
 
 def _step(rule: UpdateRule, piece: Piece, options: StepOptions, has_grad: Tensor, n_skipped: Tensor) -> None:
@@ -365,7 +374,7 @@ def _kind(rule: UpdateRule, bucket: Bucket, options: StepOptions) -> tuple:
     state = tuple(x[0].dtype if isinstance(x, tuple) else x.dtype for x in bucket.state)
     dtypes = bucket.param_dtype, bucket.dtype, state
     layout = bucket.is_packed, bucket.is_shared, _is_one_call(rule, bucket)
-    return type(rule), _config(rule), layout, bucket.device.type, dtypes, flags
+    return type(rule), _constants(rule), layout, bucket.device.type, dtypes, flags
 
 
 def _is_one_call(rule: UpdateRule, bucket: Bucket) -> bool:
@@ -373,5 +382,17 @@ def _is_one_call(rule: UpdateRule, bucket: Bucket) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _config(rule: UpdateRule) -> str:
-    return json.dumps(rule.config, sort_keys=True, default=repr)
+def _constants(rule: UpdateRule) -> str:
+    """What compiled code of a rule takes for constant: its configuration, and plain attributes of all its parts."""
+    parts = [
+        (path, type(part).__qualname__, [(name, x) for name, x in vars(part).items() if _is_plain(x)])
+        for path, part in rule.named_modules()
+    ]
+    # as text, which keeps its hash, and in which True is not 1
+    return json.dumps(rule.config, sort_keys=True, default=repr) + repr(parts)
+
+
+def _is_plain(x: object) -> bool:
+    if isinstance(x, tuple | list):
+        return all(map(_is_plain, x))
+    return x is None or isinstance(x, bool | int | float | str)
