@@ -15,7 +15,7 @@ from odeopt.baselines import baselines_for
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.tasks import RandomQuadratic
 
-RULES = ("port-hamiltonian", "lstm", "hamiltonian")
+RULES = ("port-hamiltonian", "port-hamiltonian-quadratic", "lstm-quadratic", "hamiltonian-quadratic")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     began = time.perf_counter()
     task = RandomQuadratic(device=args.device)
-    learned = {name: odeopt.load_pretrained(f"{name}-quadratic") for name in RULES}
+    learned = {name: odeopt.load_pretrained(name) for name in RULES}
     hand_designed, origin = baselines_for(task, task, n_steps=args.steps, n_tasks=500, score="final")
     comparison = compare(
         learned | hand_designed,

@@ -21,10 +21,7 @@ from odeopt.tables import draw_table
 from odeopt.tasks import HighDimSaddle, MonkeySaddle
 from odeopt.tasks.landscapes import Saddle
 
-RULES = {
-    "port-hamiltonian (MNIST)": "port-hamiltonian",
-    "port-hamiltonian (quadratics)": "port-hamiltonian-quadratic",
-}
+RULES = ("port-hamiltonian", "port-hamiltonian-mnist", "port-hamiltonian-quadratic")
 HAND_DESIGNED = (*(family for family in FAMILIES if family.name in ("Adam", "Momentum")), PLAIN_SGD)
 HEADERS = [
     ("rule", ""),
@@ -41,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the comparison on both landscapes."""
     args = parse(argv)
     began = time.perf_counter()
-    learned = {name: odeopt.load_pretrained(key) for name, key in RULES.items()}
+    learned = {name: odeopt.load_pretrained(name) for name in RULES}
     landscapes = {
         "monkey saddle": MonkeySaddle(device=args.device),
         f"saddle in {args.dim} dimensions": HighDimSaddle(args.dim, rotated=True, device=args.device),

@@ -39,9 +39,8 @@ _FIELDS = {
     "sha256",
 }
 
-# the bare names stand for the MNIST rules until there is a general one
+# the bare names of these stand for the MNIST rules
 _ALIASES = {
-    "port-hamiltonian": "port-hamiltonian-mnist",
     "lstm": "lstm-mnist",
     "hamiltonian": "hamiltonian-mnist",
 }
@@ -164,8 +163,8 @@ def load_pretrained(name: str) -> UpdateRule:
     """Load a rule that ships with the library.
 
     Args:
-        name: One of :func:`available_pretrained`. The bare names ``port-hamiltonian``, ``lstm`` and
-            ``hamiltonian`` stand for the rules trained on MNIST.
+        name: One of :func:`available_pretrained`. ``port-hamiltonian`` is the general rule, trained on a mixture of
+            tasks; the bare names ``lstm`` and ``hamiltonian`` stand for the rules trained on MNIST.
 
     Returns:
         The rule, on the CPU.

@@ -16,6 +16,8 @@ from odeopt.meta import config as meta_config
 
 FOLDER = Path(__file__).parents[1] / "examples"
 TINY = {
+    "estimators": ["--steps", "2", "--runs", "2"],
+    "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1"],
     "mnist": ["--dataset", "digits", "--steps", "2", "--runs", "2"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
@@ -30,6 +32,12 @@ def untuned(monkeypatch):
     """Skip the tuning, which takes most of the time."""
     rules = {"Adam (lr 0.1)": odeopt.AdamUpdate(0.1)}
     monkeypatch.setattr(baselines, "baselines_for", lambda *args, **kwargs: (rules, "not tuned"))
+
+    def tune_all(task, *, families, **options):
+        settings = ({"lr": 0.01} | ({family.other: 0.9} if family.other else {}) for family in families)
+        return tuple(baselines.Tuned(f.name, s, 0.0, ()) for f, s in zip(families, settings, strict=True))
+
+    monkeypatch.setattr(baselines, "tune_all", tune_all)
 
 
 def run(name, *argv):
@@ -64,7 +72,7 @@ def test_mnist_compares_all_rules_on_both_activations(tmp_path, capsys):
         titles, rows = table_after(text, f"sklearn digits, 64-20-10, {activation}")
         for title in COLUMNS:
             assert title in titles
-        assert list(rows)[:3] == ["port-hamiltonian", "lstm", "hamiltonian"]
+        assert list(rows)[:4] == ["port-hamiltonian", "port-hamiltonian-mnist", "lstm-mnist", "hamiltonian-mnist"]
         assert all(any(row.startswith(label) for row in rows) for label in HAND_DESIGNED)
         assert sum("reference" in row for row in rows.values()) == 1
         assert (tmp_path / f"digits_{activation}.png").exists()
@@ -74,7 +82,7 @@ def test_mnist_compares_all_rules_on_both_activations(tmp_path, capsys):
 def test_mnist_takes_another_solver_with_the_same_weights(tmp_path, capsys, untuned):
     run("mnist", *TINY["mnist"], "--solver", "euler", "--out", str(tmp_path))
     _, rows = table_after(capsys.readouterr().out, "sklearn digits")
-    assert list(rows)[:3] == ["port-hamiltonian, euler", "lstm", "hamiltonian"]
+    assert list(rows)[:3] == ["port-hamiltonian, euler", "port-hamiltonian-mnist, euler", "lstm-mnist"]
 
 
 def test_mnist_trains_first_when_asked_to(tmp_path, capsys, monkeypatch, untuned):
@@ -88,9 +96,9 @@ def test_mnist_trains_first_when_asked_to(tmp_path, capsys, monkeypatch, untuned
     monkeypatch.setattr(odeopt, "load_pretrained", None)
     run("mnist", *TINY["mnist"], "--train", "--out", str(tmp_path))
     text = capsys.readouterr().out
-    assert re.search(r"hamiltonian: validation loss \d\.\d{4}", text)
+    assert re.search(r"hamiltonian-mnist: validation loss \d\.\d{4}", text)
     _, rows = table_after(text, "sklearn digits")
-    assert list(rows)[:3] == ["port-hamiltonian (new)", "lstm (new)", "hamiltonian (new)"]
+    assert list(rows)[:3] == ["port-hamiltonian-mnist (new)", "lstm-mnist (new)", "hamiltonian-mnist (new)"]
 
 
 def test_mnist_falls_back_to_digits_in_one_sentence(tmp_path, capsys, monkeypatch, untuned):
@@ -105,6 +113,17 @@ def test_mnist_falls_back_to_digits_in_one_sentence(tmp_path, capsys, monkeypatc
     assert "fetch it with: python -c" in first
     assert first.endswith("using scikit-learn's handwritten digits instead.")
     assert (tmp_path / "digits_relu.png").exists()
+
+
+def test_general_has_a_column_for_each_network_and_horizon(tmp_path, capsys, untuned):
+    run("general", *TINY["general"], "--markdown", "--out", str(tmp_path))
+    text = capsys.readouterr().out
+    last = text[text.rindex("\n| rule") :]
+    for column in ("64-20-10, sigmoid, 2 steps", "64-20-10, relu, 20 steps", "64-100-100-10, relu, 2 steps"):
+        assert column in last
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in last.splitlines()[3:8]]
+    assert rows == ["port-hamiltonian", "port-hamiltonian-mnist", "Adam", "Nesterov", "Adam, cosine"]
+    assert len(list(tmp_path.glob("general_*.png"))) == 5
 
 
 def test_a_corrupt_file_is_named(tmp_path):
@@ -122,7 +141,8 @@ def test_quadratic_reports_mean_and_median_of_the_final_loss(tmp_path, capsys):
     titles, rows = table_after(text, "Random quadratics, 10 dimensions, 5 problems")
     assert "final loss  median  all losses" in re.sub(" {2,}", "  ", titles)
     assert "accuracy" not in titles
-    assert list(rows)[:3] == ["port-hamiltonian", "lstm", "hamiltonian"]
+    learned = ["port-hamiltonian", "port-hamiltonian-quadratic", "lstm-quadratic", "hamiltonian-quadratic"]
+    assert list(rows)[:4] == learned
     assert "committed table" in text
     assert (tmp_path / "quadratic.png").exists()
 
@@ -136,11 +156,25 @@ def test_saddle_reports_quartiles_and_runs_that_stay(tmp_path, capsys):
             "lower quartile", "median", "upper quartile", "never left", "not finite", "final loss",
         ]  # fmt: skip
         assert [row.split(" (lr")[0] for row in rows] == [
-            "port-hamiltonian (MNIST)", "port-hamiltonian (quadratics)", "Adam", "Momentum", "SGD",
+            "port-hamiltonian", "port-hamiltonian-mnist", "port-hamiltonian-quadratic", "Adam", "Momentum", "SGD",
         ]  # fmt: skip
     # momentum takes more than three steps off a saddle where the gradient is 3e-6
     _, rows = table_after(text, "monkey saddle")
     assert next(row for name, row in rows.items() if name.startswith("Momentum")).split()[-7] == ">"
+
+
+def test_estimators_are_measured_against_the_exact_gradient(tmp_path, capsys):
+    run("estimators", "--quick", "--steps", "20", "--runs", "20", "--out", str(tmp_path))
+    text = capsys.readouterr().out
+    for stage in ("untrained", "after 1 exact", "after 2 exact"):
+        titles, rows = table_after(text, f"Meta-gradients {stage}")
+        assert re.split(r" {2,}", titles)[1:] == ["bias", "known to", "std. deviation", "cosine", "time"]
+        assert list(rows)[:4] == ["backpropagation", "detached", "truncated", "truncated, detached"]
+        assert {name.split(",")[0] for name in list(rows)[4:]} == {"ES", "PES"}
+        numbers = {name: [float(cell) for cell in row.split("  ")[1:] if cell] for name, row in rows.items()}
+        assert numbers["backpropagation"][:4] == [0.0, 0.0, 0.0, 1.0]
+        assert numbers["truncated, detached"][0] > 0.3
+    assert all(f"\n{name}: best validation loss" in text for name in ("backpropagation", "detached", "PES, sigma 1e-2"))
 
 
 @pytest.mark.parametrize(

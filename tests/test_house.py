@@ -39,6 +39,7 @@ ARROWS = {
     "arguments": set(),
     "tables": set(),
     "plots": {"evaluation"},
+    "plots_estimators": {"plots"},
 }
 # Methods that draw and print do so by rooms above their own, which they import when they are called.
 LAZY = {"evaluation": {"plots", "tables"}, "matrix": {"plots"}}

@@ -291,6 +291,21 @@ def test_memory_moves_by_a_tenth_per_step_at_most_and_scales_the_step(push):
         state = new_state
 
 
+def test_memory_moves_in_logarithmic_time():
+    rule = port_hamiltonian(memory=1).double()
+    head = rule.coefficient_network[-1]
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.constant_(head.bias[-1:], -9.0)
+    state, grad = rule.init_state(torch.zeros(4, dtype=f64)), torch.ones(4, dtype=f64)
+    memories = []
+    for _ in range(400):
+        _, state = rule(grad, state)
+        memories.append(state.memory.item())
+    # -tanh(9) times 1/10 ten times, then 1/t: a power of t
+    assert memories[9] == pytest.approx(-1.0, rel=1e-6)
+    assert memories[399] - memories[99] == pytest.approx(-math.log(4), rel=1e-2)
+
+
 def test_memory_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"`memory` should be a non-negative integer. Found `memory = -1`"):
         PortHamiltonianUpdate(memory=-1)

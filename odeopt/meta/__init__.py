@@ -3,6 +3,7 @@
 from odeopt.meta.distributed import LostRankError, World
 from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies, Hybrid
 from odeopt.meta.objective import MetaObjective
+from odeopt.meta.persistent import PersistentEvolutionStrategies
 from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.trainer import meta_train
 from odeopt.meta.unroll import Trajectory, unroll
@@ -16,6 +17,7 @@ __all__ = [
     "MetaConfig",
     "MetaObjective",
     "MetaResult",
+    "PersistentEvolutionStrategies",
     "Trajectory",
     "World",
     "meta_train",

@@ -50,7 +50,7 @@ class Config:
     def trained_for(self, result: MetaResult) -> dict[str, Any]:
         """Describe for an artefact what ``result`` was trained on, and how it went."""
         return {
-            "horizon": self.training.horizon,
+            "horizon": self.task.get("horizons", (self.training.horizon,))[-1],
             "task": self.task,
             "config": self.name,
             "training": dataclasses.asdict(self.training),

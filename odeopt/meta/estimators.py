@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,13 @@ from odeopt.tasks.base import Task
 
 
 class Estimator(ABC):
-    """Fills the ``.grad`` of a rule's parameters with an estimate of the gradient of the meta-loss."""
+    """Fills the ``.grad`` of a rule's parameters with an estimate of the gradient of the meta-loss.
+
+    Attributes:
+        is_stateful: Whether runs go on from call to call, each of which then has to have the same task and horizon.
+    """
+
+    is_stateful = False
 
     @abstractmethod
     def gradients(
@@ -54,6 +61,14 @@ class Estimator(ABC):
         Yields:
             The mean meta-loss over the tasks of all ranks, a detached 0-d tensor, each time a gradient is ready.
         """
+
+    def state_dict(self, world: World = ALONE) -> dict[str, Any]:
+        """What is carried from call to call, for a checkpoint; every rank has to ask. Nothing by default."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        return
 
 
 class Backpropagation(Estimator):
@@ -214,10 +229,23 @@ class EvolutionStrategies(Estimator):
 
     def _meta_losses(self, losses: Tensor, objective: MetaObjective) -> Tensor:
         """Meta-loss of each run, its losses bounded."""
-        first, losses = losses[0], losses[1:]
-        highest = first + self.ceiling * first.abs()
-        losses = torch.where(losses <= highest, losses, highest)  # NaN is not below anything
+        first, losses = losses[0], bounded(losses[1:], losses[0], self.ceiling)
         return objective(losses, start=0, horizon=len(losses), first=first)
+
+
+def bounded(losses: Tensor, first: Tensor, ceiling: float) -> Tensor:
+    """Losses that count at most as the first one of their run plus ``ceiling`` times its size.
+
+    Args:
+        losses: Shape ``(n_steps, n_tasks)``; numbers that are not one count as infinite.
+        first: Shape ``(n_tasks,)``.
+        ceiling: The factor.
+
+    Returns:
+        Shape ``(n_steps, n_tasks)``.
+    """
+    highest = first + ceiling * first.abs()
+    return torch.where(losses <= highest, losses, highest)  # NaN is not below anything
 
 
 class Hybrid(Estimator):

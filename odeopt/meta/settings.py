@@ -6,6 +6,7 @@ import dataclasses
 
 from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies, Hybrid
 from odeopt.meta.objective import MetaObjective
+from odeopt.meta.persistent import PersistentEvolutionStrategies
 from odeopt.rules.base import UpdateRule, is_integer, is_number, require
 
 _SCHEDULES = ("one-cycle", "constant")
@@ -14,6 +15,7 @@ _ESTIMATORS = {
     "backpropagation": ("truncation", "checkpoint", "detach"),
     "es": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace"),
     "hybrid": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace", "threshold", "longest"),
+    "pes": ("n_pairs", "sigma", "truncation", "n_groups", "difference_clip"),
 }
 
 
@@ -28,9 +30,12 @@ class MetaConfig:
         meta_gradient: How the meta-gradient is estimated: ``"backpropagation"``, which reads ``truncation``,
             ``checkpoint`` and ``detach``; or ``"es"``, :class:`~odeopt.meta.estimators.EvolutionStrategies` over the
             full horizon, which reads ``n_pairs``, ``sigma``, ``chunk``, ``difference_clip`` and ``subspace``; or
-            ``"hybrid"``, :class:`~odeopt.meta.estimators.Hybrid`, which reads these, ``threshold`` and ``longest``. An
+            ``"hybrid"``, :class:`~odeopt.meta.estimators.Hybrid`, which reads these, ``threshold`` and ``longest``; or
+            ``"pes"``, :class:`~odeopt.meta.persistent.PersistentEvolutionStrategies`, which reads ``n_pairs``,
+            ``sigma``, ``truncation``, ``n_groups`` and ``difference_clip`` and takes a single task, no mixture. An
             option that the chosen one does not read is an error.
-        truncation: Steps per segment of truncated backpropagation; None for the full horizon.
+        truncation: Steps per segment: of truncated backpropagation, None for the full horizon; of persistent
+            evolution strategies, 20 where None.
         checkpoint: Steps per checkpointed segment, for horizons that do not fit in memory; None keeps every step.
             ``horizon / checkpoint`` boundaries and ``checkpoint`` steps are in memory at once. With the
             port-Hamiltonian rule a boundary has 16 bytes per parameter and task, a step about 200, so
@@ -42,6 +47,7 @@ class MetaConfig:
         chunk: Perturbations that are run at a time, ``2 * n_pairs`` of them where None: the memory is that of
             ``chunk * n_tasks`` tasks. The gradient is the same to rounding, and a run may be resumed with another
             chunk.
+        n_groups: Groups of tasks whose runs are in different parts of the horizon; 4 where None.
         difference_clip: What the meta-losses of a pair count as differing by at most; no limit where None.
         subspace: Beginning of the names of the weights that are perturbed; all where None.
         threshold: Norm of an exact meta-gradient up to which it counts; 5 where None.
@@ -75,6 +81,7 @@ class MetaConfig:
     n_pairs: int | None = None
     sigma: float | None = None
     chunk: int | None = None
+    n_groups: int | None = None
     difference_clip: float | None = None
     subspace: str | None = None
     threshold: float | None = None
@@ -98,7 +105,7 @@ class MetaConfig:
         for name in ("n_meta_steps", "n_tasks", "horizon", "validate_every", "n_validation_tasks"):
             value = getattr(self, name)
             require(is_integer(value) and value >= 1, name, value, "a positive integer")
-        for name in ("truncation", "checkpoint", "n_pairs", "chunk", "longest"):
+        for name in ("truncation", "checkpoint", "n_pairs", "chunk", "n_groups", "longest"):
             value = getattr(self, name)
             require(value is None or (is_integer(value) and value >= 1), name, value, "a positive integer or None")
         for name in ("sigma", "difference_clip", "threshold"):
@@ -140,6 +147,8 @@ class MetaConfig:
         own = {name: given.pop(name) for name in ("threshold", "longest") if name in given}
         if "difference_clip" in given:
             given["clip"] = given.pop("difference_clip")
+        if self.meta_gradient == "pes":
+            return PersistentEvolutionStrategies(**given)
         evolution = EvolutionStrategies(**given)
         return evolution if self.meta_gradient == "es" else Hybrid(evolution, **own)
 

@@ -104,8 +104,9 @@ def meta_train(
 
     Raises:
         ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings or
-            with fewer tasks per meta-step than there are ranks; if a rank's arguments are not those of the others;
-            if ``compile`` is set for a rule that is not staged, or an estimator that does not backpropagate.
+            with fewer tasks per meta-step than there are ranks; if a rank's arguments are not those of the others; if
+            ``compile`` is set for a rule that is not staged, or an estimator that does not backpropagate; if ``task``
+            is a mixture and the estimator has runs that go on from call to call.
         TypeError: If ``rule``, ``task`` or ``config`` is something else.
         LostRankError: If another rank stopped or cannot be reached. The last checkpoint is whole.
 
@@ -178,6 +179,8 @@ class _Run:
         self.stepped: UpdateRule | CompiledSteps = rule
         self.world = world
         self.objective, self.estimator = config.objective(), config.estimator()
+        is_fit = not (self.estimator.is_stateful and isinstance(task, Mixture))
+        require(is_fit, "task", task, f"no mixture where `meta_gradient = {config.meta_gradient!r}`")
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
@@ -338,6 +341,7 @@ class _Run:
         self.rule.load_state_dict(current)
 
     def save(self) -> None:
+        estimator = {} if self.path is None else self.estimator.state_dict(self.world)  # every rank's part of it
         if self.path is None or not self.world.is_first:
             return
         result = {f.name: getattr(self.result, f.name) for f in dataclasses.fields(MetaResult) if f.name != "rule"}
@@ -347,6 +351,7 @@ class _Run:
             "rule": self.rule.state_dict(),
             "best_weights": self.best_weights,
             "averaged": self.averaged,
+            "estimator": estimator,
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "result": result,
@@ -396,6 +401,7 @@ class _Run:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.result, self.norms = result, checkpoint["norms"]
+        self.estimator.load_state_dict(checkpoint.get("estimator", {}))
         self.n_tasks_seen, self.n_validated = checkpoint["n_tasks_seen"], checkpoint["n_validated"]
 
     def _read(self) -> bytes | None:
@@ -421,9 +427,9 @@ class _Run:
             self.writer.close()
 
     def _identity(self) -> dict[str, Any]:
-        """What makes two runs one; how much memory it takes is not part of it."""
-        config = dataclasses.asdict(self.config)
-        del config["checkpoint"], config["chunk"]
+        """What makes two runs one: not how much memory it takes, nor groups unasked for, which are newer than some."""
+        left_out = {"checkpoint", "chunk"} | ({"n_groups"} if self.config.n_groups is None else set())
+        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in left_out}
         return {
             "config": config,
             "rule class": type(self.rule).__name__,

@@ -35,7 +35,7 @@ from odeopt.rules.parts import (
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
-_MEMORY_RATE = 0.1  # per step
+_MEMORY_WARMUP = 10  # steps after which the memory moves in logarithmic time
 _BACKENDS = ("auto", "odeopt", "torchdiffeq")
 
 
@@ -92,8 +92,9 @@ class PortHamiltonianUpdate(StagedRule):
         uses_progress: Whether the network sees ``progress`` (and whether it is known).
         initial_kappa: Step size of the untrained rule where the fan-in is one, in units of the parameter; it
             falls with the fourth root of the fan-in.
-        memory: Slow variables per tensor that the network moves by at most a tenth per step, and sees; the first one is
-            added to log kappa. So step sizes can grow for as long as gradients point along the momenta.
+        memory: Slow variables per tensor that the network sees, and moves by at most ``1 / max(t, 10)`` at step t; the
+            first one is added to log kappa. So step sizes can grow for as long as gradients point along the momenta,
+            and fall with powers of t at any horizon, where a fixed rate would let them die out exponentially.
         backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods, which
             give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
 
@@ -329,7 +330,7 @@ class PortHamiltonianUpdate(StagedRule):
         start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features[..., 2:3]
         per_mode, log_kappa, moves = out.split((6 * self.modes, 1, self.memory), dim=-1)
         if self.memory > 0:
-            memory = memory + _MEMORY_RATE * torch.tanh(moves)
+            memory = memory + torch.tanh(moves) / step.clamp(min=_MEMORY_WARMUP)
             log_kappa = log_kappa + memory[..., :1]
         per_mode = per_mode + self.start.to(step.dtype)
         return shared._replace(per_mode=per_mode, kappa=start * log_kappa.exp(), memory=memory, log_rms=log_rms)

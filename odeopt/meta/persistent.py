@@ -1,0 +1,264 @@
+"""Persistent evolution strategies: unbiased meta-gradients from a few steps at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.meta.distributed import ALONE, World
+from odeopt.meta.estimators import Estimator, bounded
+from odeopt.meta.perturbations import Noise, perturbed
+from odeopt.meta.unroll import unroll
+from odeopt.rules.base import UpdateRule, is_integer, is_number, require
+from odeopt.tasks.base import Task
+
+
+@dataclasses.dataclass
+class _Group:
+    """Tasks that are worked on together, under all perturbations; entries of a perturbation lie together.
+
+    Attributes:
+        indices: Global numbers of this rank's tasks of the group, shape ``(n_tasks,)``; there may be none.
+        end: Step at which the run is over.
+        xi: Sum of a pair's perturbations since the start, for each weight, ``(n_pairs, *shape)``.
+        step: Steps taken.
+        params: Parameters, each ``(2 * n_pairs * n_tasks, *shape)``; None before the first step.
+        states: States of the rule; None before the first step.
+        first: Losses before the first step, ``(2 * n_pairs * n_tasks,)``.
+    """
+
+    indices: Tensor
+    end: int
+    xi: dict[str, Tensor]
+    step: int = 0
+    params: dict[str, Tensor] | None = None
+    states: dict[str, NamedTuple] | None = None
+    first: Tensor | None = None
+
+    def rows(self, start: int, end: int) -> dict[str, dict]:
+        """Parameters and states of some entries."""
+        params = {name: x[start:end] for name, x in self.params.items()}
+        return {"params": params, "states": {name: _each(x, lambda x: x[start:end]) for name, x in self.states.items()}}
+
+
+class PersistentEvolutionStrategies(Estimator):
+    r"""Antithetic evolution strategies on truncated runs, without the bias of the truncation.
+
+    .. math:: \hat g_t = \frac{1}{2 n \sigma^2} \sum_{k=1}^{n} (L_t^{k+} - L_t^{k-})\, \xi_t^k, \qquad
+              \xi_t^k = \sum_{\tau \le t} \sigma \epsilon_\tau^k, \qquad \epsilon_\tau^k \sim N(0, I)
+
+    Every call advances runs that persist from call to call by one segment of ``truncation`` steps. A pair has two
+    particles, which draw ``w + sigma eps`` and ``w - sigma eps`` anew for each segment and keep their own parameters
+    and states. The losses of a segment depend on all perturbations so far, so they are weighted by their sum:
+    for fixed weights the segments of a run together estimate the gradient of the whole meta-loss, while weights are
+    learned after every segment. The price is variance, which grows with the number of segments.
+
+    The tasks of the batch form groups, each with a run of its own; the first run of group ``g`` ends after a part
+    ``(g + 1) / n_groups`` of the horizon, rounded up to segments, so that later on the groups are in different parts
+    of the horizon and an estimate speaks for all of it. A run that is over makes room for one on the tasks of the
+    call at hand; other tasks that are offered to a group are not used. Estimates of segments are multiplied by their
+    number in a run, and averaged over groups, each counted with the number of its tasks.
+
+    Perturbations are functions of the seed, the number of the call, that of the group and the name of the weight.
+    Ranks share the groups' tasks as they lie in the batch and exchange one number per task and particle. Losses are
+    bounded as by :class:`~odeopt.meta.estimators.EvolutionStrategies`, which this is where a segment is the horizon.
+
+    An instance belongs to one training run: it carries its state, :meth:`state_dict`.
+
+    Args:
+        n_pairs: Number of antithetic pairs per group.
+        sigma: Standard deviation of the perturbations, the same for every weight, in the units of the weights.
+        truncation: Steps per segment, and so per call.
+        n_groups: Number of groups; at most that of the tasks of the batch.
+        ceiling: What a loss counts at most: the first one plus so many times its size.
+        clip: What the meta-losses of a pair are taken to differ by at most, in units of the meta-loss; None for no
+            limit.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Vicol, Metz, Sohl-Dickstein (2021), Unbiased gradient estimation in unrolled computation graphs with
+        persistent evolution strategies, Sec. 4 and Algorithm 2.
+    """
+
+    is_stateful = True
+
+    def __init__(
+        self,
+        *,
+        n_pairs: int = 16,
+        sigma: float = 0.01,
+        truncation: int = 20,
+        n_groups: int = 4,
+        ceiling: float = 10.0,
+        clip: float | None = None,
+    ) -> None:
+        for name, value in (("n_pairs", n_pairs), ("truncation", truncation), ("n_groups", n_groups)):
+            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        for name, value in (("sigma", sigma), ("ceiling", ceiling)):
+            require(is_number(value) and value > 0, name, value, "a positive number")
+        require(clip is None or (is_number(clip) and clip > 0), "clip", clip, "a positive number or None")
+        self.n_pairs, self.sigma, self.truncation, self.n_groups = n_pairs, sigma, truncation, n_groups
+        self.ceiling, self.clip = ceiling, clip
+        self._n_calls = 0
+        self._horizon = self._n_tasks = 0  # of the first call
+        self._groups: list[_Group | None] = [None] * n_groups
+        self._loaded: dict[str, Any] | None = None  # waits for the next call, which knows rule, task and rank
+
+    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
+                  world=ALONE):  # fmt: skip
+        weights = {name: p for name, p in rule.named_parameters() if p.requires_grad}
+        counts = world.gather(torch.tensor([len(indices)])).tolist()
+        n_tasks, offset = sum(counts), sum(counts[: world.rank])
+        self._check(n_tasks, horizon)
+        # where the tasks of each group lie in the batch, and which of them are this rank's
+        positions = [part - offset for part in torch.arange(n_tasks).tensor_split(self.n_groups)]
+        is_mine = [(part >= 0) & (part < len(indices)) for part in positions]
+        if self._loaded is not None:
+            self._restore(rule, task, seed, weights, is_mine)
+        n_segments = -(-horizon // self.truncation)
+        options = {"seed": seed, "total_steps": horizon if tells_horizon else None, "update_scale": update_scale}
+        losses = []
+        for g, (part, mine) in enumerate(zip(positions, is_mine, strict=True)):
+            group = self._groups[g]
+            if group is None or group.step == group.end:
+                # the first one is shorter, so that runs end at different times
+                n_own = n_segments if group else -(-n_segments * (g + 1) // self.n_groups)
+                xi = {name: p.new_zeros(self.n_pairs, *p.shape, dtype=torch.float64) for name, p in weights.items()}
+                group = self._groups[g] = _Group(indices[part[mine]], min(n_own * self.truncation, horizon), xi)
+            noise = Noise(weights, seed, self._n_calls * self.n_groups + g)
+            losses.append(n_segments * self._advance(group, noise, rule, task, objective, horizon, options))
+        self._n_calls += 1
+        losses = world.gather(torch.cat(losses))
+        for name, grad in self._combined(losses.tensor_split(self.n_groups)).items():
+            weights[name].grad = grad.to(weights[name].dtype)
+        yield losses.mean().to(task.dtype)
+
+    def _combined(self, losses: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Estimate from the meta-losses of the groups, each ``(n_tasks, 2 * n_pairs)``, of all ranks."""
+        grads = {}
+        for group, part in zip(self._groups, losses, strict=True):
+            differences = part[:, 0::2] - part[:, 1::2]
+            if self.clip is not None:
+                differences = differences.clamp(-self.clip, self.clip)
+            # a task counts alike in a large group and in a small one
+            slopes = differences.sum(0) / (2 * self.sigma**2 * self.n_pairs * self._n_tasks)
+            for name, xi in group.xi.items():
+                grads[name] = grads.get(name, 0.0) + torch.tensordot(slopes.to(xi.device), xi, dims=1)
+        return grads
+
+    def _check(self, n_tasks: int, horizon: int) -> None:
+        at_most = f"at most the number of tasks of the batch, which is {n_tasks}"
+        require(self.n_groups <= n_tasks, "n_groups", self.n_groups, at_most)
+        if self._n_calls == 0:
+            self._horizon, self._n_tasks = horizon, n_tasks
+        before = f"{self._horizon}, as in the first call: runs are under way"
+        require(horizon == self._horizon, "horizon", horizon, before)
+        before = f"of {self._n_tasks} tasks on all ranks, as in the first call: runs are under way"
+        require(n_tasks == self._n_tasks, "indices", n_tasks, before)
+
+    @torch.no_grad()
+    def _advance(self, group: _Group, noise: Noise, rule, task, objective, horizon, options) -> Tensor:
+        """Take a segment under new perturbations; return meta-losses in double precision, ``(n_tasks, n_runs)``."""
+        n, n_runs, start = len(group.indices), 2 * self.n_pairs, group.step
+        n_steps = min(self.truncation, group.end - start)
+        for name, xi in group.xi.items():
+            group.xi[name] = xi + self.sigma * noise.draw(name, range(self.n_pairs)).double()
+        group.step += n_steps
+        if n == 0:  # all of the group's tasks are other ranks'
+            if group.params is None:
+                group.params, group.states, group.first = _nothing(rule, task, options["seed"])
+            return torch.zeros(0, n_runs, dtype=torch.float64, device=group.first.device)
+        # an adaptive solver would choose its steps for all perturbations together
+        length, pieces = n_runs if getattr(rule, "has_fixed_step", True) else 1, []
+        for at in range(0, n_runs, length):
+            stacked = perturbed(rule, noise.perturbed(range(at, at + length), self.sigma))
+            carried = {} if group.params is None else group.rows(at * n, (at + length) * n)
+            indices = group.indices.repeat(length)
+            pieces.append(unroll(stacked, task, indices=indices, n_steps=n_steps, start=start, **carried, **options))
+        losses = torch.cat([piece.losses for piece in pieces], dim=1)
+        group.first = losses[0] if group.params is None else group.first
+        group.params = {name: torch.cat([piece.params[name] for piece in pieces]) for name in pieces[0].params}
+        group.states = {
+            name: type(state)(*map(torch.cat, zip(*(piece.states[name] for piece in pieces), strict=True)))
+            for name, state in pieces[0].states.items()
+        }
+        losses = bounded(losses[1:], group.first, self.ceiling)
+        meta_losses = objective(losses, start=start, horizon=horizon, first=group.first)
+        return meta_losses.view(n_runs, n).mT.double()
+
+    def state_dict(self, world: World = ALONE) -> dict[str, Any]:
+        """What the runs under way are made of; that of all ranks, each of which has to make the call.
+
+        Args:
+            world: The ranks that work on the batch.
+
+        Returns:
+            Numbers and tensors, the same on every rank; nothing before the first call.
+        """
+        if self._loaded is not None or self._n_calls == 0:
+            return self._loaded or {}
+
+        def whole(x: Tensor) -> Tensor:
+            return world.gather(x.unflatten(0, (2 * self.n_pairs, len(x) // (2 * self.n_pairs))).transpose(0, 1))
+
+        groups = [
+            {
+                "indices": world.gather(group.indices),
+                "end": group.end,
+                "step": group.step,
+                "xi": dict(group.xi),
+                "params": {name: whole(x) for name, x in group.params.items()},
+                "states": {name: [whole(x) for x in state] for name, state in group.states.items()},
+                "first": whole(group.first),
+            }
+            for group in self._groups
+        ]
+        return {"n_calls": self._n_calls, "horizon": self._horizon, "n_tasks": self._n_tasks, "groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned, on any number of ranks.
+
+        Args:
+            state: Of an instance with the same options; the same on every rank.
+        """
+        if not state:
+            return
+        self._loaded = state
+        self._n_calls, self._horizon, self._n_tasks = (state[name] for name in ("n_calls", "horizon", "n_tasks"))
+
+    def _restore(self, rule: UpdateRule, task: Task, seed: int, weights: dict[str, Tensor], is_mine) -> None:
+        """Take this rank's part of what was loaded."""
+        params, states, first = _nothing(rule, task, seed)
+        for g, (saved, mine) in enumerate(zip(self._loaded["groups"], is_mine, strict=True)):
+
+            def part(x: Tensor, like: Tensor, mine: Tensor = mine) -> Tensor:
+                return x[mine.to(x.device)].transpose(0, 1).flatten(0, 1).to(like)
+
+            xi = {name: x.to(weights[name].device) for name, x in saved["xi"].items()}
+            group = _Group(saved["indices"][mine], saved["end"], xi, saved["step"])
+            group.params = {name: part(saved["params"][name], like) for name, like in params.items()}
+            group.states = {
+                name: type(state)(*map(part, saved["states"][name], state)) for name, state in states.items()
+            }
+            group.first = part(saved["first"], first)
+            self._groups[g] = group
+        self._loaded = None
+
+
+def _nothing(rule: UpdateRule, task: Task, seed: int) -> tuple[dict[str, Tensor], dict[str, NamedTuple], Tensor]:
+    """Parameters, states and losses of no tasks."""
+    params = task.init_params(torch.zeros(1, dtype=torch.int64), seed)
+    states = {name: rule.init_state(param.reshape(1, param[0].numel())) for name, param in params.items()}
+    states = {name: _each(state, lambda x: x.detach()[:0]) for name, state in states.items()}
+    params = {name: param[:0] for name, param in params.items()}
+    return params, states, next(iter(params.values())).new_zeros(0)
+
+
+def _each(state: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
+    return type(state)(*map(function, state))
