@@ -65,7 +65,7 @@ class MetaConfig:
         schedule: ``"one-cycle"`` or ``"constant"``.
         clip: Largest norm of a meta-gradient; longer ones are scaled down to it. With a mixture that of each draw,
             before they are averaged.
-        outlier_factor: A meta-gradient this many times longer than the running median is skipped.
+        outlier_factor: A meta-gradient this many times longer than the running median is skipped (not with a mixture).
         validate_every: Meta-steps between validations.
         n_validation_tasks: Tasks per validation, on the full horizon; draws of a mixture.
         seed: Seed of everything.
