@@ -21,7 +21,14 @@ from odeopt.tasks.base import Task
 _SECTIONS = ("rule", "task", "training")
 _TASKS = {
     task.__name__: task
-    for task in (tasks.MLPClassification, tasks.NoisyQuadratic, tasks.RandomQuadratic, tasks.TeacherStudent)
+    for task in (
+        tasks.ImageNetwork,
+        tasks.MLPClassification,
+        tasks.NoisyQuadratic,
+        tasks.RandomQuadratic,
+        tasks.SequencePrediction,
+        tasks.TeacherStudent,
+    )
 }
 _RULES = {
     "port-hamiltonian": rules.PortHamiltonianUpdate,

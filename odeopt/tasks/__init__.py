@@ -14,6 +14,7 @@ from .datasets import (
 from .landscapes import HighDimSaddle, Landscape, MonkeySaddle, Rosenbrock, Saddle
 from .mixture import Draw, Family, Mixture
 from .module import ModuleTask
+from .networks import ImageNetwork, SequencePrediction
 from .quadratic import NoisyQuadratic, RandomQuadratic
 from .regression import TeacherStudent
 from .rescaled import Rescaled
@@ -29,6 +30,7 @@ __all__ = [
     "FixedBatchTask",
     "HighDimSaddle",
     "ImageDataset",
+    "ImageNetwork",
     "Landscape",
     "MLPClassification",
     "Mixture",
@@ -41,6 +43,7 @@ __all__ = [
     "Rosenbrock",
     "Saddle",
     "ScaledTask",
+    "SequencePrediction",
     "Task",
     "TeacherStudent",
     "default_data_dir",
