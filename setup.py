@@ -11,6 +11,8 @@ version = next(
     if line.startswith("__version__")
 )
 
+search_requires = ["optuna>=4.0"]
+
 setup(
     name="odeopt",
     version=version,
@@ -20,7 +22,9 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["odeopt", "odeopt.*"]),
-    package_data={"odeopt": ["pretrained/*.safetensors", "pretrained/*.json", "configs/*.toml"]},
+    package_data={
+        "odeopt": ["pretrained/*.safetensors", "pretrained/*.json", "configs/*.toml", "configs/search/*.toml"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -34,6 +38,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "search": search_requires,
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
@@ -41,6 +46,7 @@ setup(
             "build>=1.2",
             "wheel>=0.43",
             "setuptools>=70",
+            *search_requires,
         ],
     },
 )

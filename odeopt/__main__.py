@@ -1,4 +1,4 @@
-"""Command line: ``python -m odeopt train``, ``python -m odeopt tune`` and ``python -m odeopt matrix``.
+"""Command line: ``python -m odeopt train``, ``search``, ``tune`` and ``matrix``.
 
 Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its processes train one rule together.
 """
@@ -22,7 +22,11 @@ from odeopt.baselines import make_baselines_table
 from odeopt.matrix import evaluate_matrix, grid
 from odeopt.meta.config import Config, available_configs, load_config
 from odeopt.meta.distributed import LostRankError, World, joined_world, local_rank
+from odeopt.meta.search import search
+from odeopt.meta.search_config import load_search
+from odeopt.meta.study import MissingOptunaError
 from odeopt.meta.trainer import meta_train
+from odeopt.tables import draw_table
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable, load_dataset
 
 
@@ -55,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
                        "waits for the others before it counts them as lost (default: %(default)s)")  # fmt: skip
     train.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
 
+    _add_search(commands)
+
     tune = commands.add_parser("tune", help="tune the hand-designed optimizers and write their table")
     tune.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     tune.add_argument("--data-dir", type=Path, help="as for train")
@@ -86,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     try:
-        return {"train": _train, "tune": _tune, "matrix": _matrix}[args.command](args)
-    except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable) as error:
+        return {"train": _train, "search": _search, "tune": _tune, "matrix": _matrix}[args.command](args)
+    except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable, MissingOptunaError) as error:
         status, message = 2, error
     except LostRankError as error:
         status, message = 1, error
@@ -95,6 +101,30 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 128 + signal.SIGTERM, error
     print(f"{parser.prog} {args.command}: {message}", file=sys.stderr, flush=True)
     return status
+
+
+def _add_search(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "search",
+        help="try settings of a meta-training, and keep the best rule",
+        description="Train with one set of settings after the other, as a configuration with a section [search] says, "
+        "and keep the rule that validates best. An interrupted search continues with the same command, inside the "
+        'trial that was interrupted. Needs Optuna: pip install "odeopt[search]".',
+    )
+    parser.add_argument("--config", required=True, help="a TOML file, or one of "
+                        f"{', '.join(available_configs('search'))}")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="where the best rule goes (default: runs/NAME.safetensors)")
+    parser.add_argument("--folder", type=Path, help="study, table and logs; a search that is found here is continued "
+                        "(default: runs/NAME.search)")  # fmt: skip
+    parser.add_argument("--trials", type=arguments.positive, help="trials in all, in place of the configuration's")
+    parser.add_argument("--meta-steps", type=arguments.positive, help="meta-steps per trial, in place of the "
+                        "configuration's, with as many validations: for a quick look")  # fmt: skip
+    parser.add_argument("--data-dir", type=Path, help="as for train")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to train (default: %(default)s)")
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after so "
+                        "long; the same command continues")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
 
 
 class _Terminated(BaseException):
@@ -110,12 +140,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_with(world: World, config: Config, folder: Path, out: Path, args: argparse.Namespace) -> int:
-    def prepare() -> None:
-        if out.exists() and not args.overwrite:
-            raise FileExistsError(f"Parameter `--out` should be a new file, or --overwrite be given. Found `{out}`.")
-        out.parent.mkdir(parents=True, exist_ok=True)
-
-    world.from_first(prepare)
+    world.from_first(lambda: _prepare(out, args.overwrite))
     rule = config.build_rule().to(args.device)
     task = world.in_turn(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
     result = meta_train(rule, task, config.training, folder=folder, stop_after=args.stop_after, compile=args.compile)
@@ -132,6 +157,33 @@ def _train_with(world: World, config: Config, folder: Path, out: Path, args: arg
         return 0
     artifacts.save(rule, out, trained_for=config.trained_for(result), overwrite=args.overwrite)
     print(f"saved {out}")
+    return 0
+
+
+def _prepare(out: Path, may_overwrite: bool) -> None:
+    """See before the work that its result can be written."""
+    if out.exists() and not may_overwrite:
+        raise FileExistsError(f"Parameter `--out` should be a new file, or --overwrite be given. Found `{out}`.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _search(args: argparse.Namespace) -> int:
+    config = load_search(args.config, n_trials=args.trials, n_meta_steps=args.meta_steps)
+    folder = args.folder or Path("runs") / f"{config.name}.search"
+    out = args.out or Path("runs") / f"{config.name}.safetensors"
+    _prepare(out, args.overwrite)
+    result = search(config, folder, data_dir=args.data_dir, device=args.device, stop_after=args.stop_after)
+    if result.trials:
+        print(draw_table(*result.rows(), markdown=args.markdown), end="\n\n")
+        print(("  \n" if args.markdown else "\n").join(result.caption()))
+        print(f"saved {folder / 'trials.json'}")
+    if not result.is_finished:
+        print(f"stopped early; the same command continues from {folder}")
+        return 0
+    if result.rule is None:
+        raise ValueError(f"none of the {len(result.trials)} trials of {config.name} is complete: there is no rule.")
+    artifacts.save(result.rule, out, trained_for=result.trained_for, overwrite=args.overwrite)
+    print(f"saved {out}, the rule of trial {result.best.number}")
     return 0
 
 

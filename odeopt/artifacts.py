@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from odeopt._version import __version__
-from odeopt.rules.base import UpdateRule, require
+from odeopt.checks import require
+from odeopt.rules.base import UpdateRule
 
 FORMAT = "odeopt-rule"
 FORMAT_VERSION = 1

@@ -312,7 +312,7 @@ def run(
     if runs_per_batch is not None and runs_per_batch < 1:
         raise ValueError(f"Parameter `runs_per_batch` should be positive. Found `runs_per_batch = {runs_per_batch}`.")
     losses, accuracies = [], []
-    for indices in torch.arange(n_runs).split(runs_per_batch or _fast_batch(rule, task)):
+    for indices in torch.arange(n_runs).split(runs_per_batch or fast_batch(rule, task)):
         trajectory = unroll(rule, task, indices=indices, n_steps=n_steps, seed=seed, total_steps=n_steps)
         losses.append(trajectory.losses.double().cpu())
         if with_accuracy and hasattr(task, "accuracy"):
@@ -373,7 +373,7 @@ def _state_bytes(rule: UpdateRule, task: Task) -> float:
     return sum(_n_bytes(state) for state in states.values()) / n_params
 
 
-def _fast_batch(rule: UpdateRule, task: Task) -> int:
+def fast_batch(rule: UpdateRule, task: Task) -> int:
     """Number of runs whose parameters, states and data fill the bytes that suit the device."""
     params, states = _flat_start(rule, task)
     batch = task.sample_batch(torch.arange(1), 0, 0)

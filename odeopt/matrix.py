@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from odeopt._version import __version__
 from odeopt.baselines import TUNING_SEED, Family, tune
+from odeopt.checks import require
 from odeopt.evaluation import EVALUATION_SEED, Interval, run, scores_of, student_interval
-from odeopt.rules.base import UpdateRule, require
+from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
 from odeopt.tables import draw_table
 from odeopt.tasks import DATASETS, MLPClassification, ScaledTask, Task, load_dataset
@@ -257,7 +258,8 @@ def evaluate_matrix(
         rule: The rule; told the horizon, as the cosine decay is.
         cells: Cells by factor and value, as from :func:`grid`.
         name: Name of the rule, for tables and figures.
-        path: JSON file to which each cell is written as soon as it is done; cells that it has are not run again.
+        path: JSON file to which each cell is written as soon as it is done; cells that it has are not run again. Its
+            folder is made if it is not there.
         references_from: JSON file of another rule, with the same settings, from which references are taken.
         n_runs: Runs per cell and optimizer.
         n_tuning_runs: Runs per trial of a learning rate, on data and seeds of their own.
@@ -278,6 +280,8 @@ def evaluate_matrix(
     header = {"rule": {"name": name, "sha256": _fingerprint(rule)}, **settings}
     done = _read(path, header) if path is not None and Path(path).exists() else {}
     lent = _read(references_from, settings) if references_from is not None else {}
+    if path is not None:  # a folder that cannot be made should show before the first cell is tuned
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     rule = copy.deepcopy(rule).to(device)
     todo = {cell.name: cell for by_value in cells.values() for cell in by_value.values()}
     with tqdm(total=len(todo), disable=not progress_bar, desc="matrix", unit=" cells") as bar:

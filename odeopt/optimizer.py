@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from odeopt.rules.base import UpdateRule, require
+from odeopt.checks import require
+from odeopt.rules.base import UpdateRule
 from odeopt.stepping import Bucket, Shard, StepOptions, is_distributed, state_template, step_bucket
 
 _COUNTERS = ("n_steps", "n_skipped")

@@ -11,6 +11,7 @@ import odeopt.matrix
 from odeopt import load_pretrained
 from odeopt.__main__ import main
 from odeopt.artifacts import save
+from odeopt.evaluation import EVALUATION_SEED
 from odeopt.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, grid
 from odeopt.meta.unroll import unroll
 from odeopt.optimizer import LearnedOptimizer
@@ -30,7 +31,7 @@ def two_rates(monkeypatch):
     """Tuning of two trials instead of a dozen; how well it tunes is the business of other tests."""
 
     def tune(family, task, *, n_steps, n_tasks, score):
-        calls.append((family.name, task.task.split, n_steps, n_tasks))
+        calls.append((family.name, task.task.split, n_steps, n_tasks, score))
         return odeopt.baselines.Tuned(family.name, {"lr": 0.05}, 1.0, ())
 
     calls = []
@@ -103,7 +104,7 @@ def test_a_rule_that_is_tuned_adam_has_ratio_one(two_rates):
     assert matrix.ratio(TINY.name, "Adam") == (1, 1, 1)
     assert matrix.ratio(TINY.name, "Adam, cosine").mean != 1
     # tuned on data of its own, for the horizon of the cell
-    assert two_rates == [(family.name, "meta-train", 12, 1) for family in REFERENCES]
+    assert two_rates == [(family.name, "meta-train", 12, 1, "last ten") for family in REFERENCES]
 
 
 def test_adam_is_tuned_for_each_cell_among_many_learning_rates():
@@ -112,6 +113,15 @@ def test_adam_is_tuned_for_each_cell_among_many_learning_rates():
     rates = [outcomes["Adam"].lr for outcomes in matrix.outcomes.values()]
     assert rates[0] < rates[1]
     assert matrix.ratio(TINY.name).mean > 0.8
+
+
+def test_scores_are_means_of_the_last_ten_losses_on_the_data_and_seed_of_evaluations(two_rates):
+    cell, rules = Cell(**vars(TINY) | {"loss_scale": 4.0}), {"rule": SGDUpdate(0.1), "Adam": AdamUpdate(0.05)}
+    outcomes, indices = evaluate(rules["rule"], cell).outcomes[cell.name], torch.arange(2)
+    for name, rule in rules.items():
+        with torch.no_grad():
+            run = unroll(rule, cell.task("evaluation"), indices=indices, n_steps=12, seed=EVALUATION_SEED)
+        torch.testing.assert_close(outcomes[name].scores, run.losses[-11:-1].double().mean(0) / 4, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -155,6 +165,12 @@ def test_ratios_of_losses_that_are_not_finite_or_vanish(rule, adam, mean, tmp_pa
     assert matrix.ratio(TINY.name) == (mean, mean, mean)
     assert ("worst diverged" in matrix.summary()) == (mean == math.inf)
     assert matrix.plot(tmp_path / "matrix.png").stat().st_size > 5000
+
+
+def test_losses_differ_down_to_the_resolution_of_a_cross_entropy():
+    eps = torch.finfo(torch.float32).eps
+    for rule, ratio in ((2e-6, 0.5), (0.0, eps / 4e-6), (eps / 3, eps / 4e-6)):
+        assert matrix_of([rule], [4e-6]).ratio(TINY.name).mean == pytest.approx(ratio, rel=1e-6)
 
 
 def test_the_summary_counts_what_the_targets_are_about():
@@ -211,13 +227,23 @@ def test_an_interrupted_run_continues_to_the_same_file(two_rates, tmp_path, monk
     assert again.table() == whole.table()
 
 
+def test_the_folder_of_the_file_is_made_before_any_work(two_rates, tmp_path):
+    evaluate(AdamUpdate(0.05), TINY, path=tmp_path / "new" / "folder" / "matrix.json")
+    assert (tmp_path / "new" / "folder" / "matrix.json").exists()
+    two_rates.clear()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file"):
+        evaluate(AdamUpdate(0.05), TINY, path=tmp_path / "file" / "matrix.json")
+    assert two_rates == []
+
+
 def test_references_come_from_the_file_of_another_rule(two_rates, tmp_path):
     path, other = tmp_path / "matrix.json", Cell(**vars(TINY) | {"horizon": 3})
     evaluate(SGDUpdate(0.1), TINY, path=path)
     alone = evaluate(AdamUpdate(0.05), TINY, other)
     two_rates.clear()
     matrix = evaluate(AdamUpdate(0.05), TINY, other, references_from=path)
-    assert {n_steps for _, _, n_steps, _ in two_rates} == {3}
+    assert {n_steps for _, _, n_steps, *_ in two_rates} == {3}
     assert matrix.table() == alone.table()
 
 

@@ -2,11 +2,11 @@
 
 import copy
 import math
-import threading
 from typing import NamedTuple
 
 import pytest
 import torch
+from rank_toys import Thread, on_threads
 from rule_toys import RULES, flat_weights, port_hamiltonian, randomised
 from test_meta_distributed import on_two_ranks
 from torch import Tensor, nn
@@ -383,28 +383,6 @@ def test_configuration_file_may_ask_for_it(tmp_path):
 # -------------------- over ranks
 
 
-class Thread(World):
-    """A rank that is a thread; keeps what it sends."""
-
-    def __init__(self, rank, size, barrier, box):
-        self.rank, self.size, self.barrier, self.box, self.sent = rank, size, barrier, box, []
-
-    def gather(self, values):
-        self.sent.append(values.shape)
-        return torch.cat(self._exchange(values))
-
-    def agree(self, value):
-        assert isinstance(value, int)
-        return self._exchange(value)[0]
-
-    def _exchange(self, value):
-        self.box[self.rank] = value
-        self.barrier.wait(30)
-        values = list(self.box)
-        self.barrier.wait(30)
-        return values
-
-
 @pytest.mark.parametrize("name", ["lstm", "hamiltonian", "port-hamiltonian-default"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_exchange_losses_alone_and_agree_with_one_process(name, size, monkeypatch):
@@ -412,17 +390,14 @@ def test_ranks_exchange_losses_alone_and_agree_with_one_process(name, size, monk
     loss, grad = estimate(make(), TwoTensors(), indices=indices)
     # a rank that averaged its gradients would exchange as many numbers as there are weights
     monkeypatch.setattr(Thread, "average", None)
-    barrier, box, got = threading.Barrier(size), [None] * size, [None] * size
-    worlds = [Thread(rank, size, barrier, box) for rank in range(size)]
 
     def work(world):
-        got[world.rank] = estimate(make(), TwoTensors(), indices=indices[world.share(4)], world=world)
+        return estimate(make(), TwoTensors(), indices=indices[world.share(4)], world=world)
 
-    threads = [threading.Thread(target=work, args=(world,)) for world in worlds]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    worlds, got = on_threads(size, work)
     for world, (rank_loss, rank_grad) in zip(worlds, got, strict=True):
         assert world.sent == [(len(indices[world.share(4)]), 8)]
+        assert world.agreed == [int]  # the first task
         assert torch.equal(rank_grad, got[0][1])  # to the bit, or ranks would drift apart
         assert torch.equal(rank_loss, got[0][0])
         # batches of other sizes round differently, over 2 sigma
@@ -430,10 +405,16 @@ def test_ranks_exchange_losses_alone_and_agree_with_one_process(name, size, monk
         torch.testing.assert_close(rank_loss, loss, rtol=1e-12, atol=0.0)
 
 
+ESTIMATORS = {"es": {}, "hybrid": {"threshold": 1e-9, "n_meta_steps": 4}}  # too long every time, so perturbed
+
+
 def trained(n_tasks):
-    rule = tiny_rule().double()
-    result = train(rule, task=RandomQuadratic(3, dtype=torch.float64), n_tasks=n_tasks, n_validation_tasks=5)
-    return flat_weights(rule), torch.tensor(result.meta_losses), torch.tensor(result.validation)
+    task, out = RandomQuadratic(3, dtype=torch.float64), {}
+    for name, options in ESTIMATORS.items():
+        rule, options = tiny_rule().double(), {"n_tasks": n_tasks, "n_validation_tasks": 5, **options}
+        result = train(rule, task=task, meta_gradient=name, **options)
+        out[name] = (flat_weights(rule), torch.tensor(result.meta_losses), torch.tensor(result.validation))
+    return out
 
 
 def train_on_two(rank, folder):
@@ -445,6 +426,7 @@ def test_two_processes_train_as_one_with_twice_the_tasks(tmp_path):
     expected, ranks = trained(6), on_two_ranks(train_on_two, tmp_path)
     assert None not in ranks
     for got in ranks:
-        for a, b in zip(got, expected, strict=True):
-            # float64 losses in other batches, over 2 sigma, grown over the meta-steps
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+        for name in ESTIMATORS:
+            for a, b in zip(got[name], expected[name], strict=True):
+                # float64 losses in other batches, over 2 sigma, grown over the meta-steps
+                torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)

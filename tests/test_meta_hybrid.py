@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from rank_toys import on_threads
 from rule_toys import flat_weights, port_hamiltonian
 
-from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective, meta_train
+from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective, meta_train, unroll
 from odeopt.meta.config import load_config
 from odeopt.rules import PortHamiltonianUpdate
 from odeopt.tasks import Family, Mixture, NoisyQuadratic, RandomQuadratic
@@ -23,10 +24,22 @@ def rule_of(**options):
     return rule
 
 
-def gradients(estimator, rule, *, n=2, horizon=5, **options):
+class Counted(RandomQuadratic):
+    """Quadratics that count how often they are evaluated."""
+
+    def __init__(self):
+        super().__init__(3, dtype=f64)
+        self.n_evaluations = 0
+
+    def loss(self, params, batch):
+        self.n_evaluations += 1
+        return super().loss(params, batch)
+
+
+def gradients(estimator, rule, *, n=2, horizon=5, task=TASK, **options):
     rule.zero_grad()
     run = {"indices": torch.arange(n), "horizon": horizon, "seed": 0} | options
-    (loss,) = estimator.gradients(rule, TASK, MetaObjective(), **run)
+    (loss,) = estimator.gradients(rule, task, MetaObjective(), **run)
     return loss, {name: None if p.grad is None else p.grad.clone() for name, p in rule.named_parameters()}
 
 
@@ -43,9 +56,11 @@ def evolution(**options):
     return EvolutionStrategies(**({"n_pairs": 3, "subspace": HEAD, "clip": 0.5} | options))
 
 
-def test_short_gradients_are_backpropagated():
+@pytest.mark.parametrize("longest", [5, 150])
+def test_short_gradients_are_backpropagated(longest):
     rule = rule_of()
-    assert_equal(gradients(Hybrid(evolution(), threshold=1e6), rule), gradients(Backpropagation(), rule))
+    hybrid = Hybrid(evolution(), threshold=1e6, longest=longest)
+    assert_equal(gradients(hybrid, rule, horizon=5), gradients(Backpropagation(), rule, horizon=5))
 
 
 @pytest.mark.parametrize("options", [{"threshold": 1e-9}, {"longest": 4}])
@@ -74,6 +89,71 @@ def test_large_tasks_are_perturbed_by_fewer_pairs():
     for coordinates, n_pairs in ((48, 8), (47, 4), (1, 2)):
         hybrid = Hybrid(evolution(n_pairs=8), longest=1, coordinates=coordinates)
         assert_equal(gradients(hybrid, rule), gradients(evolution(n_pairs=n_pairs), rule, n=1))
+
+
+@pytest.mark.parametrize("n_pairs", range(1, 17))
+def test_fewer_pairs_are_two_at_least_unless_fewer_are_asked_for(n_pairs, monkeypatch):
+    used = []
+
+    def recorded(self, rule, *args, **kwargs):
+        used.append(self.n_pairs)
+        yield torch.tensor(1.0)
+
+    monkeypatch.setattr(EvolutionStrategies, "gradients", recorded)
+    for coordinates in (1, 24, 1e9):  # nothing, four pairs of three coordinates, everything
+        gradients(Hybrid(evolution(n_pairs=n_pairs), longest=1, coordinates=coordinates), rule_of())
+    assert used[0] == min(n_pairs, 2)
+    assert min(n_pairs, 2) <= used[1] <= 4
+    assert used[2] == n_pairs
+
+
+@pytest.mark.parametrize("make", [Backpropagation, lambda: Backpropagation(truncation=2), lambda: evolution()])
+@pytest.mark.parametrize("tells_horizon", [True, False])
+def test_run_is_told_the_horizon_where_it_is_to_be(make, tells_horizon, monkeypatch):
+    seen = []
+
+    def recorded(*args, **kwargs):
+        seen.append((kwargs["total_steps"], kwargs["update_scale"]))
+        return unroll(*args, **kwargs)
+
+    monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
+    options = {"horizon": 5, "seed": 0, "update_scale": 1.5, "tells_horizon": tells_horizon}
+    list(make().gradients(rule_of(), TASK, MetaObjective(), indices=torch.arange(2), **options))
+    assert set(seen) == {(5 if tells_horizon else None, 1.5)}
+
+
+@pytest.mark.parametrize("changed", [{"update_scale": 1.5}, {"tells_horizon": False}])
+def test_hybrid_hands_on_what_it_is_told(changed):
+    rule = rule_of(uses_progress=True)
+    for hybrid, estimator, n in (
+        (Hybrid(evolution(), threshold=1e6), Backpropagation(), 2),
+        (Hybrid(evolution(), longest=4), evolution(), 1),
+    ):
+        got = gradients(hybrid, rule, **changed)
+        assert_equal(got, gradients(estimator, rule, n=n, **changed))
+        assert got[0] != gradients(estimator, rule, n=n)[0]
+
+
+@pytest.mark.parametrize("options", [{"threshold": 1e-9}, {"longest": 4}, {"threshold": 1e6}], ids=str)
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_agree_with_one_process_and_the_first_alone_perturbs(options, size):
+    indices, rules, tasks = torch.arange(6, 10), [rule_of() for _ in range(size)], [Counted() for _ in range(size)]
+    expected = gradients(Hybrid(evolution(), **options), rule_of(), indices=indices)
+
+    def work(world):
+        own = {"indices": indices[world.share(4)], "world": world, "task": tasks[world.rank]}
+        return gradients(Hybrid(evolution(), **options), rules[world.rank], **own)
+
+    _, got = on_threads(size, work)
+    for result in got:
+        assert_equal(result, got[0])  # to the bit, or ranks would drift apart
+        if "threshold" in options and options["threshold"] > 1:
+            torch.testing.assert_close(result, expected)  # a mean over tasks in another order
+        else:
+            assert_equal(result, expected)
+    # six losses of a run of five steps, backpropagated on every rank; six perturbations on the first
+    tried, perturbed = 6 * ("threshold" in options), 6 * (options.get("threshold", 0) < 1)
+    assert [task.n_evaluations for task in tasks] == [tried + perturbed] + (size - 1) * [tried]
 
 
 def test_hybrid_refuses_what_is_out_of_range():
@@ -163,10 +243,10 @@ CONFIG = {
 }
 
 
-def train(folder=None, stop_after=None, **options):
+def train(folder=None, stop_after=None, task=None, **options):
     rule = rule_of(memory=1, uses_progress=True)
     config = MetaConfig(**(CONFIG | options))
-    return meta_train(rule, mixture(), config, folder=folder, stop_after=stop_after, progress_bar=False)
+    return meta_train(rule, task or mixture(), config, folder=folder, stop_after=stop_after, progress_bar=False)
 
 
 def test_interrupted_run_on_a_mixture_gives_the_result_of_the_whole_one(tmp_path):

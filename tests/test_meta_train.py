@@ -372,7 +372,7 @@ def test_gain_margin_scales_the_updates_of_training_and_not_those_of_validation(
         return unroll(*args, update_scale=update_scale, **kwargs)
 
     monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
-    monkeypatch.setattr("odeopt.meta.trainer.unroll", recorded)
+    monkeypatch.setattr("odeopt.meta.validation.unroll", recorded)
     train(tiny_rule(), n_meta_steps=1, gain_margin=1.5)
     assert scales == [1.0, 1.5, 1.0]
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_toys import VARIANTS, draws, over_variants, port_hamiltonian, random_state
+from port_hamiltonian_toys import VARIANTS, over_variants, port_hamiltonian
+from rule_toys import draws, random_state
 
 from odeopt.ode import ORDER, available_methods, integrate, is_fixed_step
 from odeopt.physics import PhaseState

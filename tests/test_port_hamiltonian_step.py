@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from rule_toys import NEEDS_Q, VARIANTS, draws, over_variants, port_hamiltonian, random_state, randomised, run
+from port_hamiltonian_toys import COORDINATEWISE, NEEDS_Q, VARIANTS, WITHOUT, over_variants, port_hamiltonian
+from rule_toys import draws, random_state, randomised, run
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
@@ -210,7 +211,7 @@ def test_rule_leaves_the_origin():
 # -------------------- which signals cross coordinates
 
 
-@pytest.mark.parametrize("variant", ["coordinatewise", "coordinatewise, potential"])
+@pytest.mark.parametrize("variant", COORDINATEWISE)
 def test_coordinatewise_variant_runs_each_coordinate_alone(variant):
     rule, grads = port_hamiltonian(variant), draws(6, 5)
     together, _ = run(rule, grads, shape=(5,))
@@ -234,7 +235,7 @@ def rows(state, index=None):
     return type(state)(*(x[None] if index is None else x[index] for x in state))
 
 
-@pytest.mark.parametrize("variant", ["default", "everything", "coordinatewise"])
+@pytest.mark.parametrize("variant", ["default", "everything", "coordinatewise", *WITHOUT])
 def test_pieces_of_a_tensor_give_the_step_of_the_whole(variant):
     rule, grad, param = port_hamiltonian(variant), draws(6), draws(6, seed=1)
     state = random_state(rule, 6)
@@ -269,8 +270,10 @@ def test_progress_is_seen_where_it_is_asked_for_and_only_there():
 # -------------------- memory and dtypes
 
 
-@pytest.mark.parametrize(("variant", "n_bytes"), [("default", 12), ("coordinatewise", 12), ("potential", 20)])
-def test_two_modes_take_twelve_bytes_a_parameter_and_eight_more_for_positions(variant, n_bytes):
+@pytest.mark.parametrize(
+    ("variant", "n_bytes"), [("default", 12), ("coordinatewise", 12), ("potential", 20), ("tensor normalization", 8)]
+)
+def test_two_modes_take_twelve_bytes_a_parameter_positions_eight_and_squares_are_four_of_them(variant, n_bytes):
     rule = PortHamiltonianUpdate(**VARIANTS[variant])
 
     def size(n):

@@ -426,8 +426,8 @@ BAD = [
         {"potential": None},
         r"`potential` should be 'none' or 'network'. Found `potential = N",
     ),
-    (PortHamiltonianUpdate, {"friction": "none"}, r"`friction` should be 'modulated' or 'network'"),
-    (PortHamiltonianUpdate, {"port": 1}, r"`port` should be 'modulated' or 'network'. Found `port = 1`"),
+    (PortHamiltonianUpdate, {"friction": "none"}, r"`friction` should be 'modulated', 'network' or 'constant'"),
+    (PortHamiltonianUpdate, {"port": 1}, r"`port` should be 'modulated', 'network' or 'constant'. Found `port = 1`"),
 ]
 
 

@@ -262,6 +262,20 @@ def test_minibatches_come_from_their_split_with_their_labels(split):
     assert images.max() <= 1
 
 
+def test_a_part_of_a_split_is_its_first_images_and_nothing_else_changes():
+    data = tiny_images()
+    whole, part = (MLPClassification(data, batch_size=200, n_examples=n) for n in (None, 5))
+    assert torch.equal(part.members, whole.members[:5])
+    images, _ = part.sample_batch(torch.arange(3), 5, 0)
+    drawn = {tuple(image.tolist()) for image in images.flatten(0, 1)}
+    assert drawn == {tuple((image / 255).tolist()) for image in data.train_images[part.members].float()}
+    for name, value in whole.init_params(torch.arange(2), 0).items():
+        assert torch.equal(value, part.init_params(torch.arange(2), 0)[name])
+    # descriptions of whole splits stay what they were in files
+    assert "n_examples" not in whole.describe()
+    assert part.describe() == whole.describe() | {"n_examples": 5}
+
+
 def test_splits_start_from_different_networks():
     first, second = (
         MLPClassification(tiny_images(), split=split).init_params(torch.arange(2), 0)
@@ -305,6 +319,25 @@ def test_accuracy_counts_held_out_images():
     assert not accuracy.requires_grad
 
 
+@pytest.mark.parametrize("n_examples", [None, 7])
+def test_scores_are_over_all_training_and_all_test_images(n_examples):
+    data = tiny_images(n_train=2200, n_test=1100)  # more than one chunk of each
+    task = MLPClassification(data, (5,), n_examples=n_examples, split="evaluation", dtype=f64)
+    params = task.init_params(torch.arange(3), 0)
+    params["0.weight"].mul_(20).requires_grad_()  # away from a constant guess
+    training = data.train_images[task.members], data.train_labels[task.members]
+    for scores, (images, labels) in (
+        (task.training_scores(params), training),
+        (task.held_out_scores(params), (data.test_images, data.test_labels)),
+    ):
+        for i in range(3):
+            logits = as_module(task, params, i)(images.to(f64) / 255)
+            torch.testing.assert_close(scores[0][i], nn.functional.cross_entropy(logits, labels))  # rounding
+            assert scores[1][i] == (logits.argmax(1) == labels).double().mean()
+        assert not scores[0].requires_grad
+    assert torch.equal(task.held_out_scores(params)[1], task.accuracy(params))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
@@ -312,6 +345,8 @@ def test_accuracy_counts_held_out_images():
         ({"activation": "swish"}, "`activation` should be one of sigmoid, tanh, relu, gelu. Found .*swish"),
         ({"batch_size": 0}, "`batch_size = 0`"),
         ({"split": "test"}, "`split` should be one of meta-train, evaluation. Found `split = 'test'`"),
+        ({"n_examples": 0}, "`n_examples` should lie between 1 and 32. Found `n_examples = 0`"),
+        ({"n_examples": 33}, "`n_examples` should lie between 1 and 32. Found `n_examples = 33`"),
         ({"dtype": torch.bfloat16}, "`dtype = torch.bfloat16`"),
         ({"dataset": "cifar"}, "`name = 'cifar'`"),
     ],

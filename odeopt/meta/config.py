@@ -18,7 +18,7 @@ from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
-_SECTIONS = ("rule", "task", "training")
+SECTIONS = ("rule", "task", "training")
 _TASKS = {
     task.__name__: task
     for task in (
@@ -56,8 +56,11 @@ class Config:
 
     def trained_for(self, result: MetaResult) -> dict[str, Any]:
         """Describe for an artefact what ``result`` was trained on, and how it went."""
+        horizons = (self.training.horizon,)
+        if self.task["class"] == "Mixture":
+            horizons = self.task.get("horizons", inspect.signature(tasks.Mixture).parameters["horizons"].default)
         return {
-            "horizon": self.task.get("horizons", (self.training.horizon,))[-1],
+            "horizon": horizons[-1],
             "task": self.task,
             "config": self.name,
             "training": dataclasses.asdict(self.training),
@@ -96,9 +99,10 @@ class Config:
             fixed, choices = dict(options_of_family), dict(options_of_family.get("choices", {}))
             numbers = {name: fixed.pop(name) for name in ("share", "log_range") if name in fixed}
             fixed.pop("choices", None)
-            for name in choices.get("dataset", ()):
-                tasks.load_dataset(name, data_dir)  # what is missing should show before the training
             make = partial(_task, split=split, data_dir=data_dir)
+            first = {name: values[0] for name, values in choices.items()}
+            for name, value in ((name, value) for name, values in choices.items() for value in values):
+                make(**fixed | first | {name: value}, device="cpu")  # what is missing or wrong should show at once
             families.append(tasks.Family(make, fixed, choices, name=fixed["class"], **numbers))
         return tasks.Mixture(families, **options, device=device)
 
@@ -125,30 +129,53 @@ def load_config(name: str | os.PathLike) -> Config:
         FileNotFoundError: If there is no such file and no configuration of that name.
         ValueError: If the file is not TOML, or a section, a class or a key is missing or unknown.
     """
+    return make_config(*read_toml(name))
+
+
+def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, Any]]:
+    """Find and read a TOML file, given as a path or by the name of one that ships, of a kind.
+
+    Returns:
+        Path of the file, and what it holds.
+
+    Raises:
+        FileNotFoundError: If there is no such file and no configuration of that name.
+        ValueError: If the file is not TOML.
+    """
     path = Path(name)
     if path.suffix != ".toml":
-        path = Path(str(resources.files("odeopt") / "configs" / f"{name}.toml"))
+        path = _shipped(kind) / f"{name}.toml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"Parameter `name` should be a TOML file or one of {', '.join(available_configs())}. Found `{name}`."
+            f"Parameter `name` should be a TOML file or one of {', '.join(available_configs(kind))}. Found `{name}`."
         )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}.") from error
-    if set(content) != set(_SECTIONS):
-        raise ValueError(f"{path} should have the sections {', '.join(_SECTIONS)}. Found {', '.join(content)}.")
+
+
+def make_config(path: Path, content: dict[str, Any]) -> Config:
+    """Check every key of a configuration that was read from ``path``, which messages name."""
+    if set(content) != set(SECTIONS):
+        raise ValueError(f"{path} should have the sections {', '.join(SECTIONS)}. Found {', '.join(content)}.")
+    for section, options in content.items():
+        if not isinstance(options, dict):
+            raise ValueError(f"{path}: `{section}` should be a section [{section}]. Found `{section} = {options!r}`.")
     _check_options(path, "rule", content["rule"], _RULES)
     _check_task(path, content["task"])
     fields = {field.name for field in dataclasses.fields(MetaConfig)}
-    _check_keys(path, "training", content["training"], fields)
+    check_keys(path, "training", content["training"], fields)
     return Config(path.stem, content["rule"], content["task"], MetaConfig(**content["training"]))
 
 
-def available_configs() -> tuple[str, ...]:
-    """Names of the configurations that ship with the package."""
-    folder = resources.files("odeopt") / "configs"
-    return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")))
+def available_configs(kind: str = "") -> tuple[str, ...]:
+    """Names of the configurations that ship with the package: of trainings, or of ``kind = "search"``."""
+    return tuple(sorted(path.stem for path in _shipped(kind).glob("*.toml")))
+
+
+def _shipped(kind: str) -> Path:
+    return Path(str(resources.files("odeopt"))) / "configs" / kind
 
 
 def _check_task(path: Path, options: dict[str, Any]) -> None:
@@ -156,13 +183,16 @@ def _check_task(path: Path, options: dict[str, Any]) -> None:
         _check_options(path, "task", options, _TASKS, others=("Mixture",))
         return
     allowed = set(inspect.signature(tasks.Mixture).parameters) - {"device"}
-    _check_keys(path, "task", {key: value for key, value in options.items() if key != "class"}, allowed)
+    check_keys(path, "task", {key: value for key, value in options.items() if key != "class"}, allowed)
     families = options.get("families")
     if not isinstance(families, list) or not families or not all(isinstance(family, dict) for family in families):
         raise ValueError(f"{path}: `families` in [task] should be tables [[task.families]]. Found `{families}`.")
     for family in families:
         own = {key: value for key, value in family.items() if key not in ("share", "log_range", "choices")}
-        _check_options(path, "task.families", own | family.get("choices", {}), _TASKS)
+        choices = family.get("choices", {})
+        if not isinstance(choices, dict) or not all(isinstance(values, list) and values for values in choices.values()):
+            raise ValueError(f"{path}: `choices` in [task.families] should hold lists of values. Found `{choices}`.")
+        _check_options(path, "task.families", own | choices, _TASKS)
 
 
 def _check_options(path: Path, section: str, options: dict[str, Any], classes: dict[str, type], others=()) -> None:
@@ -170,10 +200,11 @@ def _check_options(path: Path, section: str, options: dict[str, Any], classes: d
         names = ", ".join((*classes, *others))
         raise ValueError(f"{path}: `class` in [{section}] should be one of {names}. Found `{options.get('class')}`.")
     allowed = set(inspect.signature(classes[options["class"]]).parameters) - {"device", "dtype", "split"}
-    _check_keys(path, section, {key: value for key, value in options.items() if key != "class"}, allowed)
+    check_keys(path, section, {key: value for key, value in options.items() if key != "class"}, allowed)
 
 
-def _check_keys(path: Path, section: str, options: dict[str, Any], allowed: set[str]) -> None:
+def check_keys(path: Path, section: str, options: dict[str, Any], allowed: set[str]) -> None:
+    """Refuse a section that holds an unknown key."""
     unknown = sorted(set(options) - allowed)
     if unknown:
         raise ValueError(f"{path}: [{section}] should hold only {', '.join(sorted(allowed))}. Found `{unknown[0]}`.")

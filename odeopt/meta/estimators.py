@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odeopt.checks import is_integer, is_number, require
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.perturbations import Noise, perturbed
 from odeopt.meta.unroll import detached, unroll
-from odeopt.rules.base import UpdateRule, is_integer, is_number, require
+from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
 
@@ -253,7 +254,8 @@ class Hybrid(Estimator):
 
     At the edge of stability, where good step sizes lie, the exact gradient of a long run grows without bound and says
     nothing. Left out, nothing would hold the weights back: the calm runs all ask for longer steps. So such a run is
-    done again under perturbed weights, whose losses do say which way is back.
+    done again under perturbed weights, whose losses do say which way is back. Of several ranks the first does that, on
+    its first task, which is the first of the whole batch, and tells the others; they wait.
 
     Args:
         threshold: Norm of the exact gradient up to which it counts.
@@ -287,10 +289,10 @@ class Hybrid(Estimator):
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
                   world=ALONE):  # fmt: skip
         options = {"horizon": horizon, "seed": seed, "update_scale": update_scale, "tells_horizon": tells_horizon}
-        options["world"] = world
         weights = [p for p in rule.parameters() if p.requires_grad]
         if horizon <= self.longest:
-            (meta_loss,) = self.backpropagation.gradients(rule, task, objective, indices=indices, **options)
+            steps = self.backpropagation.gradients(rule, task, objective, indices=indices, world=world, **options)
+            (meta_loss,) = steps
             norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
             if world.agree(norm) <= self.threshold:
                 yield meta_loss
@@ -300,5 +302,14 @@ class Hybrid(Estimator):
         n = sum(shape.numel() for shape in task.param_shapes.values())
         fewer = copy.copy(self.evolution)
         while fewer.n_pairs > 2 and 2 * fewer.n_pairs * n > self.coordinates:
-            fewer.n_pairs //= 2
-        yield from fewer.gradients(rule, task, objective, indices=indices[:1], **options)
+            fewer.n_pairs = max(2, fewer.n_pairs // 2)
+
+        def perturbations() -> tuple[Tensor, list[Tensor | None]]:
+            (meta_loss,) = fewer.gradients(rule, task, objective, indices=indices[:1], **options)
+            # where every rank can receive them
+            return meta_loss.cpu(), [None if p.grad is None else p.grad.cpu() for p in weights]
+
+        meta_loss, grads = world.from_first(perturbations)
+        for p, grad in zip(weights, grads, strict=True):
+            p.grad = None if grad is None else grad.to(p.device)
+        yield meta_loss.to(task.device)

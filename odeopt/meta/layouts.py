@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.rules.base import StagedRule, UpdateRule, require
+from odeopt.checks import require
+from odeopt.rules.base import StagedRule, UpdateRule
 from odeopt.stepping import state_fields
 
 # Coordinates per row at most: few enough that small tensors are not mostly padding, enough that rows cost little.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import require
+from odeopt.checks import require
 
 _WEIGHTS = ("uniform", "linear", "late", "last")
 _CEILING = 10.0  # what a relative loss counts at most

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from odeopt.checks import is_integer, is_number, require
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators import Estimator, bounded
 from odeopt.meta.perturbations import Noise, perturbed
 from odeopt.meta.unroll import unroll
-from odeopt.rules.base import UpdateRule, is_integer, is_number, require
+from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from odeopt.checks import is_integer, is_number, require
 from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies, Hybrid
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.persistent import PersistentEvolutionStrategies
-from odeopt.rules.base import UpdateRule, is_integer, is_number, require
+from odeopt.rules.base import UpdateRule
 
 _SCHEDULES = ("one-cycle", "constant")
 # What each estimator of the meta-gradient can be told; None, or False, leaves it unsaid.

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +17,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
+from odeopt.checks import require
+from odeopt.meta.distributed import LostRankError, World, current_world
 from odeopt.meta.estimators import Backpropagation
 from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.settings import MetaConfig, MetaResult
-from odeopt.meta.unroll import unroll
-from odeopt.rules.base import UpdateRule, require
+from odeopt.meta.validation import validation_score
+from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 
 _FORMAT = 2  # of checkpoints; version 0.1.0 of the library wrote none
 _VALIDATION_SEED_OFFSET = 1_000_003  # validation draws from streams that training never touches
-_LEAST = 1e-3  # under a loss that is compared with the first one by its logarithm
 _N_NORMS = 50  # accepted gradient norms that an outlier is judged against
-
-
-@torch.no_grad()
-def validation_score(
-    rule: UpdateRule, task: Task | Mixture, *, indices: Tensor, horizon: int, seed: int, world: World = ALONE
-) -> float:
-    """Mean loss over the tasks and the last tenth of the full horizon; infinite where a run diverged.
-
-    With a mixture the mean over draws of the logarithm of that loss over the first one of the run.
-    """
-    if isinstance(task, Mixture):
-        return _mixture_score(rule, task, indices=indices, seed=seed, world=world)
-    indices, n_last = indices[world.share(len(indices))], max(1, horizon // 10)
-    if len(indices) > 0:
-        trajectory = unroll(rule, task, indices=indices, n_steps=horizon, seed=seed, total_steps=horizon)
-        losses = trajectory.losses[-n_last:]
-    else:  # more ranks than tasks
-        losses = torch.zeros(n_last, 0, dtype=task.dtype, device=task.device)
-    score = world.gather(losses.mT).mT.mean().item()
-    return score if score == score else float("inf")
-
-
-def _mixture_score(rule: UpdateRule, mixture: Mixture, *, indices: Tensor, seed: int, world: World) -> float:
-    scores = []
-    for number in indices[world.share(len(indices))].tolist():
-        task, problems, horizon, _ = mixture.draw(number, seed)
-        losses = unroll(rule, task, indices=problems, n_steps=horizon, seed=seed, total_steps=horizon).losses
-        last = losses[-max(1, horizon // 10) :].mean(0)
-        scores.append((last / losses[0] + _LEAST).log().mean().double())
-    scores = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64, device=mixture.device)
-    score = world.gather(scores).mean().item()
-    return score if score == score else float("inf")
 
 
 def meta_train(
@@ -73,6 +41,7 @@ def meta_train(
     stop_after: float | None = None,
     progress_bar: bool = True,
     compile: bool = False,
+    on_validation: Callable[[int, float], bool] | None = None,
 ) -> MetaResult:
     """Fit ``rule`` so that the loss of ``task`` falls fast.
 
@@ -98,6 +67,8 @@ def meta_train(
         progress_bar: Whether to show one.
         compile: Whether the steps of a staged rule (the port-Hamiltonian ones) go through ``torch.compile``: a minute
             at the start, then about half the time. The numbers are the same to rounding.
+        on_validation: Called with the meta-step and the score of each validation, those of a checkpoint that is
+            continued first, on the first rank. Where it returns True this call stops, as by ``stop_after``.
 
     Returns:
         The result, also when stopped early: ``len(result.meta_losses)`` says how far it got.
@@ -128,7 +99,7 @@ def meta_train(
         run.compile()
     try:
         run.resume()
-        _train(run, stop_after, progress_bar)
+        _train(run, stop_after, on_validation, progress_bar)
     except LostRankError as error:
         then = "nothing was kept" if folder is None else f"the same command continues from {folder}"
         raise LostRankError(f"{error}, after meta-step {len(run.result.meta_losses)}; {then}.") from error
@@ -145,22 +116,31 @@ def meta_train(
     return run.result
 
 
-def _train(run: _Run, stop_after: float | None, progress_bar: bool) -> None:
+def _train(
+    run: _Run, stop_after: float | None, on_validation: Callable[[int, float], bool] | None, progress_bar: bool
+) -> None:
     n_done, n_wanted = len(run.result.meta_losses), run.config.n_meta_steps
     began, seconds_before = time.perf_counter(), run.result.seconds
     is_hidden = not (progress_bar and run.world.is_first)
+
+    def is_end(news: Iterable[tuple[int, float]], is_late: bool = False) -> bool:
+        is_heard = on_validation is not None and run.world.is_first
+        answers = [on_validation(step, score) for step, score in news] if is_heard else []
+        # clocks differ between ranks: the first one's decides
+        return run.world.agree(is_late or any(answers))
+
     with tqdm(total=n_wanted, initial=n_done, disable=is_hidden, desc="meta-training") as bar:
         if not run.result.validation:
             run.validate(0)
-        while len(run.result.meta_losses) < n_wanted:
+        is_ended = is_end(run.result.validation)
+        while not is_ended and len(run.result.meta_losses) < n_wanted:
             for loss in run.episode():
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", best=f"{run.result.best_score:.4f}")
             seconds = time.perf_counter() - began
             run.result.seconds = seconds_before + seconds
-            # clocks differ between ranks: the first one's decides
-            if run.after_episode() and run.world.agree(stop_after is not None and seconds > stop_after):
-                break
+            if run.after_episode():
+                is_ended = is_end(run.result.validation[-1:], stop_after is not None and seconds > stop_after)
 
 
 class _Run:
@@ -267,12 +247,15 @@ class _Run:
                 self.meta_optimizer.zero_grad()
         n_estimates = max(len(losses), 1)
         mean = torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float64)
-        mean, *total = self.world.average([mean.to(device), *(x / n_estimates for x in total)], weight=len(numbers))
-        n_skipped = self.world.gather(torch.tensor([n_skipped], dtype=torch.float64, device=device))
-        self.result.n_skipped_nonfinite += int(n_skipped.sum())
-        for p, grad in zip(self.parameters, total, strict=True):
-            p.grad = grad
-        self.meta_optimizer.step()
+        mean, *total = self.world.average([mean.to(device), *(x / n_estimates for x in total)], weight=n_estimates)
+        counts = self.world.gather(torch.tensor([[n_skipped, len(losses)]], dtype=torch.float64, device=device)).sum(0)
+        self.result.n_skipped_nonfinite += int(counts[0])
+        if counts[0] == counts[1]:
+            self._skip()
+        else:
+            for p, grad in zip(self.parameters, total, strict=True):
+                p.grad = grad
+            self.meta_optimizer.step()
         self._after_update(torch.nn.utils.get_total_norm(total).item())
         self.result.meta_losses.append(mean.item())
         return mean.item()
@@ -298,7 +281,10 @@ class _Run:
         """Average the weights, write the log, and move on along the schedule."""
         step, decay = len(self.result.meta_losses), self.config.averaging
         for name, value in self.rule.state_dict().items():
-            self.averaged[name].lerp_(value, 1 - decay)
+            if value.is_floating_point():
+                self.averaged[name].lerp_(value, 1 - decay)
+            else:
+                self.averaged[name].copy_(value)
         self._log("meta/gradient_norm", norm, step)
         self._log("meta/lr", self.meta_optimizer.param_groups[0]["lr"], step)
         if self.scheduler is not None and step + 1 < self.config.n_meta_steps:
@@ -396,7 +382,9 @@ class _Run:
                 f"{self.world.size} ranks. Continue it on at most {result.n_tasks_per_step}."
             )
         self.rule.load_state_dict(checkpoint["rule"])
-        self.best_weights, self.averaged = checkpoint["best_weights"], checkpoint["averaged"]
+        for name, value in self.rule.state_dict().items():
+            self.best_weights[name] = checkpoint["best_weights"][name].to(value.device)
+            self.averaged[name] = checkpoint["averaged"][name].to(value.device)
         self.meta_optimizer.load_state_dict(checkpoint["meta_optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(checkpoint["scheduler"])

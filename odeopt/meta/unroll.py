@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
+from odeopt.checks import require
 from odeopt.meta.layouts import Separate, layout_for
-from odeopt.rules.base import UpdateRule, require
+from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
 

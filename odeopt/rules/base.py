@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -220,19 +219,3 @@ def per_tensor(param: Tensor) -> Tensor:
     Step counts live here, not in Python numbers, which a compiled or captured step would freeze.
     """
     return torch.zeros((*param.shape[:-1], 1), dtype=state_dtype(param.dtype), device=param.device)
-
-
-def require(condition: bool, name: str, value: object, wanted: str) -> None:
-    """Raise the library's ValueError for a constructor argument unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
-
-
-def is_integer(value: object) -> bool:
-    """Whether ``value`` is an integer and not a truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite real number and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import UpdateRule, is_number, per_coordinate, per_tensor, require
+from odeopt.checks import is_number, require
+from odeopt.rules.base import UpdateRule, per_coordinate, per_tensor
 
 
 class SGDState(NamedTuple):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.rules.base import UpdateRule, is_number, per_coordinate, require
+from odeopt.checks import is_number, require
+from odeopt.rules.base import UpdateRule, per_coordinate
 from odeopt.rules.features import log_sign
 
 

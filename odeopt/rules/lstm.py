@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.rules.base import UpdateRule, is_integer, is_number, require
+from odeopt.checks import is_integer, is_number, require
+from odeopt.rules.base import UpdateRule
 from odeopt.rules.features import log_sign
 
 # Coordinates per pass on a CPU: their gates stay in a core's cache. Measured at hidden size 20: from 2,048 to

@@ -1,6 +1,6 @@
 """Parts of a coordinate's system: friction and port held over a step, and networks of its position.
 
-Beside them what a step of the rule hands on from one of its stages to the next.
+Beside them what a step of the rule hands on from one of its stages to the next, and the check of its arguments.
 
 The rule takes explicit steps of unit length, so friction and mass are bounded: the fastest decay rate that they
 can make together stays under 2.71, inside the stability region of rk4 (2.785). The curvature of the potential is
@@ -9,14 +9,25 @@ not bounded.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from odeopt.checks import is_integer, is_number, require
+from odeopt.ode import EXPLICIT_METHODS, LINEAR_METHODS, available_methods
 from odeopt.physics import MatrixPart, PositiveDefinite, Potential, mlp
 
 _WIDTHS = (8,)
+_CHOICES = {
+    "mass": ("unit", "network"),
+    "potential": ("none", "network"),
+    "friction": ("modulated", "network", "constant"),
+    "port": ("modulated", "network", "constant"),
+    "normalization": ("coordinate", "tensor"),
+    "backend": ("auto", "odeopt", "torchdiffeq"),
+}
 
 
 class Modulation(NamedTuple):
@@ -30,7 +41,7 @@ class Observation(NamedTuple):
     """What one gradient says about each coordinate, each field of shape ``(*batch, n)``."""
 
     u: Tensor  # port effort
-    second_moment: Tensor
+    second_moment: Tensor  # what coordinates are compared by; the present square where no running one is kept
 
 
 class Shared(NamedTuple):
@@ -43,7 +54,7 @@ class Shared(NamedTuple):
     divisor: Tensor  # the scale, one where it is zero
     carried: Tensor  # weight of the running square, in the new units
     magnitudes: Tensor  # log of the tensor's mean magnitude over its two running values
-    per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; (*batch, 6 * modes)
+    per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; those that there are
     kappa: Tensor | None = None
     memory: Tensor | None = None  # of the network, after the step
     log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
@@ -116,3 +127,41 @@ class HeldPort(MatrixPart):
 
     def forward(self, q, z=None):
         return z.gain if self.network is None else z.gain * self.network(q).exp().unsqueeze(-1)
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Check the constructor arguments of the rule, by name; the solver by what it has to solve.
+
+    Raises:
+        ValueError: If one is out of range, or there is no such solver under the backend.
+    """
+
+    def check(name: str, is_right: bool, wanted: str) -> None:
+        require(is_right, name, given[name], wanted)
+
+    modes, memory, decay, kappa = (given[name] for name in ("modes", "memory", "decay", "initial_kappa"))
+    check("modes", is_integer(modes) and modes >= 1, "an integer of at least 1")
+    check("memory", is_integer(memory) and memory >= 0, "a non-negative integer")
+    check("decay", is_number(decay) and 0 <= decay < 1, "in [0, 1)")
+    check("hidden", all(is_integer(w) and w > 0 for w in given["hidden"]), "positive widths")
+    scales = given["time_scales"]
+    check("time_scales", len(scales) > 0 and all(is_number(s) and s > 0 for s in scales), "positive numbers")
+    check("initial_kappa", is_number(kappa) and kappa > 0, "a positive number")
+    for name in ("coordinatewise", "uses_progress"):
+        check(name, isinstance(given[name], bool), "True or False")
+    for name, values in _CHOICES.items():
+        *first, last = map(repr, values)
+        check(name, given[name] in values, f"{', '.join(first)} or {last}")
+    if given["coordinatewise"]:
+        wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
+        check("normalization", given["normalization"] == "coordinate", wanted)
+    depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
+    solvers = _solvers(given["backend"], depends_on_q=depends_on_q)
+    check("solver", given["solver"] in solvers, f"one of {', '.join(solvers)}")
+
+
+def _solvers(backend: str, *, depends_on_q: bool) -> tuple[str, ...]:
+    """Methods that a backend offers for a system that does, or does not, depend on ``q``."""
+    ours = EXPLICIT_METHODS if depends_on_q else LINEAR_METHODS
+    theirs = () if backend == "odeopt" else available_methods()
+    return theirs if backend == "torchdiffeq" else tuple(dict.fromkeys((*theirs, *ours)))

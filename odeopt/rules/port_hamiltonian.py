@@ -9,18 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.ode import EXPLICIT_METHODS, LINEAR_METHODS, available_methods, integrate_unit, is_fixed_step, linear_step
+from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance
-from odeopt.rules.base import (
-    TENSOR,
-    StagedRule,
-    is_integer,
-    is_number,
-    per_coordinate,
-    per_tensor,
-    require,
-    state_dtype,
-)
+from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.features import averaging_weight, coordinate_rms, running_scale, shape_features, shape_numbers
 from odeopt.rules.parts import (
     HeldFriction,
@@ -29,6 +20,7 @@ from odeopt.rules.parts import (
     Observation,
     Shared,
     bounded_inverse_mass,
+    check_arguments,
     potential_network,
 )
 
@@ -36,7 +28,6 @@ _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor'
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
 _MEMORY_WARMUP = 10  # steps after which the memory moves in logarithmic time
-_BACKENDS = ("auto", "odeopt", "torchdiffeq")
 
 
 class PortHamiltonianState(NamedTuple):
@@ -46,7 +37,8 @@ class PortHamiltonianState(NamedTuple):
         p: Momenta, shape ``(*batch, modes, n)``; the modes come first so that memory runs along coordinates.
         q: Positions, likewise; ``(*batch, 0, n)`` where no part of the system depends on them.
         second_moment: Running square of the gradient in units of ``scale`` squared, shape ``(*batch, n)``
-            (coordinatewise variant: running rms, in units of the gradient).
+            (coordinatewise variant: running rms, in units of the gradient; ``(*batch, 0)`` under
+            ``normalization="tensor"``, which keeps none).
         scale: Running mean magnitude of the tensor's gradient, shape ``(*batch, 1)``.
         slow_scale: The same over a long memory, shape ``(*batch, 1)``: what the gradient has fallen from.
         step: Number of steps taken, shape ``(*batch, 1)``.
@@ -84,8 +76,12 @@ class PortHamiltonianUpdate(StagedRule):
         coordinatewise: If True no signal crosses coordinates (the seed's setting).
         mass: ``"unit"``, or ``"network"`` for a mass that depends on ``q``.
         potential: ``"none"``, or ``"network"`` for a potential V(q) >= 0.
-        friction: ``"modulated"``, or ``"network"`` to let it depend on ``q`` too.
-        port: ``"modulated"``, or ``"network"`` to let it depend on ``q`` too.
+        friction: ``"modulated"``; ``"network"`` to let it depend on ``q`` too; or ``"constant"``, the same for all
+            coordinates of a tensor.
+        port: ``"modulated"``, ``"network"`` or ``"constant"``, likewise.
+        normalization: ``"coordinate"``, as above; or ``"tensor"`` for efforts ``u = -g / a``, with ``a`` the running
+            mean magnitude of the tensor's gradient. It keeps no square per coordinate: friction and gain then follow
+            the coordinate's present magnitude over the tensor's rms.
         hidden: Widths of the per-tensor network.
         decay: Decay of the running moments, per step, in ``[0, 1)``.
         time_scales: Scales of the time signals ``tanh(t / tau)``, in steps.
@@ -118,6 +114,7 @@ class PortHamiltonianUpdate(StagedRule):
         potential: str = "none",
         friction: str = "modulated",
         port: str = "modulated",
+        normalization: str = "coordinate",
         hidden: tuple[int, ...] = (16, 16),
         decay: float = 0.95,
         time_scales: tuple[float, ...] = (3.0, 30.0, 300.0),
@@ -126,44 +123,29 @@ class PortHamiltonianUpdate(StagedRule):
         memory: int = 0,
         backend: str = "auto",
     ) -> None:
-        require(is_integer(modes) and modes >= 1, "modes", modes, "an integer of at least 1")
-        require(is_integer(memory) and memory >= 0, "memory", memory, "a non-negative integer")
-        require(backend in _BACKENDS, "backend", backend, f"one of {', '.join(_BACKENDS)}")
-        depends_on_q = "network" in (mass, potential, friction, port)
-        solvers = _solvers(backend, depends_on_q=depends_on_q)
-        require(solver in solvers, "solver", solver, f"one of {', '.join(solvers)}")
-        require(is_number(decay) and 0 <= decay < 1, "decay", decay, "in [0, 1)")
-        require(all(is_integer(w) and w > 0 for w in hidden), "hidden", hidden, "positive widths")
-        are_scales = len(time_scales) > 0 and all(is_number(s) and s > 0 for s in time_scales)
-        require(are_scales, "time_scales", time_scales, "positive numbers")
-        require(is_number(initial_kappa) and initial_kappa > 0, "initial_kappa", initial_kappa, "a positive number")
-        for name, value in (("coordinatewise", coordinatewise), ("uses_progress", uses_progress)):
-            require(isinstance(value, bool), name, value, "True or False")
-        for name, value, plain in (
-            ("mass", mass, "unit"),
-            ("potential", potential, "none"),
-            ("friction", friction, "modulated"),
-            ("port", port, "modulated"),
-        ):
-            require(value in (plain, "network"), name, value, f"'{plain}' or 'network'")
-        super().__init__(
-            modes=modes,
-            solver=solver,
-            coordinatewise=coordinatewise,
-            mass=mass,
-            potential=potential,
-            friction=friction,
-            port=port,
-            hidden=list(hidden),
-            decay=decay,
-            time_scales=list(time_scales),
-            uses_progress=uses_progress,
-            initial_kappa=initial_kappa,
-            memory=memory,
-            backend=backend,
-        )
+        config = {
+            "modes": modes,
+            "solver": solver,
+            "coordinatewise": coordinatewise,
+            "mass": mass,
+            "potential": potential,
+            "friction": friction,
+            "port": port,
+            "hidden": hidden,
+            "decay": decay,
+            "time_scales": time_scales,
+            "uses_progress": uses_progress,
+            "initial_kappa": initial_kappa,
+            "memory": memory,
+            "backend": backend,
+        }
+        check_arguments(config | {"normalization": normalization})
+        # left out by default: what tells runs and matrices apart by the configuration is older than the option
+        newer = {} if normalization == "coordinate" else {"normalization": normalization}
+        super().__init__(**config | newer | {"hidden": list(hidden), "time_scales": list(time_scales)})
         self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
-        self.memory = memory
+        self.memory, self.normalization = memory, normalization
+        depends_on_q = "network" in (mass, potential, friction, port)
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
         # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
         self.is_linear = solver in LINEAR_METHODS and not depends_on_q and backend != "torchdiffeq"
@@ -181,30 +163,33 @@ class PortHamiltonianUpdate(StagedRule):
         # in double precision, for rules in double
         self.register_buffer("decays", torch.tensor([decay, _SLOW_DECAY], dtype=torch.float64), persistent=False)
         self.register_buffer("magnitude_units", torch.tensor([1.0, 0.5]), persistent=False)
-        # per mode: log gain, its slope, and four numbers for the friction; then log kappa, and how the memory moves
+        # per mode: log gain and its slope, and for the friction a logit and three slopes; a constant has no slope
+        self.n_gain, self.n_friction = 2 - (port == "constant"), 4 - 3 * (friction == "constant")
+        self.n_numbers = self.n_gain + self.n_friction
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
         widths = (n_signals, *hidden)
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        head = nn.Linear(widths[-1], 6 * modes + 1 + memory)
+        head = nn.Linear(widths[-1], self.n_numbers * modes + 1 + memory)  # then log kappa, and how the memory moves
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
         nn.init.zeros_(head.bias)
         self.coefficient_network = nn.Sequential(*layers, head)
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
-        start = torch.zeros(6, modes, dtype=torch.float64)
-        start[0], start[2] = math.log(0.35), torch.logit(frictions / 2)
+        start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
+        start[0], start[self.n_gain] = math.log(0.35), torch.logit(frictions / 2)
         self.register_buffer("start", start.flatten(), persistent=False)
 
     def init_state(self, param: Tensor) -> PortHamiltonianState:
         *batch, n = param.shape
         dtype = state_dtype(param.dtype)
         momenta = torch.zeros((*batch, self.modes, n), dtype=dtype, device=param.device)
+        second_moment = per_coordinate(param)
         return PortHamiltonianState(
             p=momenta,
             q=torch.zeros_like(momenta) if self.stores_q else momenta[..., :0, :],
-            second_moment=per_coordinate(param),
+            second_moment=second_moment if self.normalization == "coordinate" else second_moment[..., :0],
             scale=per_tensor(param),
             slow_scale=per_tensor(param),
             step=per_tensor(param),
@@ -278,6 +263,8 @@ class PortHamiltonianUpdate(StagedRule):
             rms = coordinate_rms(grad, state.second_moment, shared.weight)
             return Observation(-grad / torch.where(rms > 0, rms, 1.0), rms)
         relative = grad / -shared.divisor
+        if self.normalization == "tensor":
+            return Observation(relative, relative.square())
         square = shared.carried * state.second_moment + shared.weight * relative.square()
         return Observation(relative * (square + _EPS_EFFORT).rsqrt(), square)
 
@@ -328,7 +315,7 @@ class PortHamiltonianUpdate(StagedRule):
         )
         # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
         start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features[..., 2:3]
-        per_mode, log_kappa, moves = out.split((6 * self.modes, 1, self.memory), dim=-1)
+        per_mode, log_kappa, moves = out.split((self.n_numbers * self.modes, 1, self.memory), dim=-1)
         if self.memory > 0:
             memory = memory + torch.tanh(moves) / step.clamp(min=_MEMORY_WARMUP)
             log_kappa = log_kappa + memory[..., :1]
@@ -341,7 +328,7 @@ class PortHamiltonianUpdate(StagedRule):
     def _advance(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, PortHamiltonianState]:
         """Integrate every coordinate's system over one step; return the update and the next state."""
         u, q = observation.u, state.q
-        coefficients = shared.per_mode.unflatten(-1, (6, self.modes))
+        coefficients = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes))
         if not self.is_linear:
             p, q, delta = self._integrate(state, *self._held(observation, state, shared))
         elif isinstance(state.p, tuple):
@@ -353,8 +340,9 @@ class PortHamiltonianUpdate(StagedRule):
             log_ratio, by_kind = self._log_ratio(observation, shared), coefficients.unsqueeze(-1).unbind(-3)
             p, output = self._linear_step(state.p, u.unsqueeze(-2), log_ratio.unsqueeze(-2), by_kind)
             delta = output.sum(-2)
+        second_moment = observation.second_moment if self.normalization == "coordinate" else state.second_moment
         per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
-        new_state = PortHamiltonianState(p, q, observation.second_moment, *per_tensor)
+        new_state = PortHamiltonianState(p, q, second_moment, *per_tensor)
         return shared.kappa * delta, new_state
 
     def _linear_step(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
@@ -365,17 +353,21 @@ class PortHamiltonianUpdate(StagedRule):
 
     def _modulation(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
         """Friction and port gain of one mode, or of all that ``p`` holds, held over a step; elementwise."""
-        log_gain, gain_slope, logit, by_log_rms, by_power, by_effort = coefficients
-        logit = logit + by_log_rms * log_ratio + by_power * (u * p) + by_effort * u.abs()
+        (log_gain, *gain_slope), (logit, *slopes) = coefficients[: self.n_gain], coefficients[self.n_gain :]
+        if slopes:
+            by_log_rms, by_power, by_effort = slopes
+            logit = logit + by_log_rms * log_ratio + by_power * (u * p) + by_effort * u.abs()
+        if gain_slope:
+            log_gain = log_gain + gain_slope[0] * log_ratio
         # under 2 the friction stays inside rk4's stability region on a step of length one
-        return 2 * torch.sigmoid(logit), (log_gain + gain_slope * log_ratio).exp()
+        return 2 * torch.sigmoid(logit), log_gain.exp()
 
     def _held(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Modulation]:
         """Effort, shape ``(*batch, n, 1)``, and modulation, as the system takes them."""
-        dtype, u = self._system_dtype(state), observation.u.unsqueeze(-2)
+        dtype, p, u = self._system_dtype(state), _stacked(state.p), observation.u.unsqueeze(-2)
         log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
-        by_kind = shared.per_mode.unflatten(-1, (6, self.modes)).unsqueeze(-1).unbind(-3)
-        friction, gain = self._modulation(_stacked(state.p), u, log_ratio, by_kind)
+        by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
+        friction, gain = (x.expand_as(p) for x in self._modulation(p, u, log_ratio, by_kind))
         return u.mT.to(dtype), Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
 
     def _integrate(self, state, u: Tensor, z: Modulation) -> tuple[Tensor, Tensor, Tensor]:
@@ -433,10 +425,3 @@ class PortHamiltonianUpdate(StagedRule):
 
 def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.stack(modes, dim=-2) if isinstance(modes, tuple) else modes
-
-
-def _solvers(backend: str, *, depends_on_q: bool) -> tuple[str, ...]:
-    """Methods that a backend offers for a system that does, or does not, depend on ``q``."""
-    ours = EXPLICIT_METHODS if depends_on_q else LINEAR_METHODS
-    theirs = () if backend == "odeopt" else available_methods()
-    return theirs if backend == "torchdiffeq" else tuple(dict.fromkeys((*theirs, *ours)))

@@ -32,11 +32,13 @@ class MLPClassification(PerceptronTask):
         activation: One of ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"gelu"``.
         batch_size: Images per step, drawn with replacement.
         split: ``"meta-train"`` or ``"evaluation"``.
+        n_examples: Draw minibatches from the first so many images of the split only; from all of them by default.
         device: See :class:`Task`.
         dtype: See :class:`Task`.
 
     Raises:
-        ValueError: If a width, the activation, the batch size or the split is not one of these.
+        ValueError: If a width, the activation, the batch size, the split or the number of examples is not one of
+            these.
 
     Example:
         >>> task = MLPClassification("digits", widths=(20,), activation="relu")
@@ -53,6 +55,7 @@ class MLPClassification(PerceptronTask):
         activation: str = "sigmoid",
         batch_size: int = 128,
         split: str = "meta-train",
+        n_examples: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -62,6 +65,12 @@ class MLPClassification(PerceptronTask):
             raise ValueError(f"Parameter `split` should be one of {', '.join(SPLITS)}. Found `split = {split!r}`.")
         if isinstance(dataset, str):
             dataset = load_dataset(dataset)
+        halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
+        members = halves[SPLITS.index(split)]
+        if n_examples is not None and not 1 <= n_examples <= len(members):
+            raise ValueError(
+                f"Parameter `n_examples` should lie between 1 and {len(members)}. Found `n_examples = {n_examples}`."
+            )
         super().__init__(
             (dataset.train_images.shape[1], *widths, dataset.n_classes),
             activation=activation,
@@ -71,11 +80,12 @@ class MLPClassification(PerceptronTask):
             dataset=dataset.name,
             batch_size=batch_size,
             split=split,
+            # only where it is set: the committed table of baselines is looked up by the description
+            **({} if n_examples is None else {"n_examples": n_examples}),
         )
         self.batch_size = batch_size
         self.split = split
-        halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
-        self.members = halves[SPLITS.index(split)]
+        self.members = members[:n_examples]
         self.images, self.labels = dataset.train_images, dataset.train_labels
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
         self.to(device)
@@ -100,8 +110,7 @@ class MLPClassification(PerceptronTask):
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
         images, labels = batch
-        logits = self.outputs(params, images)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+        return _cross_entropy(self.outputs(params, images), labels).mean(1)
 
     @torch.no_grad()
     def accuracy(self, params: Params, n_images: int | None = None) -> Tensor:
@@ -122,14 +131,36 @@ class MLPClassification(PerceptronTask):
             raise ValueError(
                 f"Parameter `n_images` should lie between 1 and {len(self.test_images)}. Found `n_images = {n_images}`."
             )
+        return self._scores(params, self.test_images, self.test_labels, torch.arange(n_images, device=self.device))[1]
+
+    def training_scores(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Measure mean cross-entropy in nats and fraction classified right, on all images that minibatches come from.
+
+        Args:
+            params: Parameters by name, each of shape ``(n_tasks, *shape)``.
+
+        Returns:
+            Two tensors of shape ``(n_tasks,)``, in the dtype of the task.
+        """
+        return self._scores(params, self.images, self.labels, self.members)
+
+    def held_out_scores(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Measure what :meth:`training_scores` does, on the test images, from which no split draws."""
+        every = torch.arange(len(self.test_images), device=self.device)
+        return self._scores(params, self.test_images, self.test_labels, every)
+
+    @torch.no_grad()
+    def _scores(self, params: Params, images: Tensor, labels: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy and fraction classified right, over those of the images that ``members`` names."""
         n_tasks = len(params["0.weight"])
-        n_right = torch.zeros(n_tasks, device=self.device, dtype=self.dtype)
-        images, labels = self.test_images[:n_images], self.test_labels[:n_images]
+        loss, n_right = torch.zeros(2, n_tasks, device=self.device, dtype=self.dtype)
         # Chunks bound the memory of the first layer's input, which every problem reads.
-        for chunk, truth in zip(images.split(1024), labels.split(1024), strict=True):
-            x = self._scaled(chunk).expand(n_tasks, -1, -1)
-            n_right += (self.outputs(params, x).argmax(2) == truth).sum(1)
-        return n_right / n_images
+        for chunk in members.split(1024):
+            x = self._scaled(images.index_select(0, chunk)).expand(n_tasks, -1, -1)
+            logits, truth = self.outputs(params, x), labels[chunk].expand(n_tasks, -1)
+            loss += _cross_entropy(logits, truth).sum(1)
+            n_right += (logits.argmax(2) == truth).sum(1)
+        return loss / len(members), n_right / len(members)
 
     def sample_members(self, indices: Tensor, step: int, seed: int) -> Tensor:
         """Positions within the split of the images of a step, int64, shape ``(n_tasks, batch_size)``."""
@@ -140,3 +171,8 @@ class MLPClassification(PerceptronTask):
     def _scaled(self, images: Tensor) -> Tensor:
         """Bytes to numbers in [0, 1]."""
         return images.to(self.dtype).div_(255)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each image: (n_tasks, B, n_classes) and (n_tasks, B) to (n_tasks, B)."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)

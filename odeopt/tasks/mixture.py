@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
@@ -10,9 +14,16 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from odeopt.checks import is_integer, is_list, is_number, require
+
 from .base import Task
 from .random import uniform
 from .rescaled import Rescaled
+
+# A task may hold a copy of its data (55 MB of MNIST on a GPU), and a mixture has thousands; one that was forgotten is
+# built again in two milliseconds.
+_N_KEPT = 64
+_OWN = ("task", "choices", "share", "log_range")  # what a description says of a family beside its fixed arguments
 
 
 @dataclass(frozen=True)
@@ -36,17 +47,22 @@ class Family:
     name: str = ""
 
     def __post_init__(self) -> None:
+        require(callable(self.make), "make", self.make, "a class of tasks, or a function that builds one")
+        require(isinstance(self.name, str), "name", self.name, "a string")
+        for name in ("fixed", "choices"):
+            arguments = getattr(self, name)
+            is_right = isinstance(arguments, Mapping) and all(isinstance(key, str) for key in arguments)
+            require(is_right, name, arguments, "a dictionary of arguments by name")
+            if "device" in arguments:
+                raise ValueError(f"Parameter `{name}` should leave the device to the mixture. Found `device` in it.")
         for name, values in self.choices.items():
-            if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
+            if not is_list(values) or len(values) == 0:
                 raise ValueError(f"Parameter `choices` should hold lists of values. Found `{name} = {values!r}`.")
             if name in self.fixed:
                 raise ValueError(f"Parameter `choices` should name what is not fixed. Found `{name}` in both.")
-        for name, value, is_right, wanted in (
-            ("share", self.share, 0 < self.share < float("inf"), "a positive number"),
-            ("log_range", self.log_range, 0 <= self.log_range < float("inf"), "a number of at least 0"),
-        ):
-            if not is_right:
-                raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
+        require(is_number(self.share) and self.share > 0, "share", self.share, "a positive number")
+        is_range = is_number(self.log_range) and self.log_range >= 0
+        require(is_range, "log_range", self.log_range, "a number of at least 0")
 
 
 class Draw(NamedTuple):
@@ -102,20 +118,19 @@ class Mixture:
         work: float = 5e6,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value, is_right, wanted in (
-            ("families", families, len(families) > 0, "at least one family"),
-            ("horizons", horizons, len(horizons) == 2 and 1 <= horizons[0] <= horizons[1], "two rising numbers"),
-            ("told", told, 0 <= told <= 1, "between 0 and 1"),
-            ("n_problems", n_problems, n_problems >= 1, "positive"),
-            ("coordinates", coordinates, coordinates > 0, "positive"),
-            ("work", work, work > 0, "positive"),
-        ):
-            if not is_right:
-                raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
+        is_given = is_list(families, Family) and len(families) > 0
+        require(is_given, "families", families, "at least one family, in a list")
+        is_range = is_list(horizons) and len(horizons) == 2 and all(map(is_integer, horizons))
+        is_range = is_range and 1 <= horizons[0] <= horizons[1]
+        require(is_range, "horizons", horizons, "two rising integers of at least 1")
+        require(is_number(told) and 0 <= told <= 1, "told", told, "a number between 0 and 1")
+        require(is_integer(n_problems) and n_problems >= 1, "n_problems", n_problems, "a positive integer")
+        for name, value in (("coordinates", coordinates), ("work", work)):
+            require(is_number(value) and value > 0, name, value, "a positive number")
         self.families, self.device = tuple(families), torch.device(device)
         self.horizons, self.told, self.n_problems = tuple(horizons), told, n_problems
         self.coordinates, self.work = coordinates, work
-        self._built: dict[tuple, Task] = {}
+        self._built: dict[tuple, Task] = {}  # in the order of their last use
 
     def draw(self, number: int, seed: int) -> Draw:
         """Draw problems of one task.
@@ -125,7 +140,8 @@ class Mixture:
             seed: Names, together with the number, one draw.
 
         Returns:
-            The task, its problems and a horizon; tasks that agree in everything are one object.
+            The task, its problems and a horizon. The last 64 tasks are kept: a draw of the same family, choices and
+            units as one of them has that very object.
         """
         index = torch.tensor([number])
 
@@ -150,36 +166,83 @@ class Mixture:
         family = self.families[which]
         is_rescaled = is_rescaled and family.log_range > 0
         key = (which, picked, is_rescaled)
-        if key not in self._built:
+        task = self._built.pop(key, None)
+        if task is None:
             options = {name: values[k] for (name, values), k in zip(family.choices.items(), picked, strict=True)}
             task = family.make(**family.fixed, **options, device=self.device)
-            self._built[key] = Rescaled(task, family.log_range) if is_rescaled else task
-        return self._built[key]
+            task = Rescaled(task, family.log_range) if is_rescaled else task
+        self._built[key] = task
+        if len(self._built) > _N_KEPT:
+            del self._built[next(iter(self._built))]
+        return task
 
     def describe(self) -> dict[str, Any]:
-        """Return the families, in values that JSON can hold."""
+        """Return the families, in values that JSON can hold and that are the same in every process.
+
+        Functions, data sets and the like stand there by name, tensors by shape and digest.
+        """
         families = []
         for family in self.families:
-            described = {"task": family.name or getattr(family.make, "__name__", repr(family.make))}
-            for name, values in family.fixed.items():
-                described[name] = _plain(values)
+            described = {"task": _title(family)}
+            for name, value in family.fixed.items():
+                described[f"fixed {name}" if name in _OWN else name] = _plain(value)
             described["choices"] = {name: [_plain(v) for v in values] for name, values in family.choices.items()}
-            families.append(described | {"share": family.share, "log_range": family.log_range})
-        numbers = {name: getattr(self, name) for name in ("told", "n_problems", "coordinates", "work")}
-        return {"task": type(self).__name__, "families": families, "horizons": list(self.horizons)} | numbers
+            families.append(described | {"share": _plain(family.share), "log_range": _plain(family.log_range)})
+        numbers = {name: _plain(getattr(self, name)) for name in ("told", "n_problems", "coordinates", "work")}
+        return {"task": type(self).__name__, "families": families, "horizons": _plain(self.horizons)} | numbers
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(_title, self.families))}; horizons={self.horizons})"
 
     def to(self, device: torch.device | str) -> Self:
-        """Move every task to ``device``, in place, and return the mixture."""
+        """Move the tasks that are kept to ``device``, in place, where later ones are built; return the mixture."""
         self.device = torch.device(device)
         for task in self._built.values():
             task.to(device)
         return self
 
 
+def _title(family: Family) -> str:
+    return family.name or _name(family.make)
+
+
+def _name(function: Callable) -> str:
+    """Name of a function or class; of ``functools.partial`` with what it fills in."""
+    if isinstance(function, functools.partial):
+        filled = [repr(_plain(value)) for value in function.args]
+        filled += [f"{name}={_plain(value)!r}" for name, value in function.keywords.items()]
+        return f"{_name(function.func)}({', '.join(filled)})"
+    return getattr(function, "__name__", None) or _text(function)
+
+
+def _text(value: object) -> str:
+    """What Python writes for a value, without its address, which is another one in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold: the name of what has one, lists for tuples."""
+    """A value that JSON and a checkpoint can hold."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | str):
+        return int(value) if isinstance(value, int) else str(value)  # not a subclass, which a checkpoint cannot hold
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else repr(float(value))
     if isinstance(value, Tensor):
-        return value.tolist()
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        return {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": digest}
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    return getattr(value, "name", value)
+    if isinstance(value, set | frozenset):  # which have no order
+        return sorted((_plain(item) for item in value), key=repr)
+    if isinstance(value, Task):
+        return _plain(value.describe())
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if callable(value):
+        return _name(value)
+    name = getattr(value, "name", None)
+    return name if isinstance(name, str) else _text(value)

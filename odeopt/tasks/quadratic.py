@@ -62,7 +62,9 @@ class NoisyQuadratic(FixedBatchTask):
               (\theta - \theta_* - \sigma \varepsilon_t), \qquad \ln \lambda_i \sim U(-\ln c, 0), \quad
               \theta_{*i}, \varepsilon_{ti} \sim N(0, 1), \quad \theta_0 = 0
 
-    The noise of the gradient has the covariance of minibatches: large where curvature is. ``Q`` is a random rotation.
+    ``Q`` is a random rotation. With the Hessian :math:`H = Q \Lambda Q^\top` the noise of the gradient,
+    :math:`-\sigma H \varepsilon_t`, has covariance :math:`\sigma^2 H^2` everywhere: largest where the curvature is, and
+    quieter in flat directions than noise of covariance proportional to :math:`H`, which stands for that of minibatches.
 
     Args:
         dim: Number of coordinates.
@@ -75,8 +77,10 @@ class NoisyQuadratic(FixedBatchTask):
         ValueError: If an argument is out of range.
 
     References:
+        Wu et al. (2018), Understanding short-horizon bias in stochastic meta-optimization, Section 2: a quadratic whose
+        minimum is drawn anew at every step.
         Zhang et al. (2019), Which algorithmic choices matter at which batch sizes? Insights from a noisy quadratic
-        model, Section 3.
+        model, Section 3: another model, whose gradients have the Hessian itself for covariance.
     """
 
     def __init__(

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from odeopt.checks import is_number, require
+
 from .base import Batch, Params, Task
 from .random import uniform
 
@@ -29,8 +31,7 @@ class Rescaled(Task):
     """
 
     def __init__(self, task: Task, log_range: float = 1.0) -> None:
-        if not 0 < log_range < float("inf"):
-            raise ValueError(f"Parameter `log_range` should be a positive number. Found `log_range = {log_range}`.")
+        require(is_number(log_range) and log_range > 0, "log_range", log_range, "a positive number")
         super().__init__(device=task.device, dtype=task.dtype, log_range=log_range, of=task.describe())
         self.task, self.log_range = task, log_range
 

@@ -1,0 +1,27 @@
+"""Checks of what a caller passes, worded alike everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raise a ValueError that names a parameter and the value found, unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite real number and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_list(value: object, kind: type | tuple[type, ...] = object) -> bool:
+    """Whether ``value`` is a list, a tuple or the like, every item of which is of a kind."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, kind) for item in value)

@@ -1,0 +1,158 @@
+"""Training on a mixture: what reaches the runs, what is skipped and kept, and checkpoints of any families."""
+
+import math
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from rule_toys import flat_weights
+from test_meta_hybrid import mixture, rule_of, train
+from torch import nn
+
+from odeopt.meta import Hybrid, unroll
+from odeopt.meta.validation import validation_score
+from odeopt.tasks import Family, Mixture, ModuleTask, RandomQuadratic, ScaledTask
+
+f64 = torch.float64
+INPUTS = torch.linspace(-1, 1, 12, dtype=f64).unsqueeze(1)
+
+
+# -------------------- a meta-step
+
+
+def test_draws_are_run_as_they_are_drawn_and_by_the_margin(monkeypatch):
+    seen = []
+
+    def recorded(rule, task, *, indices, n_steps, total_steps, update_scale, seed, **options):
+        kind = "exact" if torch.is_grad_enabled() else "perturbed"
+        seen.append((kind, repr(task), int(indices[0]), n_steps, total_steps, update_scale, seed))
+        run = {"indices": indices, "n_steps": n_steps, "seed": seed}
+        return unroll(rule, task, **run, total_steps=total_steps, update_scale=update_scale, **options)
+
+    monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
+    train(gain_margin=1.5, threshold=1e-9, n_meta_steps=2, n_tasks=4, n_validation_tasks=1, seed=3)
+    draws = [mixture().draw(number, seed=3) for number in range(8)]
+    assert {draw.tells_horizon for draw in draws} == {True, False}
+    assert seen == [
+        (kind, repr(task), int(indices[0]), horizon, horizon if tells_horizon else None, 1.5, 3)
+        for task, indices, horizon, tells_horizon in draws
+        for kind in ("exact", "perturbed")
+    ]
+
+
+def test_gradients_that_are_not_finite_are_left_out_and_counted(monkeypatch):
+    module = __import__("odeopt.meta.trainer", fromlist=["validation_score"])
+    bad, weights = {1, 4, 5}, []
+
+    def broken(self, rule, task, objective, *, indices, **options):
+        value = math.nan if int(indices[0]) // 2 in bad else 1.0  # two problems per draw
+        for p in rule.parameters():
+            p.grad = torch.full_like(p, value)
+        yield torch.tensor(1.0, dtype=f64)
+
+    monkeypatch.setattr(Hybrid, "gradients", broken)
+    monkeypatch.setattr(module, "validation_score", lambda rule, *a, **k: weights.append(flat_weights(rule)) or 0.0)
+    result = train(n_meta_steps=3, n_tasks=3, validate_every=1)
+    assert result.n_skipped_nonfinite == len(bad)
+    assert len(result.meta_losses) == 3
+    # the others of the step moved the weights
+    assert all(after.isfinite().all() for after in weights)
+    assert all((before > after).all() for before, after in pairwise(weights))
+
+
+def test_second_moments_decay_as_the_settings_say(monkeypatch):
+    betas = []
+
+    class Recorder(torch.optim.Adam):
+        def __init__(self, params, lr, **options):
+            betas.append(options["betas"])
+            super().__init__(params, lr, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorder)
+    train(beta2=0.75, n_meta_steps=1, n_tasks=1)
+    assert [beta2 for _, beta2 in betas] == [0.75]
+
+
+# -------------------- what is validated, and kept
+
+
+def test_weights_that_are_kept_are_those_that_were_validated(monkeypatch):
+    module = __import__("odeopt.meta.trainer", fromlist=["validation_score"])
+    scores, seen = iter([3.0, 2.0, 1.0, 4.0]), []
+    monkeypatch.setattr(
+        module, "validation_score", lambda rule, *a, **k: seen.append(flat_weights(rule)) or next(scores)
+    )
+    result = train(averaging=0.5)
+    assert (result.best_step, result.best_score) == (4, 1.0)
+    assert torch.equal(flat_weights(result.rule), seen[2])
+    assert len({tuple(weights.tolist()) for weights in seen}) == 4
+
+
+def scaled(loss_scale):
+    def make(dim, device):
+        return ScaledTask(RandomQuadratic(dim, dtype=f64, device=device), loss_scale=loss_scale)
+
+    return Mixture([Family(make, choices={"dim": [2, 3]})], horizons=(8, 30), n_problems=2)
+
+
+def test_score_is_the_mean_log_of_the_last_losses_over_the_first_in_any_unit():
+    rule, indices = rule_of(), torch.arange(4)
+    plain, other = (validation_score(rule, scaled(c), indices=indices, horizon=1, seed=5) for c in (1.0, 2.0**20))
+    assert other == pytest.approx(plain, rel=1e-9)  # the rule does not see the unit; powers of two round alike
+    logs = []
+    for number in range(4):
+        task, problems, horizon, _ = scaled(1.0).draw(number, 5)
+        with torch.no_grad():
+            losses = unroll(rule, task, indices=problems, n_steps=horizon, seed=5, total_steps=horizon).losses
+        logs.append((losses[-max(1, horizon // 10) :].mean(0) / losses[0] + 1e-3).log().mean())
+    assert plain == pytest.approx(torch.stack(logs).mean().item(), rel=1e-12)
+
+
+# -------------------- checkpoints
+
+
+def network():
+    return nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).to(f64)
+
+
+def fit(scale=1.0, make_module=network):
+    data = (INPUTS, scale * INPUTS.sin())
+    return {"make_module": make_module, "data": data, "loss_fn": nn.functional.mse_loss}
+
+
+FAMILIES = {
+    "function": lambda: Family(ModuleTask, fit()),
+    "lambda": lambda: Family(ModuleTask, fit(make_module=lambda: network())),
+    "partial": lambda: Family(partial(ModuleTask, network), {k: v for k, v in fit().items() if k != "make_module"}),
+    "module": lambda: Family(ModuleTask, fit() | {"loss_fn": nn.MSELoss()}),
+    "dtype": lambda: Family(RandomQuadratic, {"dtype": f64}, {"dim": (2, 3)}),
+    "choices": lambda: Family(RandomQuadratic, {"dim": 2}, {"dtype": [f64]}, name="quadratic"),
+}
+SHORT = {"n_meta_steps": 2, "n_tasks": 1, "validate_every": 1, "n_validation_tasks": 1}
+
+
+def of(family):
+    return Mixture([family], horizons=(3, 4), n_problems=1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_interrupted_run_on_any_family_is_continued(name, tmp_path):
+    assert len(train(tmp_path, stop_after=0.0, task=of(FAMILIES[name]()), **SHORT).meta_losses) == 1
+    # built anew, as another process would
+    assert len(train(tmp_path, task=of(FAMILIES[name]()), **SHORT).meta_losses) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: Family(ModuleTask, fit(scale=2.0)),
+        lambda: Family(ModuleTask, fit(make_module=lambda: network())),
+        lambda: Family(ModuleTask, fit() | {"batch_size": 5}),
+    ],
+    ids=["data", "function", "number"],
+)
+def test_run_on_another_family_is_not_continued(other, tmp_path):
+    train(tmp_path, stop_after=0.0, task=of(FAMILIES["function"]()), **SHORT)
+    with pytest.raises(ValueError, match=r"a checkpoint of the same run. Found .* with another `task`"):
+        train(tmp_path, task=of(other()), **SHORT)

@@ -1,0 +1,35 @@
+"""What meta_train tells of its validations."""
+
+import torch
+
+from odeopt.meta import MetaConfig, meta_train
+from odeopt.rules import PortHamiltonianUpdate
+from odeopt.tasks import RandomQuadratic
+
+
+def test_meta_train_tells_each_validation_once_and_again_when_continued(tmp_path):
+    def train(answer=lambda step: False, folder=None):
+        heard, rule = [], PortHamiltonianUpdate(modes=1, hidden=(3,))
+        settings = MetaConfig(n_meta_steps=6, n_tasks=2, horizon=3, validate_every=2, n_validation_tasks=2)
+
+        def hear(step, score):
+            heard.append((step, score))
+            return answer(step)
+
+        torch.manual_seed(0)
+        rule.load_state_dict(PortHamiltonianUpdate(modes=1, hidden=(3,)).state_dict())
+        result = meta_train(rule, RandomQuadratic(3), settings, folder=folder, progress_bar=False, on_validation=hear)
+        return heard, result
+
+    whole, result = train()
+    assert whole == result.validation
+    assert [step for step, _ in whole] == [0, 2, 4, 6]
+    part, stopped = train(lambda step: step == 4, tmp_path)
+    assert part == whole[:3]
+    assert len(stopped.meta_losses) == 4
+    again, continued = train(lambda step: False, tmp_path)
+    assert again == continued.validation == whole
+    assert continued.meta_losses == result.meta_losses
+    at_once, untrained = train(lambda step: True)
+    assert at_once == whole[:1]
+    assert untrained.meta_losses == []
