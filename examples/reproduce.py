@@ -1,0 +1,114 @@
+"""Make every figure and table of the README again, stage by stage.
+
+Each stage is one command, printed before it runs; its output goes to LOGS/NAME.log. Stages that are done are not run
+again, unless the library, the shipped rules or the command have changed since; an interrupted reproduction continues
+with the same command. ``--quick`` shows in minutes that every stage runs, on less of everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import odeopt
+from odeopt import arguments
+
+EXAMPLES = Path(__file__).resolve().parent
+# name, minutes on two cores, command, what --quick adds or changes; {out} is the folder of the figures
+STAGES = (
+    ("schematic", 1, "schematic.py --out {out}", ""),
+    ("quadratic", 1, "quadratic.py --out {out}", "--runs 100"),
+    ("mnist", 3, "mnist.py --out {out}", "--dataset digits --runs 2 --steps 20"),
+    ("saddle", 1, "saddle.py --out {out}", "--runs 20 --steps 100"),
+    ("estimators", 12, "estimators.py --out {out}", "--quick"),
+    ("general", 12, "general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
+    ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
+    ("ablation", 40, "ablation.py --out {out}", "--quick"),
+    ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
+    ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
+    ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stages that are left; return how many failed."""
+    args = parse(argv)
+    path = args.logs / "done.json"
+    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    stages = [stage for stage in STAGES if not args.only or stage[0] in args.only]
+    failed = []
+    with tqdm(total=sum(minutes for _, minutes, *_ in stages), unit=" min", desc="reproducing") as bar:
+        for name, minutes, command, quick in stages:
+            words = command_of(command, quick if args.quick else "", args)
+            mark = fingerprint(words)
+            bar.set_postfix_str(name)
+            if done.get(name, {}).get("fingerprint") != mark:
+                bar.write(f"{name}: {shlex.join(words)}", file=sys.stderr)
+                began = time.perf_counter()
+                with (args.logs / f"{name}.log").open("w", encoding="utf-8") as log:
+                    status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+                if status != 0:
+                    failed.append(name)
+                    bar.write(f"{name} failed with status {status}; see {args.logs / name}.log", file=sys.stderr)
+                else:
+                    done[name] = {"fingerprint": mark, "seconds": round(time.perf_counter() - began)}
+                    temporary = path.with_suffix(".tmp")
+                    temporary.write_text(json.dumps(done, indent=1), encoding="utf-8")
+                    os.replace(temporary, path)
+            bar.update(minutes)
+    for name, *_ in stages:
+        print(f"{name:16}" + (f"{done[name]['seconds']:6d} s" if name not in failed else "failed"))
+    print(f"Figures in {args.out}, tables in {args.logs}.")
+    return len(failed)
+
+
+def command_of(command: str, extra: str, args: argparse.Namespace) -> list[str]:
+    """Words of a stage's command."""
+    words = [word.format(out=args.out) for word in command.split()] + extra.split()
+    if words[0] != "-m":
+        words[0] = str(EXAMPLES / words[0])
+    takes_data = words[0] == "-m" or "--data-dir" in Path(words[0]).read_text(encoding="utf-8")
+    if args.data_dir is not None and takes_data:
+        words += ["--data-dir", str(args.data_dir)]
+    return [sys.executable, *words]
+
+
+def fingerprint(words: list[str]) -> str:
+    """Digest of a command, of the library and of the shipped rules."""
+    digest = hashlib.sha256("\0".join(words).encode())
+    library = Path(odeopt.__file__).parent
+    for path in sorted([*library.rglob("*.py"), *library.rglob("*.safetensors"), *library.rglob("*.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the options and check them before any work is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    names = [name for name, *_ in STAGES]
+    add("--quick", action="store_true", help="less of everything, on the digits where a stage can")
+    add("--only", nargs="+", choices=names, metavar="STAGE", help=f"some of {', '.join(names)} (default: all)")
+    add("--data-dir", type=Path, help="folder of the images, as examples/mnist.py takes it")
+    add("--out", type=arguments.folder, help="folder of the figures (default: figs; with --quick runs/quick-figs)")
+    add("--logs", type=arguments.folder, help="folder of the tables and of what is done (default: runs/reproduce; "
+        "with --quick runs/reproduce-quick)")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.out is None:
+        args.out = arguments.folder("runs/quick-figs" if args.quick else "figs")
+    if args.logs is None:
+        args.logs = arguments.folder("runs/reproduce-quick" if args.quick else "runs/reproduce")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
