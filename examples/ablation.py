@@ -31,8 +31,8 @@ VARIANTS = {
     "friction not modulated": {"friction": "constant"},
     "port not modulated": {"port": "constant"},
     "effort scaled by the tensor": {"normalization": "tensor"},
-    # it cannot see the fan-in, and starts at the step size that the default has at 196
-    "no signals of the tensor": {"coordinatewise": True, "initial_kappa": 0.0107},
+    # it cannot see the fan-in, and starts at the step size that the default has at 49
+    "no signals of the tensor": {"coordinatewise": True, "initial_kappa": 0.0151},
     "no memory": {"memory": 0},
     "progress not told": {"uses_progress": False},
     "one mode": {"modes": 1},
@@ -115,7 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--dataset", choices=("mnist/2", *DATASETS), default="mnist/2", help="images; mnist/2 has 14 x 14 pixels")
+    add("--dataset", choices=("mnist/4", "mnist/2", *DATASETS), default="mnist/4", help="images; mnist/4 has "
+        "7 x 7 pixels")  # fmt: skip
     add("--data-dir", type=Path, help="folder of the images, in torchvision's layout (None: the environment "
         "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
     add("--steps", type=arguments.positive, help="meta-steps of each training (None: those of ablation.toml)")

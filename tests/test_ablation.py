@@ -78,7 +78,7 @@ def test_example_goes_on_with_digits_where_there_is_nothing_else(tmp_path, capsy
         raise OSError("no network")
 
     monkeypatch.setattr(odeopt.tasks.datasets, "import_torchvision", no_network)
-    options = ["--dataset", "mnist/2", "--data-dir", str(tmp_path / "nothing"), "--rows", "Adam"]
+    options = ["--dataset", "mnist/4", "--data-dir", str(tmp_path / "nothing"), "--rows", "Adam"]
     main(*options, "--folder", str(tmp_path / "kept"), "--out", str(tmp_path))
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].endswith("using scikit-learn's handwritten digits instead.")
