@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ from odeopt import arguments
 from odeopt.ablation import compare_variants, train_variants
 from odeopt.baselines import FAMILIES, build, tune_all
 from odeopt.evaluation import EVALUATION_SEED
+from odeopt.files import write_json
 from odeopt.meta.config import Config, load_config
 from odeopt.plots_ablation import plot_ablation
 from odeopt.tables import draw_table
@@ -80,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     content |= {"rule": config.rule, "task": config.task, "training": dataclasses.asdict(config.training)}
     content |= {"seeds": args.seeds, "runs": args.runs, "tuning_runs": args.tuning_runs, "seconds": seconds}
     content["columns"] = {c: {name: row.as_json() for name, row in rows.items()} for c, rows in columns.items()}
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_json(path, content)
     label = "difference of the last ten losses [nats]"
     print(f"\nFigure: {plot_ablation(columns, path.with_suffix('.png'), reference=DEFAULT, label=label, title=title)}")
 

@@ -29,7 +29,7 @@ from odeopt.generalisation import (
     summary_tables,
     write_columns,
 )
-from odeopt.matrix import _fingerprint
+from odeopt.matrix import fingerprint
 from odeopt.plots_generalisation import plot_generalisation
 from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if notice:
         print(notice)
     rule = odeopt.load_pretrained(RULE)
-    header = {"rule": {"name": RULE, "sha256": _fingerprint(rule)}, "library_version": odeopt.__version__}
+    header = {"rule": {"name": RULE, "sha256": fingerprint(rule)}, "library_version": odeopt.__version__}
     header |= {"dataset": dataset.name, "runs": args.runs, "tuning_runs": args.tuning_runs, "records": N_RECORDS}
     header |= {"seed": EVALUATION_SEED + args.seed, "tuning_seed": TUNING_SEED}
     stem = "_".join(["generalisation", *[dataset.name] * (dataset.name != "mnist"), *["quick"] * args.quick])

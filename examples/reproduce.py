@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 import odeopt
 from odeopt import arguments
+from odeopt.files import write_json
 
 EXAMPLES = Path(__file__).resolve().parent
 # name, minutes on two cores, command, what --quick adds or changes; {out} is the folder of the figures
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> int:
                     bar.write(f"{name} failed with status {status}; see {args.logs / name}.log", file=sys.stderr)
                 else:
                     done[name] = {"fingerprint": mark, "seconds": round(time.perf_counter() - began)}
-                    temporary = path.with_suffix(".tmp")
-                    temporary.write_text(json.dumps(done, indent=1), encoding="utf-8")
-                    os.replace(temporary, path)
+                    write_json(path, done)
             bar.update(minutes)
     for name, *_ in stages:
         print(f"{name:16}" + (f"{done[name]['seconds']:6d} s" if name not in failed else "failed"))

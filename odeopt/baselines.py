@@ -6,7 +6,6 @@ import importlib.resources
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from odeopt._version import __version__
 from odeopt.evaluation import Score, run, scores_of
+from odeopt.files import write_json
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate, RMSpropUpdate, SGDUpdate
 from odeopt.tasks.base import Task
@@ -358,13 +358,7 @@ def make_baselines_table(
         "null: a run did not stay finite",
         "entries": entries,
     }
-    path = Path(path)
-    temporary = path.with_suffix(".tmp")
-    text = json.dumps(table, indent=1, allow_nan=False)
-    # one trial per line instead of one number per line
-    text = re.sub(r"\[([^][{}]*)\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, table, is_by_row=True)
 
 
 def _key(task: Task) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from odeopt.checks import require
 from odeopt.evaluation import Interval, fast_batch, student_interval
+from odeopt.files import write_json
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 from odeopt.tables import draw_table
@@ -285,12 +285,7 @@ def write_columns(
         column: {name: {field: rows(x) for field, x in curves._asdict().items()} for name, curves in by_name.items()}
         for column, by_name in columns.items()
     }
-    text = json.dumps({**header, "columns": content}, indent=1, allow_nan=False)
-    # one run per line instead of one number per line
-    text = re.sub(r"\[([^][{}]*)\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {**header, "columns": content}, is_by_row=True)
 
 
 def read_columns(path: str | os.PathLike, header: Mapping[str, Any]) -> dict[str, dict[str, Curves]]:

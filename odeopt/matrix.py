@@ -22,6 +22,7 @@ from odeopt._version import __version__
 from odeopt.baselines import TUNING_SEED, Family, tune
 from odeopt.checks import require
 from odeopt.evaluation import EVALUATION_SEED, Interval, run, scores_of, student_interval
+from odeopt.files import write_json
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
 from odeopt.tables import draw_table
@@ -277,7 +278,7 @@ def evaluate_matrix(
     require(n_tuning_runs >= 1, "n_tuning_runs", n_tuning_runs, "at least 1")
     settings = {"library_version": __version__, "score": _SCORE, "runs": n_runs, "tuning_runs": n_tuning_runs}
     settings |= {"evaluation_seed": EVALUATION_SEED, "tuning_seed": TUNING_SEED}
-    header = {"rule": {"name": name, "sha256": _fingerprint(rule)}, **settings}
+    header = {"rule": {"name": name, "sha256": fingerprint(rule)}, **settings}
     done = _read(path, header) if path is not None and Path(path).exists() else {}
     lent = _read(references_from, settings) if references_from is not None else {}
     if path is not None:  # a folder that cannot be made should show before the first cell is tuned
@@ -309,7 +310,7 @@ def _outcome(rule: UpdateRule, task: Task, cell: Cell, n_runs: int, lr: float | 
     return Outcome(scores.where(scores.isfinite(), math.inf), n_diverged, lr)
 
 
-def _fingerprint(rule: UpdateRule) -> str:
+def fingerprint(rule: UpdateRule) -> str:
     """Tells rules apart by class, configuration and weights, whatever they are called."""
     digest = hashlib.sha256(json.dumps([type(rule).__name__, rule.config], sort_keys=True).encode())
     for name, value in sorted(rule.state_dict().items()):
@@ -347,10 +348,7 @@ def _write(path: Path, header: Mapping[str, Any], done: Mapping[str, Mapping[str
         return {**outcome._asdict(), "scores": scores}
 
     cells = {cell: {name: as_json(outcome) for name, outcome in outcomes.items()} for cell, outcomes in done.items()}
-    text = json.dumps({**header, "cells": cells}, indent=1, sort_keys=True, allow_nan=False)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {**header, "cells": cells}, sort_keys=True)
 
 
 def _ratio_text(ratio: Interval) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from odeopt.files import write_json
 from odeopt.meta.config import Config
 from odeopt.meta.search_config import SearchConfig
 from odeopt.meta.settings import MetaResult
@@ -289,9 +289,7 @@ class _Search:
         ranked = SearchResult(self.config, tuple(self.trials)).ranked
         content = {"config": self.config.name, "n_trials": self.config.n_trials, "settings": self.config.identity()}
         content["trials"] = [trial.as_json() for trial in ranked]
-        temporary = self.folder / "trials.tmp"
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / "trials.json")
+        write_json(self.folder / "trials.json", content)
 
     def result(self) -> SearchResult:
         trials = tuple(self.trials)

@@ -16,6 +16,20 @@ from .random import integers, permutation
 SPLITS = ("meta-train", "evaluation")
 
 
+def load_split(dataset: ImageDataset | str, split: str) -> tuple[ImageDataset, Tensor]:
+    """Return a dataset, loaded by its name where it is one, and the numbers of a split's training images.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"Parameter `split` should be one of {', '.join(SPLITS)}. Found `split = {split!r}`.")
+    if isinstance(dataset, str):
+        dataset = load_dataset(dataset)
+    halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
+    return dataset, halves[SPLITS.index(split)]
+
+
 class MLPClassification(PerceptronTask):
     r"""Fit a multilayer perceptron to images, one initialisation and one order of minibatches per problem.
 
@@ -61,12 +75,7 @@ class MLPClassification(PerceptronTask):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
-        if split not in SPLITS:
-            raise ValueError(f"Parameter `split` should be one of {', '.join(SPLITS)}. Found `split = {split!r}`.")
-        if isinstance(dataset, str):
-            dataset = load_dataset(dataset)
-        halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
-        members = halves[SPLITS.index(split)]
+        dataset, members = load_split(dataset, split)
         if n_examples is not None and not 1 <= n_examples <= len(members):
             raise ValueError(
                 f"Parameter `n_examples` should lie between 1 and {len(members)}. Found `n_examples = {n_examples}`."

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Batch
-from .classification import SPLITS
-from .datasets import ImageDataset, load_dataset
+from .classification import load_split
+from .datasets import ImageDataset
 from .module import ModuleTask
 from .perceptron import ACTIVATIONS
-from .random import integers, normal, permutation, uniform
+from .random import integers, normal, uniform
 
 
 class _Activation(nn.Module):
@@ -207,13 +207,8 @@ class ImageNetwork(ModuleTask):
         device: torch.device | str = "cpu",
     ) -> None:
         _check(architecture, ARCHITECTURES, width, depth, activation, batch_size)
-        if split not in SPLITS:
-            raise ValueError(f"Parameter `split` should be one of {', '.join(SPLITS)}. Found `split = {split!r}`.")
-        if isinstance(dataset, str):
-            dataset = load_dataset(dataset)
+        dataset, members = load_split(dataset, split)
         sizes = (dataset.train_images.shape[1], dataset.n_classes)
-        halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
-        members = halves[SPLITS.index(split)]
         self.stream = f"image-network/{split}"
         self.images, self.labels = dataset.train_images[members], dataset.train_labels[members]
         self.n_images, self.is_autoencoder = batch_size, architecture == "autoencoder"
