@@ -86,10 +86,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def configured(args: argparse.Namespace, dataset: str) -> Config:
     """What the default is trained by."""
-    config = load_config(Path(__file__).with_suffix(".toml"))
+    config = load_config(Path(__file__).with_suffix(".toml")).with_dataset(dataset)
     horizon, n_steps = args.horizon or config.training.horizon, args.steps or config.training.n_meta_steps
-    families = [family | {"dataset": dataset} for family in config.task["families"]]
-    task = config.task | {"horizons": [horizon, horizon], "families": families}
+    task = config.task | {"horizons": [horizon, horizon]}
     training = dataclasses.replace(config.training, horizon=horizon, n_meta_steps=n_steps)
     return dataclasses.replace(config, task=task, training=training)
 

@@ -7,7 +7,6 @@ batches, first with sigmoid activations (what all rules but the general one were
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -80,13 +79,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(name: str, dataset: ImageDataset, args: argparse.Namespace) -> UpdateRule:
     """Meta-train a rule from scratch, as its configuration says, on this dataset."""
-    config = load_config(name)
-    config = dataclasses.replace(config, task={**config.task, "dataset": dataset.name})
+    config = load_config(name).with_dataset(dataset.name)
+    config = config.with_seed(config.training.seed + args.seed)
     rule = config.build_rule().to(args.device)
     task = config.build_task(data_dir=args.data_dir, device=args.device)
-    training = dataclasses.replace(config.training, seed=config.training.seed + args.seed)
-    print(f"Meta-training {name} on {dataset.name}: {training.n_meta_steps} meta-steps")
-    result = meta_train(rule, task, training)
+    print(f"Meta-training {name} on {dataset.name}: {config.training.n_meta_steps} meta-steps")
+    result = meta_train(rule, task, config.training)
     print(f"{name}: validation loss {result.best_score:.4f}, {result.seconds:.0f} s")
     return rule
 

@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         "ranks, with the same command.",
     )
     train.add_argument("--config", required=True, help=f"a TOML file, or one of {', '.join(available_configs())}")
+    train.add_argument("--seed", type=arguments.natural, help="meta-seed, in place of the configuration's; NAME below "
+                       "is then followed by -seedSEED")  # fmt: skip
     train.add_argument("--out", type=Path, help="where the rule goes (default: runs/NAME.safetensors)")
     train.add_argument("--folder", type=Path, help="checkpoint and TensorBoard scalars; an interrupted run "
                        "is continued from here (default: runs/NAME)")  # fmt: skip
@@ -133,8 +135,11 @@ class _Terminated(BaseException):
 
 def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config)
-    folder = args.folder or Path("runs") / config.name
-    out = args.out or Path("runs") / f"{config.name}.safetensors"
+    name = config.name
+    if args.seed is not None:
+        config, name = config.with_seed(args.seed), f"{name}-seed{args.seed}"
+    folder = args.folder or Path("runs") / name
+    out = args.out or Path("runs") / f"{name}.safetensors"
     with _stoppable(folder), joined_world(args.device, timeout=args.timeout) as world:
         return _train_with(world, config, folder, out, args)
 

@@ -68,8 +68,7 @@ def train_variants(
         for seed in range(config.training.seed, config.training.seed + n_seeds):
             for name, options in variants.items():
                 bar.set_postfix_str(f"{name}, meta-seed {seed}")
-                training = dataclasses.replace(config.training, seed=seed)
-                own = dataclasses.replace(config, rule=config.rule | dict(options), training=training)
+                own = dataclasses.replace(config.with_seed(seed), rule=config.rule | dict(options))
                 rules[name].append(_trained(own, task, Path(folder) / f"{folders[name]}-{seed}", device))
                 bar.update()
     return rules
@@ -148,6 +147,7 @@ def compare_variants(
     reference: str,
     n_steps: int,
     n_runs: int = 20,
+    score: str = "last ten",
     seed: int = EVALUATION_SEED,
     progress_bar: bool = True,
 ) -> dict[str, Row]:
@@ -162,7 +162,8 @@ def compare_variants(
         reference: The variant that the others are compared with.
         n_steps: Updates per run; told to the rules as the horizon.
         n_runs: Runs of each rule.
-        seed: Seed of initialisations and batches; see :func:`odeopt.compare`.
+        score: What judges a run; see :func:`odeopt.compare`.
+        seed: Seed of initialisations and batches; likewise.
         progress_bar: Whether to show one.
 
     Returns:
@@ -175,7 +176,7 @@ def compare_variants(
     require(all(len(of_seeds) > 0 for of_seeds in rules.values()), "rules", rules, "one rule or more by each name")
     names = {name: [f"{name} #{k}" for k in range(len(of_seeds))] for name, of_seeds in rules.items()}
     flat = {key: rule for name, keys in names.items() for key, rule in zip(keys, rules[name], strict=True)}
-    options = {"n_steps": n_steps, "n_runs": n_runs, "seed": seed, "progress_bar": progress_bar}
+    options = {"n_steps": n_steps, "n_runs": n_runs, "score": score, "seed": seed, "progress_bar": progress_bar}
     comparison = compare(flat, task, reference=names[reference][0], **options)
     scores = {name: torch.stack([comparison.scores(key) for key in keys]) for name, keys in names.items()}
     middle = scores[reference].mean(0)

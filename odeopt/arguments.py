@@ -16,6 +16,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Read an integer of at least zero."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"should be an integer of at least 0; found {text}")
+    return int(text)
+
+
 def device(text: str) -> torch.device:
     """Read a device that is there; ``auto`` is CUDA where there is one, else the CPU."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text

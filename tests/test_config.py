@@ -234,6 +234,38 @@ def test_results_go_to_runs_under_the_name_of_the_configuration(tmp_path, monkey
     assert (tmp_path / "runs" / "tiny" / "checkpoint.pt").exists()
 
 
+def test_meta_seed_of_the_command_line_names_the_result_and_gives_another_rule(tmp_path, monkeypatch, capsys):
+    config = write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", str(config)]) == 0
+    for seed in (0, 7):
+        assert main(["train", "--config", str(config), "--seed", str(seed)]) == 0
+    rules = {
+        name: odeopt.load(tmp_path / "runs" / f"{name}.safetensors") for name in ("tiny", "tiny-seed0", "tiny-seed7")
+    }
+    assert {name: rule.trained_for["training"]["seed"] for name, rule in rules.items()} == {
+        "tiny": load_config(config).training.seed, "tiny-seed0": 0, "tiny-seed7": 7,
+    }  # fmt: skip
+    assert {rule.trained_for["config"] for rule in rules.values()} == {"tiny"}
+    first, second = (torch.nn.utils.parameters_to_vector(rules[f"tiny-seed{seed}"].parameters()) for seed in (0, 7))
+    assert not torch.equal(first, second)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--config", str(config), "--seed", "-1"])
+    assert "argument --seed: should be an integer of at least 0; found -1" in capsys.readouterr().err
+
+
+def test_other_images_take_the_place_of_all():
+    digits = load_config("port-hamiltonian").with_dataset("digits")
+    families = {family["class"]: family for family in digits.task["families"]}
+    assert families["MLPClassification"]["dataset"] == "digits"
+    assert "dataset" not in families["MLPClassification"]["choices"]
+    assert families["MLPClassification"]["choices"]["activation"]
+    assert "dataset" not in families["NoisyQuadratic"]
+    assert digits.build_task()
+    single = load_config("lstm-mnist").with_dataset("digits").build_task()
+    assert single.sizes[0] == 64
+
+
 @pytest.mark.parametrize("options", ["modes = 0", 'modes = "two"', 'solver = "rk5"'])
 def test_rule_that_cannot_be_built_is_one_clear_line(tmp_path, capsys, options):
     assert train(write(tmp_path, **{"modes = 1": options}), tmp_path) == 2

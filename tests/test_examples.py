@@ -1,5 +1,6 @@
 """Every example runs, prints its table and writes its figures; bad options are refused before any work."""
 
+import json
 import os
 import re
 import runpy
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import odeopt
 from odeopt import baselines
@@ -20,10 +22,13 @@ TINY = {
     "estimators": ["--steps", "2", "--runs", "2"],
     "generalisation": ["--quick", "--runs", "2", "--tuning-runs", "1", "--steps", "60"],
     "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1"],
+    "meta_seeds": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--problems", "3", "--tuning-runs", "1",
+                   *(str(Path(odeopt.__file__).parent / "pretrained" / f"{name}.safetensors")
+                     for name in ("hamiltonian-mnist", "port-hamiltonian-mnist", "lstm-quadratic"))],
     "mnist": ["--dataset", "digits", "--steps", "2", "--runs", "2"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
-}
+}  # fmt: skip
 WITH_OPTIONS = tuple(TINY)
 COLUMNS = ("losses", "all losses", "accuracy", "difference", "diverged", "time", "state", "looks across")
 HAND_DESIGNED = ("Adam (lr", "RMSprop (lr", "Momentum (lr", "Nesterov (lr")
@@ -127,6 +132,27 @@ def test_general_has_a_column_for_each_network_and_horizon(tmp_path, capsys, unt
     rows = [line.split(" | ")[0].removeprefix("| ") for line in last.splitlines()[3:8]]
     assert rows == ["port-hamiltonian", "port-hamiltonian-mnist", "Adam", "Nesterov", "Adam, cosine"]
     assert len(list(tmp_path.glob("general_*.png"))) == 5
+
+
+def test_meta_seeds_stand_together_and_the_best_validation_first(tmp_path, capsys, untuned):
+    files = []
+    for seed, validation in ((0, 0.3), (1, 0.2), (2, 0.4)):
+        torch.manual_seed(seed)
+        rule = odeopt.PortHamiltonianUpdate(initial_kappa=0.01 * (seed + 1))
+        made = {"horizon": 2, "task": {"class": "MLPClassification"}, "config": "mine", "training": {"seed": seed}}
+        files.append(tmp_path / f"{seed}.safetensors")
+        odeopt.save(rule, files[-1], trained_for=made | {"validation_loss": validation, "seconds": 1.0})
+    options = [*map(str, files), *TINY["meta_seeds"][:8], "--out", str(tmp_path)]
+    run("meta_seeds", *options, "--markdown")
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| mine |")).split(" | ")
+    assert row[-2] == "0.200 (seed 1), 0.300 (seed 0), 0.400 (seed 2)"
+    assert all(" ± " in cell for cell in row[1:5])
+    content = json.loads((tmp_path / "meta_seeds.json").read_text())
+    assert [each["seed"] for each in content["meta-trainings"]["mine"]] == [1, 0, 2]
+    by_seed = content["mnist"]["64-20-10, sigmoid, 2 steps"]["mine"]["by_seed"]
+    assert len(set(by_seed)) == 3  # each its own weights: they start at unlike step sizes
+    with pytest.raises(SystemExit, match=r"should hold one of each meta-seed. Found \[1, 1, 0\] for mine"):
+        run("meta_seeds", str(files[1]), *options[:2], *options[3:])
 
 
 def test_a_corrupt_file_is_named(tmp_path):

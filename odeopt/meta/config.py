@@ -70,6 +70,26 @@ class Config:
             "validation_loss": result.best_score,
         }
 
+    def with_seed(self, seed: int) -> Config:
+        """The same training from another meta-seed: other initial weights, tasks and batches."""
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, seed=seed))
+
+    def with_dataset(self, name: str) -> Config:
+        """The same training on other images, which take the place of every dataset of the task or its families.
+
+        Args:
+            name: As :func:`odeopt.tasks.load_dataset` takes it.
+        """
+        if self.task["class"] != "Mixture":
+            return dataclasses.replace(self, task=self.task | {"dataset": name})
+        families = []
+        for family in self.task["families"]:
+            if "dataset" in family.get("choices", {}):
+                choices = {key: values for key, values in family["choices"].items() if key != "dataset"}
+                family = family | {"choices": choices, "dataset": name}
+            families.append(family | {"dataset": name} if "dataset" in family else family)
+        return dataclasses.replace(self, task=self.task | {"families": families})
+
     def build_rule(self) -> UpdateRule:
         """Build the untrained rule; the same weights every time, whatever the caller's random state."""
         options = dict(self.rule)
