@@ -31,6 +31,12 @@ STAGES = (
     ("saddle", 1, "saddle.py --out {out}", "--runs 20 --steps 100"),
     ("estimators", 12, "estimators.py --out {out}", "--quick"),
     ("general", 12, "general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
+    (
+        "meta-seeds",
+        8,
+        "meta_seeds.py --out {out}",
+        "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1",
+    ),
     ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
     ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),

@@ -100,11 +100,12 @@ def test_compiled_steps_give_the_gradient_and_train():
     torch.testing.assert_close(found, wanted_gradient, rtol=1e-7, atol=1e-9)
 
 
-def test_meta_training_takes_the_compiled_steps(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"meta_gradient": "damped", "threshold": 1e9}], ids=str)
+def test_meta_training_takes_the_compiled_steps(options, monkeypatch):
     seen = []
     # what compiling does is tested above and takes half a minute
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: seen.append(1) or function(*args))
-    config = MetaConfig(n_meta_steps=3, n_tasks=4, horizon=4, n_validation_tasks=2)
+    config = MetaConfig(n_meta_steps=3, n_tasks=4, horizon=4, n_validation_tasks=2, **options)
     losses = []
     for compile in (False, True):
         result = meta_train(

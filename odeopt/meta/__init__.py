@@ -1,7 +1,7 @@
 """Learning a rule: the unrolled computation, estimators of its gradient, and the training loop."""
 
 from odeopt.meta.distributed import LostRankError, World
-from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies, Hybrid
+from odeopt.meta.estimators import Backpropagation, DampedBackpropagation, Estimator, EvolutionStrategies, Hybrid
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.persistent import PersistentEvolutionStrategies
 from odeopt.meta.settings import MetaConfig, MetaResult
@@ -10,6 +10,7 @@ from odeopt.meta.unroll import Trajectory, unroll
 
 __all__ = [
     "Backpropagation",
+    "DampedBackpropagation",
     "Estimator",
     "EvolutionStrategies",
     "Hybrid",

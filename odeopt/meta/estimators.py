@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,18 +87,27 @@ class Backpropagation(Estimator):
         checkpoint: Number of steps per checkpointed segment, whose ends alone stay in memory until the backward
             pass, which computes each segment again; None keeps every step. See
             :class:`~odeopt.meta.settings.MetaConfig` for how to choose it.
+        damping: Factor, per step, on the meta-gradient on its way back; see :class:`DampedBackpropagation`.
 
     Raises:
-        ValueError: If ``truncation`` or ``checkpoint`` is not positive.
+        ValueError: If ``truncation`` or ``checkpoint`` is not positive, or ``damping`` not in (0, 1].
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Sec. 2.1.
     """
 
-    def __init__(self, *, truncation: int | None = None, detach: bool = False, checkpoint: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        truncation: int | None = None,
+        detach: bool = False,
+        checkpoint: int | None = None,
+        damping: float = 1.0,
+    ) -> None:
         for name, value in (("truncation", truncation), ("checkpoint", checkpoint)):
             require(value is None or value >= 1, name, value, "positive")
-        self.truncation, self.detach, self.checkpoint = truncation, detach, checkpoint
+        require(is_number(damping) and 0 < damping <= 1, "damping", damping, "a number in (0, 1]")
+        self.truncation, self.detach, self.checkpoint, self.damping = truncation, detach, checkpoint, damping
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
                   world=ALONE):  # fmt: skip
@@ -118,6 +128,7 @@ class Backpropagation(Estimator):
                 detach=self.detach,
                 update_scale=update_scale,
                 checkpoint=self.checkpoint,
+                damping=self.damping,
             )
             first = trajectory.losses[0].detach() if first is None else first
             meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon, first=first).mean()
@@ -136,6 +147,68 @@ def _averaged(rule: UpdateRule, meta_loss: Tensor, n_tasks: int, world: World) -
     for p, grad in zip(parameters, grads, strict=True):
         p.grad = grad
     return meta_loss
+
+
+class DampedBackpropagation(Estimator):
+    r"""Backpropagation over the full horizon that is damped where the run is chaotic.
+
+    With a damping :math:`\gamma` what a loss says of an update :math:`k` steps earlier counts :math:`\gamma^k`: a soft
+    truncation after about :math:`1 / (1 - \gamma)` steps, of one gradient over all parts of the run. At the edge of
+    stability, where good step sizes lie, the exact gradient grows without bound and says nothing; its short-sighted
+    part still says which updates lower the losses soon after them, for every weight of the rule. So the dampings are
+    tried in turn, from the least, until the gradient is no longer than ``threshold``; the last one counts whatever its
+    length. A calm run keeps its exact gradient.
+
+    Args:
+        dampings: Factors per step, falling; 1 is the exact gradient.
+        threshold: Norm of a gradient up to which it counts.
+        longest: Steps up to which the first damping is tried; longer runs begin with the second.
+        checkpoint: As that of :class:`Backpropagation`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Metz et al. (2021), Gradients are not all you need: why the gradients of long runs explode.
+    """
+
+    def __init__(
+        self,
+        *,
+        dampings: Sequence[float] = (1.0, 0.95, 0.85),
+        threshold: float = 5.0,
+        longest: int = 150,
+        checkpoint: int | None = None,
+    ) -> None:
+        require_dampings(dampings)
+        require(is_number(threshold) and threshold > 0, "threshold", threshold, "a positive number")
+        require(is_integer(longest) and longest >= 1, "longest", longest, "a positive integer")
+        self.threshold, self.longest = threshold, longest
+        self.attempts = [Backpropagation(checkpoint=checkpoint, damping=damping) for damping in dampings]
+
+    def gradients(self, rule, task, objective, *, world=ALONE, **options):
+        weights = [p for p in rule.parameters() if p.requires_grad]
+        attempts = self.attempts if options["horizon"] <= self.longest else self.attempts[1:] or self.attempts
+        for attempt in attempts:
+            for p in weights:
+                p.grad = None
+            (meta_loss,) = attempt.gradients(rule, task, objective, world=world, **options)
+            if world.agree(_norm(weights)) <= self.threshold:  # NaN is not below anything
+                break
+        yield meta_loss
+
+
+def require_dampings(dampings: Sequence[float]) -> None:
+    """Refuse what is not a list of falling factors."""
+    is_list = isinstance(dampings, Sequence) and len(dampings) > 0
+    is_list = is_list and all(is_number(damping) and 0 < damping <= 1 for damping in dampings)
+    is_falling = is_list and all(a > b for a, b in itertools.pairwise(dampings))
+    require(is_falling, "dampings", dampings, "one falling number in (0, 1] or more")
+
+
+def _norm(parameters: list[Tensor]) -> float:
+    """Length of the gradients of some parameters, taken together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 class EvolutionStrategies(Estimator):
@@ -293,8 +366,7 @@ class Hybrid(Estimator):
         if horizon <= self.longest:
             steps = self.backpropagation.gradients(rule, task, objective, indices=indices, world=world, **options)
             (meta_loss,) = steps
-            norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
-            if world.agree(norm) <= self.threshold:
+            if world.agree(_norm(weights)) <= self.threshold:
                 yield meta_loss
                 return
             for p in weights:

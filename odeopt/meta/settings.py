@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from odeopt.checks import is_integer, is_number, require
-from odeopt.meta.estimators import Backpropagation, Estimator, EvolutionStrategies, Hybrid
+from odeopt.meta.estimators import (
+    Backpropagation,
+    DampedBackpropagation,
+    Estimator,
+    EvolutionStrategies,
+    Hybrid,
+    require_dampings,
+)
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.persistent import PersistentEvolutionStrategies
 from odeopt.rules.base import UpdateRule
@@ -14,6 +21,7 @@ _SCHEDULES = ("one-cycle", "constant")
 # What each estimator of the meta-gradient can be told; None, or False, leaves it unsaid.
 _ESTIMATORS = {
     "backpropagation": ("truncation", "checkpoint", "detach"),
+    "damped": ("dampings", "threshold", "longest", "checkpoint"),
     "es": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace"),
     "hybrid": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace", "threshold", "longest"),
     "pes": ("n_pairs", "sigma", "truncation", "n_groups", "difference_clip"),
@@ -29,12 +37,14 @@ class MetaConfig:
         n_tasks: Tasks per batch, on each rank; of a mixture, draws per meta-step on each rank.
         horizon: Optimizee steps per task; a mixture draws its own.
         meta_gradient: How the meta-gradient is estimated: ``"backpropagation"``, which reads ``truncation``,
-            ``checkpoint`` and ``detach``; or ``"es"``, :class:`~odeopt.meta.estimators.EvolutionStrategies` over the
-            full horizon, which reads ``n_pairs``, ``sigma``, ``chunk``, ``difference_clip`` and ``subspace``; or
-            ``"hybrid"``, :class:`~odeopt.meta.estimators.Hybrid`, which reads these, ``threshold`` and ``longest``; or
-            ``"pes"``, :class:`~odeopt.meta.persistent.PersistentEvolutionStrategies`, which reads ``n_pairs``,
-            ``sigma``, ``truncation``, ``n_groups`` and ``difference_clip`` and takes a single task, no mixture. An
-            option that the chosen one does not read is an error.
+            ``checkpoint`` and ``detach``; or ``"damped"``, :class:`~odeopt.meta.estimators.DampedBackpropagation`,
+            which reads ``dampings``, ``threshold``, ``longest`` and ``checkpoint``; or ``"es"``,
+            :class:`~odeopt.meta.estimators.EvolutionStrategies` over the full horizon, which reads ``n_pairs``,
+            ``sigma``, ``chunk``, ``difference_clip`` and ``subspace``; or ``"hybrid"``,
+            :class:`~odeopt.meta.estimators.Hybrid`, which reads these, ``threshold`` and ``longest``; or ``"pes"``,
+            :class:`~odeopt.meta.persistent.PersistentEvolutionStrategies`, which reads ``n_pairs``, ``sigma``,
+            ``truncation``, ``n_groups`` and ``difference_clip`` and takes a single task, no mixture. An option that
+            the chosen one does not read is an error.
         truncation: Steps per segment: of truncated backpropagation, None for the full horizon; of persistent
             evolution strategies, 20 where None.
         checkpoint: Steps per checkpointed segment, for horizons that do not fit in memory; None keeps every step.
@@ -51,7 +61,8 @@ class MetaConfig:
         n_groups: Groups of tasks whose runs are in different parts of the horizon; 4 where None.
         difference_clip: What the meta-losses of a pair count as differing by at most; no limit where None.
         subspace: Beginning of the names of the weights that are perturbed; all where None.
-        threshold: Norm of an exact meta-gradient up to which it counts; 5 where None.
+        dampings: Factors per step on a meta-gradient on its way back, tried in turn; 1, 0.95 and 0.85 where None.
+        threshold: Norm of an exact meta-gradient, or of a damped one, up to which it counts; 5 where None.
         longest: Steps up to which the exact meta-gradient is tried; 150 where None.
         weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"``, ``"late"`` or ``"last"``.
         log_loss: Whether the meta-loss takes logarithms of the losses.
@@ -85,6 +96,7 @@ class MetaConfig:
     n_groups: int | None = None
     difference_clip: float | None = None
     subspace: str | None = None
+    dampings: list[float] | None = None
     threshold: float | None = None
     longest: int | None = None
     weights: str = "linear"
@@ -112,6 +124,8 @@ class MetaConfig:
         for name in ("sigma", "difference_clip", "threshold"):
             value = getattr(self, name)
             require(value is None or (is_number(value) and value > 0), name, value, "a positive number or None")
+        if self.dampings is not None:
+            require_dampings(self.dampings)
         is_prefix = self.subspace is None or isinstance(self.subspace, str)
         require(is_prefix, "subspace", self.subspace, "the beginning of a name or None")
         for name in ("averaging", "beta2"):
@@ -145,6 +159,8 @@ class MetaConfig:
         given = {name: value for name, value in given.items() if value is not None}
         if self.meta_gradient == "backpropagation":
             return Backpropagation(**given)
+        if self.meta_gradient == "damped":
+            return DampedBackpropagation(**given)
         own = {name: given.pop(name) for name in ("threshold", "longest") if name in given}
         if "difference_clip" in given:
             given["clip"] = given.pop("difference_clip")

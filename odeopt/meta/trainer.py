@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from odeopt.checks import require
 from odeopt.meta.distributed import LostRankError, World, current_world
-from odeopt.meta.estimators import Backpropagation
+from odeopt.meta.estimators import Backpropagation, DampedBackpropagation
 from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.validation import validation_score
@@ -27,6 +27,7 @@ from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 
 _FORMAT = 2  # of checkpoints; version 0.1.0 of the library wrote none
+_NEWER = ("n_groups", "dampings")  # options that checkpoints may be older than
 _VALIDATION_SEED_OFFSET = 1_000_003  # validation draws from streams that training never touches
 _N_NORMS = 50  # accepted gradient norms that an outlier is judged against
 
@@ -186,7 +187,7 @@ class _Run:
 
     def compile(self) -> None:
         """Let the steps of the rule be compiled; validation takes them as they are."""
-        is_known = isinstance(self.estimator, Backpropagation)
+        is_known = isinstance(self.estimator, Backpropagation | DampedBackpropagation)
         require(is_known, "compile", True, "False where the meta-gradient is not backpropagated")
         self.stepped = CompiledSteps(self.rule)
 
@@ -415,8 +416,8 @@ class _Run:
             self.writer.close()
 
     def _identity(self) -> dict[str, Any]:
-        """What makes two runs one: not how much memory it takes, nor groups unasked for, which are newer than some."""
-        left_out = {"checkpoint", "chunk"} | ({"n_groups"} if self.config.n_groups is None else set())
+        """What makes two runs one: not how much memory it takes, nor options unasked for that are newer than some."""
+        left_out = {"checkpoint", "chunk"} | {name for name in _NEWER if getattr(self.config, name) is None}
         config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in left_out}
         return {
             "config": config,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from odeopt.checks import require
+from odeopt.checks import is_number, require
 from odeopt.meta.layouts import Separate, layout_for
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
@@ -44,6 +44,7 @@ def unroll(
     detach: bool = False,
     update_scale: float = 1.0,
     checkpoint: int | None = None,
+    damping: float = 1.0,
 ) -> Trajectory:
     """Optimize the tasks ``indices`` with ``rule``, all of them as one batched computation.
 
@@ -70,12 +71,14 @@ def unroll(
         detach: Whether the meta-gradient ignores how gradients depend on the rule.
         update_scale: Factor on the updates, the ``lr`` of :class:`odeopt.LearnedOptimizer`.
         checkpoint: Steps per checkpointed segment; None keeps the whole run in memory.
+        damping: Factor on the meta-gradient that goes back through parameters and states where a step begins; 1 is
+            exact. The run itself is the same.
 
     Returns:
         Losses, final parameters and final states.
 
     Raises:
-        ValueError: If ``n_steps``, ``total_steps`` or ``checkpoint`` is out of range.
+        ValueError: If ``n_steps``, ``total_steps``, ``checkpoint`` or ``damping`` is out of range.
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Fig. 2.
@@ -84,6 +87,7 @@ def unroll(
     is_long_enough = total_steps is None or total_steps >= start + n_steps
     require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
     require(checkpoint is None or checkpoint >= 1, "checkpoint", checkpoint, "positive")
+    require(is_number(damping) and 0 < damping <= 1, "damping", damping, "a number in (0, 1]")
     params = task.init_params(indices, seed) if params is None else dict(params)
     shapes = {name: param.shape for name, param in params.items()}
     flat = {name: param.reshape(len(indices), shapes[name][1:].numel()) for name, param in params.items()}
@@ -91,7 +95,7 @@ def unroll(
         states = {name: rule.init_state(param) for name, param in flat.items()}
     layout = layout_for(rule, shapes, next(iter(flat.values())))
     flat, states = layout.pack(flat, states)
-    run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale)
+    run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale, damping)
     steps = run.checkpointed if checkpoint is not None and torch.is_grad_enabled() else run.steps
     end, length, losses = start + n_steps, checkpoint or n_steps, []
     for first in range(start, end, length):
@@ -101,6 +105,19 @@ def unroll(
     flat, states = layout.unpack(flat, states)
     params = {name: param.view(shapes[name]) for name, param in flat.items()}
     return Trajectory(torch.stack(losses), params, states)
+
+
+class _Damped(torch.autograd.Function):
+    """The identity, whose derivative is a number below one."""
+
+    @staticmethod
+    def forward(ctx, value, damping):
+        ctx.damping = damping
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.damping * grad, None
 
 
 class _Unroll(NamedTuple):
@@ -114,6 +131,7 @@ class _Unroll(NamedTuple):
     total_steps: int | None
     detach: bool
     update_scale: float
+    damping: float
 
     @torch.enable_grad()
     def evaluate(self, flat: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -128,17 +146,27 @@ class _Unroll(NamedTuple):
         """Take some steps: the loss before each of them, and what they lead to."""
         is_exact, losses = torch.is_grad_enabled() and not self.detach, []
         for step in range(start, end):
+            flat, states = self.damped(flat, states)
             loss, total, variables = self.evaluate(flat, step)
             losses.append(_kept(loss))
             # where the run is differentiated the graph of the loss is needed again by the meta-gradient
             grads = torch.autograd.grad(total, variables, create_graph=is_exact, retain_graph=torch.is_grad_enabled())
             progress = None if self.total_steps is None else loss.new_tensor(step / self.total_steps)
-            states, new_flat = dict(states), {}
+            new_flat = {}
             for (name, param), grad in zip(flat.items(), grads, strict=True):
                 update, states[name] = self.layout.step(self.rule, name, grad, states[name], param, progress)
                 new_flat[name] = param + (update if self.update_scale == 1 else self.update_scale * update)
             flat = new_flat
         return losses, flat, states
+
+    def damped(self, flat: dict[str, Tensor], states: dict[str, NamedTuple]) -> tuple[dict, dict]:
+        """The same numbers in new dictionaries; what a later loss says of them is damped on its way back."""
+        if self.damping == 1 or not torch.is_grad_enabled():
+            return flat, dict(states)
+        return (
+            {name: _Damped.apply(param, self.damping) for name, param in flat.items()},
+            {name: type(state)(*(_Damped.apply(s, self.damping) for s in state)) for name, state in states.items()},
+        )
 
     def checkpointed(self, start, end, flat, states):
         """As :meth:`steps`, but nothing inside is kept: the backward pass takes the steps again."""
