@@ -23,6 +23,7 @@ from odeopt import arguments
 from odeopt.files import write_json
 
 EXAMPLES = Path(__file__).resolve().parent
+QUICK_SEEDS = "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1"
 # name, minutes on two cores, command, what --quick adds or changes; {out} is the folder of the figures
 STAGES = (
     ("schematic", 1, "schematic.py --out {out}", ""),
@@ -31,12 +32,7 @@ STAGES = (
     ("saddle", 1, "saddle.py --out {out}", "--runs 20 --steps 100"),
     ("estimators", 12, "estimators.py --out {out}", "--quick"),
     ("general", 12, "general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
-    (
-        "meta-seeds",
-        8,
-        "meta_seeds.py --out {out}",
-        "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1",
-    ),
+    ("meta-seeds", 8, "meta_seeds.py --out {out}", QUICK_SEEDS),
     ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
     ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
