@@ -3,12 +3,13 @@
 import pytest
 import rule_toys
 
-# what no coordinate of a tensor has for itself: its friction, its port gain, the scale of its effort
+# what no coordinate of a tensor has for itself: its friction, its port gain, the scale of its effort, its small size
 WITHOUT = {
     "constant friction": {"friction": "constant", "modes": 3},
     "constant port": {"port": "constant"},
     "constant friction and port, coordinatewise": {"friction": "constant", "port": "constant", "coordinatewise": True},
     "tensor normalization": {"normalization": "tensor", "memory": 1},
+    "ratio floor": {"ratio_floor": 0.9},
     "tensor normalization, network": {"normalization": "tensor", "mass": "network", "port": "constant"},
 }
 VARIANTS = rule_toys.VARIANTS | WITHOUT

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -94,6 +95,45 @@ def test_without_squares_efforts_keep_the_ratios_of_the_gradients():
     torch.testing.assert_close(updates / updates[:, :1], torch.tensor([[1.0, 10.0, -100.0]], dtype=f64).expand(4, 3))
 
 
+# -------------------- coordinates that see small gradients
+
+
+def updates_at(rule, magnitudes):
+    """Updates after thirty steps with gradients of constant magnitudes."""
+    state, grad = rule.init_state(magnitudes), magnitudes
+    for _ in range(30):
+        update, state = rule(grad, state)
+    return update
+
+
+def learned_gains(**options):
+    rule = PortHamiltonianUpdate(**options).double()
+    slopes = rule.coefficient_network[-1].bias[rule.modes : 2 * rule.modes]
+    with torch.no_grad():
+        slopes.fill_(-1.0)  # small gradients, large gains: what meta-training makes of them
+    return rule
+
+
+def test_coordinates_below_the_floor_count_as_those_on_it():
+    # rms of the tensor about one: the three last are below a tenth of it
+    magnitudes = torch.tensor([1.0, 1.0, 1.0, 0.3, 0.09, 0.03, 0.01], dtype=f64)
+    free, bounded = (updates_at(learned_gains(ratio_floor=floor), magnitudes) for floor in (0.0, 0.15))
+    assert torch.equal(free[:4], bounded[:4])
+    assert (free[4:].abs() > bounded[4:].abs()).all()
+    torch.testing.assert_close(bounded[4], bounded[5], rtol=1e-3, atol=0)  # efforts are alike, but for their floor
+    assert free[5].abs() > 5 * free[4].abs()
+
+
+def test_a_unit_that_wakes_up_does_not_leap():
+    grads = draws(60, 50)
+    grads[:50, :10] = 0.0  # ten of fifty coordinates see nothing for fifty steps, and little afterwards
+    grads[50:, :10] *= 0.05
+    free, bounded = (
+        run(learned_gains(ratio_floor=floor), grads)[0][50:, :10].abs().max().item() for floor in (0.0, 0.5)
+    )
+    assert free > 100 * bounded
+
+
 # -------------------- every path takes the same step
 
 
@@ -184,6 +224,8 @@ def test_default_configuration_is_that_of_older_files():
     assert "normalization" not in PortHamiltonianUpdate().config
     assert "normalization" not in PortHamiltonianUpdate(normalization="coordinate").config
     assert PortHamiltonianUpdate(normalization="tensor").config["normalization"] == "tensor"
+    assert "ratio_floor" not in PortHamiltonianUpdate(ratio_floor=0).config
+    assert PortHamiltonianUpdate(ratio_floor=0.3).config["ratio_floor"] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -199,6 +241,14 @@ def test_default_configuration_is_that_of_older_files():
             r"`normalization` should be 'coordinate' where `coordinatewise = True`.*Found `normalization = 'tensor'`",
         ),
         ({"friction": "off"}, r"`friction` should be 'modulated', 'network' or 'constant'. Found `friction = 'off'`"),
+        (
+            {"ratio_floor": 0.3, "coordinatewise": True},
+            r"`ratio_floor` should be 0 where `coordinatewise = True`.*Found `ratio_floor = 0.3`",
+        ),
+        *(
+            ({"ratio_floor": value}, rf"`ratio_floor` should be a number in \[0, 1\]. Found `ratio_floor = {value}`")
+            for value in (-0.1, 1.5, None, math.nan)
+        ),
         ({"port": False}, r"`port` should be 'modulated', 'network' or 'constant'. Found `port = False`"),
     ],
 )

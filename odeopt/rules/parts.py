@@ -147,6 +147,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     scales = given["time_scales"]
     check("time_scales", len(scales) > 0 and all(is_number(s) and s > 0 for s in scales), "positive numbers")
     check("initial_kappa", is_number(kappa) and kappa > 0, "a positive number")
+    floor = given["ratio_floor"]
+    check("ratio_floor", is_number(floor) and 0 <= floor <= 1, "a number in [0, 1]")
     for name in ("coordinatewise", "uses_progress"):
         check(name, isinstance(given[name], bool), "True or False")
     for name, values in _CHOICES.items():
@@ -155,6 +157,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)
+        check("ratio_floor", floor == 0, "0 where `coordinatewise = True`, which knows nothing of the tensor")
     depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
     solvers = _solvers(given["backend"], depends_on_q=depends_on_q)
     check("solver", given["solver"] in solvers, f"one of {', '.join(solvers)}")

@@ -91,6 +91,9 @@ class PortHamiltonianUpdate(StagedRule):
         memory: Slow variables per tensor that the network sees, and moves by at most ``1 / max(t, 10)`` at step t; the
             first one is added to log kappa. So step sizes can grow for as long as gradients point along the momenta,
             and fall with powers of t at any horizon, where a fixed rate would let them die out exponentially.
+        ratio_floor: What the ratio ``rms_i / rms_tensor`` counts as at least, in ``[0, 1]``. Coordinates that see small
+            gradients get large gains; those of a unit that wakes up after a silence would all get them at once, up to
+            a hundred times what others do, and throw a network that had been trained out of its minimum.
         backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods, which
             give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
 
@@ -121,6 +124,7 @@ class PortHamiltonianUpdate(StagedRule):
         uses_progress: bool = False,
         initial_kappa: float = 0.06,
         memory: int = 0,
+        ratio_floor: float = 0.0,
         backend: str = "auto",
     ) -> None:
         config = {
@@ -139,12 +143,14 @@ class PortHamiltonianUpdate(StagedRule):
             "memory": memory,
             "backend": backend,
         }
-        check_arguments(config | {"normalization": normalization})
-        # left out by default: what tells runs and matrices apart by the configuration is older than the option
+        check_arguments(config | {"normalization": normalization, "ratio_floor": ratio_floor})
+        # left out by default: what tells runs and matrices apart by the configuration is older than the options
         newer = {} if normalization == "coordinate" else {"normalization": normalization}
+        newer |= {} if ratio_floor == 0 else {"ratio_floor": ratio_floor}
         super().__init__(**config | newer | {"hidden": list(hidden), "time_scales": list(time_scales)})
         self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
         self.memory, self.normalization = memory, normalization
+        self.ratio_floor = ratio_floor
         depends_on_q = "network" in (mass, potential, friction, port)
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
         # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
@@ -273,7 +279,8 @@ class PortHamiltonianUpdate(StagedRule):
         if self.coordinatewise:
             # the coordinate's present magnitude beside its own history: the tensor is out of sight
             return 0.5 * (observation.u.square() + _EPS_SIGNAL).log()
-        return 0.5 * (observation.second_moment + _EPS_SIGNAL).log() - shared.log_rms
+        log_ratio = 0.5 * (observation.second_moment + _EPS_SIGNAL).log() - shared.log_rms
+        return log_ratio if self.ratio_floor == 0 else log_ratio.clamp(min=math.log(self.ratio_floor))
 
     def coefficients(self, stage, sums, state, features, shared, progress, has_param=True):
         """Running scale of the tensor (stage 0), then the coefficients that its network emits (the last stage)."""
