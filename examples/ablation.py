@@ -31,7 +31,8 @@ VARIANTS = {
     "port not modulated": {"port": "constant"},
     "effort scaled by the tensor": {"normalization": "tensor"},
     # it cannot see the fan-in, and starts at the step size that the default has at 49
-    "no signals of the tensor": {"coordinatewise": True, "initial_kappa": 0.0151},
+    "no signals of the tensor": {"coordinatewise": True, "initial_kappa": 0.0151, "ratio_floor": 0.0},
+    "no floor of ratios": {"ratio_floor": 0.0},
     "no memory": {"memory": 0},
     "progress not told": {"uses_progress": False},
     "one mode": {"modes": 1},
