@@ -71,6 +71,33 @@ def test_long_gradients_and_long_runs_are_perturbed_on_the_first_task(options):
     assert [name for name, grad in got[1].items() if grad is not None] == [f"{HEAD}.weight", f"{HEAD}.bias"]
 
 
+DAMPINGS = (1.0, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("longest", [5, 4])
+def test_damped_gradients_are_tried_before_the_perturbations(longest):
+    rule = rule_of()
+    expected = [gradients(Backpropagation(damping=damping), rule) for damping in DAMPINGS]
+    lengths = [torch.cat([g.flatten() for g in grads.values()]).norm().item() for _, grads in expected]
+    assert lengths[0] > lengths[1] > lengths[2]
+    first = 0 if longest == 5 else 1  # a longer run leaves out the first
+    for k in range(first, 3):
+        hybrid = Hybrid(evolution(), dampings=DAMPINGS, longest=longest, threshold=1.001 * lengths[k])
+        assert_equal(gradients(hybrid, rule), expected[k])
+    hybrid = Hybrid(evolution(), dampings=DAMPINGS, longest=longest, threshold=0.999 * lengths[2])
+    assert_equal(gradients(hybrid, rule), gradients(evolution(), rule, n=1))
+
+
+def test_hybrid_reads_its_settings():
+    config = MetaConfig(meta_gradient="hybrid", dampings=[1.0, 0.9], threshold=2.0, longest=7, n_pairs=3)
+    estimator = config.estimator()
+    assert [attempt.damping for attempt in estimator.attempts] == [1.0, 0.9]
+    assert (estimator.threshold, estimator.longest, estimator.evolution.n_pairs) == (2.0, 7, 3)
+    assert [attempt.damping for attempt in Hybrid(evolution()).attempts] == [1.0]
+    with pytest.raises(ValueError, match="`dampings` should be one falling number"):
+        Hybrid(evolution(), dampings=())
+
+
 def test_gradients_that_are_not_finite_are_perturbed(monkeypatch):
     def broken(self, rule, *args, **kwargs):
         for p in rule.parameters():

@@ -187,15 +187,29 @@ class DampedBackpropagation(Estimator):
         self.attempts = [Backpropagation(checkpoint=checkpoint, damping=damping) for damping in dampings]
 
     def gradients(self, rule, task, objective, *, world=ALONE, **options):
-        weights = [p for p in rule.parameters() if p.requires_grad]
-        attempts = self.attempts if options["horizon"] <= self.longest else self.attempts[1:] or self.attempts
-        for attempt in attempts:
-            for p in weights:
-                p.grad = None
-            (meta_loss,) = attempt.gradients(rule, task, objective, world=world, **options)
-            if world.agree(_norm(weights)) <= self.threshold:  # NaN is not below anything
-                break
+        attempts = _attempts(self.attempts, options["horizon"], self.longest) or self.attempts
+        meta_loss, _ = _first_calm(attempts, self.threshold, rule, task, objective, world=world, **options)
         yield meta_loss
+
+
+def _attempts(attempts: list[Backpropagation], horizon: int, longest: int) -> list[Backpropagation]:
+    """What is tried on a run: long ones leave out the first."""
+    return attempts if horizon <= longest else attempts[1:]
+
+
+def _first_calm(
+    attempts: list[Backpropagation], threshold: float, rule: UpdateRule, *args, world: World, **options
+) -> tuple[Tensor | None, bool]:
+    """Meta-loss of the first attempt whose gradient is short enough, or of the last one; and whether it is."""
+    weights, meta_loss = [p for p in rule.parameters() if p.requires_grad], None
+    for attempt in attempts:
+        for p in weights:
+            p.grad = None
+        (meta_loss,) = attempt.gradients(rule, *args, world=world, **options)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
+        if world.agree(norm) <= threshold:  # NaN is not below anything
+            return meta_loss, True
+    return meta_loss, False
 
 
 def require_dampings(dampings: Sequence[float]) -> None:
@@ -204,11 +218,6 @@ def require_dampings(dampings: Sequence[float]) -> None:
     is_list = is_list and all(is_number(damping) and 0 < damping <= 1 for damping in dampings)
     is_falling = is_list and all(a > b for a, b in itertools.pairwise(dampings))
     require(is_falling, "dampings", dampings, "one falling number in (0, 1] or more")
-
-
-def _norm(parameters: list[Tensor]) -> float:
-    """Length of the gradients of some parameters, taken together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 class EvolutionStrategies(Estimator):
@@ -328,12 +337,16 @@ class Hybrid(Estimator):
     At the edge of stability, where good step sizes lie, the exact gradient of a long run grows without bound and says
     nothing. Left out, nothing would hold the weights back: the calm runs all ask for longer steps. So such a run is
     done again under perturbed weights, whose losses do say which way is back. Of several ranks the first does that, on
-    its first task, which is the first of the whole batch, and tells the others; they wait.
+    its first task, which is the first of the whole batch, and tells the others; they wait. In between, gradients can
+    be tried that are damped, as by :class:`DampedBackpropagation`. Much damping is short-sighted, and on long runs it
+    points the wrong way as often as not; what is chaotic under little of it is better left to the perturbations.
 
     Args:
-        threshold: Norm of the exact gradient up to which it counts.
-        longest: Steps up to which backpropagation is tried; longer runs go to the perturbations at once.
         evolution: What evaluates the rest, on the first task of the batch only.
+        threshold: Norm of a gradient up to which it counts.
+        longest: Steps up to which the first damping is tried; longer runs begin with the second, or go to the
+            perturbations at once if there is none.
+        dampings: Factors per step, falling; 1 is the exact gradient.
         coordinates: Coordinates times perturbations at a time, of which there are fewer for larger tasks (two pairs at
             least).
 
@@ -351,26 +364,28 @@ class Hybrid(Estimator):
         *,
         threshold: float = 5.0,
         longest: int = 150,
+        dampings: Sequence[float] = (1.0,),
         coordinates: float = 1.5e5,
     ) -> None:
+        require_dampings(dampings)
         for name, value in (("threshold", threshold), ("coordinates", coordinates)):
             require(is_number(value) and value > 0, name, value, "a positive number")
         require(is_integer(longest) and longest >= 1, "longest", longest, "a positive integer")
         self.evolution, self.threshold, self.longest, self.coordinates = evolution, threshold, longest, coordinates
-        self.backpropagation = Backpropagation()
+        self.attempts = [Backpropagation(damping=damping) for damping in dampings]
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
                   world=ALONE):  # fmt: skip
         options = {"horizon": horizon, "seed": seed, "update_scale": update_scale, "tells_horizon": tells_horizon}
+        attempts = _attempts(self.attempts, horizon, self.longest)
+        run = {"indices": indices, "world": world} | options
+        meta_loss, is_calm = _first_calm(attempts, self.threshold, rule, task, objective, **run)
+        if is_calm:
+            yield meta_loss
+            return
         weights = [p for p in rule.parameters() if p.requires_grad]
-        if horizon <= self.longest:
-            steps = self.backpropagation.gradients(rule, task, objective, indices=indices, world=world, **options)
-            (meta_loss,) = steps
-            if world.agree(_norm(weights)) <= self.threshold:
-                yield meta_loss
-                return
-            for p in weights:
-                p.grad = None
+        for p in weights:
+            p.grad = None
         n = sum(shape.numel() for shape in task.param_shapes.values())
         fewer = copy.copy(self.evolution)
         while fewer.n_pairs > 2 and 2 * fewer.n_pairs * n > self.coordinates:

@@ -23,7 +23,7 @@ _ESTIMATORS = {
     "backpropagation": ("truncation", "checkpoint", "detach"),
     "damped": ("dampings", "threshold", "longest", "checkpoint"),
     "es": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace"),
-    "hybrid": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace", "threshold", "longest"),
+    "hybrid": ("n_pairs", "sigma", "chunk", "difference_clip", "subspace", "threshold", "longest", "dampings"),
     "pes": ("n_pairs", "sigma", "truncation", "n_groups", "difference_clip"),
 }
 
@@ -41,10 +41,10 @@ class MetaConfig:
             which reads ``dampings``, ``threshold``, ``longest`` and ``checkpoint``; or ``"es"``,
             :class:`~odeopt.meta.estimators.EvolutionStrategies` over the full horizon, which reads ``n_pairs``,
             ``sigma``, ``chunk``, ``difference_clip`` and ``subspace``; or ``"hybrid"``,
-            :class:`~odeopt.meta.estimators.Hybrid`, which reads these, ``threshold`` and ``longest``; or ``"pes"``,
-            :class:`~odeopt.meta.persistent.PersistentEvolutionStrategies`, which reads ``n_pairs``, ``sigma``,
-            ``truncation``, ``n_groups`` and ``difference_clip`` and takes a single task, no mixture. An option that
-            the chosen one does not read is an error.
+            :class:`~odeopt.meta.estimators.Hybrid`, which reads these, ``threshold``, ``longest`` and ``dampings``; or
+            ``"pes"``, :class:`~odeopt.meta.persistent.PersistentEvolutionStrategies`, which reads
+            ``n_pairs``, ``sigma``, ``truncation``, ``n_groups`` and ``difference_clip`` and takes a single task, no
+            mixture. An option that the chosen one does not read is an error.
         truncation: Steps per segment: of truncated backpropagation, None for the full horizon; of persistent
             evolution strategies, 20 where None.
         checkpoint: Steps per checkpointed segment, for horizons that do not fit in memory; None keeps every step.
@@ -61,7 +61,8 @@ class MetaConfig:
         n_groups: Groups of tasks whose runs are in different parts of the horizon; 4 where None.
         difference_clip: What the meta-losses of a pair count as differing by at most; no limit where None.
         subspace: Beginning of the names of the weights that are perturbed; all where None.
-        dampings: Factors per step on a meta-gradient on its way back, tried in turn; 1, 0.95 and 0.85 where None.
+        dampings: Factors per step on a meta-gradient on its way back, tried in turn; where None, 1, 0.95 and 0.85 for
+            damped ones, and 1 alone for hybrid ones.
         threshold: Norm of an exact meta-gradient, or of a damped one, up to which it counts; 5 where None.
         longest: Steps up to which the exact meta-gradient is tried; 150 where None.
         weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"``, ``"late"`` or ``"last"``.
@@ -161,7 +162,7 @@ class MetaConfig:
             return Backpropagation(**given)
         if self.meta_gradient == "damped":
             return DampedBackpropagation(**given)
-        own = {name: given.pop(name) for name in ("threshold", "longest") if name in given}
+        own = {name: given.pop(name) for name in ("threshold", "longest", "dampings") if name in given}
         if "difference_clip" in given:
             given["clip"] = given.pop("difference_clip")
         if self.meta_gradient == "pes":
