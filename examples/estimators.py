@@ -27,7 +27,6 @@ ESTIMATORS = {
     "detached": lambda: meta.Backpropagation(detach=True),
     "truncated": lambda: meta.Backpropagation(truncation=TRUNCATION),
     "truncated, detached": lambda: meta.Backpropagation(truncation=TRUNCATION, detach=True),
-    "damped": lambda: meta.Backpropagation(damping=1 - 1 / TRUNCATION),
     "ES, sigma 1e-4": lambda: meta.EvolutionStrategies(**FINE),
     "PES, sigma 1e-4": lambda: meta.PersistentEvolutionStrategies(**FINE, **SEGMENTS),
     "ES, sigma 1e-2": lambda: meta.EvolutionStrategies(**COARSE),
@@ -37,7 +36,6 @@ TRAINED = {
     "backpropagation": {},
     "detached": {"detach": True},
     "truncated": {"truncation": TRUNCATION},
-    "damped": {"meta_gradient": "damped", "dampings": [1 - 1 / TRUNCATION]},
     "PES, sigma 1e-2": {"meta_gradient": "pes"} | COARSE | SEGMENTS,
 }
 TITLES = ("estimator", "bias", "known to", "std. deviation", "cosine", "time")

@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
 import odeopt
 from odeopt import arguments
-from odeopt.ablation import Row, compare_variants
+from odeopt.ablation import Row, by_configuration, compare_variants
 from odeopt.baselines import FAMILIES, build, tune_all
+from odeopt.checks import require
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.files import write_json
 from odeopt.plots_ablation import plot_ablation
@@ -76,20 +76,12 @@ def grouped(paths: list[Path]) -> Groups:
     """Rules by configuration, the best validation first; of the shipped ones those that have company, by default."""
     rules = [odeopt.load(path) for path in paths or sorted(FOLDER.glob("*.safetensors"))]
     if not paths:
-        rules += [odeopt.load_pretrained(name) for name in odeopt.available_pretrained()]
-    groups: Groups = defaultdict(list)
-    for rule in rules:
-        if not {"config", "training", "validation_loss", "seconds"} <= set(rule.trained_for):
-            raise ValueError(f"`rules` should be made by `python -m odeopt train`. Found one for {rule.trained_for}.")
-        groups[rule.trained_for["config"]].append(rule)
-    for name, of_seeds in groups.items():
-        of_seeds.sort(key=lambda rule: rule.trained_for["validation_loss"])
-        seeds = [account(rule)["seed"] for rule in of_seeds]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"`rules` should hold one of each meta-seed. Found {seeds} for {name}.")
-    if not any(paths or len(of_seeds) > 1 for of_seeds in groups.values()):
-        raise ValueError(f"`rules` should be given. Found none in {FOLDER}.")
-    return {name: of_seeds for name, of_seeds in groups.items() if paths or len(of_seeds) > 1}
+        shipped = {name: odeopt.load_pretrained(name) for name in odeopt.available_pretrained()}
+        rules += [rule for name, rule in shipped.items() if rule.trained_for.get("config") == name]  # no aliases
+    groups = by_configuration(rules)
+    groups = {name: of_seeds for name, of_seeds in groups.items() if paths or len(of_seeds) > 1}
+    require(len(groups) > 0, "rules", [], f"given, or lie in {FOLDER}")
+    return groups
 
 
 def kind_of(rule: UpdateRule) -> str:

@@ -83,10 +83,11 @@ def command_of(command: str, extra: str, args: argparse.Namespace) -> list[str]:
 
 
 def fingerprint(words: list[str]) -> str:
-    """Digest of a command, of the library and of the shipped rules."""
+    """Digest of a command, of the library, of the shipped rules and of what lies beside the examples."""
     digest = hashlib.sha256("\0".join(words).encode())
     library = Path(odeopt.__file__).parent
-    for path in sorted([*library.rglob("*.py"), *library.rglob("*.safetensors"), *library.rglob("*.json")]):
+    suffixes = (".py", ".safetensors", ".json", ".toml")
+    for path in sorted(path for folder in (library, EXAMPLES) for path in folder.rglob("*") if path.suffix in suffixes):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

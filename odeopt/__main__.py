@@ -153,9 +153,10 @@ def _train_with(world: World, config: Config, folder: Path, out: Path, args: arg
         return 0
     n_done, n_wanted = len(result.meta_losses), config.training.n_meta_steps
     print(
-        f"{config.name}: {n_done} of {n_wanted} meta-steps in {result.seconds:.0f} s; best validation loss "
-        f"{result.best_score:.4f} at meta-step {result.best_step}; skipped {result.n_skipped_outliers} outliers "
-        f"and {result.n_skipped_nonfinite} non-finite meta-gradients"
+        f"{config.name}, meta-seed {config.training.seed}: "
+        f"{n_done} of {n_wanted} meta-steps in {result.seconds:.0f} s; best validation loss "
+        f"{result.best_score:.4f} at meta-step {result.best_step}; skipped {result.n_skipped_outliers} outliers and "
+        f"{result.n_skipped_nonfinite} non-finite meta-gradients"
     )
     if n_done < n_wanted:
         print(f"stopped early; the same command continues from {folder}")

@@ -140,6 +140,38 @@ class Row(NamedTuple):
         return {name: finite(value) for name, value in self._asdict().items()}
 
 
+def by_configuration(rules: Sequence[UpdateRule]) -> dict[str, list[UpdateRule]]:
+    """Put rules together that ``python -m odeopt train`` made from one configuration.
+
+    Args:
+        rules: Trained rules, read from artefacts.
+
+    Returns:
+        Rules by the configuration's name; those of one differ in their meta-seeds, the best validation comes first.
+
+    Raises:
+        ValueError: If a rule was made otherwise, two of one configuration share a meta-seed, or were not trained alike.
+    """
+    groups: dict[str, list[UpdateRule]] = {}
+    for rule in rules:
+        made = rule.trained_for
+        missing = sorted({"config", "task", "training", "validation_loss"} - set(made))
+        require(not missing, "rules", made, f"made by `python -m odeopt train`, which notes {', '.join(missing)}")
+        groups.setdefault(made["config"], []).append(rule)
+    for name, group in groups.items():
+        group.sort(key=lambda rule: rule.trained_for["validation_loss"])
+        trainings = [rule.trained_for["training"] for rule in group]
+        seeds = [training["seed"] for training in trainings]
+        wanted = f"of different meta-seeds, and trained alike: those of {name} are not"
+        require(len(set(seeds)) == len(seeds), "rules", seeds, wanted)
+        alike = [
+            [rule.config, rule.trained_for["task"], training | {"seed": None}]
+            for rule, training in zip(group, trainings, strict=True)
+        ]
+        require(all(each == alike[0] for each in alike), "rules", seeds, wanted)
+    return groups
+
+
 def compare_variants(
     rules: Mapping[str, Sequence[UpdateRule]],
     task: Task,

@@ -17,9 +17,9 @@ def positive(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    """Read an integer of at least zero."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"should be an integer of at least 0; found {text}")
+    """Read an integer of at least zero that fits into 63 bits, as seeds have to."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"should be an integer of at least 0 and below 2^63; found {text}")
     return int(text)
 
 

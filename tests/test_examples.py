@@ -137,8 +137,8 @@ def test_general_has_a_column_for_each_network_and_horizon(tmp_path, capsys, unt
 def test_meta_seeds_stand_together_and_the_best_validation_first(tmp_path, capsys, untuned):
     files = []
     for seed, validation in ((0, 0.3), (1, 0.2), (2, 0.4)):
-        torch.manual_seed(seed)
-        rule = odeopt.PortHamiltonianUpdate(initial_kappa=0.01 * (seed + 1))
+        rule = odeopt.PortHamiltonianUpdate()
+        torch.nn.init.constant_(rule.coefficient_network[-1].bias[-1:], -0.5 * seed)  # log of the step size
         made = {"horizon": 2, "task": {"class": "MLPClassification"}, "config": "mine", "training": {"seed": seed}}
         files.append(tmp_path / f"{seed}.safetensors")
         odeopt.save(rule, files[-1], trained_for=made | {"validation_loss": validation, "seconds": 1.0})
@@ -150,9 +150,30 @@ def test_meta_seeds_stand_together_and_the_best_validation_first(tmp_path, capsy
     content = json.loads((tmp_path / "meta_seeds.json").read_text())
     assert [each["seed"] for each in content["meta-trainings"]["mine"]] == [1, 0, 2]
     by_seed = content["mnist"]["64-20-10, sigmoid, 2 steps"]["mine"]["by_seed"]
-    assert len(set(by_seed)) == 3  # each its own weights: they start at unlike step sizes
-    with pytest.raises(SystemExit, match=r"should hold one of each meta-seed. Found \[1, 1, 0\] for mine"):
+    assert len(set(by_seed)) == 3  # each its own step size
+    with pytest.raises(SystemExit, match=r"`rules` should be of different meta-seeds.* of mine .*\[1, 1, 0\]"):
         run("meta_seeds", str(files[1]), *options[:2], *options[3:])
+    other = odeopt.PortHamiltonianUpdate(modes=1)
+    made |= {"training": {"seed": 3}, "validation_loss": 0.1, "seconds": 1.0}
+    odeopt.save(other, tmp_path / "other.safetensors", trained_for=made)
+    with pytest.raises(SystemExit, match=r"trained alike: those of mine are not.*\[3, 1, 0, 2\]"):
+        run("meta_seeds", str(tmp_path / "other.safetensors"), *options)
+
+
+def test_shipped_rules_that_have_company_stand_with_it(tmp_path, monkeypatch):
+    program = runpy.run_path(str(FOLDER / "meta_seeds.py"))
+    grouped, account = program["grouped"], program["account"]
+    monkeypatch.setitem(grouped.__globals__, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"`rules` should be given, or lie in .*. Found `rules = \[\]`"):
+        grouped([])
+    # one with an alias, which may not count twice
+    shipped = odeopt.load_pretrained("hamiltonian-mnist")
+    made = shipped.trained_for | {"training": shipped.trained_for["training"] | {"seed": 7}}
+    odeopt.save(shipped, tmp_path / "hamiltonian-mnist-seed7.safetensors", trained_for=made)
+    groups = grouped([])
+    assert {name: sorted(account(rule)["seed"] for rule in rules) for name, rules in groups.items()} == {
+        "hamiltonian-mnist": [0, 7]
+    }
 
 
 def test_a_corrupt_file_is_named(tmp_path):

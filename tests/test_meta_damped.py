@@ -71,6 +71,10 @@ def test_damping_changes_the_gradient_and_not_the_run(name):
     rule = RULES[name]().double()
     runs = [unroll(rule, TASK, indices=torch.arange(2), n_steps=HORIZON, damping=d) for d in (1.0, 0.5)]
     assert torch.equal(runs[0].losses, runs[1].losses)
+    weights = list(rule.parameters())
+    if weights:
+        exact, damped = (torch.autograd.grad(r.losses.sum(), weights, allow_unused=True) for r in runs)
+        assert any(a is not None and not torch.allclose(a, b, rtol=1e-3) for a, b in zip(exact, damped, strict=True))
     with torch.no_grad():
         assert torch.equal(unroll(rule, TASK, indices=torch.arange(2), n_steps=HORIZON, damping=0.5).losses,
                            runs[0].losses.detach())  # fmt: skip

@@ -115,7 +115,7 @@ def learned_gains(**options):
 
 
 def test_coordinates_below_the_floor_count_as_those_on_it():
-    # rms of the tensor about one: the three last are below a tenth of it
+    # rms of the tensor 0.67: the three last are below 0.15 times that
     magnitudes = torch.tensor([1.0, 1.0, 1.0, 0.3, 0.09, 0.03, 0.01], dtype=f64)
     free, bounded = (updates_at(learned_gains(ratio_floor=floor), magnitudes) for floor in (0.0, 0.15))
     assert torch.equal(free[:4], bounded[:4])

@@ -81,7 +81,7 @@ class Config:
             name: As :func:`odeopt.tasks.load_dataset` takes it.
         """
         if self.task["class"] != "Mixture":
-            return dataclasses.replace(self, task=self.task | {"dataset": name})
+            return dataclasses.replace(self, task=self.task | ({"dataset": name} if "dataset" in self.task else {}))
         families = []
         for family in self.task["families"]:
             if "dataset" in family.get("choices", {}):

@@ -152,17 +152,21 @@ def _averaged(rule: UpdateRule, meta_loss: Tensor, n_tasks: int, world: World) -
 class DampedBackpropagation(Estimator):
     r"""Backpropagation over the full horizon that is damped where the run is chaotic.
 
-    With a damping :math:`\gamma` what a loss says of an update :math:`k` steps earlier counts :math:`\gamma^k`: a soft
-    truncation after about :math:`1 / (1 - \gamma)` steps, of one gradient over all parts of the run. At the edge of
-    stability, where good step sizes lie, the exact gradient grows without bound and says nothing; its short-sighted
-    part still says which updates lower the losses soon after them, for every weight of the rule. So the dampings are
-    tried in turn, from the least, until the gradient is no longer than ``threshold``; the last one counts whatever its
-    length. A calm run keeps its exact gradient.
+    With a damping :math:`\gamma` what a loss says of an update :math:`k` steps earlier counts :math:`\gamma^k` (the
+    last loss, after which no step begins, :math:`\gamma^{k-1}`): a soft truncation after about :math:`1 / (1 - \gamma)`
+    steps, of one gradient over all parts of the run. At the edge of stability, where good step sizes lie, the exact
+    gradient grows without bound and says nothing; its short-sighted part still says which updates lower the losses soon
+    after them, for every weight of the rule. So the dampings are tried in turn, from the least, until the gradient is
+    no longer than ``threshold``; the last one counts whatever its length. A calm run of at most ``longest`` steps keeps
+    its exact gradient.
+
+    It is short-sighted: on runs much longer than its window it may point the wrong way. And a run that overflows gives
+    no gradient at all, so that nothing leads back from weights under which most do: :class:`Hybrid` knows what to do.
 
     Args:
         dampings: Factors per step, falling; 1 is the exact gradient.
         threshold: Norm of a gradient up to which it counts.
-        longest: Steps up to which the first damping is tried; longer runs begin with the second.
+        longest: Steps up to which the first damping is tried; longer runs begin with the second, if there is one.
         checkpoint: As that of :class:`Backpropagation`.
 
     Raises:
@@ -332,7 +336,7 @@ def bounded(losses: Tensor, first: Tensor, ceiling: float) -> Tensor:
 
 
 class Hybrid(Estimator):
-    r"""Backpropagation where the run is calm, evolution strategies where it is chaotic or too long.
+    r"""Backpropagation where the run is calm, evolution strategies where it is not.
 
     At the edge of stability, where good step sizes lie, the exact gradient of a long run grows without bound and says
     nothing. Left out, nothing would hold the weights back: the calm runs all ask for longer steps. So such a run is

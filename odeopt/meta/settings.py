@@ -64,7 +64,7 @@ class MetaConfig:
         dampings: Factors per step on a meta-gradient on its way back, tried in turn; where None, 1, 0.95 and 0.85 for
             damped ones, and 1 alone for hybrid ones.
         threshold: Norm of an exact meta-gradient, or of a damped one, up to which it counts; 5 where None.
-        longest: Steps up to which the exact meta-gradient is tried; 150 where None.
+        longest: Steps up to which the first of the dampings is tried, by default the exact gradient; 150 where None.
         weights: Weights of the losses in the meta-loss: ``"uniform"``, ``"linear"``, ``"late"`` or ``"last"``.
         log_loss: Whether the meta-loss takes logarithms of the losses.
         log_eps: Added to a loss inside the logarithm.
@@ -127,6 +127,7 @@ class MetaConfig:
             require(value is None or (is_number(value) and value > 0), name, value, "a positive number or None")
         if self.dampings is not None:
             require_dampings(self.dampings)
+            object.__setattr__(self, "dampings", list(self.dampings))  # as a file gives it back
         is_prefix = self.subspace is None or isinstance(self.subspace, str)
         require(is_prefix, "subspace", self.subspace, "the beginning of a name or None")
         for name in ("averaging", "beta2"):

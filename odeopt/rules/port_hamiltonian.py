@@ -91,9 +91,11 @@ class PortHamiltonianUpdate(StagedRule):
         memory: Slow variables per tensor that the network sees, and moves by at most ``1 / max(t, 10)`` at step t; the
             first one is added to log kappa. So step sizes can grow for as long as gradients point along the momenta,
             and fall with powers of t at any horizon, where a fixed rate would let them die out exponentially.
-        ratio_floor: What the ratio ``rms_i / rms_tensor`` counts as at least, in ``[0, 1]``. Coordinates that see small
-            gradients get large gains; those of a unit that wakes up after a silence would all get them at once, up to
-            a hundred times what others do, and throw a network that had been trained out of its minimum.
+        ratio_floor: What the ratio ``rms_i / rms_tensor`` (with ``normalization="tensor"`` that of the present
+            magnitude) counts as at least in friction and gain, in ``[0, 1]``; 0 is none, and has to be where
+            ``coordinatewise``. Coordinates that see small gradients get large gains, which enter the update twice;
+            those of a unit that wakes up after a silence would get them all at once, and throw a trained network out
+            of its minimum. Ratios are not told apart below about a hundredth anyway.
         backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods, which
             give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
 
@@ -275,7 +277,7 @@ class PortHamiltonianUpdate(StagedRule):
         return Observation(relative * (square + _EPS_EFFORT).rsqrt(), square)
 
     def _log_ratio(self, observation: Observation, shared: Shared) -> Tensor:
-        """Log of each coordinate's running rms over that of its tensor, shape ``(*batch, n)``."""
+        """Log of each coordinate's running rms over that of its tensor, or of the floor, shape ``(*batch, n)``."""
         if self.coordinatewise:
             # the coordinate's present magnitude beside its own history: the tensor is out of sight
             return 0.5 * (observation.u.square() + _EPS_SIGNAL).log()
