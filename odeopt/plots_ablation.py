@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def plot_ablation(
     """
     with style():
         names = list(next(iter(columns.values())))
-        figure, panels = new_figure(9.6, 0.235 * len(names) + 1.5, len(columns))
+        figure, panels = new_figure(9.6, 0.235 * len(names) + 1.7, len(columns))
         for axes, (column, rows) in zip(panels, columns.items(), strict=True):
             axes.set_xlim(*_limits([row for name, row in rows.items() if name != reference], rows[reference]))
             spread = rows[reference].by_seed
@@ -59,7 +60,7 @@ def plot_ablation(
             )
             axes.tick_params(axis="y", length=0)
             axes.set_xlabel(label)
-            axes.set_title(column)
+            axes.set_title(textwrap.fill(column, 80 // len(columns)))  # titles of neighbours may not meet
             axes.locator_params(axis="x", nbins=4)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         words = {"better": "better", "neither": "interval holds zero", "worse": "worse"}
