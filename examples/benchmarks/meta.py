@@ -98,7 +98,9 @@ def batched(case: Case) -> None:
             unroll(case.stepped, case.task, indices=indices, n_steps=case.n_steps, total_steps=case.n_steps)
         return
     options = {"horizon": case.n_steps, "seed": 0, "update_scale": config.gain_margin}
-    for _ in config.estimator().gradients(case.stepped, case.task, config.objective(), indices=indices, **options):
+    # the exact gradient, or a truncated one; other estimators may evaluate a run several times
+    estimator = Backpropagation(truncation=config.truncation, detach=config.detach)
+    for _ in estimator.gradients(case.stepped, case.task, config.objective(), indices=indices, **options):
         case.rule.zero_grad()
 
 
@@ -124,7 +126,8 @@ def one_by_one(case: Case) -> Tensor:
                     params = params | {name: p + update.view_as(p)}
             params = params if case.is_training else {name: p.requires_grad_() for name, p in params.items()}
         if case.is_training:
-            config.objective()(torch.stack(losses[1:])[:, None], start=0, horizon=case.n_steps).sum().backward()
+            first, *others = (loss[None] for loss in losses)
+            config.objective()(torch.stack(others), start=0, horizon=case.n_steps, first=first).sum().backward()
             case.rule.zero_grad()
         all_losses.append(torch.stack(losses).detach())
     return torch.stack(all_losses, 1)
