@@ -194,7 +194,7 @@ def test_command_trains_saves_and_refuses_to_overwrite(tmp_path, capsys):
     config, out = write(tmp_path), tmp_path / "out" / "rule.safetensors"
     assert train(config, tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "tiny: 4 of 4 meta-steps" in printed
+    assert "tiny, meta-seed 0: 4 of 4 meta-steps" in printed
     assert f"saved {out}" in printed
     rule, fields = odeopt.load(out), read_metadata(out)
     assert rule.config == load_config(config).build_rule().config
@@ -249,9 +249,11 @@ def test_meta_seed_of_the_command_line_names_the_result_and_gives_another_rule(t
     assert {rule.trained_for["config"] for rule in rules.values()} == {"tiny"}
     first, second = (torch.nn.utils.parameters_to_vector(rules[f"tiny-seed{seed}"].parameters()) for seed in (0, 7))
     assert not torch.equal(first, second)
-    with pytest.raises(SystemExit, match="2"):
-        main(["train", "--config", str(config), "--seed", "-1"])
-    assert "argument --seed: should be an integer of at least 0; found -1" in capsys.readouterr().err
+    for seed in ("-1", str(2**63)):
+        with pytest.raises(SystemExit, match="2"):
+            main(["train", "--config", str(config), "--seed", seed])
+        wanted = f"argument --seed: should be an integer of at least 0 and below 2^63; found {seed}"
+        assert wanted in capsys.readouterr().err
 
 
 def test_other_images_take_the_place_of_all():
@@ -262,6 +264,8 @@ def test_other_images_take_the_place_of_all():
     assert families["MLPClassification"]["choices"]["activation"]
     assert "dataset" not in families["NoisyQuadratic"]
     assert digits.build_task()
+    quadratic = load_config("lstm-quadratic")
+    assert quadratic.with_dataset("digits").task == quadratic.task  # which has no images
     single = load_config("lstm-mnist").with_dataset("digits").build_task()
     assert single.sizes[0] == 64
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from rank_toys import on_threads
-from rule_toys import RULES, port_hamiltonian
+from rule_toys import RULES, flat_weights, port_hamiltonian
 from torch import Tensor, nn
 
 from odeopt.meta import Backpropagation, DampedBackpropagation, MetaConfig, MetaObjective, meta_train, unroll
@@ -145,9 +145,11 @@ def test_gradients_that_are_not_finite_are_damped(monkeypatch):
     assert torch.equal(gradients(DampedBackpropagation(dampings=DAMPINGS, threshold=1e9), rule)[1], expected[1])
 
 
-@pytest.mark.parametrize("threshold", [1e-9, 1e9])
-def test_ranks_agree_with_one_process(threshold):
+@pytest.mark.parametrize("k", range(4))
+def test_ranks_agree_with_one_process(k):
     indices, rules = torch.arange(6, 10), [port_hamiltonian() for _ in range(2)]
+    lengths = [gradients(Backpropagation(damping=d), rules[0], indices=indices)[1].norm().item() for d in DAMPINGS]
+    threshold = [*(1.001 * length for length in lengths), 0.5 * lengths[2]][k]
     expected = gradients(DampedBackpropagation(dampings=DAMPINGS, threshold=threshold), rules[0], indices=indices)
 
     def work(world):
@@ -157,6 +159,21 @@ def test_ranks_agree_with_one_process(threshold):
     _, got = on_threads(2, work)
     assert torch.equal(got[0][1], got[1][1])  # to the bit, or ranks would drift apart
     torch.testing.assert_close(got[0], expected)
+
+
+def test_interrupted_run_continues_and_older_checkpoints_are_read(tmp_path):
+    options = {"n_meta_steps": 4, "n_tasks": 2, "horizon": 4, "validate_every": 2, "n_validation_tasks": 2}
+    damped = MetaConfig(**options, meta_gradient="damped", dampings=(0.9, 0.8), threshold=1e-3)
+    rules = [port_hamiltonian() for _ in range(2)]
+    meta_train(rules[0], TASK, damped, progress_bar=False)
+    for stop_after in (0.0, None):
+        meta_train(rules[1], TASK, damped, folder=tmp_path / "damped", stop_after=stop_after, progress_bar=False)
+    assert torch.equal(flat_weights(rules[0]), flat_weights(rules[1]))
+    # checkpoints are older than the option, where nobody asks for it
+    meta_train(port_hamiltonian(), TASK, MetaConfig(**options), folder=tmp_path / "exact", progress_bar=False)
+    for folder, is_written in (("damped", True), ("exact", False)):
+        kept = torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)["identity"]["config"]
+        assert ("dampings" in kept) == is_written
 
 
 def test_settings_reach_the_estimator_and_train():

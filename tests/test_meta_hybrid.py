@@ -161,7 +161,11 @@ def test_hybrid_hands_on_what_it_is_told(changed):
         assert got[0] != gradients(estimator, rule, n=n)[0]
 
 
-@pytest.mark.parametrize("options", [{"threshold": 1e-9}, {"longest": 4}, {"threshold": 1e6}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": 1e-9}, {"longest": 4}, {"threshold": 1e6}, {"threshold": 1e-9, "dampings": (1.0, 0.5)}],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_agree_with_one_process_and_the_first_alone_perturbs(options, size):
     indices, rules, tasks = torch.arange(6, 10), [rule_of() for _ in range(size)], [Counted() for _ in range(size)]
@@ -179,7 +183,10 @@ def test_ranks_agree_with_one_process_and_the_first_alone_perturbs(options, size
         else:
             assert_equal(result, expected)
     # six losses of a run of five steps, backpropagated on every rank; six perturbations on the first
-    tried, perturbed = 6 * ("threshold" in options), 6 * (options.get("threshold", 0) < 1)
+    tried, perturbed = (
+        6 * ("threshold" in options) * len(options.get("dampings", (1.0,))),
+        6 * (options.get("threshold", 0) < 1),
+    )
     assert [task.n_evaluations for task in tasks] == [tried + perturbed] + (size - 1) * [tried]
 
 
