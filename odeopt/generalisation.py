@@ -57,8 +57,9 @@ class Curves(NamedTuple):
         is_below = losses <= level
         first = is_below.int().argmax(0)  # of equal ones the first; 0 also where there is none
         around = torch.stack((first - 1, first)).clamp_min(0)
-        before, after = losses.gather(0, around).log()
-        weight = ((before - level.log()) / (before - after)).where(first > 0, float("nan"))
+        before, after = losses.gather(0, around)
+        # logarithms of ratios: those of neighbouring floats are told apart, where logarithms would be the same number
+        weight = ((before / level).log() / (before / after).log()).where(first > 0, float("nan"))
         held_out_loss, accuracy = (x.gather(0, around) for x in (self.held_out_loss, self.accuracy))
         return torch.lerp(*held_out_loss, weight), torch.lerp(*accuracy, weight)
 
