@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import example as including
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import odeopt
@@ -56,7 +56,7 @@ def at(curves, level):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(losses, losses), min_size=2, max_size=12), losses)
-@example([(math.nextafter(1e-6, 1), 1.0), (1e-6, 2.0)], 1e-6)  # neighbouring floats
+@including([(math.nextafter(1e-6, 1), 1.0), (1e-6, 2.0)], 1e-6)  # neighbouring floats
 def test_the_crossing_is_the_first_one(records, level):
     """Against a loop over the records."""
     training, held_out = zip(*records, strict=True)
