@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, is_list, is_number, require
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.perturbations import Noise, perturbed
@@ -149,7 +149,45 @@ def _averaged(rule: UpdateRule, meta_loss: Tensor, n_tasks: int, world: World) -
     return meta_loss
 
 
-class DampedBackpropagation(Estimator):
+class _LeastDamped(Estimator):
+    """What tries dampings in turn, from the least, until the gradient is short enough."""
+
+    def __init__(
+        self, dampings: Sequence[float], threshold: float, longest: int, *, checkpoint: int | None = None
+    ) -> None:
+        require_dampings(dampings)
+        require(is_number(threshold) and threshold > 0, "threshold", threshold, "a positive number")
+        require(is_integer(longest) and longest >= 1, "longest", longest, "a positive integer")
+        self.threshold, self.longest = threshold, longest
+        self.attempts = [Backpropagation(checkpoint=checkpoint, damping=damping) for damping in dampings]
+
+    def fitting(self, horizon: int) -> list[Backpropagation]:
+        """Attempts that a run of this length is worth: a long one leaves out the first."""
+        return self.attempts if horizon <= self.longest else self.attempts[1:]
+
+    def first_calm(
+        self, attempts: list[Backpropagation], rule: UpdateRule, *args, world: World, **options
+    ) -> tuple[Tensor | None, bool]:
+        """Meta-loss of the first attempt whose gradient is short enough, or of the last one; and whether it is."""
+        weights, meta_loss = [p for p in rule.parameters() if p.requires_grad], None
+        for attempt in attempts:
+            for p in weights:
+                p.grad = None
+            (meta_loss,) = attempt.gradients(rule, *args, world=world, **options)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
+            if world.agree(norm) <= self.threshold:  # NaN is not below anything
+                return meta_loss, True
+        return meta_loss, False
+
+
+def require_dampings(dampings: Sequence[float]) -> None:
+    """Refuse what is not a list of falling factors."""
+    is_right = is_list(dampings) and len(dampings) > 0 and all(is_number(x) and 0 < x <= 1 for x in dampings)
+    is_falling = is_right and all(a > b for a, b in itertools.pairwise(dampings))
+    require(is_falling, "dampings", dampings, "one falling number in (0, 1] or more")
+
+
+class DampedBackpropagation(_LeastDamped):
     r"""Backpropagation over the full horizon that is damped where the run is chaotic.
 
     With a damping :math:`\gamma` what a loss says of an update :math:`k` steps earlier counts :math:`\gamma^k` (the
@@ -184,44 +222,12 @@ class DampedBackpropagation(Estimator):
         longest: int = 150,
         checkpoint: int | None = None,
     ) -> None:
-        require_dampings(dampings)
-        require(is_number(threshold) and threshold > 0, "threshold", threshold, "a positive number")
-        require(is_integer(longest) and longest >= 1, "longest", longest, "a positive integer")
-        self.threshold, self.longest = threshold, longest
-        self.attempts = [Backpropagation(checkpoint=checkpoint, damping=damping) for damping in dampings]
+        super().__init__(dampings, threshold, longest, checkpoint=checkpoint)
 
     def gradients(self, rule, task, objective, *, world=ALONE, **options):
-        attempts = _attempts(self.attempts, options["horizon"], self.longest) or self.attempts
-        meta_loss, _ = _first_calm(attempts, self.threshold, rule, task, objective, world=world, **options)
+        attempts = self.fitting(options["horizon"]) or self.attempts
+        meta_loss, _ = self.first_calm(attempts, rule, task, objective, world=world, **options)
         yield meta_loss
-
-
-def _attempts(attempts: list[Backpropagation], horizon: int, longest: int) -> list[Backpropagation]:
-    """What is tried on a run: long ones leave out the first."""
-    return attempts if horizon <= longest else attempts[1:]
-
-
-def _first_calm(
-    attempts: list[Backpropagation], threshold: float, rule: UpdateRule, *args, world: World, **options
-) -> tuple[Tensor | None, bool]:
-    """Meta-loss of the first attempt whose gradient is short enough, or of the last one; and whether it is."""
-    weights, meta_loss = [p for p in rule.parameters() if p.requires_grad], None
-    for attempt in attempts:
-        for p in weights:
-            p.grad = None
-        (meta_loss,) = attempt.gradients(rule, *args, world=world, **options)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
-        if world.agree(norm) <= threshold:  # NaN is not below anything
-            return meta_loss, True
-    return meta_loss, False
-
-
-def require_dampings(dampings: Sequence[float]) -> None:
-    """Refuse what is not a list of falling factors."""
-    is_list = isinstance(dampings, Sequence) and len(dampings) > 0
-    is_list = is_list and all(is_number(damping) and 0 < damping <= 1 for damping in dampings)
-    is_falling = is_list and all(a > b for a, b in itertools.pairwise(dampings))
-    require(is_falling, "dampings", dampings, "one falling number in (0, 1] or more")
 
 
 class EvolutionStrategies(Estimator):
@@ -335,7 +341,7 @@ def bounded(losses: Tensor, first: Tensor, ceiling: float) -> Tensor:
     return torch.where(losses <= highest, losses, highest)  # NaN is not below anything
 
 
-class Hybrid(Estimator):
+class Hybrid(_LeastDamped):
     r"""Backpropagation where the run is calm, evolution strategies where it is not.
 
     At the edge of stability, where good step sizes lie, the exact gradient of a long run grows without bound and says
@@ -371,19 +377,15 @@ class Hybrid(Estimator):
         dampings: Sequence[float] = (1.0,),
         coordinates: float = 1.5e5,
     ) -> None:
-        require_dampings(dampings)
-        for name, value in (("threshold", threshold), ("coordinates", coordinates)):
-            require(is_number(value) and value > 0, name, value, "a positive number")
-        require(is_integer(longest) and longest >= 1, "longest", longest, "a positive integer")
-        self.evolution, self.threshold, self.longest, self.coordinates = evolution, threshold, longest, coordinates
-        self.attempts = [Backpropagation(damping=damping) for damping in dampings]
+        super().__init__(dampings, threshold, longest)
+        require(is_number(coordinates) and coordinates > 0, "coordinates", coordinates, "a positive number")
+        self.evolution, self.coordinates = evolution, coordinates
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
                   world=ALONE):  # fmt: skip
         options = {"horizon": horizon, "seed": seed, "update_scale": update_scale, "tells_horizon": tells_horizon}
-        attempts = _attempts(self.attempts, horizon, self.longest)
         run = {"indices": indices, "world": world} | options
-        meta_loss, is_calm = _first_calm(attempts, self.threshold, rule, task, objective, **run)
+        meta_loss, is_calm = self.first_calm(self.fitting(horizon), rule, task, objective, **run)
         if is_calm:
             yield meta_loss
             return
