@@ -145,14 +145,16 @@ class _Unroll(NamedTuple):
     ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, NamedTuple]]:
         """Take some steps: the loss before each of them, and what they lead to."""
         is_exact, losses = torch.is_grad_enabled() and not self.detach, []
+        is_damped = torch.is_grad_enabled() and self.damping < 1
         for step in range(start, end):
-            flat, states = self.damped(flat, states)
+            if is_damped:
+                flat, states = self.damped(flat, states)
             loss, total, variables = self.evaluate(flat, step)
             losses.append(_kept(loss))
             # where the run is differentiated the graph of the loss is needed again by the meta-gradient
             grads = torch.autograd.grad(total, variables, create_graph=is_exact, retain_graph=torch.is_grad_enabled())
             progress = None if self.total_steps is None else loss.new_tensor(step / self.total_steps)
-            new_flat = {}
+            states, new_flat = dict(states), {}
             for (name, param), grad in zip(flat.items(), grads, strict=True):
                 update, states[name] = self.layout.step(self.rule, name, grad, states[name], param, progress)
                 new_flat[name] = param + (update if self.update_scale == 1 else self.update_scale * update)
@@ -160,9 +162,7 @@ class _Unroll(NamedTuple):
         return losses, flat, states
 
     def damped(self, flat: dict[str, Tensor], states: dict[str, NamedTuple]) -> tuple[dict, dict]:
-        """The same numbers in new dictionaries; what a later loss says of them is damped on its way back."""
-        if self.damping == 1 or not torch.is_grad_enabled():
-            return flat, dict(states)
+        """The same numbers; what a later loss says of them is damped on its way back."""
         return (
             {name: _Damped.apply(param, self.damping) for name, param in flat.items()},
             {name: type(state)(*(_Damped.apply(s, self.damping) for s in state)) for name, state in states.items()},
