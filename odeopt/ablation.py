@@ -155,8 +155,9 @@ def by_configuration(rules: Sequence[UpdateRule]) -> dict[str, list[UpdateRule]]
     groups: dict[str, list[UpdateRule]] = {}
     for rule in rules:
         made = rule.trained_for
-        missing = sorted({"config", "task", "training", "validation_loss"} - set(made))
-        require(not missing, "rules", made, f"made by `python -m odeopt train`, which notes {', '.join(missing)}")
+        missing = sorted({"config", "task", "training", "validation_loss", "seconds"} - set(made))
+        wanted = f"made by `python -m odeopt train`, which notes {', '.join(missing)}"
+        require(not missing, "rules", sorted(made), wanted)
         groups.setdefault(made["config"], []).append(rule)
     for name, group in groups.items():
         group.sort(key=lambda rule: rule.trained_for["validation_loss"])

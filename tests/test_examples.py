@@ -158,6 +158,10 @@ def test_meta_seeds_stand_together_and_the_best_validation_first(tmp_path, capsy
     odeopt.save(other, tmp_path / "other.safetensors", trained_for=made)
     with pytest.raises(SystemExit, match=r"trained alike: those of mine are not.*\[3, 1, 0, 2\]"):
         run("meta_seeds", str(tmp_path / "other.safetensors"), *options)
+    del made["seconds"]  # which the table shows
+    odeopt.save(other, tmp_path / "untimed.safetensors", trained_for=made)
+    with pytest.raises(SystemExit, match=r"`rules` should be made by `python -m odeopt train`, which notes seconds"):
+        run("meta_seeds", str(tmp_path / "untimed.safetensors"), *options)
 
 
 def test_shipped_rules_that_have_company_stand_with_it(tmp_path, monkeypatch):

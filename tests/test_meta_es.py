@@ -324,7 +324,8 @@ def test_resumed_run_may_take_another_chunk_but_no_other_perturbations(tmp_path)
     [
         (
             {"meta_gradient": "reinforce"},
-            "`meta_gradient` should be one of backpropagation, damped, es, hybrid, pes. Found .* = 'reinforce'`",
+            "`meta_gradient` should be one of backpropagation, damped, es, hybrid, pes. "
+            "Found `meta_gradient = 'reinforce'`",
         ),
         ({"meta_gradient": ["es"]}, "`meta_gradient` should be one of"),
         ({"truncation": 5}, "`truncation` should be left out where `meta_gradient = 'es'`.* Found `truncation = 5`"),
