@@ -223,12 +223,14 @@ def test_estimators_are_measured_against_the_exact_gradient(tmp_path, capsys):
     for stage in ("untrained", "after 1 exact", "after 2 exact"):
         titles, rows = table_after(text, f"Meta-gradients {stage}")
         assert re.split(r" {2,}", titles)[1:] == ["bias", "known to", "std. deviation", "cosine", "time"]
-        assert list(rows)[:4] == ["backpropagation", "detached", "truncated", "truncated, detached"]
-        assert {name.split(",")[0] for name in list(rows)[4:]} == {"ES", "PES"}
+        assert list(rows)[:5] == ["backpropagation", "detached", "truncated", "truncated, detached", "damped"]
+        assert {name.split(",")[0] for name in list(rows)[5:]} == {"ES", "PES"}
         numbers = {name: [float(cell) for cell in row.split("  ")[1:] if cell] for name, row in rows.items()}
         assert numbers["backpropagation"][:4] == [0.0, 0.0, 0.0, 1.0]
         assert numbers["truncated, detached"][0] > 0.3
-    assert all(f"\n{name}: best validation loss" in text for name in ("backpropagation", "detached", "PES, sigma 1e-2"))
+        assert 0 < numbers["damped"][0] < numbers["truncated, detached"][0]
+    trained = ("backpropagation", "detached", "damped", "PES, sigma 1e-2")
+    assert all(f"\n{name}: best validation loss" in text for name in trained)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import alembic.script
-import optuna
 import pytest
-import sqlalchemy
 import torch
 from rule_toys import flat_weights
 from search_toys import RANGES, write, written
@@ -26,6 +23,10 @@ from odeopt.meta import trainer as trainer_module
 from odeopt.meta.search import search
 from odeopt.meta.search_config import load_search
 from odeopt.meta.study import MissingOptunaError, OpenTrial, Study
+
+# the extra that searches need; where it is not installed, the other tests can still be collected
+optuna, sqlalchemy = pytest.importorskip("optuna"), pytest.importorskip("sqlalchemy")
+script = pytest.importorskip("alembic.script")
 
 
 def go(config, folder, **options):
@@ -50,11 +51,9 @@ def quick():
         def close(self): ...
 
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", hasten)
-    scripts = functools.cache(
-        lambda: alembic.script.ScriptDirectory(Path(optuna.__file__).parent / "storages/_rdb/alembic")
-    )
+    scripts = functools.cache(lambda: script.ScriptDirectory(Path(optuna.__file__).parent / "storages/_rdb/alembic"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alembic.script.ScriptDirectory, "from_config", lambda config: scripts())
+        patch.setattr(script.ScriptDirectory, "from_config", lambda config: scripts())
         patch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
         yield
     sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", hasten)
