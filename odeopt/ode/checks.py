@@ -28,7 +28,7 @@ def check_choice(name: str, found: Any, known: Collection[str]) -> None:
 
 def check_options(name: str, options: dict[str, Any] | None, method: str, accepted: Collection[str]) -> None:
     """Check that the method reads every option; torchdiffeq would only warn."""
-    if not isinstance(options, dict | None):
+    if not (options is None or isinstance(options, dict)):  # a union of types cannot be compiled
         raise ValueError(f"Parameter `{name}` should be a dictionary or None. Found `{name} = {options!r}`.")
     for key, value in (options or {}).items():
         if key not in accepted:

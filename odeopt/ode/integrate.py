@@ -1,100 +1,58 @@
-"""Solving ordinary differential equations: the one door to torchdiffeq."""
+"""Solving ordinary differential equations: torchdiffeq's methods and ours under one call."""
 
 from __future__ import annotations
 
-import inspect
+import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
-from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
+from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from odeopt.ode.checks import (
-    State,
-    check_choice,
-    check_options,
-    check_state,
-    check_times,
-    check_tolerances,
-    tensors_of,
+from odeopt.ode.adapter import (
+    ATOL,
+    RTOL,
+    accepted_options,
+    check_adjoint,
+    fill,
+    is_external,
+    message_of,
+    solved,
+    solver_class,
 )
-from odeopt.ode.recorder import Field, Recorder, SolverFailureError, restore
-from odeopt.ode.solution import ADVICE, Solution, Status
+from odeopt.ode.checks import State, check_choice, check_options, check_state, check_times, check_tolerances, tensors_of
+from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, explicit_steps, pieces_of, system_steps
+from odeopt.ode.implicit import Newton, takes_no_looks
+from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
+from odeopt.ode.recorder import Field, restore
+from odeopt.ode.solution import Solution, Status
 from odeopt.ode.steps import EXPLICIT_METHODS, check_explicit, explicit_step
-
-# torchdiffeq's own defaults, passed explicitly because the solver classes have others.
-_RTOL, _ATOL = 1e-7, 1e-9
+from odeopt.ode.structured import STRUCTURE_METHODS
+from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 _UNIT_TIMES: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-# What the solvers of torchdiffeq say in their asserts. Anything else they assert is about the options.
-_ASSERTED = {
-    "underflow in dt": Status.STEP_SIZE_UNDERFLOW,
-    "non-finite values in state": Status.NON_FINITE_STATE,
-    "max_num_steps exceeded": Status.MAX_STEPS_REACHED,
-}
-
-
-def available_methods() -> tuple[str, ...]:
-    """Return the names of the methods that the installed torchdiffeq offers."""
-    return tuple(SOLVERS)
-
-
-def is_fixed_step(method: str) -> bool:
-    """Return whether a method takes steps of a given size, rather than choosing them by an error estimate.
-
-    Args:
-        method: A name out of :func:`available_methods`.
-
-    Raises:
-        ValueError: If there is no such method.
-    """
-    return issubclass(_solver_class(method), FixedGridODESolver)
-
-
-def _solver_class(method: str) -> type:
-    check_choice("method", method, SOLVERS)
-    return SOLVERS[method]
-
-
-@cache
-def _accepted_options(method: str) -> frozenset[str]:
-    """Options that a solver reads: the named arguments of its constructor and of its bases' ones."""
-    names = {
-        parameter.name
-        for base in _solver_class(method).__mro__
-        if "__init__" in vars(base)
-        for parameter in inspect.signature(base.__init__).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    # The last one is decided by the name of the method: implicit_adams or explicit_adams.
-    return frozenset(names - {"self", "func", "y0", "rtol", "atol", "implicit"})
-
-
-# Nominal orders of the Runge-Kutta methods; the Adams methods (known by `max_order`) have a variable one.
-ORDER: dict[str, int] = {
-    name: solver.order
-    for name, solver in SOLVERS.items()
-    if hasattr(solver, "order") and "max_order" not in _accepted_options(name)
-}
+BACKENDS = ("auto", "odeopt", "torchdiffeq")
 
 
 def integrate(
-    field: Field,
+    field: Field | PortHamiltonianSystem,
     x0: State,
     t: Tensor | Sequence[float],
     *,
     method: str = "rk4",
+    backend: str = "auto",
     options: dict[str, Any] | None = None,
-    rtol: float | Tensor | Sequence[float] = _RTOL,
-    atol: float | Tensor | Sequence[float] = _ATOL,
+    rtol: float | Tensor | Sequence[float] = RTOL,
+    atol: float | Tensor | Sequence[float] = ATOL,
+    u: Tensor | Input | None = None,
+    z: Any = None,
     adjoint: bool = False,
     adjoint_params: Iterable[Tensor] | None = None,
     adjoint_method: str | None = None,
@@ -102,14 +60,22 @@ def integrate(
     adjoint_rtol: float | Tensor | Sequence[float] | None = None,
     adjoint_atol: float | Tensor | Sequence[float] | None = None,
 ) -> Solution:
-    r"""Integrate an ordinary differential equation with any method of the installed torchdiffeq.
+    r"""Integrate an ordinary differential equation, or a port-Hamiltonian system with inputs.
 
-    .. math:: \dot x = f(t, x), \quad x(t_0) = x_0
+    .. math:: \dot x = f(t, x), \quad x(t_0) = x_0 \qquad\text{or}\qquad
+              \dot x = (J - R(x))\,\nabla H(x) + B(x)\,u(t)
 
     A solver that fails does not raise: the :class:`Solution` says how far it came, why it stopped and what
     to do. Errors raised by the field itself pass through unchanged.
 
-    Outputs between the steps are interpolated: by the fixed-step methods linearly unless
+    There are the methods of the installed torchdiffeq, and :data:`~odeopt.ode.STRUCTURE_METHODS` for systems, see
+    :func:`~odeopt.ode.structure_step`. The explicit fixed-step ones are written here, too. Our own steps end at the
+    output times (each interval is cut into the fewest equal ones of at most ``step_size``), can be differentiated any
+    number of times, mapped (``torch.func``) and compiled (``fullgraph=True``) with ``t`` as a list of numbers, and look
+    at no value before the end; the Newton iterations of structure-preserving steps do, unless they are mapped, compiled
+    or captured by a CUDA graph.
+
+    Outputs between the steps of torchdiffeq are interpolated: by the fixed-step methods linearly unless
     ``options={"interp": "cubic"}``, by the adaptive ones with a quartic (dopri8, at the default tolerances,
     is off by 1e-5 there and by 1e-10 at its steps); ``options={"step_t": t}`` puts steps on the outputs.
     ``explicit_adams`` climbs to order 11 by default and is then unstable at steps where rk4 is at home:
@@ -117,14 +83,22 @@ def integrate(
 
     Args:
         field: Module or function ``(t, x) -> dx/dt`` with the structure of ``x``; ``t`` is a 0-d tensor.
-            torchdiffeq's callbacks (``field.callback_step`` and so on) are honoured.
-        x0: State at ``t[0]``: a tensor of any shape, or a (named) tuple of tensors of one dtype.
+            torchdiffeq's callbacks (``field.callback_step`` and so on) are honoured. Or a system.
+        x0: State at ``t[0]``: a tensor of any shape, or a (named) tuple of tensors of one dtype. That of a system is a
+            ``PhaseState`` of ``q`` and ``p``, each of shape ``(*batch, dof)``.
         t: Output times, shape ``(n_times,)``, strictly increasing or decreasing, at least two.
-        method: A name out of :func:`available_methods`.
+        method: A name out of :func:`available_methods` or :data:`~odeopt.ode.STRUCTURE_METHODS`.
+        backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, our own; or ``"auto"``, ours where there are any
+            and they mean the same (no option but a ``step_size`` that divides the intervals, no adjoint). Equal to
+            rounding then, at about half the cost per step on small states.
         options: Options of the method, such as ``step_size`` for the fixed-step ones (without it they take
-            one step per output time) or ``max_num_steps`` (between two outputs) for the adaptive ones.
+            one step per output time) or ``max_num_steps`` (between two outputs) for the adaptive ones; ``tol`` and
+            ``max_iters`` of the Newton iterations of structure-preserving ones, see :class:`~odeopt.ode.Newton`.
         rtol: Relative tolerance of the adaptive methods; one per tensor if ``x0`` is a tuple.
         atol: Absolute tolerance, likewise.
+        u: Input of a system: held all the time, shape ``(*batch, n_inputs)``; a :class:`~odeopt.ode.ZeroOrderHold` or
+            :class:`~odeopt.ode.FirstOrderHold` of samples, whose knots no step reaches across; or a function of time.
+        z: Modulating signal of a system, held.
         adjoint: Whether gradients come from the adjoint equation, solved backwards: less memory, but first
             derivatives only, and for fixed-step methods not the gradient of the discrete solution. A solver
             that fails in the backward pass raises there.
@@ -139,7 +113,8 @@ def integrate(
         States at every output time, with evaluations, steps, seconds and status.
 
     Raises:
-        ValueError: If a parameter is wrong; the message names it and the value found.
+        ValueError: If a parameter is wrong; the message names it and the value found. Also if a structure-preserving
+            method is given a bare field.
 
     References:
         Chen, Rubanova, Bettencourt, Duvenaud (2018), Neural Ordinary Differential Equations.
@@ -151,12 +126,9 @@ def integrate(
     """
     if not callable(field):
         raise ValueError(f"Parameter `field` should be a function of time and state. Found `field = {field!r}`.")
-    check_choice("method", method, SOLVERS)
-    check_options("options", options, method, _accepted_options(method))
-    check_state(x0)
-    check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
-    t = check_times(t, tensors_of(x0)[0])
-    solve = partial(odeint, rtol=rtol, atol=atol, method=method, options=options)
+    check_choice("backend", backend, BACKENDS)
+    check_choice("method", method, (*SOLVERS, *STRUCTURE_METHODS))
+    system = field if isinstance(field, PortHamiltonianSystem) else None
     for_adjoint = {
         "adjoint_params": adjoint_params,
         "adjoint_method": adjoint_method,
@@ -164,146 +136,139 @@ def integrate(
         "adjoint_rtol": adjoint_rtol,
         "adjoint_atol": adjoint_atol,
     }
+    given = [name for name, value in for_adjoint.items() if value is not None]
+    if given and not adjoint:
+        raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
+    x0 = _check_problem(system, x0, u, z, method)
+    is_ours = _is_ours(method, backend, options, t, adjoint=adjoint)
+    check_options("options", options, method, _own_options(method) if is_ours else accepted_options(method))
+    tensors = tensors_of(x0)
+    is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
+    if is_ours and is_given and takes_no_looks(tensors[0]):
+        return _own_steps(field, x0, t, [float(time) for time in t], method, options, u, z)
+    check_state(x0)
+    check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
+    t = check_times(t, tensors_of(x0)[0])
+    if is_ours:
+        return _own_steps(field, x0, t, t.tolist(), method, options, u, z)
+    keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+    if system is not None:
+        keywords |= {"adjoint": adjoint, **for_adjoint}
+        if adjoint and adjoint_params is None:
+            keywords["adjoint_params"] = tuple(system.parameters())
+        return _by_pieces(system, x0, t, u, z, keywords)
     if adjoint:
-        for_adjoint["adjoint_params"] = _check_adjoint(
+        for_adjoint["adjoint_params"] = check_adjoint(
             field, method, options, adjoint_params, adjoint_method, adjoint_options
         )
-        solve = partial(odeint_adjoint, **solve.keywords, **for_adjoint)
-    elif given := [name for name, value in for_adjoint.items() if value is not None]:
-        raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
-    elif _is_external(method) and torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(x0)):
-        raise ValueError(
-            f"Parameter `x0` should not require grad with method {method!r}, which passes no gradient on. "
-            "Found `x0.requires_grad = True`. Set `adjoint=True`, or choose another method."
-        )
-
-    callbacks = SOLVERS[method].valid_callbacks()
-    recorder = Recorder(field, x0, t, callbacks=callbacks, is_external=_is_external(method))
-    start = time.perf_counter()
-    try:
-        states, status, detail = _attempt(solve, recorder, x0, t)
-        account = recorder.n_evals, recorder.n_steps, time.perf_counter() - start
-    except SolverFailureError as failure:
-        status, detail = failure.status, str(failure)
-        account = recorder.n_evals, recorder.n_steps, time.perf_counter() - start
-        states = _reached_states(solve, recorder, x0, t)
-    if status is not Status.SUCCESS:
-        reached = f"reached t = {t[len(states[0]) - 1].item():g} of {t[-1].item():g}"
-        detail = f"{status.capitalize()} ({reached}): {detail} {ADVICE[status]}"
-    states = [_fill(x, len(t)) for x in states]
-    states = restore(x0, states) if isinstance(x0, tuple) else states[0]
-    return Solution(t, states, *account, status, detail)
-
-
-def _attempt(
-    solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, x0: State, t: Tensor
-) -> tuple[list[Tensor], Status, str]:
-    """Solve once. Return the finite states, the status and its detail; raise if no states came back."""
-    method, options = solve.keywords["method"], solve.keywords["options"]
-    warns = _is_external(method) or "max_iters" in _accepted_options(method)
-    with _held_warnings() if warns else nullcontext([]) as held:
-        try:
-            states = list(tensors_of(solve(recorder, x0, t)))
-        except AssertionError as error:
-            if error is recorder.user_error:
-                raise
-            status = next((status for text, status in _ASSERTED.items() if text in str(error)), None)
-            if status is None:
-                raise ValueError(
-                    f"Parameter `options` should suit method {method!r}. Found `options = {options}`: {error}"
-                ) from error
-            detail = f"{str(error).partition(':')[0]}."
-            raise SolverFailureError(*recorder.explain(status, detail)) from error
-        except ValueError as error:
-            if "array must not contain infs or NaNs" not in str(error):
-                raise
-            raise SolverFailureError(Status.NON_FINITE_STATE, "found by SciPy's linear algebra.") from error
-    is_finite = torch.stack([x.detach().unsqueeze(-1).flatten(1).isfinite().all(1) for x in states]).all(0)
-    n_finite = int(is_finite.cumprod(0).sum())
-    if n_finite == 0:  # SciPy gives the initial state back wrong, or not at all, when its first step fails
-        states, n_finite = [x[None] for x in tensors_of(x0)], 1
-    elif n_finite < len(is_finite):
-        return [x[:n_finite] for x in states], Status.NON_FINITE_STATE, "the next output has NaN or inf."
-    if n_finite < len(t):
-        return states, *recorder.explain(Status.STOPPED_EARLY, "SciPy returned before the last time.")
-    if any("did not converge" in text for text in held):
-        return states, Status.NOT_CONVERGED, "in at least one step."
-    return states, Status.SUCCESS, "Reached the last time."
-
-
-def _reached_states(
-    solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, x0: State, t: Tensor
-) -> list[Tensor]:
-    """Repeat the part before a failure; steps do not depend on later outputs, so it comes out the same."""
-    for n_times in range(recorder.n_reached(t), 1, -1):
-        # A second failure means that the last of these outputs lies within rounding of the first one.
-        with suppress(SolverFailureError):
-            return _attempt(solve, recorder, x0, t[:n_times])[0]
-    return [x[None] for x in tensors_of(x0)]
-
-
-@contextmanager
-def _held_warnings() -> Iterator[list[str]]:
-    """Hold back what a solver says of itself, which becomes a status; let the field's warnings through."""
-    solver_says = (
-        "did not converge",  # torchdiffeq's implicit methods
-        "for a chosen solver",  # torchdiffeq hands `min_step` to each method of SciPy; most do not read it
-        "lsoda",
-        "encountered in ",
-        "x.T` on tensors",  # torchdiffeq transposes SciPy's empty result
-    )
-    held: list[str] = []
-    caught: list[warnings.WarningMessage] = []
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield held
-    finally:
-        for warning in caught:
-            text = str(warning.message)
-            if any(words in text for words in solver_says):
-                held.append(text)
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _is_external(method: str) -> bool:
-    """Whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
-    return not issubclass(SOLVERS[method], (FixedGridODESolver, AdaptiveStepsizeODESolver))
-
-
-def _fill(x: Tensor, n_times: int) -> Tensor:
-    if len(x) == n_times:
-        return x
-    return torch.cat([x, x.new_full((n_times - len(x), *x.shape[1:]), torch.nan)])
-
-
-def _check_adjoint(
-    field: Field,
-    method: str,
-    options: dict[str, Any] | None,
-    adjoint_params: Iterable[Tensor] | None,
-    adjoint_method: str | None,
-    adjoint_options: dict[str, Any] | None,
-) -> tuple[Tensor, ...]:
-    """Check the adjoint's parameters and return the tensors to differentiate with respect to."""
-    if adjoint_method is not None:
-        check_choice("adjoint_method", adjoint_method, SOLVERS)
-        if adjoint_method != method and options and adjoint_options is None:
+        solve = partial(odeint_adjoint, **keywords, **for_adjoint)
+    else:
+        solve = partial(odeint, **keywords)
+        if is_external(method) and torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(x0)):
             raise ValueError(
-                "Parameter `adjoint_options` should be given when `options` are and `adjoint_method` differs "
-                f"from `method = {method!r}`. Found `adjoint_method = {adjoint_method!r}`."
+                f"Parameter `x0` should not require grad with method {method!r}, which passes no gradient on. "
+                "Found `x0.requires_grad = True`. Set `adjoint=True`, or choose another method."
             )
-    name = adjoint_method or method
-    check_options("adjoint_options", adjoint_options, name, _accepted_options(name))
-    if adjoint_params is not None:
-        return tuple(adjoint_params)
-    if not isinstance(field, nn.Module):
-        raise ValueError(
-            "Parameter `adjoint_params` should name the tensors that `field` depends on (`()` for none) when "
-            "`adjoint = True` and `field` is not a module. Found `adjoint_params = None`."
-        )
-    return tuple(field.parameters())
+    return solved(solve, field, x0, t, method)
+
+
+def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: Any, method: str) -> State:
+    """Check what only a system has: its state, its input, its methods."""
+    if system is None:
+        if method in STRUCTURE_METHODS:
+            raise ValueError(
+                f"Parameter `field` should be a `PortHamiltonianSystem` with method {method!r}, which takes its energy "
+                "and its matrices apart. Found a bare field."
+            )
+        for name, value in (("u", u), ("z", z)):
+            if value is not None:
+                raise ValueError(f"Parameter `{name}` should be None unless `field` is a `PortHamiltonianSystem`. "
+                                 f"Found `{name} = {value!r}`.")  # fmt: skip
+        return x0
+    if not isinstance(x0, tuple) or len(x0) != 2 or not all(isinstance(x, Tensor) for x in x0):
+        raise ValueError(f"Parameter `x0` should be a `PhaseState` of tensors q and p. Found `x0 = {x0!r}`.")
+    checked_input(u)
+    return PhaseState(*x0)
+
+
+def _is_ours(method: str, backend: str, options: Any, t: Any, *, adjoint: bool) -> bool:
+    """Whether our own steps are taken."""
+    if method in STRUCTURE_METHODS:
+        if backend == "torchdiffeq" or adjoint:
+            found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
+            raise ValueError(f"Parameter `method` should be one of torchdiffeq's with `{found}`. "
+                             f"Found `method = {method!r}`.")  # fmt: skip
+        return True
+    if backend == "odeopt":
+        check_explicit(method)
+        if adjoint:
+            raise ValueError("Parameter `adjoint` should be False with `backend = 'odeopt'`. Found `adjoint = True`.")
+    if backend != "auto":
+        return backend == "odeopt"
+    if method not in EXPLICIT_METHODS or adjoint or not (options is None or isinstance(options, dict)):
+        return False
+    return not options or (options.keys() <= STEP_OPTIONS and _divides(options.get("step_size"), t))
+
+
+def _divides(step_size: Any, t: Any) -> bool:
+    """Whether steps of a given size, counted from the first time, meet all output times, so that all grids are one."""
+    if not isinstance(step_size, int | float) or not step_size > 0:
+        return step_size is None
+    try:
+        counts = [(float(time) - float(t[0])) / step_size for time in t]
+    except (TypeError, ValueError, IndexError):
+        return False
+    return all(abs(count - round(count)) <= 1e-6 for count in counts)
+
+
+def _own_options(method: str) -> frozenset[str]:
+    return STEP_OPTIONS | NEWTON_OPTIONS if method in STRUCTURE_METHODS else STEP_OPTIONS
+
+
+def _own_steps(
+    field: Field, x0: State, t: Any, times: list[float], method: str, options: dict[str, Any] | None, u: Any, z: Any
+) -> Solution:
+    """Take our own steps, and account for them."""
+    options = dict(options or {})
+    step_size = options.pop("step_size", None)
+    step_size = None if step_size is None else float(step_size)
+    newton = Newton(**options).checked() if method in STRUCTURE_METHODS else None
+    now = (lambda: math.nan) if torch.compiler.is_compiling() else time.perf_counter  # a trace has no clock
+    start = now()
+    if isinstance(field, PortHamiltonianSystem):
+        states, account = system_steps(field, x0, times, method, step_size, u=u, z=z, newton=newton)
+    else:
+        states, account = explicit_steps(field, x0, times, method, step_size)
+    seconds = now() - start
+    if not isinstance(t, Tensor):
+        t = torch.tensor(times, dtype=tensors_of(x0)[0].real.dtype, device=tensors_of(x0)[0].device)
+    if account.n_finite < len(times):
+        kept = [fill(x[: account.n_finite], len(times)) for x in tensors_of(states)]
+        states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
+    message = message_of(account.status, account.detail, t, account.n_finite)
+    numbers = account.n_evals, account.n_steps, seconds
+    return Solution(t, states, *numbers, account.status, message, method, account.n_iters)
+
+
+def _by_pieces(system: PortHamiltonianSystem, x0: PhaseState, t: Tensor, u: Any, z: Any, keywords: dict) -> Solution:
+    """Let torchdiffeq solve a system from knot to knot of its input."""
+    n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
+    for piece in pieces_of(t.tolist(), None, knots_of(u)):
+        effort = piece_of(u, piece.start, piece.end)
+
+        def field(time: Tensor, x: State, effort: Callable = effort) -> PhaseState:
+            return system.vector_field(PhaseState(*x), effort(time), z)
+
+        part = integrate(field, x0, t.new_tensor([piece.start, piece.end]), backend="torchdiffeq", **keywords)
+        n_evals, seconds, message = n_evals + part.n_field_evals, seconds + part.seconds, part.message
+        n_steps = None if n_steps is None or part.n_steps is None else n_steps + part.n_steps
+        if part.status not in (Status.SUCCESS, Status.NOT_CONVERGED):
+            break
+        x0 = PhaseState(*(x[-1] for x in part.states))
+        if piece.ends_at_output:
+            states.append(x0)
+    filled = PhaseState(*(fill(torch.stack(x), len(t)) for x in zip(*states, strict=True)))
+    return Solution(t, filled, n_evals, n_steps, seconds, part.status, message, keywords["method"])
 
 
 def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: str = "auto") -> Tensor:
@@ -337,21 +302,21 @@ def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: st
         check_explicit(method)
     if backend != "torchdiffeq" and method in EXPLICIT_METHODS:
         return explicit_step(field, _unit_times(x0)[0], 1.0, x0, method)
-    solver = _solver_class(method)
+    solver = solver_class(method)
     t0, t1 = _unit_times(x0)
-    if _is_external(method) and torch.is_grad_enabled() and field(t0, x0).requires_grad:
+    if is_external(method) and torch.is_grad_enabled() and field(t0, x0).requires_grad:
         # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
         raise ValueError(
             "Parameter `method` should pass gradients on where they are recorded; use `torch.no_grad`, or another "
             f"method. Found `method = {method!r}`."
         )
     if not issubclass(solver, FixedGridODESolver):
-        return odeint(field, x0, torch.stack((t0, t1)), rtol=_RTOL, atol=_ATOL, method=method)[-1]
+        return odeint(field, x0, torch.stack((t0, t1)), rtol=RTOL, atol=ATOL, method=method)[-1]
 
     def stage(t: Tensor, x: Tensor, perturb: Any = None) -> Tensor:
         return field(t, x)
 
-    step = solver(func=stage, y0=x0, rtol=_RTOL, atol=_ATOL)._step_func
+    step = solver(func=stage, y0=x0, rtol=RTOL, atol=ATOL)._step_func
     return x0 + step(stage, t0, t1, t1, x0)[0]
 
 

@@ -38,12 +38,16 @@ class Recorder:
         self.user_error: AssertionError | None = None
         self.time: Tensor | None = None
         self._n_callbacks = dict.fromkeys(callbacks, 0)
-        self._direction = 1 if t[1] > t[0] else -1
+        self._t = t
         self._last_dx: Any = ()
         # SciPy's solvers may evaluate at one time for ever once values overflow (LSODA on dx/dt = x^2). Their
         # one good reason to stay, a Jacobian by differences, takes an evaluation per number of the state.
         self._patience = 1000 + 10 * sum(x.numel() for x in tensors_of(x0)) if is_external else None
         self._n_evals_in_place = 0
+
+    @property
+    def _direction(self) -> int:
+        return 1 if self._t[1] > self._t[0] else -1
 
     @property
     def n_steps(self) -> int | None:

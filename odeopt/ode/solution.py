@@ -19,6 +19,7 @@ class Status(StrEnum):
     MAX_STEPS_REACHED = "max steps reached"
     NOT_CONVERGED = "implicit iteration did not converge"
     STOPPED_EARLY = "solver stopped early"
+    NOT_CHECKED = "not checked"
 
 
 ADVICE = {
@@ -31,6 +32,7 @@ ADVICE = {
     "`scipy_solver` if the system is stiff.",
     Status.NOT_CONVERGED: "The states are complete but may be inaccurate: take smaller steps or raise "
     "`options={'max_iters': ...}`.",
+    Status.NOT_CHECKED: "Look at the states yourself.",
     Status.STOPPED_EARLY: "The solution may blow up or jump there: raise `rtol` and `atol`, or name another "
     "method of SciPy in `options={'solver': ...}`.",
 }
@@ -47,9 +49,12 @@ class Solution:
         n_field_evals: Evaluations of the field, without those of a later adjoint backward pass.
         n_steps: Steps taken (the accepted ones of an adaptive method); None for ``scipy_solver``, which
             hides them.
-        seconds: Wall-clock seconds of the integration.
+        seconds: Wall-clock seconds of the integration; NaN where it was compiled.
         status: How it ended; equals its text, ``solution.status == "success"``.
         message: What happened and where, and what to do about it.
+        method: The method that was used.
+        n_iters: Newton iterations of an implicit method of ours, mean over the samples of the sum over the steps;
+            None otherwise.
     """
 
     t: Tensor
@@ -59,6 +64,8 @@ class Solution:
     seconds: float
     status: Status
     message: str
+    method: str = ""
+    n_iters: float | None = None
 
     @property
     def is_success(self) -> bool:

@@ -105,12 +105,12 @@ class Hamiltonian(nn.Module):
                 f"Found `n_signals = {self.inverse_mass.n_signals}`."
             )
         self.potential = _as_potential(potential, dof)
-        self._mass_depends_on_q = self.inverse_mass is not None and self.inverse_mass.depends_on_q
+        self.mass_depends_on_q = self.inverse_mass is not None and self.inverse_mass.depends_on_q
 
     @property
     def depends_on_q(self) -> bool:
         """Whether the energy changes with ``q``; where it does not, no positions need to be stored."""
-        return self._mass_depends_on_q or self.potential is not None
+        return self.mass_depends_on_q or self.potential is not None
 
     def energy(self, x: PhaseState) -> Tensor:
         """Evaluate H.
@@ -148,6 +148,14 @@ class Hamiltonian(nn.Module):
         if not self.depends_on_q:
             return PhaseState(None, self.velocity(x))
         q, p = x
+        # torch.autograd can be neither mapped nor compiled; torch.func can, and costs half as much again
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+
+            def energy(q: Tensor) -> tuple[Tensor, Tensor]:
+                v = self.velocity(PhaseState(q, p))
+                return self._part_in_q(q, p, v), v
+
+            return PhaseState(*torch.func.grad(energy, has_aux=True)(q))
         keep_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
             if keep_graph and q.requires_grad:
@@ -159,14 +167,17 @@ class Hamiltonian(nn.Module):
             if not keep_graph:
                 p = p.clone() if p.is_inference() else p.detach()
             v = self.velocity(PhaseState(q, p))
-            total = 0.5 * (p * v).sum() if self._mass_depends_on_q else 0.0
-            if self.potential is not None:
-                total = total + self._potential(q).sum()
+            total = self._part_in_q(q, p, v)
             if total.requires_grad:
                 (dH_dq,) = torch.autograd.grad(total, q, create_graph=keep_graph, materialize_grads=True)
             else:  # a given function that ignores q
                 dH_dq = torch.zeros_like(q)
         return PhaseState(dH_dq, v if keep_graph else v.detach())
+
+    def _part_in_q(self, q: Tensor, p: Tensor, v: Tensor) -> Tensor:
+        """What depends on q of the energy, summed over the batch."""
+        total = 0.5 * (p * v).sum() if self.mass_depends_on_q else 0.0
+        return total if self.potential is None else total + self._potential(q).sum()
 
     def _potential(self, q: Tensor) -> Tensor:
         V = self.potential(q)

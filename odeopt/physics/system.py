@@ -117,6 +117,11 @@ class PortHamiltonianSystem(nn.Module):
         """Whether the energy changes with ``q``; where it does not, ``x.q`` may be None."""
         return self.hamiltonian.depends_on_q
 
+    @property
+    def mass_depends_on_q(self) -> bool:
+        """Whether the mass changes with ``q``; where it does not, the energy separates into parts of q and of p."""
+        return self.hamiltonian.mass_depends_on_q
+
     def energy(self, x: PhaseState) -> Tensor:
         """Evaluate H.
 
@@ -176,6 +181,45 @@ class PortHamiltonianSystem(nn.Module):
         self._check_effort(u, x)
         g = None if u is None else self._evaluate_port(x[0], z)
         return self._rates(x, self.hamiltonian.gradient(x), u, g, z)
+
+    def rates_under(self, q: Tensor, gradient: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
+        r"""Evaluate :math:`(J - R(q, z))\,e + B(q, z)\,u` for a vector e in the place of the energy's gradient.
+
+        Args:
+            q: Positions, shape ``(*batch, dof)``.
+            gradient: The vector e, such as a discrete gradient; parts of the shape of ``q``.
+            u: Port effort, as in :meth:`vector_field`.
+            z: Modulating signal.
+
+        Returns:
+            Time derivatives, with the shape of ``q``.
+
+        Raises:
+            ValueError: As in :meth:`vector_field`.
+        """
+        x = PhaseState(q, gradient.p)
+        self._check_state(x)
+        self._check_effort(u, x)
+        return self._rates(x, gradient, u, None if u is None else self._evaluate_port(q, z), z)
+
+    def conservative_field(self, x: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
+        r"""Evaluate :math:`J\,\nabla H + B\,u`: :meth:`vector_field` without friction.
+
+        Args:
+            x: Phase state, as in :meth:`vector_field`.
+            u: Port effort, as in :meth:`vector_field`.
+            z: Modulating signal.
+
+        Returns:
+            Time derivatives, with the shapes of ``x``.
+
+        Raises:
+            ValueError: As in :meth:`vector_field`.
+        """
+        self._check_state(x)
+        self._check_effort(u, x)
+        g = None if u is None else self._evaluate_port(x[0], z)
+        return self._rates(x, self.hamiltonian.gradient(x), u, g, z, has_friction=False)
 
     def vector_field_and_output(
         self, x: PhaseState, u: Tensor | None = None, z: Any = None
@@ -269,13 +313,22 @@ class PortHamiltonianSystem(nn.Module):
         B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else units) if g is None else g
         return StructureMatrices(J, R, B)
 
-    def _rates(self, x: PhaseState, gradient: PhaseState, u: Tensor | None, g: Tensor | None, z: Any) -> PhaseState:
+    def _rates(
+        self,
+        x: PhaseState,
+        gradient: PhaseState,
+        u: Tensor | None,
+        g: Tensor | None,
+        z: Any,
+        *,
+        has_friction: bool = True,
+    ) -> PhaseState:
         q, p = x
         dH_dq, v = gradient
         dp = u
         if u is not None and g is not None:
             dp = g[..., 0] * u if self.n_inputs == 1 else apply(g, u, diagonal=False)
-        drag = self._drag(q, v, z)
+        drag = self._drag(q, v, z) if has_friction else None
         if drag is not None:
             dp = -drag if dp is None else dp - drag
         if dH_dq is not None:

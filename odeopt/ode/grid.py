@@ -1,0 +1,182 @@
+"""Integration by steps of our own: nothing looks at a value before the end."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.ode.checks import State, tensors_of
+from odeopt.ode.implicit import Newton, takes_no_looks
+from odeopt.ode.inputs import knots_of, piece_of
+from odeopt.ode.recorder import Recorder, restore
+from odeopt.ode.solution import Status
+from odeopt.ode.steps import TABLEAUX, explicit_step
+from odeopt.ode.structured import structure_step
+from odeopt.physics import PhaseState, PortHamiltonianSystem
+
+STEP_OPTIONS = frozenset({"step_size"})
+NEWTON_OPTIONS = frozenset({"tol", "max_iters"})
+
+
+class Piece(NamedTuple):
+    """What lies between two neighbouring times that are outputs or knots: steps of one length.
+
+    Attributes:
+        start: Time at its start.
+        end: Time at its end.
+        n_steps: Number of steps.
+        ends_at_output: Whether the end is an output time.
+    """
+
+    start: float
+    end: float
+    n_steps: int
+    ends_at_output: bool
+
+
+class Account(NamedTuple):
+    """What the steps came to.
+
+    Attributes:
+        n_evals: Evaluations of the field.
+        n_steps: Steps.
+        n_iters: Newton iterations, the mean over samples of the sum over steps; None for explicit steps.
+        status: How it ended.
+        detail: What there is to say of it.
+        n_finite: Outputs before the first one that is not finite.
+    """
+
+    n_evals: int
+    n_steps: int
+    n_iters: float | None
+    status: Status
+    detail: str
+    n_finite: int
+
+
+def pieces_of(times: Sequence[float], step_size: float | None, knots: Sequence[float] = ()) -> list[Piece]:
+    """Cut a time axis at outputs and knots, and each piece into the fewest steps of at most ``step_size``."""
+    sign, pieces = (1 if times[-1] > times[0] else -1), []
+    for start, end in itertools.pairwise(times):
+        inner = sorted((knot for knot in knots if 0 < (knot - start) * sign < (end - start) * sign), reverse=sign < 0)
+        for left, right in itertools.pairwise([start, *inner, end]):
+            # a length that divides the piece to rounding does not take one step more
+            n_steps = 1 if step_size is None else max(1, math.ceil(abs(right - left) / step_size * (1 - 1e-9)))
+            pieces.append(Piece(left, right, n_steps, right == end))
+    return pieces
+
+
+def explicit_steps(
+    field: Callable[[Tensor, State], Any], x0: State, times: Sequence[float], method: str, step_size: float | None
+) -> tuple[State, Account]:
+    """Take explicit steps with any field; shapes and devices as in :func:`odeopt.ode.integrate`."""
+    recorder = Recorder(field, x0, torch.tensor(times[:2]), callbacks={"callback_step"}, is_external=False)
+    is_tuple = isinstance(x0, tuple)
+    flat, vector_field = _flattened(recorder, x0) if is_tuple else (x0, recorder)
+    has_callback = hasattr(field, "callback_step")
+    states, n_steps = [flat], 0
+    for piece in pieces_of(times, step_size):
+        x, dt = states[-1], (piece.end - piece.start) / piece.n_steps
+        for start in _starts(piece, dt, x):
+            if has_callback:
+                recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)
+            x = explicit_step(vector_field, start, dt, x, method)
+        states.append(x)
+        n_steps += piece.n_steps
+    stacked = torch.stack(states)
+    account = _account(stacked, recorder.n_evals, n_steps)
+    return (_unflattened(stacked, x0, 1) if is_tuple else stacked), account
+
+
+def system_steps(
+    system: PortHamiltonianSystem,
+    x0: PhaseState,
+    times: Sequence[float],
+    method: str,
+    step_size: float | None,
+    *,
+    u: Any,
+    z: Any,
+    newton: Newton | None,
+) -> tuple[PhaseState, Account]:
+    """Take steps with a port-Hamiltonian system: structure-preserving ones, explicit ones where ``newton`` is None."""
+    dof, n_evals, n_steps = system.dof, 0, 0
+    x, flags, n_iters = torch.cat(x0, -1), [], []
+    states = [x]
+    for piece in pieces_of(times, step_size, knots_of(u)):
+        dt = (piece.end - piece.start) / piece.n_steps
+        effort = piece_of(u, piece.start, piece.end)
+
+        def rates(t: Tensor, y: Tensor, effort: Callable = effort) -> Tensor:
+            return torch.cat(system.vector_field(PhaseState(y[..., :dof], y[..., dof:]), effort(t), z), -1)
+
+        for start in _starts(piece, dt, x):
+            if newton is None:
+                x = explicit_step(rates, start, dt, x, method)
+                n_evals += len(TABLEAUX[method].b)
+                continue
+            step = structure_step(
+                system,
+                dt,
+                PhaseState(x[..., :dof], x[..., dof:]),
+                method,
+                u=lambda share, start=start, dt=dt, effort=effort: effort(start + share * dt if share else start),
+                z=z,
+                newton=newton,
+            )
+            x = torch.cat(step.x, -1)
+            n_evals += step.n_evals
+            flags.append(step.is_converged)
+            n_iters.append(step.n_iters)
+        n_steps += piece.n_steps
+        if piece.ends_at_output:
+            states.append(x)
+    stacked = torch.stack(states)
+    account = _account(stacked, n_evals, n_steps, flags, n_iters)
+    return PhaseState(stacked[..., :dof], stacked[..., dof:]), account
+
+
+def _starts(piece: Piece, dt: float, x: Tensor) -> Sequence[Tensor]:
+    """Times at which the steps of a piece begin, as 0-d tensors."""
+    dtype = x.real.dtype if x.is_complex() else x.dtype
+    steps = torch.arange(piece.n_steps, dtype=dtype, device=x.device)
+    return torch.add(torch.full_like(steps, piece.start), steps, alpha=dt).unbind()
+
+
+def _account(states: Tensor, n_evals: int, n_steps: int, flags: Sequence[Tensor] = (), n_iters: Sequence[Tensor] = ()
+             ) -> Account:  # fmt: skip
+    """Look at the values, once and at the end, where that is allowed."""
+    if takes_no_looks(states):
+        text = "the steps were mapped, compiled or captured, where no value can be looked at."
+        return Account(n_evals, n_steps, None, Status.NOT_CHECKED, text, len(states))
+    total = torch.stack(list(n_iters)).sum(0).double().mean().item() if n_iters else None
+    is_finite = states.detach().isfinite().flatten(1).all(1)
+    n_finite = int(is_finite.cumprod(0).sum())
+    if n_finite < len(states):
+        text = "the next output has NaN or inf."
+        return Account(n_evals, n_steps, total, Status.NON_FINITE_STATE, text, max(1, n_finite))
+    is_open = torch.stack([~flag.all() for flag in flags]) if flags else torch.zeros(0, dtype=torch.bool)
+    if is_open.any():
+        text = f"in {int(is_open.sum())} of {len(is_open)} steps, first in step {int(is_open.nonzero()[0]) + 1}."
+        return Account(n_evals, n_steps, total, Status.NOT_CONVERGED, text, n_finite)
+    return Account(n_evals, n_steps, total, Status.SUCCESS, "Reached the last time.", n_finite)
+
+
+def _flattened(field: Recorder, x0: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """A tuple of tensors as one vector, and the field on it."""
+
+    def on_vector(t: Tensor, x: Tensor) -> Tensor:
+        dx = field(t, tuple(_unflattened(x, x0, 0)))
+        return torch.cat([d.reshape(-1) for d in tensors_of(dx)])
+
+    return torch.cat([x.reshape(-1) for x in x0]), on_vector
+
+
+def _unflattened(x: Tensor, x0: tuple[Tensor, ...], n_leading: int) -> State:
+    parts = x.split([part.numel() for part in x0], dim=-1)
+    return restore(x0, [p.reshape(*x.shape[:n_leading], *part.shape) for p, part in zip(parts, x0, strict=True)])

@@ -1,0 +1,127 @@
+"""Implicit equations of a step: solved by Newton's method, differentiated by the implicit function theorem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.checks import is_integer, is_number, require
+
+Residual = Callable[[Tensor], Tensor]
+
+# Where nothing may look at a value (mapped, compiled or captured) every sample takes so many iterations, of which the
+# last ones change nothing: from an Euler predictor Newton's method needs three to five.
+_N_MASKED = 8
+
+
+class Newton(NamedTuple):
+    """How implicit equations are solved.
+
+    Attributes:
+        tol: Largest entry of the residual that counts as zero, in units of one plus the largest entry of the state;
+            None for the three quarters power of the dtype's rounding, 2e-12 in double and 6e-6 in single precision.
+        max_iters: Iterations at most; None for 20, or for 8 where every sample has to take as many.
+    """
+
+    tol: float | None = None
+    max_iters: int | None = None
+
+    def checked(self) -> Newton:
+        """Return these settings, having refused wrong ones."""
+        is_tol = self.tol is None or (is_number(self.tol) and self.tol > 0)
+        require(is_tol, "tol", self.tol, "a positive number or None")
+        is_count = self.max_iters is None or (is_integer(self.max_iters) and self.max_iters >= 1)
+        require(is_count, "max_iters", self.max_iters, "a positive integer or None")
+        return self
+
+
+class Root(NamedTuple):
+    """What a solve found.
+
+    Attributes:
+        x: The root, shape ``(*batch, n)``.
+        n_iters: Iterations that each sample took, shape ``(*batch,)``.
+        is_converged: Whether its residual is small enough, shape ``(*batch,)``.
+        n_evals: Evaluations of the residual, a Jacobian counting as one for each of its columns.
+    """
+
+    x: Tensor
+    n_iters: Tensor
+    is_converged: Tensor
+    n_evals: int
+
+
+def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton()) -> Root:  # noqa: B008
+    r"""Solve :math:`F(x) = 0` for each sample of a batch.
+
+    Newton's method without a graph; samples that have converged stand still. Then two steps with the Jacobian held,
+    :math:`x \leftarrow x - J^{-1} F(x)`, are recorded: at a root, where J is the derivative of F, the first one has the
+    derivative that the implicit function theorem gives, and the second one makes the second derivative right, too.
+    So the iterations are not differentiated, and cost no memory.
+
+    Eagerly, iterations go on until all samples have converged, which waits for the device; mapped (``torch.func``),
+    compiled or captured by a CUDA graph, a fixed number is taken.
+
+    Args:
+        residual: Function of ``(*batch, n)`` with values of that shape, each sample by itself, that ``torch.func.vjp``
+            can differentiate.
+        guess: Where to start, shape ``(*batch, n)``.
+        newton: Tolerance and number of iterations.
+
+    Returns:
+        The root; where it was not found, the last iterate.
+
+    References:
+        Bai, Kolter, Koltun (2019), Deep equilibrium models, Thm. 1: the derivative.
+    """
+    is_masked = takes_no_looks(guess)
+    max_iters = newton.max_iters or (_N_MASKED if is_masked else 20)
+    tol = torch.finfo(guess.dtype).eps ** 0.75 if newton.tol is None else newton.tol
+    with torch.no_grad():
+        x = guess.detach()
+        r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+        n_evals = 1
+        for _ in range(max_iters):
+            is_open = ~_is_small(r, x, tol)
+            if not is_masked and not is_open.any():
+                break
+            x = torch.where(is_open.unsqueeze(-1), x - _solved(jacobian(residual, x), r), x)
+            r, n_iters = residual(x), n_iters + is_open
+            n_evals += x.shape[-1] + 1
+        is_converged = _is_small(r, x, tol)
+        x = x.detach()
+    if torch.is_grad_enabled():
+        attached = residual(x)
+        if attached.requires_grad or is_masked:  # under transforms a tensor does not say what it depends on
+            with torch.no_grad():
+                held = jacobian(residual, x).detach()
+            x = x - _solved(held, attached)
+            x = x - _solved(held, residual(x))
+    return Root(x, n_iters, is_converged, n_evals)
+
+
+def jacobian(function: Residual, x: Tensor) -> Tensor:
+    """Derivative of a function that takes each sample by itself, shape ``(*batch, n, n)``."""
+    value, pullback = torch.func.vjp(function, x)
+    units = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    rows = torch.func.vmap(lambda unit: pullback(unit.expand_as(value))[0])(units)
+    return rows.movedim(0, -2)
+
+
+def takes_no_looks(x: Tensor) -> bool:
+    """Whether a computation must not depend on values: mapped, compiled, or captured by a CUDA graph."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_small(r: Tensor, x: Tensor, tol: float) -> Tensor:
+    return r.abs().amax(-1) <= tol * (1 + x.abs().amax(-1))  # NaN is not below anything
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    # not `solve`, which waits for the device to see whether the matrix is singular; if so, what follows is not finite
+    return torch.linalg.solve_ex(matrix, right.unsqueeze(-1))[0].squeeze(-1)

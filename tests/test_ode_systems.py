@@ -1,0 +1,240 @@
+"""Integrations of port-Hamiltonian systems: backends, inputs, knots, what is refused."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from structure_toys import F64, drive, make_state, make_system
+
+from odeopt.ode import (
+    EXPLICIT_METHODS,
+    FirstOrderHold,
+    ZeroOrderHold,
+    available_methods,
+    integrate,
+    is_fixed_step,
+)
+from odeopt.ode.grid import pieces_of
+from odeopt.physics import PhaseState, PortHamiltonianSystem
+
+# a damped mass on a spring: x'' = -x - .2 x' + u
+SPRING = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1), dissipation=0.2).to(F64)
+A = torch.tensor([[0.0, 1.0], [-1.0, -0.2]], dtype=F64)
+X0 = PhaseState(torch.tensor([1.0], dtype=F64), torch.tensor([-0.4], dtype=F64))
+KNOTS, SAMPLES = [0.0, 0.37, 0.9, 1.6], torch.tensor([[1.0], [-2.0], [0.5], [3.0]], dtype=F64)
+
+
+def moved(x, u, h):
+    """The spring under a constant input, exactly."""
+    rest = torch.tensor([u, 0.0], dtype=F64)
+    return torch.linalg.matrix_exp(A * h) @ (x - rest) + rest
+
+
+def exact_under_hold(t):
+    """Where the spring is under the held samples."""
+    x, times = torch.cat(X0), [k for k in KNOTS if k < t] + [t]
+    for (start, end), u in zip(itertools.pairwise(times), SAMPLES[:, 0].tolist(), strict=False):
+        x = moved(x, u, end - start)
+    return x
+
+
+@pytest.mark.parametrize("method", available_methods())
+def test_every_method_sees_the_jumps_of_a_held_input(method):
+    if method == "scipy_solver":
+        options = {"solver": "DOP853"}
+    else:
+        options = {"step_size": 0.004} if is_fixed_step(method) and method != "fixed_adams" else None
+    t = [0.0, 0.5, 1.1, 2.0]
+    solution = integrate(SPRING, X0, t, method=method, options=options, u=ZeroOrderHold(KNOTS, SAMPLES), rtol=1e-6,
+                         atol=1e-8)  # fmt: skip
+    found = torch.cat(solution.states, -1)
+    expected = torch.stack([torch.cat(X0), *map(exact_under_hold, t[1:])])
+    rough = {"euler": 2e-2, "fixed_adams": 1.0}  # adaptive ones are interpolated at the outputs, dopri8 roughly
+    assert (found - expected).abs().max() < rough.get(method, 5e-4)
+
+
+def test_no_step_reaches_across_a_knot_so_that_the_order_stays():
+    t, u = [0.0, 1.3], ZeroOrderHold(KNOTS, SAMPLES)
+    errors = []
+    for h in (0.2, 0.1):
+        solution = integrate(SPRING, X0, t, method="rk4", options={"step_size": h}, backend="odeopt", u=u)
+        errors.append((torch.cat(solution.states, -1)[-1] - exact_under_hold(1.3)).norm().item())
+    assert errors[0] < 1e-4
+    # steps differ in length from piece to piece: between order 3.5 and 5
+    assert 3.5 < math.log2(errors[0] / errors[1]) < 5
+    crossing = integrate(SPRING, X0, t, method="rk4", options={"step_size": 0.1}, backend="odeopt", u=lambda t: u(t))
+    assert (torch.cat(crossing.states, -1)[-1] - exact_under_hold(1.3)).norm() > 1e3 * errors[1]
+
+
+def test_lines_between_samples_equal_the_function_they_sample():
+    def line(t):
+        return (1.5 - 0.8 * t).reshape(1)
+
+    hold = FirstOrderHold([0.0, 0.7, 2.0], torch.tensor([[1.5], [0.94], [-0.1]], dtype=F64))
+    t = torch.linspace(0, 2, 9, dtype=F64)
+    for method in ("rk4", "strang", "dopri5"):
+        a, b = (integrate(SPRING, X0, t, method=method, u=u).states.q for u in (line, hold))
+        tolerance = 2e-3 if method == "strang" else 1e-5  # the knot at .7 adds a step
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_holds_are_continued_beyond_their_knots():
+    held, joined = ZeroOrderHold(KNOTS, SAMPLES), FirstOrderHold(KNOTS, SAMPLES)
+    for t, expected in ((-1.0, 1.0), (0.0, 1.0), (0.36, 1.0), (0.37, -2.0), (5.0, 3.0)):
+        assert held(torch.tensor(t, dtype=F64)).item() == expected
+    for t, expected in ((-1.0, 1.0), (0.0, 1.0), (0.185, -0.5), (0.37, -2.0), (1.25, 1.75), (5.0, 3.0)):
+        assert joined(torch.tensor(t, dtype=F64)).item() == pytest.approx(expected)
+        middle = torch.tensor(t, dtype=F64)
+        piece = joined.piece(t - 1e-3, t + 1e-3) if t not in KNOTS else joined.piece(t, t + 1e-3)
+        assert piece(middle).item() == pytest.approx(expected)
+
+
+def test_inputs_may_differ_in_a_batch_and_pass_gradients():
+    system, x0 = make_system(), make_state(n=3)
+    values = torch.randn(2, 3, 1, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def end(values):
+        hold = ZeroOrderHold([0.0, 0.2], values)
+        return torch.cat(integrate(system, x0, [0.0, 0.4], method="rk4", u=hold).states, -1)[-1]
+
+    assert torch.autograd.gradcheck(end, (values,))
+    single = integrate(system, PhaseState(*(x[1] for x in x0)), [0.0, 0.4], method="rk4",
+                       u=ZeroOrderHold([0.0, 0.2], values[:, 1].detach()))  # fmt: skip
+    torch.testing.assert_close(end(values)[1], torch.cat(single.states, -1)[-1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", EXPLICIT_METHODS)
+def test_backends_agree(method):
+    def field(t, x):
+        return torch.sin(3 * t) - x * x
+
+    x0, t = torch.tensor([0.3, 1.0], dtype=F64), torch.linspace(0, 1, 6, dtype=F64)
+    for options in (None, {"step_size": 0.05}):
+        runs = {b: integrate(field, x0, t, method=method, options=options, backend=b)
+                for b in ("auto", "odeopt", "torchdiffeq")}  # fmt: skip
+        assert torch.equal(runs["auto"].states, runs["odeopt"].states)
+        torch.testing.assert_close(runs["odeopt"].states, runs["torchdiffeq"].states, rtol=0, atol=1e-14)
+        assert len({(run.n_steps, run.n_field_evals, run.method) for run in runs.values()}) == 1
+    # where the grids differ, the meaning of the options does not change behind one's back
+    rough = {"step_size": 0.07}
+    auto, theirs = (integrate(field, x0, t, method=method, options=rough, backend=b) for b in ("auto", "torchdiffeq"))
+    assert torch.equal(auto.states, theirs.states)
+    ours = integrate(field, x0, t, method=method, options=rough, backend="odeopt")
+    assert ours.n_steps == 15  # each fifth in three steps
+    with_nothing = integrate(SPRING, X0, [0.0, 1.0], method=method, backend="torchdiffeq")
+    torch.testing.assert_close(with_nothing.states.p, integrate(SPRING, X0, [0.0, 1.0], method=method).states.p)
+
+
+def test_pieces_cover_the_time_axis():
+    pieces = pieces_of([0.0, 1.0, 1.5], 0.3, (0.0, 0.4, 1.0, 1.2, 7.0))
+    assert [(p.start, p.end, p.n_steps) for p in pieces] == [(0.0, 0.4, 2), (0.4, 1.0, 2), (1.0, 1.2, 1), (1.2, 1.5, 1)]
+    assert [p.ends_at_output for p in pieces] == [False, True, False, True]
+    back = pieces_of([1.5, 0.0], None, (0.4, 1.2))
+    assert [(p.start, p.end) for p in back] == [(1.5, 1.2), (1.2, 0.4), (0.4, 0.0)]
+
+
+def test_whole_integrations_are_mapped_and_compiled():
+    def run(x):
+        return integrate(lambda t, x: torch.sin(3 * t) - x * x, x, [0.0, 0.5, 1.0], method="rk4").states
+
+    x = torch.tensor([0.3, 1.0], dtype=F64)
+    torch.testing.assert_close(torch.func.vmap(run)(x), run(x).mT, rtol=0, atol=1e-15)
+    torch.testing.assert_close(torch.func.jacrev(run)(x).diagonal(dim1=-2, dim2=-1)[0], torch.ones(2, dtype=F64))
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), run(x), rtol=0, atol=1e-15)
+    mapped = []
+
+    def status_of(x):
+        mapped.append(integrate(lambda t, x: -x, x, [0.0, 1.0]))
+        return mapped[-1].states
+
+    torch.func.vmap(status_of)(x)
+    assert mapped[-1].status == "not checked"
+    assert not mapped[-1].is_success
+    assert "mapped, compiled or captured" in mapped[-1].message
+
+
+def test_our_steps_report_failures_and_honour_callbacks():
+    solution = integrate(lambda t, x: x**3, torch.tensor([2.0]), torch.linspace(0, 3, 4), backend="odeopt")
+    assert solution.status == "non-finite state"
+    assert solution.states.isnan().any()
+    assert solution.states[0] == 2.0
+
+    class Watched(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, t, x):
+            return -x
+
+        def callback_step(self, t0, x, dt):
+            self.seen.append((t0.item(), x.item(), float(dt)))
+
+    field = Watched()
+    integrate(field, torch.ones(1, dtype=F64), [0.0, 1.0], options={"step_size": 0.5}, method="euler", backend="odeopt")
+    assert field.seen == [(0.0, 1.0, 0.5), (0.5, 0.5, 0.5)]
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "strang"])
+def test_matrix_network_that_is_not_finite_is_a_status(method):
+    friction = PortHamiltonianSystem(1, potential=lambda q: q.square().sum(-1),
+                                     dissipation=lambda q: ((q - q) / (q - q)).unsqueeze(-1)).to(F64)  # fmt: skip
+    solution = integrate(friction, X0, [0.0, 1.0, 2.0], method=method)
+    assert solution.status == "non-finite state"
+    assert solution.states.q[1:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"x0": torch.ones(2)}, "`x0` should be a `PhaseState` of tensors q and p"),
+        ({"u": 0.7}, "`u` should be None, a tensor .* a `ZeroOrderHold`.*Found `u = 0.7`"),
+        ({"u": torch.ones(2, dtype=F64)}, r"`u` should have shape \(1,\).*Found `u.shape = \(2,\)`"),
+        ({"t": [0.0, 1.0, 0.5]}, r"`t` should be finite and strictly increasing.*`t\[1\] = 1` before `t\[2\] = 0.5`"),
+        ({"backend": "ours"}, "`backend` should be one of auto, odeopt, torchdiffeq. Found `backend = 'ours'`"),
+        ({"backend": "torchdiffeq", "method": "strang"}, "one of torchdiffeq's with `backend = 'torchdiffeq'`"),
+        ({"method": "discrete_gradient", "adjoint": True}, "one of torchdiffeq's with `adjoint = True`"),
+        ({"backend": "odeopt", "method": "dopri5"}, "`method` should be one of euler"),
+        ({"backend": "odeopt", "adjoint": True}, "`adjoint` should be False with `backend = 'odeopt'`"),
+        ({"backend": "odeopt", "options": {"interp": "cubic"}}, "`options` of method 'rk4' should only hold step_size"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        integrate(SPRING, **({"x0": X0, "t": [0.0, 1.0]} | arguments))
+
+
+@pytest.mark.parametrize("name", ["u", "z"])
+def test_bare_fields_have_no_inputs(name):
+    with pytest.raises(ValueError, match=f"`{name}` should be None unless `field` is a `PortHamiltonianSystem`"):
+        integrate(lambda t, x: -x, torch.ones(1), [0.0, 1.0], **{name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("hold", [ZeroOrderHold, FirstOrderHold])
+@pytest.mark.parametrize(
+    ("t", "values", "match"),
+    [
+        ([0.0, 0.0], torch.ones(2, 1), r"`t` should be finite, one-dimensional and strictly increasing.*\[0.0, 0.0\]"),
+        ([0.0, math.nan], torch.ones(2, 1), "`t` should be finite"),
+        ([0.0, 1.0], torch.ones(3, 1), r"`values` should have shape \(2, \*batch, n_inputs\).*\(3, 1\)"),
+        ([0.0, 1.0], torch.ones(2), r"`values` should have shape .*\(2,\)"),
+        ([0.0, 1.0], torch.tensor([[1.0], [math.inf]]), r"`values` should be finite. Found `values\[1\] = \[inf\]`"),
+    ],
+)
+def test_wrong_samples_are_named(hold, t, values, match):
+    with pytest.raises(ValueError, match=match):
+        hold(t, values)
+
+
+def test_adjoint_of_a_system_finds_its_weights():
+    system, x0 = make_system(), make_state(n=2)
+    grads = []
+    for adjoint in (True, False):
+        system.zero_grad()
+        solution = integrate(system, x0, [0.0, 0.5], method="dopri5", u=drive, adjoint=adjoint, rtol=1e-9, atol=1e-11)
+        torch.cat(solution.states, -1)[-1].square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in system.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
