@@ -232,3 +232,5 @@ def _draw(axes: Axes, curves: Curves, methods: Mapping[str, str]) -> None:
         shown = [(work, max(error, _FLOOR)) for work, error in points if error <= _CEILING]
         if shown:
             axes.plot(*zip(*shown, strict=True), **method_style(name, methods[name]))
+    if not axes.lines:
+        axes.annotate("none gets here", (0.5, 0.5), xycoords="axes fraction", ha="center", color="#666666")

@@ -194,7 +194,8 @@ class SolverComparison:
             measure: As for :meth:`work`.
 
         Returns:
-            Pairs of work and error; a missing error counts as infinite, and a median that is infinite is left out.
+            Pairs of work and error; where there is none both count as infinite, and medians that are infinite are left
+            out.
         """
         levels: dict[int, list[SolverRun]] = {}
         for run in self.select(method=method, dtype=dtype):
@@ -202,10 +203,12 @@ class SolverComparison:
                 levels.setdefault(run.level, []).append(run)
         points = []
         for runs in levels.values():
-            error = statistics.median(math.inf if (e := getattr(run, measure)) is None else e for run in runs)
-            works = [getattr(run, unit) for run in runs if getattr(run, unit) is not None]
-            if error < math.inf and works:
-                points.append((statistics.median(works), error))
+            known = [run for run in runs if getattr(run, measure) is not None]
+            missing = [math.inf] * (len(runs) - len(known))
+            work = statistics.median([getattr(run, unit) for run in known] + missing)
+            error = statistics.median([getattr(run, measure) for run in known] + missing)
+            if error < math.inf:
+                points.append((work, error))
         return points
 
     def table(self, *, target: float = 1e-6, n_evals: int = 500, markdown: bool = False) -> str:
