@@ -210,6 +210,13 @@ def test_the_tight_solver_agrees_with_closed_forms(name, solved):
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=3e-12)
 
 
+def test_an_energy_of_ones_own_is_kept_when_a_problem_moves():
+    problem = replace(PROBLEMS["pendulum"], field=None, energy=lambda x: x.p.square().sum(-1))
+    assert problem.to(torch.float32).energy is problem.energy
+    own = PROBLEMS["pendulum"].to(torch.float32)
+    assert own.energy == own.system.energy != PROBLEMS["pendulum"].energy
+
+
 X0, T = torch.ones(2, dtype=F64), torch.linspace(0.0, 1.0, 3, dtype=F64)
 SYSTEM = PortHamiltonianSystem(2, potential=lambda q: q.square().sum(-1))
 PHASE = PhaseState(X0, X0)

@@ -45,8 +45,8 @@ def comparable_methods() -> dict[str, Method]:
     SciPy (``"scipy-LSODA"``), and the structure-preserving methods written here. ``explicit_adams`` has its order
     limited to five, above which it is unstable; no order of a multistep method is judged.
     """
-    methods = {}
-    for name in available_methods():
+    methods, ours = {}, getattr(ode, "STRUCTURE_METHODS", ())
+    for name in (name for name in available_methods() if name not in ours):
         if "solver" in _accepted_options(name):
             for solver in _scipy_solvers():
                 key = f"scipy-{solver}"
@@ -56,7 +56,7 @@ def comparable_methods() -> dict[str, Method]:
             methods[name] = Method(name, name, "fixed", ORDER.get(name), options)
         else:
             methods[name] = Method(name, name, "adaptive", ORDER.get(name), {}, _is_external(name))
-    for name in getattr(ode, "STRUCTURE_METHODS", ()):
+    for name in ours:
         methods[name] = Method(name, name, "structure", ORDER.get(name))
     return methods
 

@@ -58,8 +58,8 @@ class Problem:
     def __post_init__(self) -> None:
         check_state(self.x0)
         steps = check_times(self.t, tensors_of(self.x0)[0]).diff()
-        # a millionth is beyond the rounding of float32
-        is_even = bool(((steps - steps[0]).abs() <= 1e-6 * steps[0].abs()).all())
+        rounding = 4 * torch.finfo(self.t.dtype).eps * self.t.abs().max()
+        is_even = bool(((steps - steps[0]).abs() <= rounding).all())
         require(is_even, "t", self.t.tolist(), "evenly spaced")
         if self.system is None:
             require(self.field is not None, "field", self.field, "given unless a system is")
@@ -89,9 +89,8 @@ class Problem:
         """
         moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": self.t.to(device, dtype)}
         if self.system is not None:
-            own = self.energy == self.system.energy
-            moved |= {"system": _moved(self.system, dtype, device), "field": None}
-            moved |= {"energy": None} if own else {}
+            energy = None if self.energy == self.system.energy else _moved(self.energy, dtype, device)
+            moved |= {"system": _moved(self.system, dtype, device), "field": None, "energy": energy}
         else:
             moved |= {"field": _moved(self.field, dtype, device), "energy": _moved(self.energy, dtype, device)}
         return replace(self, **moved)
