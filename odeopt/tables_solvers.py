@@ -39,7 +39,10 @@ def solvers_table(comparison: SolverComparison, *, target: float, n_evals: int, 
 def _work(comparison: SolverComparison, target: float, dtype: str, unit: str) -> Table:
     """Median over the problems of each group, with how many of them reach the error."""
     in_group = {g: list(dict.fromkeys(r.problem for r in comparison.runs if r.group == g)) for g in comparison.groups}
-    headers = [("method", ""), *((group, f"{len(problems)} problems") for group, problems in in_group.items())]
+    headers = [
+        ("method", ""),
+        *((group, f"{len(problems)} problem{'s' * (len(problems) > 1)}") for group, problems in in_group.items()),
+    ]
     rows = []
     for method in comparison.methods:
         row = [method]

@@ -146,7 +146,7 @@ def test_errors_evaluations_and_steps_are_those_of_the_run():
     (found,) = run(["A1"], ["euler"], n_steps=(4,)).runs
     assert (found.n_evals, found.n_steps, found.setting, found.dtype) == (40, 40, 0.5, "float64")
     # euler multiplies by 1/2: the largest error, of the first output, over the start
-    assert found.error == pytest.approx(abs(0.5**4 - math.exp(-2)), rel=1e-12)
+    assert found.error == pytest.approx(abs(0.5**4 - math.exp(-2)), rel=1e-3)  # four digits are kept
 
 
 def test_the_energy_is_compared_with_the_dissipated_truth():
@@ -155,7 +155,7 @@ def test_the_energy_is_compared_with_the_dissipated_truth():
     solution = compare.integrate(problem.field, problem.x0, problem.t, method="rk4", options={"step_size": 0.25})
     energies = problem.energy(solution.states)
     truth = problem.energy(problem.exact(problem.t))
-    assert found.energy_error == pytest.approx(((energies - truth).abs().max() / truth.max()).item(), rel=1e-9)
+    assert found.energy_error == pytest.approx(((energies - truth).abs().max() / truth.max()).item(), rel=1e-3)
     assert run(["A1"], ["rk4"], n_steps=(8,)).runs[0].energy_error is None
 
 
@@ -344,7 +344,7 @@ def test_the_table_has_work_errors_orders_and_failures(comparison):
     assert "scipy-RK45  " not in orders  # has no order here
     assert f"torchdiffeq {comparison.settings['torchdiffeq']}" in text
     markdown = comparison.table(markdown=True)
-    assert "| method | DETEST A 1 problems | mechanics 2 problems |" in markdown
+    assert "| method | DETEST A 1 problem | mechanics 2 problems |" in markdown
 
 
 def test_failures_stand_under_the_table():
@@ -441,7 +441,7 @@ def test_the_command_prints_tables_and_leaves_file_and_figures(tmp_path, capsys)
     assert SolverComparison.load(tmp_path / "new" / "solvers.json").problems == ["A3", "pendulum"]
     command = ["solvers", "--quick", "--problems", "A1", "--methods", "rk4", "--out", str(tmp_path)]
     assert main([*command, "--markdown", "--dtypes", "float32"]) == 0
-    assert "| method | DETEST A 1 problems |" in capsys.readouterr().out
+    assert "| method | DETEST A 1 problem |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def _run(
         return replace(blank, status=OVER_BUDGET, message=f"asked for more than {max_evals:,} evaluations.")
     except Exception as error:  # a solver may raise anything; the others should run all the same
         return replace(blank, status=RAISED, message=f"{type(error).__name__}: {error}")
-    account = {"n_evals": solution.n_field_evals, "n_steps": solution.n_steps, "seconds": min(times)}
+    account = {"n_evals": solution.n_field_evals, "n_steps": solution.n_steps, "seconds": _rounded(min(times))}
     ran = replace(blank, **account, status=str(solution.status), message=solution.message)
     if not (solution.is_success or solution.status is Status.NOT_CONVERGED):  # whose states are complete
         return ran
@@ -270,11 +270,16 @@ def _run(
         return replace(ran, status=str(Status.NON_FINITE_STATE), message="the error overflows.")
     return replace(
         ran,
-        error=error,
+        error=_rounded(error),
         energy_error=_energy_error(problem, solution.states, truth),
         **_gradient_error(problem, method, blank.setting, truth, max_gradient_evals, solution.n_field_evals),
         message="" if solution.is_success else solution.message,
     )
+
+
+def _rounded(value: float) -> float:
+    """Four digits: more of an error or a time mean nothing, and would fill files."""
+    return float(f"{value:.4g}")
 
 
 def _now(problem: Problem) -> float:
@@ -321,7 +326,7 @@ def _energy_error(problem: Problem, states: State, truth: _Truth) -> float | Non
     with torch.no_grad():
         energies = problem.energy(states).double().cpu()
     error = ((energies - truth.energies).abs().max() / truth.energies.abs().max()).item()
-    return error if math.isfinite(error) else None
+    return _rounded(error) if math.isfinite(error) else None
 
 
 def _gradient_error(
@@ -340,7 +345,7 @@ def _gradient_error(
     except Exception:  # the run itself is good; a backward pass may fail in any way
         return {}
     error = ((gradient - truth.gradient).norm() / truth.gradient.norm()).item()
-    return {"gradient_error": error} if math.isfinite(error) else {}
+    return {"gradient_error": _rounded(error)} if math.isfinite(error) else {}
 
 
 def shortened(problem: Problem, n_intervals: int = 2) -> Problem:
