@@ -169,10 +169,9 @@ def compare_solvers(
 def _problems(problems: Iterable[str | Problem] | None) -> list[Problem]:
     if isinstance(problems, str | Problem):
         problems = [problems]
-    found = None if problems is None else [x if isinstance(x, Problem) else select_problems([x]) for x in problems]
-    if found is None:
+    if problems is None:
         return select_problems()
-    flat = [x for item in found for x in (item if isinstance(item, list) else [item])]
+    flat = [x for item in problems for x in ([item] if isinstance(item, Problem) else select_problems([item]))]
     require(len(flat) > 0, "problems", [], "at least one")
     unique = {problem.name: problem for problem in flat}
     return list(unique.values())
