@@ -36,6 +36,7 @@ STAGES = (
     ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
     ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
+    ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )
@@ -76,8 +77,8 @@ def command_of(command: str, extra: str, args: argparse.Namespace) -> list[str]:
     words = [word.format(out=args.out) for word in command.split()] + extra.split()
     if words[0] != "-m":
         words[0] = str(EXAMPLES / words[0])
-    takes_data = words[0] == "-m" or "--data-dir" in Path(words[0]).read_text(encoding="utf-8")
-    if args.data_dir is not None and takes_data:
+    reads_data = "matrix" in words if words[0] == "-m" else "--data-dir" in Path(words[0]).read_text(encoding="utf-8")
+    if args.data_dir is not None and reads_data:
         words += ["--data-dir", str(args.data_dir)]
     return [sys.executable, *words]
 

@@ -4,7 +4,7 @@ from odeopt._version import __version__
 from odeopt.artifacts import available_pretrained, load, load_pretrained, save
 from odeopt.evaluation import compare
 from odeopt.meta import MetaConfig, meta_train, unroll
-from odeopt.ode import integrate
+from odeopt.ode import compare_solvers, integrate
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.rules import (
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "available_pretrained",
     "compare",
+    "compare_solvers",
     "integrate",
     "load",
     "load_pretrained",

@@ -1,4 +1,4 @@
-"""Command line: ``python -m odeopt train``, ``search``, ``tune`` and ``matrix``.
+"""Command line: ``python -m odeopt train``, ``search``, ``tune``, ``matrix`` and ``solvers``.
 
 Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its processes train one rule together.
 """
@@ -26,6 +26,7 @@ from odeopt.meta.search import search
 from odeopt.meta.search_config import load_search
 from odeopt.meta.study import MissingOptunaError
 from odeopt.meta.trainer import meta_train
+from odeopt.ode import available_problems, comparable_methods, compare_solvers
 from odeopt.tables import draw_table
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable, load_dataset
 
@@ -92,9 +93,12 @@ def main(argv: list[str] | None = None) -> int:
                         "matrix.png (default: %(default)s)")  # fmt: skip
     matrix.add_argument("--markdown", action="store_true", help="print the table as markdown")
 
+    _add_solvers(commands)
+
     args = parser.parse_args(argv)
+    programs = {"train": _train, "search": _search, "tune": _tune, "matrix": _matrix, "solvers": _solvers}
     try:
-        return {"train": _train, "search": _search, "tune": _tune, "matrix": _matrix}[args.command](args)
+        return programs[args.command](args)
     except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable, MissingOptunaError) as error:
         status, message = 2, error
     except LostRankError as error:
@@ -127,6 +131,27 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
                         "long; the same command continues")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+
+
+def _add_solvers(commands: argparse._SubParsersAction) -> None:
+    problems, methods = available_problems(), comparable_methods()
+    parser = commands.add_parser(
+        "solvers",
+        help="compare ODE solvers: error, evaluations, seconds, energy, gradients and orders",
+        description="Run solvers over tolerances or sizes of steps on common problems, against accurate references.",
+    )
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help=f"problems, {', '.join(problems)}, or classes "
+                        f"of them, {', '.join(dict.fromkeys(problems.values()))} (default: all)")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"methods, {', '.join(methods)}, or kinds, "
+                        "fixed, adaptive, structure (default: all)")  # fmt: skip
+    parser.add_argument("--dtypes", nargs="+", choices=("float64", "float32"), default=["float64"], help="precisions "
+                        "(default: float64)")  # fmt: skip
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one problem each of most classes, unless "
+                        "--problems are given, and fewer settings")  # fmt: skip
+    parser.add_argument("--out", type=arguments.folder, default="runs/solvers", help="folder of solvers.json and of "
+                        "the figures (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
 
 
 class _Terminated(BaseException):
@@ -252,6 +277,21 @@ def _matrix(args: argparse.Namespace) -> int:
     )
     print(matrix.table(markdown=args.markdown))
     print(f"\nsaved {args.out / 'matrix.json'} and {matrix.plot(args.out / 'matrix.png')}")
+    return 0
+
+
+def _solvers(args: argparse.Namespace) -> int:
+    problems, settings = args.problems, {}
+    if args.quick:
+        problems = problems or ["A3", "B4", "D1", "pendulum", "quadratic"]
+        settings = {"tolerances": (1e-3, 1e-6), "n_steps": (2, 8, 32), "max_evals": 800, "n_repeats": 1}
+        settings["max_gradient_evals"] = 100
+    dtypes = [getattr(torch, name) for name in dict.fromkeys(args.dtypes)]
+    comparison = compare_solvers(problems, args.methods, dtypes=dtypes, device=args.device, **settings)
+    comparison.save(args.out / "solvers.json")
+    print(comparison.table(markdown=args.markdown))
+    saved = [args.out / "solvers.json", *comparison.figures(args.out)]
+    print(f"\nsaved {', '.join(map(str, saved))}")
     return 0
 
 

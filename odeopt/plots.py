@@ -78,6 +78,16 @@ def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure,
     return figure, list(figure.subplots(1, n_columns, squeeze=False)[0])
 
 
+def use_logarithms(axes: Axes) -> None:
+    """Make both axes logarithmic, with a tick at every second power of ten of the vertical one."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(base=100, numticks=20))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Write a figure, making its folder where there is none; the suffix chooses the format.
 

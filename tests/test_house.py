@@ -27,7 +27,7 @@ ARROWS = {
     "checks": set(),
     "files": set(),
     "physics": {"checks"},
-    "ode": {"checks", "physics"},
+    "ode": {"checks", "files", "physics", "_version"},
     "systems": {"checks", "physics", "ode"},
     "rules": {"checks", "physics", "ode"},
     "tasks": {"checks"},
@@ -46,9 +46,15 @@ ARROWS = {
     "plots_ablation": {"plots"},
     "plots_estimators": {"plots"},
     "plots_generalisation": {"plots"},
+    "plots_solvers": {"plots"},
+    "tables_solvers": {"tables"},
 }
 # Methods that draw and print do so by rooms above their own, which they import when they are called.
-LAZY = {"evaluation": {"plots", "tables"}, "matrix": {"plots"}}
+LAZY = {
+    "evaluation": {"plots", "tables"},
+    "matrix": {"plots"},
+    "ode": {"plots_solvers", "tables_solvers"},
+}
 TOP = {"__init__", "__main__"}  # may import everything
 
 DOORS = {

@@ -66,6 +66,20 @@ def test_early_stop_of_scipy_is_a_status(solver):
     _assert_reached(solution, 3, (1 / (1 - t))[:, None].expand(6, 2))
 
 
+def test_early_stop_of_scipy_on_a_tuple_is_a_status_too():
+    def field(t, x):
+        q, p = x
+        return q**2, -p
+
+    x0 = torch.ones(2, dtype=F64), torch.ones(1, dtype=F64)
+    options = {"solver": "BDF"}
+    solution = integrate(field, x0, times(0, 2, 6), method="scipy_solver", options=options, rtol=1e-6)
+    assert solution.status == Status.STOPPED_EARLY
+    q, p = solution.states
+    assert [x.isfinite().flatten(1).all(1).tolist() for x in (q, p)] == [[True] * 3 + [False] * 3] * 2
+    torch.testing.assert_close(p[:3, 0], torch.exp(-times(0, 2, 6)[:3]), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_non_finite_field_is_a_status(method):
     t = times(0, 2, 41)

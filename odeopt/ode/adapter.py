@@ -29,6 +29,8 @@ _ASSERTED = {
     "max_num_steps exceeded": Status.MAX_STEPS_REACHED,
 }
 
+_SCIPY_STOPPED = "SciPy returned before the last time."
+
 
 def available_methods() -> tuple[str, ...]:
     """Return the names of the methods that the installed torchdiffeq offers."""
@@ -122,6 +124,11 @@ def _attempt(
                 ) from error
             detail = f"{str(error).partition(':')[0]}."
             raise SolverFailureError(*recorder.explain(status, detail)) from error
+        except RuntimeError as error:
+            # torchdiffeq gives what SciPy has of a tuple the shape of a whole solution
+            if not (is_external(method) and "is invalid for input of size" in str(error)):
+                raise
+            raise SolverFailureError(*recorder.explain(Status.STOPPED_EARLY, _SCIPY_STOPPED)) from error
         except ValueError as error:
             if "array must not contain infs or NaNs" not in str(error):
                 raise
@@ -133,7 +140,7 @@ def _attempt(
     elif n_finite < len(is_finite):
         return [x[:n_finite] for x in states], Status.NON_FINITE_STATE, "the next output has NaN or inf."
     if n_finite < len(t):
-        return states, *recorder.explain(Status.STOPPED_EARLY, "SciPy returned before the last time.")
+        return states, *recorder.explain(Status.STOPPED_EARLY, _SCIPY_STOPPED)
     if any("did not converge" in text for text in held):
         return states, Status.NOT_CONVERGED, "in at least one step."
     return states, Status.SUCCESS, "Reached the last time."
