@@ -46,6 +46,7 @@ ARROWS = {
     "plots_ablation": {"plots"},
     "plots_estimators": {"plots"},
     "plots_generalisation": {"plots"},
+    "plots_physics": {"plots"},
 }
 # Methods that draw and print do so by rooms above their own, which they import when they are called.
 LAZY = {"evaluation": {"plots", "tables"}, "matrix": {"plots"}}

@@ -24,6 +24,7 @@ from odeopt.systems import (
     part_errors,
     parts_at,
     pendulum,
+    portray,
     simulate,
     trajectory_errors,
 )
@@ -162,6 +163,46 @@ def test_the_gauge_is_what_motions_leave_free_and_is_recovered(name):
     for found, wanted in zip(parts_at(other, q, gauge), parts_at(truth, q), strict=True):
         torch.testing.assert_close(found, wanted)
     assert max(part_errors(other, truth, q).values()) < 1e-9
+
+
+def test_a_conserved_momentum_leaves_more_free():
+    mechanism = cart_pole()
+    truth, c = mechanism.model, 0.4
+
+    def row(q):
+        return torch.linalg.inv(truth.inverse_mass(q))[..., :1]
+
+    def inverse_mass(q):
+        return torch.linalg.inv(torch.linalg.inv(truth.inverse_mass(q)) + c * row(q) @ row(q).mT)
+
+    other = PortHamiltonianSystem(
+        2,
+        inverse_mass=GivenMatrix(inverse_mass),
+        potential=truth.potential,
+        dissipation=GivenMatrix(truth.dissipation),
+        port=GivenMatrix(lambda q: truth.port(q) + c * row(q)),
+    )
+    model = PortHamiltonianModel(other, "RS", observes="velocity")
+    data = make_data(mechanism, n=8)
+    assert trajectory_errors(model, data.test, n_substeps=10).mean < 1e-12
+    assert part_errors(model, truth, positions(mechanism))["g"] > 0.1
+
+
+def test_a_portrait_has_the_truth_and_the_energy_of_predictions():
+    mechanism = embedded_pendulum()
+    models = {kind: model_of(kind, mechanism) for kind in ("port-Hamiltonian", "naive")}
+    x0, q = mechanism.first_observations(1, seed=0)[0], positions(mechanism)
+    portrait = portray(mechanism, models, x0, q, n_times=30)
+    assert list(portrait.paths) == list(portrait.energies) == ["truth", *models]
+    assert list(portrait.parts) == ["truth", "port-Hamiltonian"]
+    path = portrait.paths["truth"]
+    assert path.shape == (30, 2)
+    assert path[:, 0].diff().abs().max() < math.pi  # unwound
+    torch.testing.assert_close(path[:, 0].cos(), simulate(mechanism, x0[None], 30).x[:, 0, 0])
+    assert (portrait.energies["truth"].diff() < 0).all()
+    assert portrait.energies["naive"][0] == pytest.approx(portrait.energies["truth"][0].item(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"`models` should be named otherwise than 'truth'"):
+        portray(mechanism, {"truth": models["naive"]}, x0, q)
 
 
 def test_part_errors_are_relative_and_the_gauge_does_not_hide_them():

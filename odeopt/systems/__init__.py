@@ -26,6 +26,7 @@ from odeopt.systems.models import (
     structured,
 )
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel
+from odeopt.systems.portraits import Portrait, portray
 
 __all__ = [
     "INPUTS",
@@ -43,6 +44,7 @@ __all__ = [
     "ObservedSystem",
     "Parts",
     "PortHamiltonianModel",
+    "Portrait",
     "Sine",
     "Trajectories",
     "UnstructuredHamiltonian",
@@ -57,6 +59,7 @@ __all__ = [
     "part_errors",
     "parts_at",
     "pendulum",
+    "portray",
     "simulate",
     "structured",
     "trajectory_errors",

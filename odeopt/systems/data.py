@@ -60,9 +60,9 @@ class Trajectories(NamedTuple):
         u = self.u.unfold(0, n_points - 1, 1).permute(3, 0, 1, 2).flatten(1, 2)
         return Trajectories(self.t[:n_points], x, u)
 
-    def to(self, dtype: torch.dtype) -> Trajectories:
-        """Convert all numbers."""
-        return Trajectories(*(value.to(dtype) for value in self))
+    def to(self, like: Tensor) -> Trajectories:
+        """Convert all numbers to the dtype and the device of a tensor."""
+        return Trajectories(*(value.to(like) for value in self))
 
 
 class Data(NamedTuple):

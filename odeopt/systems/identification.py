@@ -7,7 +7,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
     weights = [p for p in model.parameters() if p.requires_grad]
     require(len(weights) > 0, "model", type(model).__name__, "one that has weights to learn")
     began = time.perf_counter()
-    t, x, u = data.checked(model.n_observed, model.n_inputs).windows(config.n_points).to(weights[0].dtype)
+    t, x, u = data.checked(model.n_observed, model.n_inputs).windows(config.n_points).to(weights[0])
     n = x.shape[1]
     require(config.n_batches <= n, "n_batches", config.n_batches, f"at most the number of windows, {n}")
     with torch.no_grad():
@@ -91,7 +91,7 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
     generator, losses = torch.Generator().manual_seed(config.seed), []
     status, message = Status.SUCCESS, ""
     for i in range(config.n_passes):
-        total = torch.zeros((), dtype=x.dtype)
+        total = x.new_zeros(())
         for batch in torch.randperm(n, generator=generator).chunk(config.n_batches):
             target = x[:, batch]
             predicted = model.roll(model.encode(target[0]), steps, u[:, batch], n_substeps=config.n_substeps)
@@ -151,7 +151,8 @@ def fit_kept(
         return FitResult(losses, Status(status), message, seconds)
     result = fit(model, data, config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {"settings": wanted, "weights": model.state_dict()}
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    kept = {"settings": wanted, "weights": weights}
     kept["result"] = [result.losses, str(result.status), result.message, result.seconds]
     torch.save(kept, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -178,6 +179,11 @@ class Errors(NamedTuple):
             return f"diverged ({self.n_diverged})"
         return f"{self.mean:.3g} ± {self.deviation:.2g}"
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name and the text, with None in place of numbers that are not finite."""
+        fields = {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+        return fields | {"text": str(self)}
+
 
 def trajectory_errors(model: ObservedSystem, data: Trajectories, *, n_substeps: int = 1) -> Errors:
     """Predict motions from their first observations alone, and sum the squared errors over each.
@@ -193,8 +199,8 @@ def trajectory_errors(model: ObservedSystem, data: Trajectories, *, n_substeps: 
     Raises:
         ValueError: If the motions do not fit the model, or as for :meth:`ObservedSystem.rollout`.
     """
-    dtype = next(model.parameters(), data.x).dtype
-    t, x, u = data.checked(model.n_observed, model.n_inputs).to(dtype)
+    like = next(model.parameters(), data.x)
+    t, x, u = data.checked(model.n_observed, model.n_inputs).to(like)
     with torch.no_grad():
         predicted = model.rollout(x[0], t, u, n_substeps=n_substeps).states
     squares = (predicted - x).double().square().sum((0, 2))
@@ -248,11 +254,12 @@ def parts_at(model: PortHamiltonianModel, q: Tensor, gauge: Gauge | None = None)
     Returns:
         The parts.
     """
-    dtype = next(model.parameters(), q).dtype
+    like = next(model.parameters(), q)
     with torch.no_grad():
-        q = q.to(dtype)
+        q = q.to(like)
         V, inverse, D, g = (
-            part(q).double() for part in (model.potential, model.inverse_mass, model.dissipation, model.port)
+            part(q).to("cpu", torch.float64)
+            for part in (model.potential, model.inverse_mass, model.dissipation, model.port)
         )
     scale, offset = gauge or Gauge(1.0, 0.0)
     return Parts(V / scale - offset, inverse * scale, D / scale, g / scale)
