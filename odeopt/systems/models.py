@@ -19,8 +19,8 @@ from odeopt.physics import (
 from odeopt.systems.coordinates import Coordinates
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_part, momentum
 
-# D and g get no hidden layer by default: with one, the D of the pendulum took up what V had not learned, and was half of
-# itself or more off after 300 passes; without, 1 %
+# D and g get no hidden layer by default: with one, the D of the pendulum took up what V had not learned, and was off by
+# half of itself or more after 300 passes; without, by 1 %
 _WIDTHS, _SMALL = (40, 40), ()
 # bound of the inverse mass: p = M dq/dt would leave all bounds where it passes by zero
 _LEAST_INVERSE_MASS = 0.05
