@@ -41,6 +41,9 @@ ROWS = {name: (name, {}) for name in MODELS} | {
     f"{OURS}, told of the angle": (OURS, {"coordinates": "S"}),
 }
 LINES = ("pendulum",)  # its position is observed on the line, as in the paper: networks are to find the period
+# On the line sines find it. There D = C C^T and g have affine C and g: with a hidden layer, as they have elsewhere, D
+# took up what V had not learned and was off by 50 % after 150 passes, without by 2 %
+ON_LINES = {"activation": Sine, "small_widths": ()}
 QUICK = {"steps": 40, "runs": 32, "folder": Path("runs/physics-quick")}
 CAPTION = """Errors: summed squares over a motion and all that is observed, mean ± standard deviation over motions; of
 training (with the noise, if any), of other first observations, and of predictions over twice as many observations from
@@ -88,8 +91,9 @@ def learned(args: argparse.Namespace, mechanism, system: str, row: str, kind: st
     data_options = {name: value for name, value in options.items() if name != "coordinates"}
     data = make_data(mechanism, n=args.runs, seed=args.seed, **data_options)
     coordinates = options.get("coordinates", mechanism.model.coordinates.kinds)
-    activation = {"activation": Sine} if set(coordinates) == {"R"} else {}
-    model = make_model(kind, coordinates, observes=mechanism.model.observes, seed=args.seed, **activation)
+    own = ON_LINES if set(coordinates) == {"R"} else {}
+    own = {name: value for name, value in own.items() if name != "small_widths" or kind not in ("geometric", "naive")}
+    model = make_model(kind, coordinates, observes=mechanism.model.observes, seed=args.seed, **own)
     settings = {"system": system, "row": row, "runs": args.runs, "seed": args.seed}
     name = re.sub(r"\W+", "-", f"{system}-{row}")
     config = FitConfig(n_passes=args.steps, seed=args.seed)

@@ -19,9 +19,7 @@ from odeopt.physics import (
 from odeopt.systems.coordinates import Coordinates
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_part, momentum
 
-# D and g get no hidden layer by default: with one, the D of the pendulum took up what V had not learned, and was off by
-# half of itself or more after 300 passes; without, by 1 %
-_WIDTHS, _SMALL = (40, 40), ()
+_WIDTHS, _SMALL = (40, 40), (16,)
 # bound of the inverse mass: p = M dq/dt would leave all bounds where it passes by zero
 _LEAST_INVERSE_MASS = 0.05
 
@@ -61,7 +59,7 @@ def structured(
         dissipative: Whether there is a D; without it energy is conserved but for the inputs.
         widths: Hidden widths of the networks of V and the inverse of M.
         small_widths: Hidden widths of those of D = C C^T and g; without any, C and g are affine in what is seen.
-        activation: Makes the activations.
+        activation: Makes the activations of the former; those of the latter are tanh.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -69,17 +67,20 @@ def structured(
     seen = Coordinates(coordinates)
     dof = seen.dof
 
-    def network(n_outputs: int, widths: Sequence[int] = widths) -> nn.Sequential:
-        return _network(Coordinates(coordinates), n_outputs, widths=widths, activation=activation)
+    def network(n_outputs: int) -> nn.Sequential:
+        return _network(seen, n_outputs, widths=widths, activation=activation)
 
-    dissipation = PositiveSemidefinite(dof, network=network(dof * dof, small_widths)) if dissipative else None
+    def small(n_outputs: int) -> nn.Sequential:
+        return _network(seen, n_outputs, widths=small_widths, activation=nn.Tanh)
+
+    dissipation = PositiveSemidefinite(dof, network=small(dof * dof)) if dissipative else None
     system = PortHamiltonianSystem(
         dof,
         n_inputs=n_inputs,
         inverse_mass=PositiveDefinite(dof, network=network(dof * (dof + 1) // 2), eps=_LEAST_INVERSE_MASS),
         potential=Potential(dof, network=network(1)),
         dissipation=dissipation,
-        port=PortMatrix(dof, n_inputs, network=network(dof * n_inputs, small_widths)),
+        port=PortMatrix(dof, n_inputs, network=small(dof * n_inputs)),
     )
     return PortHamiltonianModel(system, coordinates, observes=observes)
 
@@ -118,15 +119,15 @@ class UnstructuredHamiltonian(ObservedSystem):
         dof, seen = self.dof, self.coordinates
         self.hamiltonian = mlp(seen.n_features + dof, 1, widths=widths, activation=activation)
 
-        def network(n_outputs: int, widths: Sequence[int]) -> nn.Sequential:
-            return _network(seen, n_outputs, widths=widths, activation=activation)
+        def small(n_outputs: int) -> nn.Sequential:
+            return _network(seen, n_outputs, widths=small_widths, activation=nn.Tanh)
 
         self.inverse_mass = None
         if observes == "velocity":
-            n_numbers = dof * (dof + 1) // 2
-            self.inverse_mass = PositiveDefinite(dof, network=network(n_numbers, widths), eps=_LEAST_INVERSE_MASS)
-        self.dissipation = PositiveSemidefinite(dof, network=network(dof * dof, small_widths))
-        self.port = PortMatrix(dof, n_inputs, network=network(dof * n_inputs, small_widths))
+            network = _network(seen, dof * (dof + 1) // 2, widths=widths, activation=activation)
+            self.inverse_mass = PositiveDefinite(dof, network=network, eps=_LEAST_INVERSE_MASS)
+        self.dissipation = PositiveSemidefinite(dof, network=small(dof * dof))
+        self.port = PortMatrix(dof, n_inputs, network=small(dof * n_inputs))
 
     def encode(self, x: Tensor) -> Tensor:
         if self.inverse_mass is None:
