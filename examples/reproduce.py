@@ -35,6 +35,7 @@ STAGES = (
     ("meta-seeds", 8, "meta_seeds.py --out {out}", QUICK_SEEDS),
     ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
+    ("physics", 120, "physics.py --out {out}", "--quick"),
     ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
     ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),

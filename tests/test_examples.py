@@ -26,6 +26,7 @@ TINY = {
                    *(str(Path(odeopt.__file__).parent / "pretrained" / f"{name}.safetensors")
                      for name in ("hamiltonian-mnist", "port-hamiltonian-mnist", "lstm-quadratic"))],
     "mnist": ["--dataset", "digits", "--steps", "2", "--runs", "2"],
+    "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
 }  # fmt: skip
@@ -231,6 +232,34 @@ def test_estimators_are_measured_against_the_exact_gradient(tmp_path, capsys):
         assert 0 < numbers["damped"][0] < numbers["truncated, detached"][0]
     trained = ("backpropagation", "detached", "damped", "PES, sigma 1e-2")
     assert all(f"\n{name}: best validation loss" in text for name in trained)
+
+
+def test_physics_continues_and_judges_parts_and_circles(tmp_path, capsys, monkeypatch):
+    options = [*TINY["physics"], "--folder", str(tmp_path / "kept"), "--out", str(tmp_path)]
+    run("physics", *options)
+    first = capsys.readouterr()
+    titles, rows = table_after(first.out, "\ncart-pole\n")
+    for title in ("parameters", "training", "test", "prediction", "off circle", "V", "1/M", "D", "g"):
+        assert title in titles
+    learned = ["port-Hamiltonian", "naive", "port-Hamiltonian, 1 % noise", "port-Hamiltonian, sampled inputs"]
+    assert list(rows) == learned
+    assert len(table_after(first.out, "\npendulum\n")[1]) == 5  # and one that is told of the angle
+    results = json.loads((tmp_path / "physics-quick.json").read_text())["systems"]["cart-pole"]
+    assert results["port-Hamiltonian"]["prediction"]["drift"] < 1e-6 < results["naive"]["prediction"]["drift"]
+    assert set(results["port-Hamiltonian"]["parts"]) == {"V", "inverse_mass", "D", "g"}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    assert len(kept) == 9
+    run("physics", *options)
+    assert capsys.readouterr().out == first.out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()} == kept
+    with pytest.raises(SystemExit, match=r"hold a fit of the same settings.*which differs in n_passes; choose another"):
+        run("physics", *options, "--steps", "2")
+
+
+def test_physics_refuses_an_odd_number(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("physics", "--runs", "3")
+    assert "argument --runs: should be even; found 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

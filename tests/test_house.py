@@ -48,6 +48,7 @@ ARROWS = {
     "plots_generalisation": {"plots"},
     "plots_solvers": {"plots"},
     "tables_solvers": {"tables"},
+    "plots_physics": {"plots"},
 }
 # Methods that draw and print do so by rooms above their own, which they import when they are called.
 LAZY = {

@@ -1,0 +1,312 @@
+"""Learning a system from its motions, judging what was learned, and fixing what no motion can tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.checks import is_number, require
+from odeopt.ode import Status
+from odeopt.systems.data import Trajectories
+from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How a model is fitted.
+
+    Attributes:
+        n_passes: Times that training sees each window.
+        n_points: Observations in a window; the motion is predicted from the first.
+        n_batches: Steps of Adam in a pass, over equal parts of the windows, which are shuffled for each pass.
+        lr: Peak of the learning rate, which rises over a tenth of the training and falls along a cosine.
+        n_substeps: Steps of rk4 between two observations.
+        seed: Of the shuffling.
+    """
+
+    n_passes: int = 1000
+    n_points: int = 4
+    n_batches: int = 5
+    lr: float = 1e-2
+    n_substeps: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_passes", "n_batches", "n_substeps"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, name, value, "a positive integer")
+        require(is_number(self.lr) and self.lr > 0, "lr", self.lr, "a finite positive number")
+
+
+class FitResult(NamedTuple):
+    """What a fit did.
+
+    Attributes:
+        losses: Mean squared error of the observations predicted, by pass.
+        status: ``Status.NON_FINITE_STATE`` if a loss was not finite: the fit ended there, with the weights before it.
+        message: What happened, where it did not go well.
+        seconds: Wall-clock seconds.
+    """
+
+    losses: list[float]
+    status: Status
+    message: str
+    seconds: float
+
+
+def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = None) -> FitResult:
+    """Fit a model, in place, to the windows of motions.
+
+    Args:
+        model: The model; its weights' dtype is what is computed in.
+        data: Motions.
+        config: How; the default of :class:`FitConfig` if None.
+
+    Returns:
+        Losses and status.
+
+    Raises:
+        ValueError: If the motions do not fit the model, are not finite or not evenly spaced, or a part of the model is
+            not finite or not invertible at their first observations.
+    """
+    config = FitConfig() if config is None else config
+    weights = [p for p in model.parameters() if p.requires_grad]
+    require(len(weights) > 0, "model", type(model).__name__, "one that has weights to learn")
+    began = time.perf_counter()
+    t, x, u = data.checked(model.n_observed, model.n_inputs).windows(config.n_points).to(weights[0])
+    n = x.shape[1]
+    require(config.n_batches <= n, "n_batches", config.n_batches, f"at most the number of windows, {n}")
+    with torch.no_grad():
+        model.check_finite(model.encode(x[0]), u[0])
+    steps, n_steps = t.diff().tolist(), config.n_passes * config.n_batches
+    optimizer = torch.optim.Adam(weights, lr=config.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step / n_steps))
+    generator, losses = torch.Generator().manual_seed(config.seed), []
+    status, message = Status.SUCCESS, ""
+    for i in range(config.n_passes):
+        total = x.new_zeros(())
+        for batch in torch.randperm(n, generator=generator).chunk(config.n_batches):
+            target = x[:, batch]
+            predicted = model.roll(model.encode(target[0]), steps, u[:, batch], n_substeps=config.n_substeps)
+            loss = (predicted - target)[1:].square().mean()
+            if not loss.isfinite():
+                status = Status.NON_FINITE_STATE
+                message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: lower `lr`."
+                return FitResult(losses, status, message, time.perf_counter() - began)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.detach() * len(batch) / n
+        losses.append(total.item())
+    return FitResult(losses, status, message, time.perf_counter() - began)
+
+
+def _one_cycle(part: float, warmup: float = 0.1) -> float:
+    """Learning rate over its peak, after a part of the training."""
+    if part < warmup:
+        return 0.05 + 0.95 * part / warmup
+    return 0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * (part - warmup) / (1 - warmup)))
+
+
+def fit_kept(
+    model: ObservedSystem, data: Trajectories, config: FitConfig, path: str | os.PathLike, *, settings: dict
+) -> FitResult:
+    """Fit a model unless a file has what an earlier call made of it, and keep what comes out in that file.
+
+    Args:
+        model: The model.
+        data: Motions.
+        config: How to fit.
+        path: The file, whose folder is made; it appears when the fit is done.
+        settings: What else tells one fit from another, as plain values: the data, the model.
+
+    Returns:
+        Losses and status.
+
+    Raises:
+        ValueError: If the file is of other settings, or as for :func:`fit`.
+    """
+    path, wanted = Path(path), settings | dataclasses.asdict(config)
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["settings"] != wanted:
+            changed = sorted(
+                name for name in wanted | kept["settings"] if wanted.get(name) != kept["settings"].get(name)
+            )
+            raise ValueError(
+                "Parameter `path` should be new or hold a fit of the same settings. "
+                f"Found `{path}`, which differs in {', '.join(changed)}; choose another folder or delete it."
+            )
+        model.load_state_dict(kept["weights"])
+        losses, status, message, seconds = kept["result"]
+        return FitResult(losses, Status(status), message, seconds)
+    result = fit(model, data, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    kept = {"settings": wanted, "weights": weights}
+    kept["result"] = [result.losses, str(result.status), result.message, result.seconds]
+    torch.save(kept, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+    return result
+
+
+class Errors(NamedTuple):
+    """Errors of predictions, each the sum of squares over a motion and all that is observed.
+
+    Attributes:
+        mean: Mean over motions; infinite where one did not stay finite.
+        deviation: Standard deviation over them.
+        n_diverged: Motions that did not stay finite.
+        drift: How far predictions get off the circles; see :meth:`ObservedSystem.drift`.
+    """
+
+    mean: float
+    deviation: float
+    n_diverged: int
+    drift: float
+
+    def __str__(self) -> str:
+        if self.n_diverged:
+            return f"diverged ({self.n_diverged})"
+        return f"{self.mean:.3g} ± {self.deviation:.2g}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name and the text, with None in place of numbers that are not finite."""
+        fields = {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+        return fields | {"text": str(self)}
+
+
+def trajectory_errors(model: ObservedSystem, data: Trajectories, *, n_substeps: int = 1) -> Errors:
+    """Predict motions from their first observations alone, and sum the squared errors over each.
+
+    Args:
+        model: The model.
+        data: Motions, without noise.
+        n_substeps: Steps between two observations; as many as the model was fitted with.
+
+    Returns:
+        Errors over the motions.
+
+    Raises:
+        ValueError: If the motions do not fit the model, or as for :meth:`ObservedSystem.rollout`.
+    """
+    like = next(model.parameters(), data.x)
+    t, x, u = data.checked(model.n_observed, model.n_inputs).to(like)
+    with torch.no_grad():
+        predicted = model.rollout(x[0], t, u, n_substeps=n_substeps).states
+    squares = (predicted - x).double().square().sum((0, 2))
+    n_diverged = int((~squares.isfinite()).sum())
+    if n_diverged:
+        return Errors(math.inf, math.inf, n_diverged, math.nan)
+    return Errors(squares.mean().item(), squares.std(correction=0).item(), 0, model.drift(predicted))
+
+
+class Gauge(NamedTuple):
+    r"""What motions leave free: the unit of energy and its zero.
+
+    :math:`(M^{-1}/\alpha, \alpha V + c, \alpha D, \alpha g)` moves as :math:`(M^{-1}, V, D, g)` does where the velocity
+    is observed; where the momentum is, the scale is one. Where a momentum is conserved but for the inputs there is more
+    that is free, and is not fixed here: with the cart's, m the first row of M, also :math:`(M + c\, m m^\top, g + c\,
+    m)` moves alike for any c. So the mass and the port of a cart-pole cannot be told from its motions.
+
+    Attributes:
+        scale: The model's energy in that of the truth, :math:`\alpha`.
+        offset: :math:`c / \alpha`, in the truth's energy.
+    """
+
+    scale: float
+    offset: float
+
+
+class Parts(NamedTuple):
+    """Parts of a system at some positions.
+
+    Attributes:
+        V: Potential, shape ``(n,)``.
+        inverse_mass: Shape ``(n, dof, dof)``.
+        D: Dissipation, shape ``(n, dof, dof)``.
+        g: Input matrix, shape ``(n, dof, n_inputs)``.
+    """
+
+    V: Tensor
+    inverse_mass: Tensor
+    D: Tensor
+    g: Tensor
+
+
+def parts_at(model: PortHamiltonianModel, q: Tensor, gauge: Gauge | None = None) -> Parts:
+    """Evaluate the parts of a system, in double precision and, where a gauge is given, in the truth's.
+
+    Args:
+        model: Learned or true.
+        q: Positions, shape ``(n, dof)``.
+        gauge: That of the model, as from :func:`fix_gauge`.
+
+    Returns:
+        The parts.
+    """
+    like = next(model.parameters(), q)
+    with torch.no_grad():
+        q = q.to(like)
+        V, inverse, D, g = (
+            part(q).to("cpu", torch.float64)
+            for part in (model.potential, model.inverse_mass, model.dissipation, model.port)
+        )
+    scale, offset = gauge or Gauge(1.0, 0.0)
+    return Parts(V / scale - offset, inverse * scale, D / scale, g / scale)
+
+
+def fix_gauge(model: PortHamiltonianModel, truth: PortHamiltonianModel, q: Tensor) -> Gauge:
+    """Find the gauge of a model: least squares of its inverse mass against the true one, then the mean of V.
+
+    The dissipation and the input matrix have no say in it, so that comparing them is a test.
+
+    Args:
+        model: Learned, observed as the truth is.
+        truth: The true system, in double precision.
+        q: Positions over which to compare, shape ``(n, dof)``, double precision.
+
+    Returns:
+        The gauge.
+
+    Raises:
+        ValueError: If the two are not observed alike.
+    """
+    require(model.observes == truth.observes, "model", model.observes, f"one that observes the {truth.observes}")
+    found, wanted = parts_at(model, q), parts_at(truth, q)
+    scale = 1.0
+    if truth.observes == "velocity":
+        scale = ((found.inverse_mass * wanted.inverse_mass).sum() / found.inverse_mass.square().sum()).item()
+    return Gauge(scale, (found.V / scale - wanted.V).mean().item())
+
+
+def part_errors(model: PortHamiltonianModel, truth: PortHamiltonianModel, q: Tensor) -> dict[str, float]:
+    """Relative errors of the parts, in the truth's gauge: root mean squares over positions.
+
+    Args:
+        model: Learned, observed as the truth is.
+        truth: The true system, in double precision.
+        q: Positions over which to compare, shape ``(n, dof)``, double precision.
+
+    Returns:
+        By the name of the part: V relative to its deviation from its mean, the others to themselves; NaN where the
+        truth is zero.
+    """
+    gauge = fix_gauge(model, truth, q)
+    found, wanted = parts_at(model, q, gauge), parts_at(truth, q)
+    sizes = {name: value.square().sum() for name, value in wanted._asdict().items()}
+    sizes["V"] = (wanted.V - wanted.V.mean()).square().sum()
+    errors = {}
+    for name, size in sizes.items():
+        error = (getattr(found, name) - getattr(wanted, name)).square().sum()
+        errors[name] = (error / size).sqrt().item() if size > 0 else math.nan
+    return errors

@@ -1,0 +1,274 @@
+"""Dynamical systems as they are observed: the base of the true ones and of those that are learned."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from odeopt.checks import require
+from odeopt.ode import Solution, Status, explicit_step
+from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.systems.coordinates import Coordinates
+
+OBSERVATIONS = ("momentum", "velocity")
+_METHOD, _N_STAGES = "rk4", 4
+
+
+class ObservedSystem(nn.Module, ABC):
+    r"""A system with inputs, of which one sees observations x and integrates states.
+
+    Observations are ``(q, p)`` where the momentum is observed (angles as they are), and
+    ``(q on lines, cos q, sin q, dq/dt)`` where the velocity is.
+
+    Args:
+        coordinates: A letter for each degree of freedom; see :class:`Coordinates`.
+        observes: ``"momentum"`` or ``"velocity"``.
+        n_inputs: Number of inputs u.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, coordinates: str, *, observes: str, n_inputs: int = 1) -> None:
+        super().__init__()
+        require(observes in OBSERVATIONS, "observes", observes, f"one of {', '.join(OBSERVATIONS)}")
+        self.coordinates = Coordinates(coordinates)
+        self.observes, self.n_inputs = observes, n_inputs
+
+    @property
+    def dof(self) -> int:
+        """Number of degrees of freedom."""
+        return self.coordinates.dof
+
+    @property
+    def n_observed(self) -> int:
+        """Length of an observation."""
+        return self.dof + (self.dof if self.observes == "momentum" else self.coordinates.n_features)
+
+    def n_parameters(self) -> int:
+        """Count the learned parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """State behind an observation, both with their numbers in the last axis."""
+
+    @abstractmethod
+    def decode(self, state: Tensor) -> Tensor:
+        """Observation of a state; see :meth:`encode`."""
+
+    @abstractmethod
+    def field(self, state: Tensor, u: Tensor) -> Tensor:
+        """Time derivative of a state under inputs of shape ``(*batch, n_inputs)``."""
+
+    def drift(self, x: Tensor) -> float:
+        """How far observations are off the circles; 0 where angles are observed as they are."""
+        return 0.0 if self.observes == "momentum" else self.coordinates.drift(x)
+
+    def rollout(
+        self, x0: Tensor, t: Tensor | Sequence[float], u: Tensor | None = None, *, n_substeps: int = 1
+    ) -> Solution:
+        """Observe the system from a first observation on, in steps of the fourth order.
+
+        Args:
+            x0: First observations, shape ``(*batch, n_observed)``.
+            t: Times of the observations, increasing, the first that of ``x0``; shape ``(n_times,)``.
+            u: Inputs: held ones of shape ``(*batch, n_inputs)``, or sampled ones of shape
+                ``(n_times - 1, *batch, n_inputs)``, each held until the next time; None for zero.
+            n_substeps: Steps between two times.
+
+        Returns:
+            Observations, shape ``(n_times, *batch, n_observed)``; the status tells if a number is not finite, and
+            where first.
+
+        Raises:
+            ValueError: If a shape does not fit, times do not increase, a number is not finite, or a learned or given
+                part is not finite or not invertible at the first state.
+        """
+        t = check_times(t, x0)
+        check_observations("x0", x0, self.n_observed)
+        inputs = check_inputs(u, len(t) - 1, x0.shape[:-1], self.n_inputs, like=x0)
+        require(isinstance(n_substeps, int) and n_substeps >= 1, "n_substeps", n_substeps, "a positive integer")
+        began = time.perf_counter()
+        state = self.encode(x0)
+        self.check_finite(state, inputs[0])
+        states = self.roll(state, t.diff().tolist(), inputs, n_substeps=n_substeps)
+        seconds = time.perf_counter() - began
+        is_finite = states.isfinite().flatten(1).all(1)
+        status, message = Status.SUCCESS, ""
+        if not is_finite.all():
+            first = int((~is_finite).nonzero()[0])
+            status = Status.NON_FINITE_STATE
+            message = f"Non-finite state at t = {t[first].item():g} of {t[-1].item():g}: the motion left all bounds."
+        n_steps = (len(t) - 1) * n_substeps
+        return Solution(t, states, n_steps * _N_STAGES, n_steps, seconds, status, message)
+
+    def roll(self, state: Tensor, steps: Sequence[float], inputs: Tensor, *, n_substeps: int = 1) -> Tensor:
+        """Observations of a state and after each step, unchecked; see :meth:`rollout`."""
+        states = [state]
+        for dt, u in zip(steps, inputs, strict=True):
+            for _ in range(n_substeps):
+                state = explicit_step(lambda _, s, u=u: self.field(s, u), 0.0, dt / n_substeps, state, _METHOD)
+            states.append(state)
+        return self.decode(torch.stack(states))
+
+    def check_finite(self, state: Tensor, u: Tensor) -> None:
+        """Raise a ValueError unless the field is finite at a state; subclasses name the part that is not."""
+        with torch.no_grad():
+            check_part("field", self.field(state, u))
+
+
+class PortHamiltonianModel(ObservedSystem):
+    """A port-Hamiltonian system as it is observed, learned or true; passive for any weights.
+
+    Where the velocity is observed, ``p = M(q) dq/dt``.
+
+    Args:
+        system: The system.
+        coordinates: A letter for each degree of freedom; see :class:`Coordinates`.
+        observes: ``"momentum"`` or ``"velocity"``.
+
+    Raises:
+        ValueError: If the numbers of degrees of freedom differ, or an argument is out of range.
+    """
+
+    def __init__(self, system: PortHamiltonianSystem, coordinates: str, *, observes: str) -> None:
+        super().__init__(coordinates, observes=observes, n_inputs=system.n_inputs)
+        wanted = f"a letter for each of {system.dof} degrees of freedom"
+        require(self.dof == system.dof, "coordinates", coordinates, wanted)
+        self.system = system
+
+    def encode(self, x: Tensor) -> Tensor:
+        if self.observes == "momentum":
+            return x
+        features, v = x.split((self.coordinates.n_features, self.dof), dim=-1)
+        q = self.coordinates.positions(features)
+        return torch.cat((q, momentum(self.inverse_mass(q), v)), dim=-1)
+
+    def decode(self, state: Tensor) -> Tensor:
+        if self.observes == "momentum":
+            return state
+        x = PhaseState(*state.chunk(2, dim=-1))
+        return torch.cat((self.coordinates(x.q), self.system.hamiltonian.velocity(x)), dim=-1)
+
+    def field(self, state: Tensor, u: Tensor) -> Tensor:
+        return torch.cat(self.system.vector_field(PhaseState(*state.chunk(2, dim=-1)), u), dim=-1)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Energy of observations of shape ``(*batch, n_observed)``; shape ``(*batch,)``."""
+        return self.system.energy(PhaseState(*self.encode(x).chunk(2, dim=-1)))
+
+    def inverse_mass(self, q: Tensor) -> Tensor:
+        """Evaluate the inverse mass as a matrix, shape ``(*batch, dof, dof)``."""
+        return as_matrix(self.system.hamiltonian.inverse_mass, q)
+
+    def potential(self, q: Tensor) -> Tensor:
+        """Evaluate the potential, shape ``(*batch,)``; zero where there is none."""
+        potential = self.system.hamiltonian.potential
+        return torch.zeros_like(q[..., 0]) if potential is None else potential(q)
+
+    def dissipation(self, q: Tensor) -> Tensor:
+        """Evaluate the dissipation as a matrix, shape ``(*batch, dof, dof)``; zero where there is none."""
+        part = self.system.dissipation
+        return q.new_zeros(*q.shape, self.dof) if part is None else as_matrix(part, q)
+
+    def port(self, q: Tensor) -> Tensor:
+        """Evaluate the input matrix, shape ``(*batch, dof, n_inputs)``."""
+        B = self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).B
+        return B[..., self.dof :, :]
+
+    def check_finite(self, state: Tensor, u: Tensor) -> None:
+        with torch.no_grad():
+            q = state.chunk(2, dim=-1)[0]
+            for name in ("inverse_mass", "potential", "dissipation", "port"):
+                check_part(name, getattr(self, name)(q))
+        super().check_finite(state, u)
+
+
+def as_matrix(part: nn.Module | None, q: Tensor) -> Tensor:
+    """Evaluate a part of a system as a matrix for each position; the identity where there is none."""
+    dof = q.shape[-1]
+    units = torch.eye(dof, dtype=q.dtype, device=q.device)
+    if part is None:
+        return units.expand(*q.shape, dof)
+    value = part(q)
+    matrix = value.unsqueeze(-1) * units if part.is_diagonal else value
+    return matrix.expand(*q.shape, dof)
+
+
+def momentum(inverse_mass: Tensor, v: Tensor) -> Tensor:
+    r"""Solve :math:`M^{-1} p = v`.
+
+    Args:
+        inverse_mass: Shape ``(*batch, dof, dof)``.
+        v: Velocities, shape ``(*batch, dof)``.
+
+    Returns:
+        Momenta, shape ``(*batch, dof)``.
+
+    Raises:
+        ValueError: If the inverse mass is not finite, or singular somewhere.
+    """
+    check_part("inverse_mass", inverse_mass.detach())
+    if v.shape[-1] == 1:
+        p, is_singular = v / inverse_mass[..., 0], inverse_mass.detach()[..., 0, 0] == 0
+    else:
+        p, info = torch.linalg.solve_ex(inverse_mass, v.unsqueeze(-1))
+        p, is_singular = p.squeeze(-1), info != 0
+    if is_singular.any():
+        found = inverse_mass.detach()[is_singular][0].tolist()
+        raise ValueError(f"Parameter `inverse_mass` should be invertible. Found a singular one, `{found}`.")
+    return p
+
+
+def check_part(name: str, value: Tensor) -> None:
+    """Raise a ValueError unless what a part gives is finite."""
+    is_finite = value.isfinite()
+    if not is_finite.all():
+        found = value[~is_finite][0].item()
+        raise ValueError(
+            f"Parameter `{name}` should be finite at every state. Found `{found}` in shape {tuple(value.shape)}."
+        )
+
+
+def check_observations(name: str, x: Tensor, n_observed: int) -> None:
+    """Raise a ValueError unless observations have their length and are finite."""
+    if x.shape[-1:] != (n_observed,):
+        raise ValueError(
+            f"Parameter `{name}` should have shape (*batch, {n_observed}). Found `{name}.shape = {tuple(x.shape)}`."
+        )
+    is_finite = x.isfinite()
+    require(bool(is_finite.all()), name, x[~is_finite][:1].tolist(), "finite")
+
+
+def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
+    """Check that times increase and return them as a tensor of the dtype of the observations."""
+    t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
+    require(t.dim() == 1 and len(t) >= 2, "t", t.tolist(), "one-dimensional with at least two times")
+    steps = t.diff()
+    is_bad = ~((steps > 0) & steps.isfinite())
+    if is_bad.any():
+        i = int(is_bad.nonzero()[0])
+        raise ValueError(
+            "Parameter `t` should be finite and increase. "
+            f"Found `t[{i}] = {t[i].item():g}` before `t[{i + 1}] = {t[i + 1].item():g}`."
+        )
+    return t
+
+
+def check_inputs(u: Tensor | None, n_steps: int, batch: Sequence[int], n_inputs: int, *, like: Tensor) -> Tensor:
+    """Check inputs, held or sampled, and return the one of each step, shape ``(n_steps, *batch, n_inputs)``."""
+    held, sampled = (*batch, n_inputs), (n_steps, *batch, n_inputs)
+    if u is None:
+        return like.new_zeros(sampled)
+    if tuple(u.shape) not in (held, sampled):
+        raise ValueError(
+            f"Parameter `u` should have shape {held}, held, or {sampled}, one input for each step. "
+            f"Found `u.shape = {tuple(u.shape)}`."
+        )
+    require(bool(u.isfinite().all()), "u", u[~u.isfinite()][:1].tolist(), "finite")
+    return u.to(like).expand(sampled)

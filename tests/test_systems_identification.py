@@ -1,0 +1,365 @@
+"""Models that learn from motions: that they do, what they are by construction, and how they are judged."""
+
+import math
+
+import pytest
+import torch
+
+from odeopt.ode import Status
+from odeopt.physics import GivenMatrix, PhaseState, PortHamiltonianSystem
+from odeopt.systems import (
+    MECHANISMS,
+    MODELS,
+    FitConfig,
+    Parts,
+    PortHamiltonianModel,
+    Trajectories,
+    cart_pole,
+    embedded_pendulum,
+    fit,
+    fit_kept,
+    fix_gauge,
+    make_data,
+    make_model,
+    part_errors,
+    parts_at,
+    pendulum,
+    portray,
+    simulate,
+    trajectory_errors,
+)
+
+NAMES, KINDS = tuple(MECHANISMS), tuple(MODELS)
+LEARNED = [(name, kind) for name in NAMES for kind in KINDS]
+
+
+def model_of(kind, mechanism, **options):
+    return make_model(kind, mechanism.model.coordinates.kinds, observes=mechanism.model.observes, **options)
+
+
+def positions(mechanism, n=50):
+    return mechanism.model.encode(mechanism.first_observations(n, seed=5))[:, : mechanism.model.dof]
+
+
+def scaled(mechanism, scale, offset=0.0):
+    """The same motions from other parts."""
+    model = mechanism.model
+    system = PortHamiltonianSystem(
+        model.dof,
+        inverse_mass=GivenMatrix(lambda q: model.inverse_mass(q) / scale),
+        potential=lambda q: scale * (model.potential(q) + offset),
+        dissipation=GivenMatrix(lambda q: scale * model.dissipation(q)),
+        port=GivenMatrix(lambda q: scale * model.port(q)),
+    )
+    return PortHamiltonianModel(system, model.coordinates.kinds, observes=model.observes)
+
+
+@pytest.mark.parametrize(("name", "kind"), LEARNED)
+def test_fitting_reduces_the_error(name, kind):
+    mechanism = MECHANISMS[name]()
+    data, model = make_data(mechanism, n=4, n_times=6), model_of(kind, mechanism)
+    before = trajectory_errors(model, data.train)
+    result = fit(model, data.train, FitConfig(n_passes=12, n_batches=2, lr=5e-3))
+    assert result.status == "success"
+    assert len(result.losses) == 12
+    assert result.losses[-1] < 0.9 * result.losses[0]
+    assert trajectory_errors(model, data.train).mean < before.mean
+
+
+@pytest.mark.parametrize(("name", "kind"), LEARNED)
+def test_models_are_small_and_those_of_their_seed(name, kind):
+    mechanism = MECHANISMS[name]()
+    torch.manual_seed(7)
+    following = torch.rand(1)
+    torch.manual_seed(7)
+    one, same, other = (model_of(kind, mechanism, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(1), following)  # the caller's random numbers are left alone
+    assert one.n_parameters() == sum(p.numel() for p in one.parameters()) <= 20_000
+    x = mechanism.first_observations(3, seed=0).float()
+    t = mechanism.dt * torch.arange(4)
+    rolled = [model.rollout(x, t, torch.ones(3, 1)).states for model in (one, same, other)]
+    assert torch.equal(rolled[0], rolled[1])
+    assert not torch.equal(rolled[0], rolled[2])
+    # what is seen first is what was given
+    torch.testing.assert_close(rolled[0][0], x)
+
+
+def test_parameter_counts_are_those_of_the_networks():
+    mechanism = pendulum()
+    deep, small = 2 * 40 + 41 * 40 + 41, 2 * 16 + 17
+    assert model_of("port-Hamiltonian", mechanism).n_parameters() == 2 * deep + 2 * small
+    assert model_of("without dissipation", mechanism).n_parameters() == 2 * deep + small
+    assert model_of("port-Hamiltonian", mechanism, small_widths=()).n_parameters() == 2 * deep + 2 * 2
+    assert model_of("naive", mechanism).n_parameters() == 4 * 64 + 65 * 64 + 65 * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_learned_system_is_passive_for_any_weights(name):
+    mechanism = MECHANISMS[name]()
+    model = model_of("port-Hamiltonian", mechanism).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 1, generator=generator)
+    x = torch.randn(2, 40, model.dof, dtype=torch.float64, generator=generator)
+    balance = model.system.power_balance(PhaseState(*x), torch.ones(40, 1, dtype=torch.float64))
+    assert balance.dissipated.min() >= 0
+    assert balance.dissipated.max() > 0
+    # relative to the terms that cancel
+    size = balance.dissipated + balance.supplied.abs() + balance.energy_rate.abs() + 1
+    assert ((balance.energy_rate - balance.supplied) / size).max() < 1e-9
+    assert model_of("without dissipation", mechanism).dissipation(x[0].float()).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_angles_stay_on_the_circle_but_for_the_naive(kind):
+    mechanism = cart_pole()
+    model = model_of(kind, mechanism, widths=(8,)).double()
+    x0 = mechanism.first_observations(4, seed=0)
+    with torch.no_grad():
+        solution = model.rollout(x0, mechanism.dt * torch.arange(1001 if kind != "naive" else 40))
+    assert solution.is_success
+    drift = model.drift(solution.states)
+    assert drift > 1e-3 if kind == "naive" else drift < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["port-Hamiltonian", "unstructured"])
+def test_gradients_of_windows_are_those_of_differences(kind):
+    mechanism = cart_pole()
+    model = model_of(kind, mechanism, widths=(4,), small_widths=(3,)).double()
+    pieces = make_data(mechanism, n=2, n_times=4).train.windows(4)
+    steps = pieces.t.diff().tolist()
+
+    def loss():
+        return (model.roll(model.encode(pieces.x[0]), steps, pieces.u) - pieces.x).square().sum()
+
+    weights = list(model.parameters())
+    # the zero of a Hamiltonian changes nothing
+    gradients = torch.autograd.grad(loss(), weights, materialize_grads=True, allow_unused=True)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        at = gradient.abs().argmax()
+        values = []
+        for change in (1e-5, -2e-5):
+            with torch.no_grad():
+                weight.view(-1)[at] += change
+            values.append(loss().item())
+        with torch.no_grad():
+            weight.view(-1)[at] += 1e-5
+        slope = (values[0] - values[1]) / 2e-5
+        assert slope == pytest.approx(gradient.view(-1)[at].item(), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gauge_is_what_motions_leave_free_and_is_recovered(name):
+    mechanism = MECHANISMS[name]()
+    truth, q = mechanism.model, positions(mechanism)
+    is_free = truth.observes == "velocity"
+    scale, offset = (2.5 if is_free else 1.0), 0.7
+    other = scaled(mechanism, scale, offset)
+    data = make_data(mechanism, n=8)
+    assert trajectory_errors(other, data.test, n_substeps=10).mean < 1e-12  # it moves in the same way
+    gauge = fix_gauge(other, truth, q)
+    assert gauge.scale == pytest.approx(scale)
+    assert gauge.offset == pytest.approx(offset)
+    for found, wanted in zip(parts_at(other, q, gauge), parts_at(truth, q), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert max(part_errors(other, truth, q).values()) < 1e-9
+
+
+def test_a_conserved_momentum_leaves_more_free():
+    mechanism = cart_pole()
+    truth, c = mechanism.model, 0.4
+
+    def row(q):
+        return torch.linalg.inv(truth.inverse_mass(q))[..., :1]
+
+    def inverse_mass(q):
+        return torch.linalg.inv(torch.linalg.inv(truth.inverse_mass(q)) + c * row(q) @ row(q).mT)
+
+    other = PortHamiltonianSystem(
+        2,
+        inverse_mass=GivenMatrix(inverse_mass),
+        potential=truth.potential,
+        dissipation=GivenMatrix(truth.dissipation),
+        port=GivenMatrix(lambda q: truth.port(q) + c * row(q)),
+    )
+    model = PortHamiltonianModel(other, "RS", observes="velocity")
+    data = make_data(mechanism, n=8)
+    assert trajectory_errors(model, data.test, n_substeps=10).mean < 1e-12
+    assert part_errors(model, truth, positions(mechanism))["g"] > 0.1
+
+
+def test_a_portrait_has_the_truth_and_the_energy_of_predictions():
+    mechanism = embedded_pendulum()
+    models = {kind: model_of(kind, mechanism) for kind in ("port-Hamiltonian", "naive")}
+    x0, q = mechanism.first_observations(1, seed=0)[0], positions(mechanism)
+    portrait = portray(mechanism, models, x0, q, n_times=30)
+    assert list(portrait.paths) == list(portrait.energies) == ["truth", *models]
+    assert list(portrait.parts) == ["truth", "port-Hamiltonian"]
+    path = portrait.paths["truth"]
+    assert path.shape == (30, 2)
+    assert path[:, 0].diff().abs().max() < math.pi  # unwound
+    torch.testing.assert_close(path[:, 0].cos(), simulate(mechanism, x0[None], 30).x[:, 0, 0])
+    assert (portrait.energies["truth"].diff() < 0).all()
+    assert portrait.energies["naive"][0] == pytest.approx(portrait.energies["truth"][0].item(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"`models` should be named otherwise than 'truth'"):
+        portray(mechanism, {"truth": models["naive"]}, x0, q)
+
+
+def test_part_errors_are_relative_and_the_gauge_does_not_hide_them():
+    mechanism = embedded_pendulum()
+    truth, q = mechanism.model, positions(mechanism)
+    wrong = PortHamiltonianSystem(
+        1,
+        inverse_mass=1.5,
+        potential=lambda q: 2 * truth.potential(q),
+        dissipation=GivenMatrix(lambda q: 2.2 * truth.dissipation(q)),
+        port=GivenMatrix(lambda q: 1.8 * truth.port(q)),
+    )
+    model = PortHamiltonianModel(wrong, "S", observes="velocity")
+    errors = part_errors(model, truth, q)
+    assert errors == pytest.approx({"V": 0.0, "inverse_mass": 0.0, "D": 0.1, "g": 0.1}, abs=1e-9)
+    with pytest.raises(
+        ValueError, match=r"`model` should be one that observes the momentum. Found `model = 'velocity'"
+    ):
+        fix_gauge(model, pendulum().model, q)
+    parts = parts_at(embedded_pendulum(friction=0.0).model, q)
+    assert isinstance(parts, Parts)
+    assert parts.D.abs().max() == 0
+    assert math.isnan(part_errors(model, embedded_pendulum(friction=0.0).model, q)["D"])
+
+
+def test_the_parts_of_an_embedded_pendulum_are_found():
+    mechanism = embedded_pendulum()
+    data, model = make_data(mechanism, n=16), model_of("port-Hamiltonian", mechanism)
+    fit(model, data.train, FitConfig(n_passes=50))
+    errors = part_errors(model, mechanism.model, positions(mechanism))
+    # .06, .08 and .03 when this was written, after a twentieth of the example's training on an eighth of its data
+    assert errors["V"] < 0.2
+    assert errors["g"] < 0.2
+    assert errors["inverse_mass"] < 0.2
+    assert trajectory_errors(model, data.prediction).mean < 50.0  # 517 before
+
+
+def test_errors_are_sums_of_squares_over_each_motion():
+    mechanism = pendulum()
+    data = make_data(mechanism, n=4).test
+    off = Trajectories(data.t, data.x.clone(), data.u)
+    off.x[1:, 0] += 0.1
+    assert trajectory_errors(mechanism.model, data, n_substeps=10).mean < 1e-20
+    errors = trajectory_errors(mechanism.model, off, n_substeps=10)
+    n = data.x.shape[1]
+    assert errors.mean == pytest.approx(19 * 2 * 0.01 / n)
+    assert errors.deviation == pytest.approx(errors.mean * (n - 1) ** 0.5)
+    assert str(errors) == "0.038 ± 0.11"
+
+
+def test_predictions_that_diverge_are_counted():
+    system = PortHamiltonianSystem(1, potential=lambda q: -q[..., 0].pow(4))
+    model = PortHamiltonianModel(system, "R", observes="momentum")
+    data = make_data(pendulum(), n=4, n_times=12).train
+    errors = trajectory_errors(model, data)
+    assert errors.n_diverged > 0
+    assert errors.mean == math.inf
+    assert str(errors) == f"diverged ({errors.n_diverged})"
+
+
+def test_sampled_inputs_can_be_learned_from():
+    mechanism = embedded_pendulum()
+    data, model = make_data(mechanism, n=16, inputs="sampled"), model_of("port-Hamiltonian", mechanism)
+    result = fit(model, data.train, FitConfig(n_passes=25))
+    assert result.losses[-1] < 0.05 * result.losses[0]
+    assert part_errors(model, mechanism.model, positions(mechanism))["g"] < 0.2
+
+
+def test_a_fit_is_kept_and_read_again(tmp_path):
+    mechanism, config = pendulum(), FitConfig(n_passes=2, n_batches=1)
+    data, path = make_data(mechanism, n=4, n_times=5), tmp_path / "new" / "fit.pt"
+    first, again = model_of("naive", mechanism), model_of("naive", mechanism, seed=9)
+    result = fit_kept(first, data.train, config, path, settings={"noise": 0.0})
+    assert fit_kept(again, data.train, config, path, settings={"noise": 0.0}) == result
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"`path` should be new or hold a fit of the same settings.*differs in noise;"):
+        fit_kept(again, data.train, config, path, settings={"noise": 0.1})
+
+
+def part_of(kind, part):
+    """A function from a model to the part of it that the message names."""
+    if part == "field":
+        return lambda model: model.hamiltonian if kind == "unstructured" else model.network
+    if kind == "unstructured":
+        return lambda model: getattr(model, part)
+    return lambda model: getattr(model.system.hamiltonian if part == "inverse_mass" else model.system, part)
+
+
+OF_MECHANICS = ("inverse_mass", "dissipation", "port")
+BROKEN = [(kind, "field") for kind in ("naive", "geometric", "unstructured")]
+BROKEN += [(kind, part) for kind in ("port-Hamiltonian", "unstructured") for part in OF_MECHANICS]
+
+
+@pytest.mark.parametrize(("kind", "part"), BROKEN)
+def test_a_network_that_is_not_finite_is_named(kind, part):
+    mechanism = embedded_pendulum()
+    data, model = make_data(mechanism, n=4, n_times=5), model_of(kind, mechanism)
+    with torch.no_grad():
+        next(part_of(kind, part)(model).parameters()).fill_(math.nan)
+    message = rf"`{part}` should be finite at every state. Found `nan`"
+    with pytest.raises(ValueError, match=message):
+        model.rollout(data.train.x[0].float(), data.train.t)
+    with pytest.raises(ValueError, match=message):
+        fit(model, data.train, FitConfig(n_passes=1, n_batches=1))
+
+
+def test_a_loss_that_is_not_finite_is_a_status():
+    mechanism = pendulum()
+    data, model = make_data(mechanism, n=8), model_of("port-Hamiltonian", mechanism)
+    result = fit(model, data.train, FitConfig(n_passes=200, n_batches=8, lr=1e6))
+    assert result.status is Status.NON_FINITE_STATE
+    assert "lower `lr`" in result.message
+    assert len(result.losses) < 200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(5, 4, 3)}, r"`x` should have shape \(\*batch, 2\). Found `x.shape = \(5, 4, 3\)`"),
+        ({"x": torch.full((5, 4, 2), math.nan)}, r"`x` should be finite"),
+        ({"t": torch.tensor([0.0, 0.1, 0.3, 0.2, 0.4])}, r"`t` should be finite and increase.*`t\[2\] = 0.3` before"),
+        ({"t": torch.arange(4.0)}, r"`t` should be one time for each of 5 observations"),
+        ({"u": torch.zeros(5, 4, 1)}, r"`u` should have shape \(4, 1\), held, or \(4, 4, 1\).*`u.shape = \(5, 4, 1\)"),
+        ({"u": torch.zeros(4, 4, 2)}, r"Found `u.shape = \(4, 4, 2\)`"),
+    ],
+)
+def test_fitting_refuses_motions_that_do_not_fit(change, message):
+    mechanism = pendulum()
+    data = simulate(mechanism, mechanism.first_observations(4, seed=0), 5)
+    with pytest.raises(ValueError, match=message):
+        fit(model_of("naive", mechanism), data._replace(**change), FitConfig(n_passes=1, n_batches=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_passes": 0}, r"`n_passes` should be a positive integer. Found `n_passes = 0`"),
+        ({"lr": math.nan}, r"`lr` should be a finite positive number. Found `lr = nan`"),
+        ({"n_batches": 100}, r"`n_batches` should be at most the number of windows, 8. Found `n_batches = 100`"),
+        ({"n_points": 1}, r"`n_points` should be between 2 and the 5 observations"),
+    ],
+)
+def test_fitting_refuses_bad_options(options, message):
+    mechanism = pendulum()
+    data = simulate(mechanism, mechanism.first_observations(4, seed=0), 5)
+    with pytest.raises(ValueError, match=message):
+        fit(model_of("naive", mechanism), data, FitConfig(**options))
+
+
+def test_models_refuse_bad_options():
+    with pytest.raises(ValueError, match=r"`kind` should be one of port-Hamiltonian, .*Found `kind = 'best'`"):
+        make_model("best", "R", observes="momentum")
+    with pytest.raises(ValueError, match=r"`observes` should be one of momentum, velocity. Found `observes = 'angle'`"):
+        make_model("naive", "R", observes="angle")
+    with pytest.raises(ValueError, match=r"`coordinates` should be a letter for each of 1 degrees"):
+        PortHamiltonianModel(pendulum().model.system, "RS", observes="momentum")
+    with pytest.raises(ValueError, match=r"`model` should be one that has weights to learn"):
+        fit(pendulum().model, make_data(pendulum(), n=2).train)
