@@ -191,6 +191,7 @@ def by_level(curves: Curves, n_levels: int = 80) -> Tensor:
     curves = Curves(*(x[:, is_kept] for x in curves))
     lowest = curves.lowest.max().clamp_min(_RESOLUTION)
     levels = highest * (lowest / highest) ** torch.linspace(0, 1, n_levels + 1, dtype=torch.float64)[1:]
+    levels = levels.minimum(highest.nextafter(lowest))  # a run begins at its highest: it comes down to what is less
     levels[-1] = lowest  # to the bit
     intervals = [student_interval(curves.at(level.expand(int(is_kept.sum())))[0]) for level in levels]
     return torch.cat((levels[None], torch.tensor(intervals, dtype=torch.float64).T))

@@ -191,6 +191,7 @@ def test_tables_name_the_rule_and_all_columns():
 
 @settings(deadline=None, max_examples=30)
 @including([[3.0, 0.21]])  # 3 * (0.21 / 3) rounds to less than 0.21
+@including([[1.0000000000000002e-06, 1e-06]])  # neighbours: there are no seven levels between them
 @given(st.lists(st.lists(losses, min_size=2, max_size=6), min_size=1, max_size=1) | runs)
 def test_curves_by_level_end_where_all_runs_have_come(training):
     curves = line(0.5, 9.0, *training)
@@ -200,7 +201,9 @@ def test_curves_by_level_end_where_all_runs_have_come(training):
     if falling:
         levels, mean = found[:2]
         assert levels[-1] == max(min(run) for run in falling)
-        assert (levels[1:] < levels[:-1]).all()
+        assert (levels[1:] <= levels[:-1]).all()
+        if levels[0] > levels[-1] * (1 + 1e-12):  # where there is room for them
+            assert (levels[1:] < levels[:-1]).all()
         torch.testing.assert_close(mean, 9.0 + 0.5 * levels.log(), rtol=1e-9, atol=1e-9)
 
 
