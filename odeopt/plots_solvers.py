@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from odeopt.ode.comparison import OrderRun, SolverComparison
+    from odeopt.ode.ledger import EnergyLedger
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -234,3 +235,35 @@ def _draw(axes: Axes, curves: Curves, methods: Mapping[str, str]) -> None:
             axes.plot(*zip(*shown, strict=True), **method_style(name, methods[name]))
     if not axes.lines:
         axes.annotate("none gets here", (0.5, 0.5), xycoords="axes fraction", ha="center", color="#666666")
+
+
+def plot_ledger(ledger: EnergyLedger, path: str | os.PathLike, *, title: str = "") -> Path:
+    """Draw where the energy went, the mean over a batch: cumulated, and what the solver made out of nothing.
+
+    Args:
+        ledger: What :func:`odeopt.ode.energy_ledger` returned.
+        path: The image file.
+        title: Stands above.
+
+    Returns:
+        The path.
+    """
+    t = ledger.t.tolist()
+    change, dissipated, supplied, residual = (
+        part.reshape(len(part), -1).mean(1).cumsum(0).tolist()
+        for part in (ledger.change, ledger.dissipated, ledger.supplied, ledger.residual)
+    )
+    with style():
+        figure, (left, right) = new_figure(8.4, 3.2, n_columns=2)
+        lines = {"gained by H": change, "dissipated": dissipated, "supplied": supplied}
+        for i, (name, values) in enumerate(lines.items()):
+            left.plot(
+                t, [0.0, *values], color=PALETTE[i], label=name, linestyle=("solid", (0, (4, 1.6)), (0, (1, 1)))[i]
+            )
+        left.legend()
+        left.set(xlabel="t", ylabel="energy since the start")
+        right.plot(t, [0.0, *residual], color="#000000")
+        right.set(xlabel="t", ylabel="residual since the start")
+        if title:
+            figure.suptitle(title)
+        return save_figure(figure, path)

@@ -6,6 +6,7 @@ from odeopt.ode.comparison import OrderRun, SolverComparison, SolverRun
 from odeopt.ode.implicit import Newton
 from odeopt.ode.inputs import FirstOrderHold, ZeroOrderHold
 from odeopt.ode.integrate import BACKENDS, integrate, integrate_unit
+from odeopt.ode.ledger import DampingReport, EnergyLedger, diagnose_damping, energy_ledger
 from odeopt.ode.methods import Method, comparable_methods
 from odeopt.ode.problem import Problem
 from odeopt.ode.problems import available_problems, select_problems
@@ -20,6 +21,8 @@ __all__ = [
     "ORDER",
     "STRUCTURE_METHODS",
     "STRUCTURE_ORDER",
+    "DampingReport",
+    "EnergyLedger",
     "FirstOrderHold",
     "Method",
     "Newton",
@@ -35,7 +38,9 @@ __all__ = [
     "available_problems",
     "comparable_methods",
     "compare_solvers",
+    "diagnose_damping",
     "discrete_gradient",
+    "energy_ledger",
     "explicit_step",
     "integrate",
     "integrate_unit",

@@ -1,0 +1,126 @@
+"""The account of energy adds up for any solver; damping of the solver is told from that of the system."""
+
+import math
+
+import pytest
+import torch
+from structure_toys import F64, drive, make_state, make_system
+
+from odeopt.ode import (
+    STRUCTURE_METHODS,
+    ZeroOrderHold,
+    diagnose_damping,
+    energy_ledger,
+    integrate,
+)
+from odeopt.physics import PhaseState, PortHamiltonianSystem
+
+SPRING = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1), dissipation=0.3).to(F64)
+FREE = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1)).to(F64)
+X0 = PhaseState(torch.tensor([1.0], dtype=F64), torch.tensor([0.5], dtype=F64))
+
+
+def run(system, method, *, n=41, end=4.0, u=None, x0=None, **options):
+    t = torch.linspace(0, end, n, dtype=F64)
+    x0 = make_state() if x0 is None else x0
+    if method == "dopri5":  # whose outputs would be interpolated
+        options = {"options": {"step_t": t}}
+    with torch.no_grad():
+        return integrate(system, x0, t, method=method, u=u, **options)
+
+
+@pytest.mark.parametrize("u", [None, drive], ids=["free", "driven"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "euler", "heun3", *STRUCTURE_METHODS])
+def test_account_adds_up_and_its_residual_falls_with_the_step(method, u):
+    system, residuals = make_system(), []
+    for n in (41, 81):
+        solution = run(system, method, n=n, u=u)
+        ledger = energy_ledger(system, solution, u=u)
+        assert ledger.change.shape == ledger.residual.shape == (n - 1, 3)
+        torch.testing.assert_close(ledger.energy[0] + ledger.change.sum(0), ledger.energy[-1])
+        torch.testing.assert_close(ledger.residual, ledger.change + ledger.dissipated - ledger.supplied)
+        assert (ledger.dissipated >= 0).all()
+        assert (ledger.supplied == 0).all().item() is (u is None)
+        residuals.append(ledger.residual.abs().sum(0).max().item())
+    if method == "discrete_gradient":
+        assert max(residuals) < 1e-9  # 80 tolerances of 2e-12
+    else:
+        orders = {"euler": 1, "symplectic_euler": 1, "heun3": 3, "rk4": 4, "dopri5": 4}
+        assert math.log2(residuals[0] / residuals[1]) > orders.get(method, 2) - 0.5
+
+
+def test_damping_of_a_spring_is_accounted_for_as_it_is():
+    t = torch.linspace(0, 4, 41, dtype=F64)
+    solution = integrate(SPRING, X0, t, method="dopri8", options={"step_t": t}, rtol=1e-12, atol=1e-12)
+    ledger = energy_ledger(SPRING, solution)
+    lost = SPRING.energy(X0) - SPRING.energy(PhaseState(*(x[-1] for x in solution.states)))  # nothing else takes it
+    torch.testing.assert_close(ledger.dissipated.sum(), lost, rtol=1e-6, atol=0)
+
+
+def test_jumps_of_the_input_lie_on_outputs():
+    hold = ZeroOrderHold([0.0, 2.0], torch.tensor([[1.0], [-1.0]], dtype=F64))
+    solution = run(SPRING, "rk4", u=hold, x0=X0)
+    ledger = energy_ledger(SPRING, solution, u=hold)
+    assert ledger.residual.abs().max() < 1e-6
+    work = hold.values[0, 0] * (solution.states.q[20] - solution.states.q[0])  # force times way
+    torch.testing.assert_close(ledger.supplied[:20].sum(), work.squeeze(), rtol=1e-5, atol=0)
+    crossed = run(SPRING, "rk4", n=4, u=hold, x0=X0)
+    with pytest.raises(ValueError, match=r"`solution.t` should be such that each knot of `u` is one of them.*\[2.0\]"):
+        energy_ledger(SPRING, crossed, u=hold)
+
+
+def test_account_is_drawn(tmp_path):
+    path = energy_ledger(SPRING, run(SPRING, "strang", x0=X0)).plot(tmp_path / "ledger.png", title="A spring")
+    assert path.stat().st_size > 10_000
+
+
+def test_wrong_arguments_of_the_account_are_named():
+    solution = run(SPRING, "rk4", x0=X0)
+    with pytest.raises(ValueError, match="`system` should be a `PortHamiltonianSystem`"):
+        energy_ledger(None, solution)
+    with pytest.raises(ValueError, match=r"`solution\.states` should be a `PhaseState`"):
+        energy_ledger(SPRING, integrate(lambda t, x: -x, torch.ones(1), [0.0, 1.0]))
+    coarse = run(SPRING, "discrete_gradient", x0=X0, n=3, options={"step_size": 0.5})
+    with pytest.raises(ValueError, match=r"one output for each step of method 'discrete_gradient'\. Found 8 steps"):
+        energy_ledger(SPRING, coarse)
+
+
+@pytest.mark.parametrize("method", ["rk4", "strang", "implicit_midpoint"])
+def test_real_damping_is_called_real(method):
+    other = "discrete_gradient"
+    report = diagnose_damping(SPRING, X0, torch.linspace(0, 4, 41), method=method, other=other)
+    assert report.is_real
+    assert abs(report.artefact) < 0.01
+    assert str(report).startswith("The damping is real: energy lost trained ")
+
+
+def test_energy_that_a_solver_adds_or_takes_is_its_artefact():
+    # Euler's method adds energy: at this friction, trained on motions that keep theirs, the field has to lose some
+    anti = diagnose_damping(SPRING, X0, torch.linspace(0, 8, 41), method="euler", step_size=0.2)
+    assert not anti.is_real
+    assert anti.artefact < -0.3
+    assert "an artefact of the solver" in str(anti)
+    # heun3 damps oscillations that are barely resolved
+    fast = diagnose_damping(FREE, X0, torch.linspace(0, 12, 11), method="heun3", step_size=1.2)
+    assert not fast.is_real
+    assert fast.artefact == pytest.approx(1.0, abs=0.01)
+
+
+def test_integrations_that_fail_leave_no_verdict():
+    explosive = PortHamiltonianSystem(1, potential=lambda q: -q.pow(4).sum(-1)).to(F64)
+    report = diagnose_damping(explosive, X0, torch.linspace(0, 9, 10), method="euler")
+    assert not report.is_real
+    assert str(report).startswith("Nothing can be said of the damping (trained: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"refinement": 1}, "`refinement` should be an integer of at least 2. Found `refinement = 1`"),
+        ({"tolerance": 0.0}, "`tolerance` should be a positive number. Found `tolerance = 0.0`"),
+        ({"other": "rk4"}, "`other` should be another method than 'rk4'. Found `other = 'rk4'`"),
+    ],
+)
+def test_wrong_arguments_of_the_diagnosis_are_named(change, match):
+    with pytest.raises(ValueError, match=match):
+        diagnose_damping(SPRING, X0, torch.linspace(0, 1, 3), **({"method": "rk4"} | change))
