@@ -3,7 +3,7 @@
 from odeopt._version import __version__
 from odeopt.artifacts import available_pretrained, load, load_pretrained, save
 from odeopt.evaluation import compare
-from odeopt.meta import MetaConfig, meta_train, unroll
+from odeopt.meta import MetaConfig, gradient_flow, meta_train, unroll
 from odeopt.ode import compare_solvers, integrate
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.physics import PhaseState, PortHamiltonianSystem
@@ -33,6 +33,7 @@ __all__ = [
     "available_pretrained",
     "compare",
     "compare_solvers",
+    "gradient_flow",
     "integrate",
     "load",
     "load_pretrained",

@@ -2,6 +2,7 @@
 
 from odeopt.meta.distributed import LostRankError, World
 from odeopt.meta.estimators import Backpropagation, DampedBackpropagation, Estimator, EvolutionStrategies, Hybrid
+from odeopt.meta.flow import GradientFlow, gradient_flow
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.persistent import PersistentEvolutionStrategies
 from odeopt.meta.settings import MetaConfig, MetaResult
@@ -13,6 +14,7 @@ __all__ = [
     "DampedBackpropagation",
     "Estimator",
     "EvolutionStrategies",
+    "GradientFlow",
     "Hybrid",
     "LostRankError",
     "MetaConfig",
@@ -21,6 +23,7 @@ __all__ = [
     "PersistentEvolutionStrategies",
     "Trajectory",
     "World",
+    "gradient_flow",
     "meta_train",
     "unroll",
 ]

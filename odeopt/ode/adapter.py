@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdiffeq import odeint_event
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
 
@@ -220,3 +221,48 @@ def check_adjoint(
             "`adjoint = True` and `field` is not a module. Found `adjoint_params = None`."
         )
     return tuple(field.parameters())
+
+
+@torch.no_grad()
+def time_of_event(
+    field: Field,
+    x0: State,
+    start: float,
+    end: float,
+    event: Callable[[Tensor, State], Tensor],
+    *,
+    method: str,
+    options: dict[str, Any] | None = None,
+    rtol: float = RTOL,
+    atol: float = ATOL,
+) -> float | None:
+    """Find when an event happens first, by torchdiffeq's bisection on the interpolated solution.
+
+    Args:
+        field: As in :func:`odeopt.ode.integrate`.
+        x0: State at ``start``.
+        start: Time at which to begin.
+        end: Later time at which to give up.
+        event: Function of time and state, positive before the event and negative after it, a 0-d tensor.
+        method: One of torchdiffeq's own methods.
+        options: Options of the method; the fixed-step ones need a ``step_size``.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, of the time too.
+
+    Returns:
+        The time; ``start`` where the event has happened already, None where it does not happen before ``end``.
+    """
+    like = tensors_of(x0)[0]
+    t0 = like.new_tensor(start)
+    if event(t0, x0) <= 0:
+        return start
+
+    def either(t: Tensor, x: State) -> Tensor:
+        return torch.minimum(event(t, restore(x0, x)), (end - t).to(like.dtype))
+
+    def plain(t: Tensor, x: State) -> Any:
+        return field(t, restore(x0, x))
+
+    keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+    found, _ = odeint_event(plain, x0 if isinstance(x0, Tensor) else tuple(x0), t0, event_fn=either, **keywords)
+    return found.item() if found.item() < end - 2 * max(atol, torch.finfo(like.dtype).eps * abs(end)) else None

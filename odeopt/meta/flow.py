@@ -1,0 +1,198 @@
+"""Optimization as one ordinary differential equation: parameters and rule integrated together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.checks import is_number, require
+from odeopt.ode import Solution, integrate, is_fixed_step
+from odeopt.ode.adapter import ATOL, RTOL, time_of_event
+from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.rules.parts import Modulation
+from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
+from odeopt.tasks.base import Batch, Params, Task
+
+
+class FlowState(NamedTuple):
+    """State of the closed loop of some problems of ``n`` parameters each.
+
+    Attributes:
+        theta: Parameters, shape ``(n_tasks, n)``.
+        q: Positions of each coordinate's system, shape ``(n_tasks, n, dof)``.
+        p: Momenta, of the same shape.
+    """
+
+    theta: Tensor
+    q: Tensor
+    p: Tensor
+
+
+class GradientFlow(NamedTuple):
+    """What a flow left behind.
+
+    Attributes:
+        t: Times, shape ``(n_times,)``: the outputs, up to the event and with it, if it happened.
+        params: Parameters at them, each of shape ``(n_times, n_tasks, *shape)``.
+        losses: Shape ``(n_times, n_tasks)``.
+        gradient_norms: Euclidean norms of the whole gradient, shape ``(n_times, n_tasks)``.
+        energy: Loss plus stored energy, which never rises along the flow, shape ``(n_times, n_tasks)``.
+        event_time: When all gradients had come down to the tolerance; None if they did not, or none was given.
+        solution: The integration's own account.
+    """
+
+    t: Tensor
+    params: Params
+    losses: Tensor
+    gradient_norms: Tensor
+    energy: Tensor
+    event_time: float | None
+    solution: Solution
+
+
+def gradient_flow(
+    task: Task,
+    rule: PortHamiltonianUpdate | PortHamiltonianSystem,
+    t: Tensor | Sequence[float],
+    *,
+    indices: Tensor,
+    method: str = "dopri5",
+    seed: int = 0,
+    step: int = 0,
+    scale: float = 1.0,
+    kappa: float = 1.0,
+    friction: float | Sequence[float] = 1.0,
+    gain: float | Sequence[float] = 1.0,
+    z: Any = None,
+    until_norm: float | None = None,
+    options: dict[str, Any] | None = None,
+    rtol: float = RTOL,
+    atol: float = ATOL,
+    backend: str = "auto",
+) -> GradientFlow:
+    r"""Solve an optimization problem as one differential equation, the gradient taken wherever the solver looks.
+
+    .. math:: \dot\theta = \kappa\, y, \quad \dot x = (J - R)\,\nabla H + B u, \quad u = -s\, \nabla f(\theta),
+              \quad y = B^\top \nabla H
+
+    Every coordinate of the parameters has a system of its own, at rest in the beginning. The scale s, kappa and the
+    signals of friction and port are held, so that
+
+    .. math:: W = f(\theta) + \frac{\kappa}{s} \sum_i H_i, \qquad
+              \dot W = -\frac{\kappa}{s} \sum_i (\partial H / \partial p)_i^\top D\, (\partial H / \partial p)_i \le 0
+
+    An adaptive method takes one step size for all problems. The batch is that of one step, held.
+
+    Args:
+        task: The problems.
+        rule: A rule, whose system is taken, or a system of one input.
+        t: Output times, shape ``(n_times,)``, rising.
+        indices: Global numbers of the problems, shape ``(n_tasks,)``.
+        method: A method of :func:`odeopt.ode.integrate`, but for the structure-preserving ones.
+        seed: Seed of the problems.
+        step: Number of the batch.
+        scale: s, positive.
+        kappa: Step size, positive, in units of the parameters.
+        friction: Friction of a rule's modes, one number or one per mode, not negative.
+        gain: Port gain of a rule's modes, likewise of any sign.
+        z: Modulating signal of a system.
+        until_norm: Stop when the norm of every problem's gradient is at most this; None to go on to the end.
+        options: Options of the method.
+        rtol: Relative tolerance of the adaptive methods.
+        atol: Absolute tolerance.
+        backend: As in :func:`odeopt.ode.integrate`.
+
+    Returns:
+        The flow.
+
+    Raises:
+        ValueError: If an argument is out of range or a system has more than one input.
+
+    References:
+        van der Schaft, Jeltsema (2014), Port-Hamiltonian systems theory, Ch. 2: passive systems in feedback.
+
+    Example:
+        >>> flow = gradient_flow(RandomQuadratic(5), PortHamiltonianSystem(1, dissipation=1.0), [0.0, 1.0, 50.0],
+        ...                      indices=torch.arange(8), until_norm=1e-3)
+        >>> flow.losses[-1].max(), flow.event_time
+    """
+    for name, value in (("scale", scale), ("kappa", kappa)):
+        require(is_number(value) and value > 0, name, value, "a positive number")
+    is_tolerance = until_norm is None or (is_number(until_norm) and until_norm > 0)
+    require(is_tolerance, "until_norm", until_norm, "a positive number or None")
+    system, z = _system_of(rule, friction, gain, z)
+    require(system.n_inputs == 1, "rule", f"a system of {system.n_inputs} inputs", "a system of one input")
+    params, batch = task.init_params(indices, seed), task.sample_batch(indices, step, seed)
+    shapes = {name: value.shape[1:] for name, value in params.items()}
+    theta = torch.cat([value.flatten(1) for value in params.values()], dim=1)
+    rest = theta.new_zeros(*theta.shape, system.dof)
+    z = _modulation(z, rest) if isinstance(z, tuple) and isinstance(rule, PortHamiltonianUpdate) else z
+
+    def field(time: Tensor, x: FlowState) -> FlowState:
+        x = FlowState(*x)
+        _, gradient = _loss_and_gradient(task, x.theta, shapes, batch)
+        rates, y = system.vector_field_and_output(PhaseState(x.q, x.p), -scale * gradient.unsqueeze(-1), z)
+        return FlowState(kappa * y.squeeze(-1), rates.q, rates.p)
+
+    def above(time: Tensor, x: FlowState) -> Tensor:
+        _, gradient = _loss_and_gradient(task, x[0], shapes, batch)
+        return gradient.norm(dim=1).max() - until_norm
+
+    t = torch.as_tensor(t, dtype=theta.dtype, device=theta.device)
+    x0, event_time = FlowState(theta, rest, rest.clone()), None
+    solver = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+    if until_norm is not None:
+        needs_step = is_fixed_step(method) and "step_size" not in (options or {})
+        require(not needs_step, "options", options, f"given a `step_size` for an event with method {method!r}")
+        event_time = time_of_event(field, x0, t[0].item(), t[-1].item(), above, **solver)
+    if event_time is not None:
+        event_time = max(event_time, t[0].item() + 1e-6 * (t[1] - t[0]).item())  # there are two times at least
+        t = torch.cat((t[t < event_time], t.new_tensor([event_time])))
+    solution = integrate(field, x0, t, backend=backend, **solver)
+    states = FlowState(*solution.states)
+    losses, gradients = zip(*(_loss_and_gradient(task, x, shapes, batch) for x in states.theta), strict=True)
+    losses, gradients = torch.stack(losses), torch.stack(gradients)
+    stored = system.energy(PhaseState(states.q, states.p)).sum(-1)
+    params = _unflattened(states.theta, shapes)
+    norms = gradients.norm(dim=-1)
+    return GradientFlow(t, params, losses, norms, losses + kappa / scale * stored, event_time, solution)
+
+
+def _system_of(rule: Any, friction: Any, gain: Any, z: Any) -> tuple[PortHamiltonianSystem, Any]:
+    """The system, and what of its signal is given."""
+    if isinstance(rule, PortHamiltonianUpdate):
+        require(z is None, "z", z, "None for a rule, which has `friction` and `gain`")
+        modes = {}
+        for name, value in (("friction", friction), ("gain", gain)):
+            given = [value] if is_number(value) else list(value)
+            is_right = len(given) in (1, rule.modes) and all(is_number(number) for number in given)
+            require(is_right, name, value, f"one number, or one for each of {rule.modes} modes")
+            modes[name] = given
+        require(min(modes["friction"]) >= 0, "friction", friction, "not negative")
+        return rule.system, (modes["friction"], modes["gain"])
+    require(isinstance(rule, PortHamiltonianSystem), "rule", rule, "a port-Hamiltonian rule or system")
+    return rule, z
+
+
+def _modulation(given: tuple[list[float], list[float]], like: Tensor) -> Modulation:
+    friction, gain = (like.new_tensor(numbers).expand_as(like) for numbers in given)
+    return Modulation(friction, gain.unsqueeze(-1))
+
+
+def _loss_and_gradient(task: Task, theta: Tensor, shapes: dict[str, torch.Size], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Losses ``(n_tasks,)`` and gradients ``(n_tasks, n)``, with a graph where gradients are enabled outside."""
+    keep_graph = torch.is_grad_enabled() and theta.requires_grad
+    with torch.enable_grad():
+        theta = theta if keep_graph else theta.detach().requires_grad_()
+        losses = task.loss(_unflattened(theta, shapes), batch)
+        (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=keep_graph)
+    return (losses if keep_graph else losses.detach()), gradient
+
+
+def _unflattened(theta: Tensor, shapes: dict[str, torch.Size]) -> Params:
+    pieces = theta.split([shape.numel() for shape in shapes.values()], dim=-1)
+    return {name: piece.reshape(*theta.shape[:-1], *shape) for (name, shape), piece in zip(shapes.items(), pieces,
+                                                                                           strict=True)}  # fmt: skip
