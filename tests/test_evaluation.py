@@ -304,5 +304,5 @@ def test_evaluation_draws_from_streams_of_its_own():
     from odeopt.baselines import TUNING_SEED
     from odeopt.meta import trainer
 
-    used = {0, trainer._VALIDATION_SEED_OFFSET, TUNING_SEED}
+    used = {0, trainer.VALIDATION_SEED, TUNING_SEED}
     assert len(used | {EVALUATION_SEED}) == 4

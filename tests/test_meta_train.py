@@ -1,5 +1,6 @@
 """The training loop: what it skips, keeps, writes and resumes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -174,6 +175,15 @@ def test_validation_tasks_are_never_training_tasks(seed):
     assert len(task.names) == 8 + 3
     assert not any(validation & names for names in training)
     assert len(set().union(*training)) == 8 * CONFIG["n_tasks"]  # no task is seen twice
+
+
+def test_validation_is_on_the_same_tasks_whatever_the_seed():
+    unmoved = MetaConfig(**{**CONFIG, "lr": 1e-30}, n_meta_steps=2)
+    results = [
+        meta_train(tiny_rule(), TASK, dataclasses.replace(unmoved, seed=seed), progress_bar=False) for seed in (0, 7)
+    ]
+    assert results[0].validation == results[1].validation
+    assert results[0].meta_losses != results[1].meta_losses
 
 
 def test_validation_task_may_be_another():

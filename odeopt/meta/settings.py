@@ -81,7 +81,7 @@ class MetaConfig:
         outlier_factor: A meta-gradient this many times longer than the running median is skipped (not with a mixture).
         validate_every: Meta-steps between validations.
         n_validation_tasks: Tasks per validation, on the full horizon; draws of a mixture.
-        seed: Seed of everything.
+        seed: Seed of everything but the validation tasks, which are the same for all seeds: their scores compare.
     """
 
     n_meta_steps: int = 150

@@ -28,7 +28,8 @@ from odeopt.tasks import Mixture, Task
 
 _FORMAT = 2  # of checkpoints; version 0.1.0 of the library wrote none
 _NEWER = ("n_groups", "dampings")  # options that checkpoints may be older than
-_VALIDATION_SEED_OFFSET = 1_000_003  # validation draws from streams that training never touches
+# validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
+VALIDATION_SEED = 1_000_003
 _N_NORMS = 50  # accepted gradient norms that an outlier is judged against
 
 
@@ -317,7 +318,7 @@ class _Run:
             self.validation_task,
             indices=torch.arange(config.n_validation_tasks),
             horizon=config.horizon,
-            seed=config.seed + _VALIDATION_SEED_OFFSET,
+            seed=VALIDATION_SEED,
             world=self.world,
         )
         self.result.validation.append((step, score))
