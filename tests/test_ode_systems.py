@@ -1,5 +1,6 @@
 """Integrations of port-Hamiltonian systems: backends, inputs, knots, what is refused."""
 
+import copy
 import itertools
 import math
 
@@ -9,13 +10,16 @@ from structure_toys import F64, drive, make_state, make_system
 
 from odeopt.ode import (
     EXPLICIT_METHODS,
+    STRUCTURE_METHODS,
     FirstOrderHold,
+    Status,
     ZeroOrderHold,
     available_methods,
+    grid,
     integrate,
     is_fixed_step,
 )
-from odeopt.ode.grid import pieces_of
+from odeopt.ode.grid import Times, pieces_of
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 # a damped mass on a spring: x'' = -x - .2 x' + u
@@ -127,11 +131,84 @@ def test_backends_agree(method):
 
 
 def test_pieces_cover_the_time_axis():
-    pieces = pieces_of([0.0, 1.0, 1.5], 0.3, (0.0, 0.4, 1.0, 1.2, 7.0))
+    pieces = pieces_of(Times([0.0, 1.0, 1.5], 0.0), 0.3, (0.0, 0.4, 1.0, 1.2, 7.0))
     assert [(p.start, p.end, p.n_steps) for p in pieces] == [(0.0, 0.4, 2), (0.4, 1.0, 2), (1.0, 1.2, 1), (1.2, 1.5, 1)]
     assert [p.ends_at_output for p in pieces] == [False, True, False, True]
-    back = pieces_of([1.5, 0.0], None, (0.4, 1.2))
+    back = pieces_of(Times([1.5, 0.0], 0.0), None, (0.4, 1.2))
     assert [(p.start, p.end) for p in back] == [(1.5, 1.2), (1.2, 0.4), (0.4, 0.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64, None], ids=["single", "double", "numbers"])
+def test_rounded_output_times_take_no_steps_more(dtype):
+    n, dt = 100, 0.05
+    t = [dt * i for i in range(n + 1)]
+    x0 = PhaseState(*(x.float() for x in X0))
+    for given in (t, [-time for time in t]):
+        given = given if dtype is None else torch.tensor(given, dtype=dtype)
+        system = integrate(copy.deepcopy(SPRING).float(), x0, given, method="strang", options={"step_size": dt})
+        assert system.n_steps == n
+        field = integrate(lambda t, x: -x, x0.q, given, method="rk4", options={"step_size": dt})
+        assert (field.n_steps, field.n_field_evals) == (n, 4 * n)
+        # a longer interval is not a rounded one
+        assert integrate(lambda t, x: -x, x0.q, given, backend="odeopt", options={"step_size": 0.99 * dt}).n_steps > n
+
+
+def test_numbers_keep_their_digits_whatever_the_state_is_in():
+    t = [0.0, 0.1, 0.2, 0.3]
+    solution = integrate(SPRING, X0, t, method="strang", options={"step_size": 0.1})
+    single = integrate(SPRING, X0, torch.tensor(t), method="strang", options={"step_size": 0.1})
+    seen = [x.states.p[-1].item() for x in (solution, single)]
+    assert seen[0] != seen[1]  # 0.3 in single precision is another time
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["rk4", *STRUCTURE_METHODS])
+def test_steps_are_captured_in_a_cuda_graph(method):
+    system = make_system(has_mass_network=method != "strang").cuda()
+    x0 = PhaseState(*(x.cuda() for x in make_state()))
+    t, u = [0.0, 0.3, 0.5], torch.full((1,), 0.7, dtype=F64, device="cuda")
+
+    def run():
+        with torch.no_grad():
+            return integrate(system, x0, t, method=method, options={"step_size": 0.1}, u=u)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a wait for the device fails here
+        captured = run()
+    assert captured.status is Status.NOT_CHECKED
+    for seed in (1, 2):
+        for x, new in zip(x0, make_state(seed=seed), strict=True):
+            x.copy_(new)
+        graph.replay()
+        expected = run()
+        assert expected.is_success, expected.message
+        for found, exact in zip(captured.states, expected.states, strict=True):
+            torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
+
+
+@pytest.mark.gpu
+def test_explicit_steps_do_not_wait_for_the_device_before_the_end(monkeypatch):
+    x0 = torch.ones(8, 2, device="cuda")
+    account = grid._account
+
+    def looks(*arguments):
+        torch.cuda.set_sync_debug_mode("default")
+        return account(*arguments)
+
+    monkeypatch.setattr(grid, "_account", looks)
+    try:
+        for _ in range(2):
+            torch.cuda.set_sync_debug_mode("error")
+            solution = integrate(lambda t, x: -x * t, x0, [0.0, 0.5, 1.0], backend="odeopt",
+                                 options={"step_size": 0.1})  # fmt: skip
+            assert solution.n_steps == 10
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_whole_integrations_are_mapped_and_compiled():

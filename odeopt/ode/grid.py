@@ -15,12 +15,38 @@ from odeopt.ode.implicit import Newton, takes_no_looks
 from odeopt.ode.inputs import knots_of, piece_of
 from odeopt.ode.recorder import Recorder, restore
 from odeopt.ode.solution import Status
-from odeopt.ode.steps import TABLEAUX, explicit_step
+from odeopt.ode.steps import TABLEAUX, checked_explicit_step
 from odeopt.ode.structured import structure_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 STEP_OPTIONS = frozenset({"step_size"})
 NEWTON_OPTIONS = frozenset({"tol", "max_iters"})
+
+
+class Times(NamedTuple):
+    """Output times as numbers.
+
+    Attributes:
+        numbers: The times, as precise as they were given.
+        rounding: What their differences may be off by.
+    """
+
+    numbers: list[float]
+    rounding: float
+
+    def slack(self, step_size: float) -> float:
+        """Share of a step by which intervals may be longer than steps of ``step_size`` without one step more."""
+        return min(1e-3, 1e-9 + self.rounding / step_size)
+
+
+def times_of(t: Any) -> Times | None:
+    """Output times as numbers; None where they are none."""
+    try:
+        numbers = t.tolist() if isinstance(t, Tensor) else [float(time) for time in t]
+        eps = torch.finfo(t.dtype if isinstance(t, Tensor) else torch.float64).eps
+        return Times(numbers, eps * max(map(abs, numbers)))
+    except (TypeError, ValueError):
+        return None
 
 
 class Piece(NamedTuple):
@@ -59,23 +85,25 @@ class Account(NamedTuple):
     n_finite: int
 
 
-def pieces_of(times: Sequence[float], step_size: float | None, knots: Sequence[float] = ()) -> list[Piece]:
+def pieces_of(times: Times, step_size: float | None, knots: Sequence[float] = ()) -> list[Piece]:
     """Cut a time axis at outputs and knots, and each piece into the fewest steps of at most ``step_size``."""
-    sign, pieces = (1 if times[-1] > times[0] else -1), []
-    for start, end in itertools.pairwise(times):
+    numbers = times.numbers
+    sign, pieces = (1 if numbers[-1] > numbers[0] else -1), []
+    slack = 0.0 if step_size is None else times.slack(step_size)
+    for start, end in itertools.pairwise(numbers):
         inner = sorted((knot for knot in knots if 0 < (knot - start) * sign < (end - start) * sign), reverse=sign < 0)
         for left, right in itertools.pairwise([start, *inner, end]):
             # a length that divides the piece to rounding does not take one step more
-            n_steps = 1 if step_size is None else max(1, math.ceil(abs(right - left) / step_size * (1 - 1e-9)))
+            n_steps = 1 if step_size is None else max(1, math.ceil(abs(right - left) / step_size - slack))
             pieces.append(Piece(left, right, n_steps, right == end))
     return pieces
 
 
 def explicit_steps(
-    field: Callable[[Tensor, State], Any], x0: State, times: Sequence[float], method: str, step_size: float | None
+    field: Callable[[Tensor, State], Any], x0: State, times: Times, method: str, step_size: float | None
 ) -> tuple[State, Account]:
     """Take explicit steps with any field; shapes and devices as in :func:`odeopt.ode.integrate`."""
-    recorder = Recorder(field, x0, torch.tensor(times[:2]), callbacks={"callback_step"}, is_external=False)
+    recorder = Recorder(field, x0, torch.tensor(times.numbers[:2]), callbacks={"callback_step"}, is_external=False)
     is_tuple = isinstance(x0, tuple)
     flat, vector_field = _flattened(recorder, x0) if is_tuple else (x0, recorder)
     has_callback = hasattr(field, "callback_step")
@@ -85,18 +113,20 @@ def explicit_steps(
         for start in _starts(piece, dt, x):
             if has_callback:
                 recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)
-            x = explicit_step(vector_field, start, dt, x, method)
+            x = checked_explicit_step(vector_field, start, dt, x, method)
+            if not is_tuple:
+                vector_field = field  # once its derivatives are known to fit
         states.append(x)
         n_steps += piece.n_steps
     stacked = torch.stack(states)
-    account = _account(stacked, recorder.n_evals, n_steps)
+    account = _account(stacked, n_steps * len(TABLEAUX[method].b), n_steps)
     return (_unflattened(stacked, x0, 1) if is_tuple else stacked), account
 
 
 def system_steps(
     system: PortHamiltonianSystem,
     x0: PhaseState,
-    times: Sequence[float],
+    times: Times,
     method: str,
     step_size: float | None,
     *,
@@ -117,7 +147,7 @@ def system_steps(
 
         for start in _starts(piece, dt, x):
             if newton is None:
-                x = explicit_step(rates, start, dt, x, method)
+                x = checked_explicit_step(rates, start, dt, x, method)
                 n_evals += len(TABLEAUX[method].b)
                 continue
             step = structure_step(
@@ -144,6 +174,8 @@ def system_steps(
 def _starts(piece: Piece, dt: float, x: Tensor) -> Sequence[Tensor]:
     """Times at which the steps of a piece begin, as 0-d tensors."""
     dtype = x.real.dtype if x.is_complex() else x.dtype
+    if piece.n_steps == 1:
+        return [torch.full((), piece.start, dtype=dtype, device=x.device)]
     steps = torch.arange(piece.n_steps, dtype=dtype, device=x.device)
     return torch.add(torch.full_like(steps, piece.start), steps, alpha=dt).unbind()
 

@@ -27,7 +27,7 @@ from odeopt.ode.adapter import (
     solver_class,
 )
 from odeopt.ode.checks import State, check_choice, check_options, check_state, check_times, check_tolerances, tensors_of
-from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, explicit_steps, pieces_of, system_steps
+from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, pieces_of, system_steps, times_of
 from odeopt.ode.implicit import Newton, takes_no_looks
 from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
 from odeopt.ode.recorder import Field, restore
@@ -140,17 +140,18 @@ def integrate(
     if given and not adjoint:
         raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
     x0 = _check_problem(system, x0, u, z, method)
-    is_ours = _is_ours(method, backend, options, t, adjoint=adjoint)
+    times = times_of(t)
+    is_ours = _is_ours(method, backend, options, times, adjoint=adjoint)
     check_options("options", options, method, _own_options(method) if is_ours else accepted_options(method))
     tensors = tensors_of(x0)
     is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
     if is_ours and is_given and takes_no_looks(tensors[0]):
-        return _own_steps(field, x0, t, [float(time) for time in t], method, options, u, z)
+        return _own_steps(field, x0, t, times, method, options, u, z)
     check_state(x0)
     check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
     t = check_times(t, tensors_of(x0)[0])
     if is_ours:
-        return _own_steps(field, x0, t, t.tolist(), method, options, u, z)
+        return _own_steps(field, x0, t, times, method, options, u, z)
     keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
     if system is not None:
         keywords |= {"adjoint": adjoint, **for_adjoint}
@@ -191,7 +192,7 @@ def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: A
     return PhaseState(*x0)
 
 
-def _is_ours(method: str, backend: str, options: Any, t: Any, *, adjoint: bool) -> bool:
+def _is_ours(method: str, backend: str, options: Any, times: Times | None, *, adjoint: bool) -> bool:
     """Whether our own steps are taken."""
     if method in STRUCTURE_METHODS:
         if backend == "torchdiffeq" or adjoint:
@@ -207,18 +208,17 @@ def _is_ours(method: str, backend: str, options: Any, t: Any, *, adjoint: bool) 
         return backend == "odeopt"
     if method not in EXPLICIT_METHODS or adjoint or not (options is None or isinstance(options, dict)):
         return False
-    return not options or (options.keys() <= STEP_OPTIONS and _divides(options.get("step_size"), t))
+    return not options or (options.keys() <= STEP_OPTIONS and _divides(options.get("step_size"), times))
 
 
-def _divides(step_size: Any, t: Any) -> bool:
+def _divides(step_size: Any, times: Times | None) -> bool:
     """Whether steps of a given size, counted from the first time, meet all output times, so that all grids are one."""
     if not isinstance(step_size, int | float) or not step_size > 0:
         return step_size is None
-    try:
-        counts = [(float(time) - float(t[0])) / step_size for time in t]
-    except (TypeError, ValueError, IndexError):
+    if times is None or not all(map(math.isfinite, times.numbers)):
         return False
-    return all(abs(count - round(count)) <= 1e-6 for count in counts)
+    counts, slack = [(time - times.numbers[0]) / step_size for time in times.numbers], times.slack(step_size)
+    return all(abs(count - round(count)) <= slack for count in counts)
 
 
 def _own_options(method: str) -> frozenset[str]:
@@ -226,7 +226,7 @@ def _own_options(method: str) -> frozenset[str]:
 
 
 def _own_steps(
-    field: Field, x0: State, t: Any, times: list[float], method: str, options: dict[str, Any] | None, u: Any, z: Any
+    field: Field, x0: State, t: Any, times: Times, method: str, options: dict[str, Any] | None, u: Any, z: Any
 ) -> Solution:
     """Take our own steps, and account for them."""
     options = dict(options or {})
@@ -240,10 +240,12 @@ def _own_steps(
     else:
         states, account = explicit_steps(field, x0, times, method, step_size)
     seconds = now() - start
+    n = len(times.numbers)
     if not isinstance(t, Tensor):
-        t = torch.tensor(times, dtype=tensors_of(x0)[0].real.dtype, device=tensors_of(x0)[0].device)
-    if account.n_finite < len(times):
-        kept = [fill(x[: account.n_finite], len(times)) for x in tensors_of(states)]
+        like = tensors_of(x0)[0]
+        t = torch.tensor(times.numbers, dtype=like.real.dtype, device=like.device)
+    if account.n_finite < n:
+        kept = [fill(x[: account.n_finite], n) for x in tensors_of(states)]
         states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
     message = message_of(account.status, account.detail, t, account.n_finite)
     numbers = account.n_evals, account.n_steps, seconds
@@ -253,7 +255,7 @@ def _own_steps(
 def _by_pieces(system: PortHamiltonianSystem, x0: PhaseState, t: Tensor, u: Any, z: Any, keywords: dict) -> Solution:
     """Let torchdiffeq solve a system from knot to knot of its input."""
     n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
-    for piece in pieces_of(t.tolist(), None, knots_of(u)):
+    for piece in pieces_of(times_of(t), None, knots_of(u)):
         effort = piece_of(u, piece.start, piece.end)
 
         def field(time: Tensor, x: State, effort: Callable = effort) -> PhaseState:

@@ -43,6 +43,23 @@ TABLEAUX = MappingProxyType(
 )
 
 EXPLICIT_METHODS: tuple[str, ...] = tuple(TABLEAUX)
+
+
+class _Sum(NamedTuple):
+    """A weighted sum of stages as it is taken: ``scale * (k[first] + ratio * k[i] + ...)``."""
+
+    scale: float
+    first: int
+    ratios: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, weights: tuple[float, ...]) -> _Sum | None:
+        taken = [(i, weight) for i, weight in enumerate(weights) if weight]
+        return cls(taken[0][1], taken[0][0], tuple((i, w / taken[0][1]) for i, w in taken[1:])) if taken else None
+
+
+# laid out once: a step on a small state costs little more than what it does in Python
+_PLANS = {name: (tuple(zip(c, map(_Sum.of, a), strict=True)), _Sum.of(b)) for name, (a, b, c) in TABLEAUX.items()}
 LINEAR_METHODS: tuple[str, ...] = (*EXPLICIT_METHODS, "exponential")
 
 # psi(z) of an explicit method is the series sum z^k / (k + 2)! up to this power; -1 stands for psi = 0.
@@ -95,27 +112,29 @@ def explicit_step(field: Field, t0: Tensor | float, dt: Tensor | float, x: Tenso
         tensor([0.6250, 0.6250])
     """
     check_explicit(method)
-    a, b, c = TABLEAUX[method]
     dtype = x.real.dtype if x.is_complex() else x.dtype
     if not isinstance(t0, Tensor):
         t0 = torch.full((), t0, dtype=dtype, device=x.device)
+    if isinstance(dt, Tensor) or t0.dtype != dtype:
+        given, field = field, lambda t, x: given(t.to(dtype), x)
+    return checked_explicit_step(field, t0, dt, x, method)
+
+
+def checked_explicit_step(field: Field, t0: Tensor, dt: Tensor | float, x: Tensor, method: str) -> Tensor:
+    """:func:`explicit_step` where the arguments are known to be right, and ``t0`` has the dtype of times."""
+    nodes, last = _PLANS[method]
     stages: list[Tensor] = []
-    for weights, time in zip(a, c, strict=True):
-        t = t0 + time * dt if time else t0
-        stages.append(field(t.to(dtype), _weighted(x, dt, weights, stages)))
-    return _weighted(x, dt, b, stages)
+    for c, weights in nodes:
+        stages.append(field(t0 + c * dt if c else t0, x if weights is None else _moved(x, dt, weights, stages)))
+    return _moved(x, dt, last, stages)
 
 
-def _weighted(x: Tensor, dt: Tensor | float, weights: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
-    """Return ``x + dt * sum(w * k)``: one operation per weight that is not zero, and one rounding onto ``x``."""
-    scale, total = 0.0, x
-    for weight, k in zip(weights, stages, strict=True):
-        if weight and not scale:
-            scale, total = weight, k
-        elif weight:
-            total = torch.add(total, k, alpha=weight / scale)
-    if not scale:
-        return x
+def _moved(x: Tensor, dt: Tensor | float, weights: _Sum, stages: Sequence[Tensor]) -> Tensor:
+    """Return ``x + dt * sum(w * k)``: one operation per weight, and one rounding onto ``x``."""
+    scale, first, ratios = weights
+    total = stages[first]
+    for i, ratio in ratios:
+        total = torch.add(total, stages[i], alpha=ratio)
     if isinstance(dt, Tensor):
         return x + (scale * dt) * total
     return torch.add(x, total, alpha=scale * dt)
