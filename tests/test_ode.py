@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cuda_toys import no_waiting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -173,11 +174,8 @@ def test_unit_step_on_cuda_equals_cpu(method, backend):
 def test_unit_step_on_cuda_does_not_wait_for_the_device(method, backend):
     x0 = torch.ones(8, device="cuda", requires_grad=True)
     integrate_unit(waving, x0, method=method, backend=backend)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         integrate_unit(waving, x0, method=method, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # Whole integrations

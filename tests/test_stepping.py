@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from cuda_toys import no_waiting
 from optimizer_toys import LeakySum, parameter, port_hamiltonian
 from torch import nn
 
@@ -414,11 +415,8 @@ def test_step_on_cuda_waits_for_nothing(compile):
         for param in params:
             param.grad = torch.randn_like(param)
         optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_bucket_lays_out_its_tensors_row_by_row():

@@ -72,8 +72,8 @@ def integrate(
     :func:`~odeopt.ode.structure_step`. The explicit fixed-step ones are written here, too. Our own steps end at the
     output times (each interval is cut into the fewest equal ones of at most ``step_size``), can be differentiated any
     number of times, mapped (``torch.func``) and compiled (``fullgraph=True``) with ``t`` as a list of numbers, and look
-    at no value before the end; the Newton iterations of structure-preserving steps do, unless they are mapped, compiled
-    or captured by a CUDA graph.
+    at no value between the check of ``x0`` and the end; the Newton iterations of structure-preserving steps do, unless
+    they are mapped, compiled or captured by a CUDA graph.
 
     Outputs between the steps of torchdiffeq are interpolated: by the fixed-step methods linearly unless
     ``options={"interp": "cubic"}``, by the adaptive ones with a quartic (dopri8, at the default tolerances,
@@ -243,7 +243,8 @@ def _own_steps(
     n = len(times.numbers)
     if not isinstance(t, Tensor):
         like = tensors_of(x0)[0]
-        t = torch.tensor(times.numbers, dtype=like.real.dtype, device=like.device)
+        # filled, as a graph that is being captured can copy nothing from the host
+        t = torch.stack([torch.full((), x, dtype=like.real.dtype, device=like.device) for x in times.numbers])
     if account.n_finite < n:
         kept = [fill(x[: account.n_finite], n) for x in tensors_of(states)]
         states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
