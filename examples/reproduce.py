@@ -32,7 +32,7 @@ STAGES = (
     ("saddle", 1, "saddle.py --out {out}", "--runs 20 --steps 100"),
     ("estimators", 12, "estimators.py --out {out}", "--quick"),
     ("general", 12, "general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
-    ("meta-seeds", 8, "meta_seeds.py --out {out}", QUICK_SEEDS),
+    ("meta-seeds", 15, "meta_seeds.py --validate 4 --out {out}", QUICK_SEEDS),
     ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
     ("physics", 120, "physics.py --out {out}", "--quick"),

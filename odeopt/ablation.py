@@ -20,7 +20,9 @@ from odeopt.artifacts import load, save
 from odeopt.checks import require
 from odeopt.evaluation import EVALUATION_SEED, Interval, compare, student_interval, time_step
 from odeopt.meta.config import Config
-from odeopt.meta.trainer import meta_train
+from odeopt.meta.settings import MetaConfig
+from odeopt.meta.trainer import VALIDATION_SEED, meta_train
+from odeopt.meta.validation import validation_score
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 
@@ -138,6 +140,29 @@ class Row(NamedTuple):
             return x if math.isfinite(x) else None
 
         return {name: finite(value) for name, value in self._asdict().items()}
+
+
+def validate(
+    rule: UpdateRule, times: int, *, data_dir: str | os.PathLike | None = None, device: torch.device | str = "cpu"
+) -> float:
+    """Validate a trained rule again as its meta-training did, on more of the same tasks.
+
+    Args:
+        rule: The rule, made by ``python -m odeopt train``; moved to the device.
+        times: How many times the tasks of the meta-training's validations.
+        data_dir: Where image datasets lie; see :func:`odeopt.tasks.load_dataset`.
+        device: Where to compute.
+
+    Returns:
+        The score, see :attr:`odeopt.meta.MetaResult.best_score`.
+    """
+    made = rule.trained_for
+    config = Config(made["config"], {}, made["task"], MetaConfig(**made["training"]))
+    task = config.build_task(data_dir=data_dir, device=device)
+    indices = torch.arange(times * config.training.n_validation_tasks)
+    options = {"indices": indices, "horizon": config.training.horizon, "seed": VALIDATION_SEED}
+    with torch.no_grad():
+        return validation_score(rule.to(device), task, **options)
 
 
 def by_configuration(rules: Sequence[UpdateRule]) -> dict[str, list[UpdateRule]]:

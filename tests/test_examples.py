@@ -1,5 +1,6 @@
 """Every example runs, prints its table and writes its figures; bad options are refused before any work."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,8 +14,10 @@ import torch
 
 import odeopt
 from odeopt import baselines
-from odeopt.meta import MetaConfig
+from odeopt.meta import MetaConfig, MetaResult
 from odeopt.meta import config as meta_config
+from odeopt.meta.config import load_config
+from odeopt.meta.validation import validation_score
 
 FOLDER = Path(__file__).parents[1] / "examples"
 TINY = {
@@ -167,7 +170,7 @@ def test_meta_seeds_stand_together_and_the_best_validation_first(tmp_path, capsy
 
 def test_shipped_rules_that_have_company_stand_with_it(tmp_path, monkeypatch):
     program = runpy.run_path(str(FOLDER / "meta_seeds.py"))
-    grouped, account = program["grouped"], program["account"]
+    grouped = program["grouped"]
     monkeypatch.setitem(grouped.__globals__, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"`rules` should be given, or lie in .*. Found `rules = \[\]`"):
         grouped([])
@@ -177,9 +180,27 @@ def test_shipped_rules_that_have_company_stand_with_it(tmp_path, monkeypatch):
     made = shipped.trained_for | {"training": shipped.trained_for["training"] | {"seed": 7}}
     odeopt.save(shipped, tmp_path / "hamiltonian-mnist-seed7.safetensors", trained_for=made)
     groups = grouped([])
-    assert {name: sorted(account(rule)["seed"] for rule in rules) for name, rules in groups.items()} == {
-        "hamiltonian-mnist": seeds
-    }
+    found = {name: sorted(rule.trained_for["training"]["seed"] for rule in rules) for name, rules in groups.items()}
+    assert found == {"hamiltonian-mnist": sorted(seeds)}
+
+
+def test_rules_are_validated_anew_on_common_tasks(tmp_path, capsys, untuned):
+    config = load_config("lstm-quadratic")
+    settings = dataclasses.replace(config.training, n_validation_tasks=3, horizon=4)
+    files, scores = [], []
+    for seed in (0, 1):
+        config = dataclasses.replace(config, training=dataclasses.replace(settings, seed=seed))
+        rule = config.build_rule()
+        result = MetaResult(rule, best_score=99.0 + seed)
+        files.append(tmp_path / f"{seed}.safetensors")
+        odeopt.save(rule, files[-1], trained_for=config.trained_for(result))
+        options = {"indices": torch.arange(6), "horizon": 4, "seed": 1_000_003}
+        with torch.no_grad():
+            scores.append(validation_score(rule, config.build_task(), **options))
+    run("meta_seeds", *map(str, files), *TINY["meta_seeds"][:8], "--out", str(tmp_path), "--validate", "2")
+    found = json.loads((tmp_path / "meta_seeds.json").read_text())["meta-trainings"]["lstm-quadratic"]
+    assert {each["seed"]: each["validation"] for each in found} == dict(enumerate(scores))
+    assert found == sorted(found, key=lambda each: each["validation"])
 
 
 def test_a_corrupt_file_is_named(tmp_path):
