@@ -155,6 +155,19 @@ def test_rounded_output_times_take_no_steps_more(dtype):
         assert integrate(lambda t, x: -x, x0.q, given, backend="odeopt", options={"step_size": 0.99 * dt}).n_steps > n
 
 
+@pytest.mark.parametrize("method", ["strang", "rk4", "dopri5"])
+@pytest.mark.parametrize("dtype", [torch.float32, None], ids=["single", "numbers"])
+def test_knots_at_rounded_output_times_are_no_knots_more(method, dtype):
+    spring, x0 = copy.deepcopy(SPRING).float(), PhaseState(*(x.float() for x in X0))
+    t, u = [0.0, 0.3, 0.5], ZeroOrderHold([0.0, 0.3], SAMPLES[:2].float())
+    given = t if dtype is None else torch.tensor(t, dtype=dtype)  # 0.3 is rounded up
+    solution = integrate(spring, x0, given, method=method, u=u)
+    if method != "dopri5":
+        assert solution.n_steps == 2
+    expected = integrate(SPRING, X0, t, method=method, u=ZeroOrderHold([0.0, 0.3], SAMPLES[:2]))
+    torch.testing.assert_close(torch.cat(solution.states), torch.cat(expected.states).float(), rtol=1e-5, atol=1e-5)
+
+
 def test_numbers_keep_their_digits_whatever_the_state_is_in():
     t = [0.0, 0.1, 0.2, 0.3]
     solution = integrate(SPRING, X0, t, method="strang", options={"step_size": 0.1})

@@ -91,7 +91,9 @@ def pieces_of(times: Times, step_size: float | None, knots: Sequence[float] = ()
     sign, pieces = (1 if numbers[-1] > numbers[0] else -1), []
     slack = 0.0 if step_size is None else times.slack(step_size)
     for start, end in itertools.pairwise(numbers):
-        inner = sorted((knot for knot in knots if 0 < (knot - start) * sign < (end - start) * sign), reverse=sign < 0)
+        # a knot that is an output to rounding is no knot more
+        low, high = times.rounding, (end - start) * sign - times.rounding
+        inner = sorted((knot for knot in knots if low < (knot - start) * sign < high), reverse=sign < 0)
         for left, right in itertools.pairwise([start, *inner, end]):
             # a length that divides the piece to rounding does not take one step more
             n_steps = 1 if step_size is None else max(1, math.ceil(abs(right - left) / step_size - slack))
