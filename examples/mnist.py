@@ -83,9 +83,10 @@ def train(name: str, dataset: ImageDataset, args: argparse.Namespace) -> UpdateR
     config = config.with_seed(config.training.seed + args.seed)
     rule = config.build_rule().to(args.device)
     task = config.build_task(data_dir=args.data_dir, device=args.device)
-    print(f"Meta-training {name} on {dataset.name}: {config.training.n_meta_steps} meta-steps")
-    result = meta_train(rule, task, config.training)
-    print(f"{name}: validation loss {result.best_score:.4f}, {result.seconds:.0f} s")
+    for stage in config.stages:
+        print(f"Meta-training {name} on {dataset.name}: {stage.n_meta_steps} meta-steps")
+        result = meta_train(rule, task, stage)
+        print(f"{name}: validation loss {result.best_score:.4f}, {result.seconds:.0f} s")
     return rule
 
 
@@ -93,9 +94,7 @@ def with_solver(name: str, rule: UpdateRule, solver: str) -> tuple[str, UpdateRu
     """Rebuild a rule that solves an ODE, with another solver and the same weights."""
     if "solver" not in rule.config:
         return name, rule
-    rebuilt = type(rule)(**{**rule.config, "solver": solver})
-    rebuilt.load_state_dict(rule.state_dict())
-    return f"{name}, {solver}", rebuilt
+    return f"{name}, {solver}", rule.with_options(solver=solver)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -24,6 +24,7 @@ from odeopt.files import write_json
 
 EXAMPLES = Path(__file__).resolve().parent
 QUICK_SEEDS = "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1"
+QUICK_VIEW = "--dataset digits --runs 2 --steps 2 --horizon 5 --seeds 1 --solvers dopri5"
 # name, minutes on two cores, command, what --quick adds or changes; {out} is the folder of the figures
 STAGES = (
     ("schematic", 1, "schematic.py --out {out}", ""),
@@ -35,6 +36,7 @@ STAGES = (
     ("meta-seeds", 15, "meta_seeds.py --validate 4 --out {out}", QUICK_SEEDS),
     ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
+    ("optimizers-view", 15, "solvers.py --out {out}", QUICK_VIEW),
     ("physics", 120, "physics.py --out {out}", "--quick"),
     ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
     ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ import torch
 from odeopt import arguments, artifacts
 from odeopt.baselines import make_baselines_table
 from odeopt.matrix import evaluate_matrix, grid
-from odeopt.meta.config import Config, available_configs, load_config
+from odeopt.meta.config import START, Config, available_configs, load_config
 from odeopt.meta.distributed import LostRankError, World, joined_world, local_rank
 from odeopt.meta.search import search
 from odeopt.meta.search_config import load_search
@@ -173,21 +174,26 @@ def _train_with(world: World, config: Config, folder: Path, out: Path, args: arg
     world.from_first(lambda: _prepare(out, args.overwrite))
     rule = config.build_rule().to(args.device)
     task = world.in_turn(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
-    result = meta_train(rule, task, config.training, folder=folder, stop_after=args.stop_after, compile=args.compile)
-    if not world.is_first:
-        return 0
-    n_done, n_wanted = len(result.meta_losses), config.training.n_meta_steps
-    print(
-        f"{config.name}, meta-seed {config.training.seed}: "
-        f"{n_done} of {n_wanted} meta-steps in {result.seconds:.0f} s; best validation loss "
-        f"{result.best_score:.4f} at meta-step {result.best_step}; skipped {result.n_skipped_outliers} outliers and "
-        f"{result.n_skipped_nonfinite} non-finite meta-gradients"
-    )
-    if n_done < n_wanted:
-        print(f"stopped early; the same command continues from {folder}")
-        return 0
-    artifacts.save(rule, out, trained_for=config.trained_for(result), overwrite=args.overwrite)
-    print(f"saved {out}")
+    began, results = time.monotonic(), []
+    for stage in config.stages:
+        where, what = (folder, config.name) if stage is config.training else (folder / START, f"{config.name}, start")
+        left = None if args.stop_after is None else max(0.0, args.stop_after - (time.monotonic() - began))
+        result = meta_train(rule, task, stage, folder=where, stop_after=left, compile=args.compile)
+        results.append(result)
+        n_done, n_wanted = len(result.meta_losses), stage.n_meta_steps
+        if world.is_first:
+            print(
+                f"{what}, meta-seed {stage.seed}: {n_done} of {n_wanted} meta-steps in {result.seconds:.0f} s; best "
+                f"validation loss {result.best_score:.4f} at meta-step {result.best_step}; skipped "
+                f"{result.n_skipped_outliers} outliers and {result.n_skipped_nonfinite} non-finite meta-gradients"
+            )
+        if n_done < n_wanted:
+            if world.is_first:
+                print(f"stopped early; the same command continues from {folder}")
+            return 0
+    if world.is_first:
+        artifacts.save(rule, out, trained_for=config.trained_for(*results), overwrite=args.overwrite)
+        print(f"saved {out}")
     return 0
 
 

@@ -27,7 +27,12 @@ _RING = {"marker": "o", "markersize": 5, "markerfacecolor": "none", "markeredgew
 
 
 def plot_ablation(
-    columns: Mapping[str, Mapping[str, Row]], path: str | os.PathLike, *, reference: str, label: str, title: str
+    columns: Mapping[str, Mapping[str, Row]],
+    path: str | os.PathLike,
+    *,
+    reference: str | Mapping[str, str],
+    label: str,
+    title: str,
 ) -> Path:
     """Draw by how much variants differ from one of them, one panel per column of the table, and save it.
 
@@ -37,7 +42,7 @@ def plot_ablation(
     Args:
         columns: Rows of :func:`odeopt.ablation.compare_variants` by the title of the column; the same in all.
         path: The image file.
-        reference: The row that the others are compared with.
+        reference: The row that the others are compared with; by column where they differ.
         label: What the difference is of, for the axes.
         title: Title of the figure.
 
@@ -48,12 +53,13 @@ def plot_ablation(
         names = list(next(iter(columns.values())))
         figure, panels = new_figure(9.6, 0.235 * len(names) + 1.7, len(columns))
         for axes, (column, rows) in zip(panels, columns.items(), strict=True):
-            axes.set_xlim(*_limits([row for name, row in rows.items() if name != reference], rows[reference]))
-            spread = rows[reference].by_seed
+            own = reference if isinstance(reference, str) else reference[column]
+            axes.set_xlim(*_limits([row for name, row in rows.items() if name != own], rows[own]))
+            spread = rows[own].by_seed
             axes.axvspan(min(spread), max(spread), color="#000000", alpha=0.1, linewidth=0)
             axes.axvline(0, color="#666666", linewidth=1)
             for height, (name, row) in enumerate(rows.items()):
-                _draw_row(axes, row, -height, is_reference=name == reference)
+                _draw_row(axes, row, -height, is_reference=name == own)
             axes.set_ylim(-len(names) + 0.4, 0.6)
             axes.set_yticks(
                 [-height for height in range(len(names))], names if axes is panels[0] else [""] * len(names)

@@ -1,5 +1,6 @@
 """Training configurations, the shipped ones among them, and the command that runs them."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,9 +11,11 @@ from rule_toys import draws, run
 
 import odeopt
 from odeopt.__main__ import main
+from odeopt.ablation import train_variants
 from odeopt.artifacts import read_metadata
 from odeopt.meta import MetaConfig
 from odeopt.meta.config import available_configs, load_config
+from odeopt.meta.search_config import load_search
 from odeopt.rules import HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate
 from odeopt.tasks import MLPClassification, RandomQuadratic
 
@@ -92,12 +95,12 @@ BROKEN = {
     "missing section": (
         '[task]\nclass = "RandomQuadratic"\ndim = 3\n',
         "",
-        r"should have the sections rule, task, training. Found rule, training",
+        r"should have the sections rule, task, training, and may have start. Found rule, training",
     ),
     "unknown section": (
         "[training]",
         "[trainer]",
-        "sections rule, task, training. Found rule, task, trainer",
+        "sections rule, task, training, and may have start. Found rule, task, trainer",
     ),
     "unknown rule": (
         '"port-hamiltonian"',
@@ -224,6 +227,86 @@ def test_stopped_command_saves_nothing_and_the_same_command_continues(tmp_path, 
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+START = """
+[start]
+n_meta_steps = 4
+n_tasks = 2
+horizon = 2
+truncation = 1
+detach = true
+weights = "uniform"
+validate_every = 1
+n_validation_tasks = 2
+"""
+
+
+def test_training_goes_on_from_the_rule_of_its_start(tmp_path, capsys):
+    path, out = write(tmp_path, QUADRATIC + START, "staged.toml"), tmp_path / "out" / "rule.safetensors"
+    config = load_config(path).with_seed(5)
+    assert [(stage.seed, stage.n_meta_steps, stage.detach) for stage in config.stages] == [(5, 4, True), (5, 4, False)]
+    assert train(path, tmp_path, "--seed", "5") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("staged, start, meta-seed 5: 4 of 4") < printed.index("staged, meta-seed 5: 4 of 4")
+    rule = config.build_rule()
+    first = odeopt.meta_train(rule, config.build_task(), config.start)
+    second = odeopt.meta_train(rule, config.build_task(), config.training)
+    found = odeopt.load(out)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), rule.parameters(), strict=True))
+    assert found.trained_for["start"]["detach"]
+    assert found.trained_for["validation_loss"] == second.best_score
+    assert config.trained_for(first, second)["seconds"] == round(first.seconds + second.seconds, 1)
+    without = config.build_rule()
+    odeopt.meta_train(without, config.build_task(), config.training)
+    assert not all(torch.equal(a, b) for a, b in zip(found.parameters(), without.parameters(), strict=True))
+
+
+def test_training_with_a_start_is_continued_in_either(tmp_path, capsys):
+    path, whole = write(tmp_path, QUADRATIC + START, "staged.toml"), tmp_path / "whole"
+    assert train(path, whole) == 0
+    capsys.readouterr()
+    seen = []
+    for _ in range(8):
+        assert train(path, tmp_path, "--stop-after", "0") == 0
+        printed = capsys.readouterr().out
+        seen.append(re.findall(r"(\d) of \d meta-steps", printed))
+        if "saved" in printed:
+            break
+        assert f"stopped early; the same command continues from {tmp_path / 'run'}" in printed
+    # the end of the start is a stop like any other
+    assert seen == [["2"], ["4", "2"], ["4", "4"]]
+    for a, b in zip(
+        odeopt.load(tmp_path / "out" / "rule.safetensors").parameters(),
+        odeopt.load(whole / "out" / "rule.safetensors").parameters(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("n_meta_steps = 4", "n_meta_step = 4", r"\[start\] should hold only .*n_meta_steps.*Found `n_meta_step`"),
+        ("n_meta_steps = 4", "seed = 2", r"\[start\] should hold only .*Found `seed`"),
+        ("n_meta_steps = 4", "n_meta_steps = -2", "Parameter `n_meta_steps` should be .* Found `n_meta_steps = -2`"),
+    ],
+)
+def test_bad_start_is_refused(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, QUADRATIC + START.replace(old, new)))
+
+
+def test_start_is_refused_where_nothing_would_train_it(tmp_path):
+    config = load_config(write(tmp_path, QUADRATIC + START))
+    with pytest.raises(ValueError, match="Parameter `config` should be of one training, without a start"):
+        train_variants(config, {"as it is": {}}, tmp_path / "variants")
+    space = '[search]\nsampler = "grid"\n[search.space]\ntraining.lr = [0.1]\n'
+    search = write(tmp_path, f'base = "{tmp_path / "tiny.toml"}"\n' + space, "search.toml")
+    with pytest.raises(
+        ValueError, match=r"Parameter `base` should be of one training: .*tiny.toml has a section \[start\]"
+    ):
+        load_search(search)
 
 
 def test_results_go_to_runs_under_the_name_of_the_configuration(tmp_path, monkeypatch):

@@ -32,6 +32,8 @@ TINY = {
     "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
+    "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",
+                "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "bosh3"],
 }  # fmt: skip
 WITH_OPTIONS = tuple(TINY)
 COLUMNS = ("losses", "all losses", "accuracy", "difference", "diverged", "time", "state", "looks across")
@@ -254,6 +256,28 @@ def test_estimators_are_measured_against_the_exact_gradient(tmp_path, capsys):
         assert 0 < numbers["damped"][0] < numbers["truncated, detached"][0]
     trained = ("backpropagation", "detached", "damped", "PES, sigma 1e-2")
     assert all(f"\n{name}: best validation loss" in text for name in trained)
+
+
+def test_solvers_are_trained_with_and_run_with(tmp_path, capsys):
+    run("solvers", *TINY["solvers"], "--folder", str(tmp_path / "kept"), "--out", str(tmp_path))
+    text = capsys.readouterr().out
+    _, rows = table_after(text, "digits, 64-20-10, sigmoid, 2 steps")
+    assert list(rows) == ["rk4", "euler", "exponential", "midpoint", "bosh3"]
+    cells = {name: re.split(r" {2,}", row)[1:] for name, row in rows.items()}
+    assert [["[" in cell for cell in row] for row in cells.values()] == [
+        [False, True],
+        [True, False],
+        *[[True, True]] * 3,
+    ]
+    losses = {name: float(row[0].split()[0]) for name, row in cells.items()}
+    assert losses["bosh3"] == pytest.approx(losses["exponential"], abs=2e-3)  # both solve the same equations
+    _, rows = table_after(text, "of the paired difference to it].")
+    evaluations = {name: row.split()[1] for name, row in rows.items()}
+    assert [evaluations[name] for name in ("rk4", "euler", "midpoint")] == ["4", "1", "2"]
+    assert float(evaluations["bosh3"]) > 4
+    content = json.loads((tmp_path / "optimizers_view.json").read_text())
+    assert content["costs"]["rk4"]["ms"] > 0
+    assert content["rules"]["euler"]["rk4"]["n_runs"] == 2
 
 
 def test_physics_continues_and_judges_parts_and_circles(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,27 @@ f32, f64 = torch.float32, torch.float64
 over_dtypes = pytest.mark.parametrize("dtype", [f32, f64], ids=str)
 
 
+# -------------------- other options, the same weights
+
+
+def test_rule_with_other_options_has_the_same_weights_and_is_another_object():
+    rule = randomised(PortHamiltonianUpdate(modes=2, solver="rk4")).double()
+    changed = rule.with_options(solver="euler")
+    assert changed.config == rule.config | {"solver": "euler"}
+    assert rule.config["solver"] == "rk4"
+    for a, b in zip(rule.parameters(), changed.parameters(), strict=True):
+        assert torch.equal(a, b)  # in double precision, to the last bit
+        assert a.data_ptr() != b.data_ptr()
+    grads = draws(3, 6, dtype=f64)
+    assert not torch.equal(run(rule, grads)[0], run(changed, grads)[0])
+    assert torch.equal(run(rule, grads)[0], run(changed.with_options(solver="rk4"), grads)[0])
+    assert AdamUpdate(0.1).with_options(lr=0.2).config["lr"] == 0.2
+    with pytest.raises(
+        ValueError, match=r"Parameter `options` should be such that the weights stay as they are\. Found"
+    ):
+        rule.with_options(modes=3)
+
+
 # -------------------- sizes
 
 

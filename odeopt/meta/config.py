@@ -19,6 +19,7 @@ from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
 SECTIONS = ("rule", "task", "training")
+START = "start"
 _TASKS = {
     task.__name__: task
     for task in (
@@ -47,32 +48,43 @@ class Config:
         task: ``class`` (of a task, or ``"Mixture"``) and its arguments. A mixture has tables ``families``, each with
             ``class``, arguments, and in ``choices`` lists of values for further ones.
         training: Settings of :func:`odeopt.meta_train`.
+        start: Settings of an earlier training of the same rule on the same tasks, from which this one goes on: the
+            optional section ``start``.
     """
 
     name: str
     rule: dict[str, Any]
     task: dict[str, Any]
     training: MetaConfig
+    start: MetaConfig | None = None
 
-    def trained_for(self, result: MetaResult) -> dict[str, Any]:
-        """Describe for an artefact what ``result`` was trained on, and how it went."""
+    @property
+    def stages(self) -> tuple[MetaConfig, ...]:
+        """The settings of each training, in their order; each goes on from the rule of the one before."""
+        return (self.training,) if self.start is None else (self.start, self.training)
+
+    def trained_for(self, *results: MetaResult) -> dict[str, Any]:
+        """Describe for an artefact what it was trained on, and how it went: one result for each of :attr:`stages`."""
+        result = results[-1]
         horizons = (self.training.horizon,)
         if self.task["class"] == "Mixture":
             horizons = self.task.get("horizons", inspect.signature(tasks.Mixture).parameters["horizons"].default)
-        return {
+        start = {} if self.start is None else {"start": dataclasses.asdict(self.start)}
+        return start | {
             "horizon": horizons[-1],
             "task": self.task,
             "config": self.name,
             "training": dataclasses.asdict(self.training),
             "tasks_per_meta_step": result.n_tasks_per_step,
-            "seconds": round(result.seconds, 1),
+            "seconds": round(sum(each.seconds for each in results), 1),
             "best_meta_step": result.best_step,
             "validation_loss": result.best_score,
         }
 
     def with_seed(self, seed: int) -> Config:
         """The same training from another meta-seed: other initial weights, tasks and batches."""
-        return dataclasses.replace(self, training=dataclasses.replace(self.training, seed=seed))
+        *start, training = (dataclasses.replace(stage, seed=seed) for stage in self.stages)
+        return dataclasses.replace(self, training=training, start=start[0] if start else None)
 
     def with_dataset(self, name: str) -> Config:
         """The same training on other images, which take the place of every dataset of the task or its families.
@@ -177,8 +189,9 @@ def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, 
 
 def make_config(path: Path, content: dict[str, Any]) -> Config:
     """Check every key of a configuration that was read from ``path``, which messages name."""
-    if set(content) != set(SECTIONS):
-        raise ValueError(f"{path} should have the sections {', '.join(SECTIONS)}. Found {', '.join(content)}.")
+    if set(content) - {START} != set(SECTIONS):
+        wanted = f"the sections {', '.join(SECTIONS)}, and may have {START}"
+        raise ValueError(f"{path} should have {wanted}. Found {', '.join(content)}.")
     for section, options in content.items():
         if not isinstance(options, dict):
             raise ValueError(f"{path}: `{section}` should be a section [{section}]. Found `{section} = {options!r}`.")
@@ -186,7 +199,11 @@ def make_config(path: Path, content: dict[str, Any]) -> Config:
     _check_task(path, content["task"])
     fields = {field.name for field in dataclasses.fields(MetaConfig)}
     check_keys(path, "training", content["training"], fields)
-    return Config(path.stem, content["rule"], content["task"], MetaConfig(**content["training"]))
+    config = Config(path.stem, content["rule"], content["task"], MetaConfig(**content["training"]))
+    if START in content:
+        check_keys(path, START, content[START], fields - {"seed"})  # which is that of the training
+        config = dataclasses.replace(config, start=MetaConfig(**content[START])).with_seed(config.training.seed)
+    return config
 
 
 def available_configs(kind: str = "") -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from odeopt.checks import is_integer, is_number, require
-from odeopt.meta.config import SECTIONS, Config, check_keys, make_config, read_toml
+from odeopt.meta.config import SECTIONS, START, Config, check_keys, make_config, read_toml
 from odeopt.meta.settings import MetaConfig
 
 SAMPLERS = ("grid", "random", "tpe")
@@ -185,7 +185,8 @@ def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return given
     base = str(content["base"])
     base_path, lent = read_toml(path.parent / base if base.endswith(".toml") else base)
-    make_config(base_path, lent)
+    config = make_config(base_path, lent)
+    require(config.start is None, "base", content["base"], f"of one training: {base_path} has a section [{START}]")
     return {section: lent[section] | given.get(section, {}) for section in SECTIONS}
 
 

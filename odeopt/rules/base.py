@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+
+from odeopt.checks import require
 
 
 class UpdateRule(nn.Module, ABC):
@@ -87,6 +89,28 @@ class UpdateRule(nn.Module, ABC):
     def is_staged(self) -> bool:
         """Whether the rule looks across coordinates only through the sums of :class:`StagedRule`."""
         return False
+
+    def with_options(self, **options: Any) -> Self:
+        """Return a rule of the same weights with other constructor options, such as another ``solver``.
+
+        Args:
+            options: What differs from :attr:`config`; it may not change which weights there are.
+
+        Returns:
+            A new rule, on the same device and of the same dtype.
+
+        Raises:
+            ValueError: If the weights do not fit a rule of these options.
+        """
+        rule = type(self)(**self.config | options)
+        weights = self.state_dict()
+        first = next((x for x in weights.values() if x.is_floating_point()), None)
+        if first is not None:
+            rule = rule.to(first.device, first.dtype)
+        shapes, wanted = ({name: x.shape for name, x in state.items()} for state in (rule.state_dict(), weights))
+        require(shapes == wanted, "options", options, "such that the weights stay as they are")
+        rule.load_state_dict(weights)
+        return rule
 
     def n_parameters(self) -> int:
         """Number of learned parameters."""
