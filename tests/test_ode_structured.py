@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -244,6 +245,17 @@ def test_step_that_does_not_converge_is_a_status():
     assert solution.status == "implicit iteration did not converge"
     assert "in 2 of 2 steps, first in step 1. The states are complete but may be inaccurate" in solution.message
     assert not solution.is_success
+
+
+def test_state_that_is_not_finite_after_a_step_that_did_not_converge_names_that_step():
+    # two iterations are too few for the steps of this hill, and what they come to runs away
+    hill = PortHamiltonianSystem(1, potential=lambda q: -torch.exp(q**2).sum(-1)).to(F64)
+    x0 = PhaseState(torch.tensor([1.0], dtype=F64), torch.tensor([1.0], dtype=F64))
+    options = {"max_iters": 2}
+    solution = integrate(hill, x0, torch.arange(40.0), method="implicit_midpoint", options=options)
+    assert solution.status == "non-finite state"
+    assert re.search(r"NaN or inf, and the implicit iteration did not converge in \d+ of 39 steps, first in step 1\.",
+                     solution.message)  # fmt: skip
 
 
 def test_state_that_is_not_finite_is_a_status():

@@ -16,6 +16,7 @@ from odeopt.systems import (
     Trajectories,
     cart_pole,
     embedded_pendulum,
+    energy_rises,
     fit,
     fit_kept,
     fix_gauge,
@@ -363,3 +364,46 @@ def test_models_refuse_bad_options():
         PortHamiltonianModel(pendulum().model.system, "RS", observes="momentum")
     with pytest.raises(ValueError, match=r"`model` should be one that has weights to learn"):
         fit(pendulum().model, make_data(pendulum(), n=2).train)
+
+
+# -------------------- the energy of what was learned
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_discrete_gradient_never_gains_energy_whatever_the_weights(name, seed):
+    mechanism = MECHANISMS[name]()
+    model, data = model_of("port-Hamiltonian", mechanism, seed=seed), make_data(mechanism, n=8, n_times=10)
+    before = [value.clone() for value in model.state_dict().values()]
+    found = energy_rises(model, data.prediction, factor=4)
+    assert (found.n, found.status) == (0, Status.SUCCESS)
+    assert found.n_steps == 4 * (len(data.prediction.t) - 1)
+    assert -1 < found.largest < 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))  # its dtype, too
+
+
+def test_energy_that_rises_is_found_and_measured():
+    mechanism = pendulum()
+    data, truth = make_data(mechanism, n=4, n_times=6).prediction, mechanism.model
+    driven = PortHamiltonianSystem(
+        1, inverse_mass=GivenMatrix(truth.inverse_mass), potential=truth.potential,
+        dissipation=GivenMatrix(lambda q: -truth.dissipation(q)),
+    )  # fmt: skip
+    found = energy_rises(PortHamiltonianModel(driven, "R", observes="momentum"), data)
+    assert found.n == found.n_steps > 0
+    assert 0 < found.largest <= 1
+    # a method that makes energy up: on a free pendulum explicit steps of 1.5 do, in some, and Euler's in nearly all
+    free = pendulum(friction=0.0).model
+    assert energy_rises(free, data, method="euler", factor=10).n > 0.5 * found.n_steps
+    assert abs(energy_rises(free, data, factor=10).largest) < 1e-9
+    assert energy_rises(truth, data, factor=10).n == 0
+    with pytest.raises(ValueError, match=r"Parameter `factor` should be positive. Found `factor = 0`"):
+        energy_rises(truth, data, factor=0)
+
+
+def test_rises_of_motions_that_leave_all_bounds_are_none():
+    data = make_data(pendulum(), n=2, n_times=4).prediction
+    system = PortHamiltonianSystem(1, potential=lambda q: -(q**4).sum(-1))
+    found = energy_rises(PortHamiltonianModel(system, "R", observes="momentum"), data, method="rk4", factor=1e3)
+    assert found.status == Status.NON_FINITE_STATE
+    assert found.as_json()["largest"] is None or found.n_steps > 0

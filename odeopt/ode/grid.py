@@ -191,13 +191,19 @@ def _account(states: Tensor, n_evals: int, n_steps: int, flags: Sequence[Tensor]
     total = torch.stack(list(n_iters)).sum(0).double().mean().item() if n_iters else None
     is_finite = states.detach().isfinite().flatten(1).all(1)
     n_finite = int(is_finite.cumprod(0).sum())
+    is_open = torch.stack([~flag.all() for flag in flags]) if flags else torch.zeros(0, dtype=torch.bool)
+    where = (
+        f"in {int(is_open.sum())} of {len(is_open)} steps, first in step {int(is_open.int().argmax()) + 1}."
+        if flags
+        else ""
+    )
     if n_finite < len(states):
         text = "the next output has NaN or inf."
+        if is_open.any():  # which is rather the cause than the step that is blamed
+            text = f"{text[:-1]}, and the implicit iteration did not converge {where}"
         return Account(n_evals, n_steps, total, Status.NON_FINITE_STATE, text, max(1, n_finite))
-    is_open = torch.stack([~flag.all() for flag in flags]) if flags else torch.zeros(0, dtype=torch.bool)
     if is_open.any():
-        text = f"in {int(is_open.sum())} of {len(is_open)} steps, first in step {int(is_open.nonzero()[0]) + 1}."
-        return Account(n_evals, n_steps, total, Status.NOT_CONVERGED, text, n_finite)
+        return Account(n_evals, n_steps, total, Status.NOT_CONVERGED, where, n_finite)
     return Account(n_evals, n_steps, total, Status.SUCCESS, "Reached the last time.", n_finite)
 
 

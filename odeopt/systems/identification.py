@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_number, require
-from odeopt.ode import Status
+from odeopt.ode import Status, integrate
+from odeopt.physics import PhaseState
 from odeopt.systems.data import Trajectories
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel
 
@@ -208,6 +210,59 @@ def trajectory_errors(model: ObservedSystem, data: Trajectories, *, n_substeps: 
     if n_diverged:
         return Errors(math.inf, math.inf, n_diverged, math.nan)
     return Errors(squares.mean().item(), squares.std(correction=0).item(), 0, model.drift(predicted))
+
+
+class Rises(NamedTuple):
+    """Steps without inputs in which the energy rose, which that of a passive system never does.
+
+    Attributes:
+        n: How many did.
+        n_steps: Of how many, over all motions.
+        largest: Largest change of energy in a step, relative to the range that energies span; negative where none rose.
+        status: How the integration ended.
+    """
+
+    n: int
+    n_steps: int
+    largest: float
+    status: Status
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name, with None in place of a number that is not finite."""
+        return self._asdict() | {"largest": self.largest if math.isfinite(self.largest) else None}
+
+
+def energy_rises(
+    model: PortHamiltonianModel, data: Trajectories, *, method: str = "discrete_gradient", factor: float = 1.0
+) -> Rises:
+    """Let a system run from first observations, without inputs and in double precision, and watch its energy.
+
+    Whatever the weights, the flow of a model cannot gain energy; of the methods that solve it only
+    ``"discrete_gradient"`` keeps that, for steps of any length that it can solve.
+
+    Args:
+        model: Learned or true; left as it is.
+        data: Motions, of which the first observations and the times count.
+        method: How to solve; one step from each time to the next.
+        factor: How many times as long as the motions' the steps are.
+
+    Returns:
+        The steps in which the energy rose.
+
+    Raises:
+        ValueError: If the factor is not positive, or as for :func:`odeopt.integrate`.
+    """
+    require(is_number(factor) and factor > 0, "factor", factor, "positive")
+    model, data = copy.deepcopy(model).cpu().double(), Trajectories(*(x.cpu().double() for x in data))
+    t = data.t[0] + factor * (data.t - data.t[0])
+    with torch.no_grad():
+        x0 = PhaseState(*model.encode(data.x[0]).chunk(2, dim=-1))
+        solution = integrate(model.system, x0, t, method=method)
+        energy = model.system.energy(solution.states)
+    change = energy.diff(dim=0)
+    change, energy = change[change.isfinite()], energy[energy.isfinite()]
+    largest = (change.max() / (energy.max() - energy.min())).item() if len(change) else math.nan
+    return Rises(int((change > 0).sum()), len(change), largest, solution.status)
 
 
 class Gauge(NamedTuple):
