@@ -127,8 +127,25 @@ def line_styles(is_learned: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def trailing_mean(losses: Tensor, part: float = 0.05) -> Tensor:
+    """Average losses over the last steps, a part of those so far: the longer a run, the finer the differences shown.
+
+    Args:
+        losses: Shape ``(n_steps, n_runs)``.
+        part: Part of the steps so far; less than a step is one.
+
+    Returns:
+        The means, of the shape of ``losses``, double precision.
+    """
+    # no differences of running sums: a loss that once was huge would be missing from all that follow
+    ends = range(1, len(losses) + 1)
+    return torch.stack([losses[end - max(1, int(part * end)) : end].double().mean(0) for end in ends])
+
+
 def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: str | None = None) -> Path:
     """Draw the mean loss against the step with its 95 % interval, on a logarithmic axis, and save it.
+
+    Where minibatches make single losses jump, each run's is averaged over the last twentieth of the steps so far.
 
     Args:
         comparison: What to draw.
@@ -140,7 +157,10 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: s
     """
     with style():
         figure, (axes,) = new_figure(7.2, 4.2)
+        # a loss after the last update that counts by itself is one without minibatches
+        is_noisy = comparison.score != "final"
         losses = {name: result.losses for name, result in comparison.results.items()}
+        losses = {name: trailing_mean(runs) if is_noisy else runs for name, runs in losses.items()}
         styles = line_styles({name: result.is_learned for name, result in comparison.results.items()})
         bands = {name: torch.tensor([student_interval(at_step) for at_step in runs]).T for name, runs in losses.items()}
         finite = torch.cat([mean[mean.isfinite()] for mean, _, _ in bands.values()])
@@ -157,11 +177,9 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: s
         _set_ticks(axes)
         unit = f" [{comparison.loss_unit}]" if comparison.loss_unit else ""
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(f"loss{unit}, mean and its 95 % interval")
+        axes.set_ylabel(f"loss{unit}{' over the last 5 % of steps' if is_noisy else ''}, mean and its 95 % interval")
         axes.set_title(title or f"{comparison.task['task']}, {comparison.n_runs} runs")
-        # minibatches make single losses jump
-        n_last = 1 if comparison.score == "final" else max(1, comparison.n_steps // 10)
-        ends = {name: mean[-n_last:].mean().item() for name, (mean, _, _) in bands.items()}
+        ends = {name: mean[-1].item() for name, (mean, _, _) in bands.items()}
         _label_ends(figure, axes, ends, styles)
         return save_figure(figure, path)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from odeopt.evaluation import compare
-from odeopt.plots import _spread, line_styles, plot_comparison, plot_escape
+from odeopt.plots import _spread, line_styles, plot_comparison, plot_escape, trailing_mean
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic
 
@@ -42,6 +42,16 @@ def test_the_users_settings_and_figures_are_left_alone(comparison, tmp_path):
         before = dict(matplotlib.rcParams)
         plot_comparison(comparison, tmp_path / "figure.png")
         assert dict(matplotlib.rcParams) == before
+
+
+def test_trailing_mean_is_over_a_twentieth_of_the_steps_so_far():
+    losses = torch.arange(200.0).unsqueeze(1) ** 2 * torch.tensor([1.0, -3.0])
+    losses[50, 1] = 1e30  # which may not hide what comes after it
+    means = trailing_mean(losses)
+    assert torch.equal(means[:39], losses[:39].double())  # less than two steps
+    assert means[39, 0] == (38.0**2 + 39.0**2) / 2
+    assert means[199, 0] == (torch.arange(190.0, 200.0) ** 2).mean()
+    assert means[199, 1] == -3 * means[199, 0]
 
 
 def test_one_run_and_one_step_can_be_drawn(tmp_path):
