@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import captured, clock, machine
+from measuring import captured, interleaved, machine
 from reporting import ratio, spread
 from torch import Tensor
 from torchdiffeq import odeint
@@ -114,16 +114,10 @@ def graphs(calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> 
 @torch.no_grad()
 def timed(calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Microseconds per step of each, one repeat of all after the other."""
-    names, found = list(calls), {name: [] for name in calls}
     for call in calls.values():
         call()
-    for repeat in range(args.repeats):
-        for i in range(len(names)):
-            name = names[(repeat + i) % len(names)]  # nobody always runs after the same one
-            began = clock(args.device)
-            calls[name]()
-            found[name].append(1e6 * (clock(args.device) - began) / args.steps)
-    return found
+    seconds = interleaved(calls, args.device, n_repeats=args.repeats)
+    return {name: [1e6 * each / args.steps for each in found] for name, found in seconds.items()}
 
 
 def table(found: dict[str, list[float]]) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import captured, clock, extra_bytes, machine, scores_with_state, state_bytes
+from measuring import captured, clock, extra_bytes, interleaved, machine, scores_with_state, state_bytes
 from reporting import CAPTION, draw, summary, timing_table
 from workloads import LOOP, LSTM, MODELS, Make, contenders, n_parameters, parameters, workload
 
@@ -62,20 +62,12 @@ def timed(workload: str, args: argparse.Namespace) -> list[dict]:
         optimizer.step()
         row = {"workload": workload, "n": n, "optimizer": name}
         row |= {"first_s": clock(args.device) - began, "state_bytes": state_bytes(optimizer)}
-        steps[name], rows[name] = optimizer.step, row | {"ms": []}
+        steps[name], rows[name] = optimizer.step, row
         if is_cuda and name not in (LSTM, LOOP):
             graph = f"{name}, graph"
-            steps[graph], rows[graph] = captured(optimizer.step), row | {"optimizer": graph, "ms": []}
-    names = list(steps)
-    for repeat in range(args.repeats):
-        for i in range(len(names)):
-            name = names[(repeat + i) % len(names)]  # nobody always runs after the same one
-            if repeat >= 3 and n_steps * sum(rows[name]["ms"]) > 1e4:  # three repeats are enough of a slow one
-                continue
-            began = clock(args.device)
-            for _ in range(n_steps):
-                steps[name]()
-            rows[name]["ms"].append(1e3 * (clock(args.device) - began) / n_steps)
+            steps[graph], rows[graph] = captured(optimizer.step), row | {"optimizer": graph}
+    for name, seconds in interleaved(steps, args.device, n_repeats=args.repeats, n_calls=n_steps).items():
+        rows[name]["ms"] = [1e3 * each for each in seconds]
     return list(rows.values())
 
 
