@@ -114,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
     add("--steps", type=arguments.positive, nargs="+", default=[1000, 3000], help="lengths of the runs; few "
         "images are learned over the first length only")  # fmt: skip
-    add("--runs", type=arguments.positive, default=10, help="initialisations, each with its own batches")
+    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
     add("--tuning-runs", type=arguments.positive, default=2, help="runs per setting that is tried in tuning")
     add("--quick", action="store_true", help="digits, 3 runs, a thirtieth of the steps")
     add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")

@@ -34,7 +34,7 @@ STAGES = (
     ("estimators", 12, "estimators.py --out {out}", "--quick"),
     ("general", 12, "general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
     ("meta-seeds", 15, "meta_seeds.py --validate 4 --out {out}", QUICK_SEEDS),
-    ("generalisation", 20, "generalisation.py --out {out}", "--quick"),
+    ("generalisation", 32, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
     ("optimizers-view", 15, "solvers.py --out {out}", QUICK_VIEW),
     ("physics", 120, "physics.py --out {out}", "--quick"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from structure_toys import F64, drive, error_at_end, make_state, make_system, observed_order
 
 from odeopt.ode import STRUCTURE_METHODS, STRUCTURE_ORDER, Newton, discrete_gradient, integrate, structure_step
+from odeopt.ode.implicit import solve_implicit
 from odeopt.physics import PhaseState, PortHamiltonianSystem, symplectic_matrix
 
 SYSTEMS = [
@@ -228,6 +229,20 @@ def test_separable_systems_without_friction_take_no_iteration():
     damped = make_system(has_mass_network=False, friction="matrix")
     assert integrate(damped, make_state(), [0.0, 0.5], method="symplectic_euler").n_iters == 1  # linear in p
     assert integrate(damped, make_state(), [0.0, 0.5], method="strang").n_iters == 0
+
+
+def test_newton_comes_back_from_where_its_whole_steps_run_away():
+    starts = torch.tensor(
+        [[0.5], [3.0], [-40.0]], dtype=F64
+    )  # beyond 1.39 a whole step on the arc tangent leads further
+    root = solve_implicit(torch.atan, starts)
+    assert root.is_converged.all()
+    assert root.x.abs().max() < 1e-11
+    assert root.n_iters[0] < root.n_iters[2]
+    # a step from here is onto values that are no numbers
+    assert solve_implicit(lambda x: torch.log(x) + 3, torch.tensor([[1.0]], dtype=F64)).is_converged.all()
+    jumps = solve_implicit(lambda x: x.sign() + 0.5 + 1e-3 * x, torch.tensor([[1.0]], dtype=F64))
+    assert not jumps.is_converged.any()  # there is none
 
 
 def test_tolerance_is_the_callers():

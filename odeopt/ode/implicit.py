@@ -15,6 +15,8 @@ Residual = Callable[[Tensor], Tensor]
 # Where nothing may look at a value (mapped, compiled or captured) every sample takes so many iterations, of which the
 # last ones change nothing: from an Euler predictor Newton's method needs three to five.
 _N_MASKED = 8
+# A step of Newton's that makes the residual larger is halved at most so often; where values may be looked at.
+_N_HALVINGS = 8
 
 
 class Newton(NamedTuple):
@@ -57,13 +59,14 @@ class Root(NamedTuple):
 def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton()) -> Root:  # noqa: B008
     r"""Solve :math:`F(x) = 0` for each sample of a batch.
 
-    Newton's method without a graph; samples that have converged stand still. Then two steps with the Jacobian held,
+    Newton's method without a graph, its steps halved while they make the residual larger; samples that have converged
+    stand still. Then two steps with the Jacobian held,
     :math:`x \leftarrow x - J^{-1} F(x)`, are recorded: at a root, where J is the derivative of F, the first one has the
     derivative that the implicit function theorem gives, and the second one makes the second derivative right, too.
     So the iterations are not differentiated, and cost no memory.
 
     Eagerly, iterations go on until all samples have converged, which waits for the device; mapped (``torch.func``),
-    compiled or captured by a CUDA graph, a fixed number is taken.
+    compiled or captured by a CUDA graph, a fixed number is taken, of whole steps.
 
     Args:
         residual: Function of ``(*batch, n)`` with values of that shape, each sample by itself, that ``torch.func.vjp``
@@ -88,9 +91,15 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
             is_open = ~_is_small(r, x, tol)
             if not is_masked and not is_open.any():
                 break
-            x = torch.where(is_open.unsqueeze(-1), x - _solved(jacobian(residual, x), r), x)
-            r, n_iters = residual(x), n_iters + is_open
-            n_evals += x.shape[-1] + 1
+            step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)
+            new, n_evals = residual(x - step), n_evals + x.shape[-1] + 1
+            for _ in range(0 if is_masked else _N_HALVINGS):
+                is_worse = is_open & ~(new.abs().amax(-1) < r.abs().amax(-1))  # NaN is not below anything
+                if not is_worse.any():
+                    break
+                step = torch.where(is_worse.unsqueeze(-1), step / 2, step)
+                new, n_evals = residual(x - step), n_evals + 1
+            x, r, n_iters = x - step, new, n_iters + is_open
         is_converged = _is_small(r, x, tol)
         x = x.detach()
     if torch.is_grad_enabled():
