@@ -3,12 +3,15 @@
 import copy
 import itertools
 import math
+import sys
 from contextlib import ExitStack
 
 import pytest
 import torch
 from cuda_toys import no_waiting
 from structure_toys import F64, drive, make_state, make_system
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from odeopt.ode import (
     EXPLICIT_METHODS,
@@ -18,6 +21,7 @@ from odeopt.ode import (
     ZeroOrderHold,
     available_methods,
     grid,
+    implicit,
     integrate,
     is_fixed_step,
 )
@@ -174,6 +178,33 @@ def test_numbers_keep_their_digits_whatever_the_state_is_in():
     single = integrate(SPRING, X0, torch.tensor(t), method="strang", options={"step_size": 0.1})
     seen = [x.states.p[-1].item() for x in (solution, single)]
     assert seen[0] != seen[1]  # 0.3 in single precision is another time
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Fail where numbers or tensors of the host come in; a tensor without values fails by itself where it is read."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor), function
+        found = function(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            assert not isinstance(x, torch.Tensor) or x.is_meta, function
+        return found
+
+
+@pytest.mark.parametrize("method", ["rk4", *STRUCTURE_METHODS])
+def test_steps_that_are_captured_read_no_value_and_copy_none_from_the_host(method, monkeypatch):
+    # what a CUDA graph asks for, seen on a device without values
+    for module in (grid, implicit, sys.modules["odeopt.ode.integrate"]):
+        monkeypatch.setattr(module, "takes_no_looks", lambda x: True)
+    system = make_system(has_mass_network=method != "strang").to("meta")
+    x0 = PhaseState(*(x.to("meta") for x in make_state()))
+    u = torch.full((1,), 0.7, dtype=F64, device="meta")
+    with NothingFromTheHost(), torch.no_grad():
+        solution = integrate(system, x0, [0.0, 0.3, 0.5], method=method, options={"step_size": 0.1}, u=u)
+        with pytest.raises(RuntimeError, match="meta"):
+            solution.states.q.sum().item()
+    assert solution.status is Status.NOT_CHECKED
+    assert solution.states.q.shape[0] == 3
 
 
 @pytest.mark.gpu
