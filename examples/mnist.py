@@ -28,7 +28,7 @@ TITLES = {
     "digits": "sklearn digits",
 }
 GENERAL = "port-hamiltonian"  # the others were trained on sigmoid networks on MNIST alone
-RULES = ("port-hamiltonian-mnist", "lstm-mnist", "hamiltonian-mnist")
+RULES = ("port-hamiltonian-mnist", "port-hamiltonian-coordinatewise-mnist", "lstm-mnist", "hamiltonian-mnist")
 WIDTHS, BATCH_SIZE = (20,), 128
 
 

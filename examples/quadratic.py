@@ -15,7 +15,8 @@ from odeopt.baselines import baselines_for
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.tasks import RandomQuadratic
 
-RULES = ("port-hamiltonian", "port-hamiltonian-quadratic", "lstm-quadratic", "hamiltonian-quadratic")
+KINDS = ("port-hamiltonian", "port-hamiltonian-coordinatewise", "lstm", "hamiltonian")
+RULES = ("port-hamiltonian", *(f"{kind}-quadratic" for kind in KINDS))
 
 
 def main(argv: list[str] | None = None) -> None:

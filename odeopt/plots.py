@@ -176,8 +176,8 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: s
         axes.set_ylim(bottom, top)
         _set_ticks(axes)
         unit = f" [{comparison.loss_unit}]" if comparison.loss_unit else ""
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel(f"loss{unit}{' over the last 5 % of steps' if is_noisy else ''}, mean and its 95 % interval")
+        axes.set_xlabel(f"optimizer step{'; losses over the last 5 % of steps so far' if is_noisy else ''}")
+        axes.set_ylabel(f"loss{unit}, mean and its 95 % interval")
         axes.set_title(title or f"{comparison.task['task']}, {comparison.n_runs} runs")
         ends = {name: mean[-1].item() for name, (mean, _, _) in bands.items()}
         _label_ends(figure, axes, ends, styles)

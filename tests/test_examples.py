@@ -36,6 +36,7 @@ TINY = {
                 "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "bosh3"],
 }  # fmt: skip
 WITH_OPTIONS = tuple(TINY)
+MNIST_RULES = ("port-hamiltonian-mnist", "port-hamiltonian-coordinatewise-mnist", "lstm-mnist", "hamiltonian-mnist")
 COLUMNS = ("losses", "all losses", "accuracy", "difference", "diverged", "time", "state", "looks across")
 HAND_DESIGNED = ("Adam (lr", "RMSprop (lr", "Momentum (lr", "Nesterov (lr")
 
@@ -86,7 +87,7 @@ def test_mnist_compares_all_rules_on_both_activations(tmp_path, capsys):
         titles, rows = table_after(text, f"sklearn digits, 64-20-10, {activation}")
         for title in COLUMNS:
             assert title in titles
-        assert list(rows)[:4] == ["port-hamiltonian", "port-hamiltonian-mnist", "lstm-mnist", "hamiltonian-mnist"]
+        assert list(rows)[:5] == ["port-hamiltonian", *MNIST_RULES]
         assert all(any(row.startswith(label) for row in rows) for label in HAND_DESIGNED)
         assert sum("reference" in row for row in rows.values()) == 1
         assert (tmp_path / f"digits_{activation}.png").exists()
@@ -96,12 +97,13 @@ def test_mnist_compares_all_rules_on_both_activations(tmp_path, capsys):
 def test_mnist_takes_another_solver_with_the_same_weights(tmp_path, capsys, untuned):
     run("mnist", *TINY["mnist"], "--solver", "euler", "--out", str(tmp_path))
     _, rows = table_after(capsys.readouterr().out, "sklearn digits")
-    assert list(rows)[:3] == ["port-hamiltonian, euler", "port-hamiltonian-mnist, euler", "lstm-mnist"]
+    solved = (f"{name}, euler" for name in ("port-hamiltonian", *MNIST_RULES[:2]))
+    assert list(rows)[:5] == [*solved, "lstm-mnist", "hamiltonian-mnist"]
 
 
 def test_mnist_trains_first_when_asked_to(tmp_path, capsys, monkeypatch, untuned):
     def tiny_config(name):
-        rule_class = name.removesuffix("-mnist")
+        rule_class = name.removesuffix("-mnist").removesuffix("-coordinatewise")
         training = MetaConfig(n_meta_steps=1, n_tasks=1, horizon=2, n_validation_tasks=1)
         task = {"class": "MLPClassification", "dataset": "mnist", "widths": [4]}
         return meta_config.Config(name, {"class": rule_class}, task, training)
@@ -112,7 +114,7 @@ def test_mnist_trains_first_when_asked_to(tmp_path, capsys, monkeypatch, untuned
     text = capsys.readouterr().out
     assert re.search(r"hamiltonian-mnist: validation loss \d\.\d{4}", text)
     _, rows = table_after(text, "sklearn digits")
-    assert list(rows)[:3] == ["port-hamiltonian-mnist (new)", "lstm-mnist (new)", "hamiltonian-mnist (new)"]
+    assert list(rows)[:4] == [f"{name} (new)" for name in MNIST_RULES]
 
 
 def test_mnist_falls_back_to_digits_in_one_sentence(tmp_path, capsys, monkeypatch, untuned):
@@ -220,8 +222,8 @@ def test_quadratic_reports_mean_and_median_of_the_final_loss(tmp_path, capsys):
     titles, rows = table_after(text, "Random quadratics, 10 dimensions, 5 problems")
     assert "final loss  median  all losses" in re.sub(" {2,}", "  ", titles)
     assert "accuracy" not in titles
-    learned = ["port-hamiltonian", "port-hamiltonian-quadratic", "lstm-quadratic", "hamiltonian-quadratic"]
-    assert list(rows)[:4] == learned
+    rules = ("port-hamiltonian", "port-hamiltonian-coordinatewise", "lstm", "hamiltonian")
+    assert list(rows)[:5] == ["port-hamiltonian", *(f"{name}-quadratic" for name in rules)]
     assert "committed table" in text
     assert (tmp_path / "quadratic.png").exists()
 
