@@ -33,7 +33,7 @@ STAGES = (
     ("saddle", 1, "saddle.py --out {out}", "--runs 20 --steps 100"),
     ("estimators", 2, "estimators.py --out {out}", "--quick"),
     ("general", 8, "general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
-    ("meta-seeds", 15, "meta_seeds.py --validate 4 --out {out}", QUICK_SEEDS),
+    ("meta-seeds", 45, "meta_seeds.py --validate 4 --out {out}", QUICK_SEEDS),
     ("generalisation", 25, "generalisation.py --out {out}", "--quick"),
     ("ablation", 40, "ablation.py --out {out}", "--quick"),
     ("optimizers-view", 15, "solvers.py --out {out}", QUICK_VIEW),
