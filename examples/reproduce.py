@@ -24,7 +24,9 @@ from odeopt.files import write_json
 
 EXAMPLES = Path(__file__).resolve().parent
 QUICK_SEEDS = "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1"
-QUICK_VIEW = "--dataset digits --runs 2 --steps 2 --horizon 5 --seeds 1 --solvers dopri5"
+QUICK_VIEW = (
+    "--folder runs/optimizers-view-quick --dataset digits --runs 2 --steps 2 --horizon 5 --seeds 1 --solvers dopri5"
+)
 # name, minutes on two cores, command, what --quick adds or changes; {out} is the folder of the figures
 STAGES = (
     ("schematic", 1, "schematic.py --out {out}", ""),

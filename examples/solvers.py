@@ -79,7 +79,7 @@ def costs_of(rule: UpdateRule, task: Task, args: argparse.Namespace) -> dict[str
     own = {name: [rule.with_options(solver=name)] for name in args.solvers}
     in_stages = {name: [rule.with_options(solver=name, backend="torchdiffeq")] for name in own if name != "exponential"}
     costs = {name: {} for name in own}
-    for label, rules in (("ms", own), ("ms in stages", in_stages)):
+    for label, rules in (("ms", own), *([("ms in stages", in_stages)] if in_stages else [])):
         options = {"n_steps": 1, "n_runs": 2, "progress_bar": False}
         for name, row in compare_variants(rules, task, reference=next(iter(rules)), **options).items():
             costs[name][label] = row.ms_per_step
@@ -137,7 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
     add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
     add("--seed", type=int, default=0, help="changes initialisations and batches")
-    add("--folder", type=Path, default=Path("runs/solvers"), help="where trained rules are kept")
+    add("--folder", type=Path, default=Path("runs/optimizers-view"), help="where trained rules are kept")
     add("--out", type=arguments.folder, default="figs", help="folder of the numbers")
     add("--markdown", action="store_true", help="print the tables as markdown")
     args = parser.parse_args(argv)

@@ -176,7 +176,10 @@ def _train_with(world: World, config: Config, folder: Path, out: Path, args: arg
     task = world.in_turn(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
     began, results = time.monotonic(), []
     for stage in config.stages:
-        where, what = (folder, config.name) if stage is config.training else (folder / START, f"{config.name}, start")
+        is_start = stage is config.start
+        # apart from the folder of a training without a start, whose checkpoint may not be taken for this one's
+        where = folder if config.start is None else folder / (START if is_start else "main")
+        what = f"{config.name}, start" if is_start else config.name
         left = None if args.stop_after is None else max(0.0, args.stop_after - (time.monotonic() - began))
         result = meta_train(rule, task, stage, folder=where, stop_after=left, compile=args.compile)
         results.append(result)

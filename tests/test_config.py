@@ -284,6 +284,17 @@ def test_training_with_a_start_is_continued_in_either(tmp_path, capsys):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("is_first_without", [True, False])
+def test_training_without_a_start_is_not_taken_for_one_with_it(tmp_path, is_first_without):
+    plain, staged = write(tmp_path), write(tmp_path, QUADRATIC + START, "staged.toml")
+    first, second = (plain, staged) if is_first_without else (staged, plain)
+    assert train(first, tmp_path) == 0
+    assert train(second, tmp_path, "--overwrite") == 0  # in the same folder
+    assert train(second, tmp_path / "new") == 0
+    found, wanted = (odeopt.load(each / "out" / "rule.safetensors") for each in (tmp_path, tmp_path / "new"))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -243,6 +243,8 @@ def test_newton_comes_back_from_where_its_whole_steps_run_away():
     assert solve_implicit(lambda x: torch.log(x) + 3, torch.tensor([[1.0]], dtype=F64)).is_converged.all()
     jumps = solve_implicit(lambda x: x.sign() + 0.5 + 1e-3 * x, torch.tensor([[1.0]], dtype=F64))
     assert not jumps.is_converged.any()  # there is none
+    flat = solve_implicit(lambda x: x**2 - 1, torch.zeros(1, 1, dtype=F64))  # whose first step is infinite
+    assert not flat.is_converged.any()
 
 
 def test_tolerance_is_the_callers():

@@ -401,9 +401,9 @@ def test_energy_that_rises_is_found_and_measured():
         energy_rises(truth, data, factor=0)
 
 
-def test_rises_of_motions_that_leave_all_bounds_are_none():
+def test_motions_that_leave_all_bounds_have_a_status():
     data = make_data(pendulum(), n=2, n_times=4).prediction
     system = PortHamiltonianSystem(1, potential=lambda q: -(q**4).sum(-1))
     found = energy_rises(PortHamiltonianModel(system, "R", observes="momentum"), data, method="rk4", factor=1e3)
     assert found.status == Status.NON_FINITE_STATE
-    assert found.as_json()["largest"] is None or found.n_steps > 0
+    assert found.n_steps < 2 * (len(data.t) - 1)  # the steps that came to a number

@@ -128,7 +128,8 @@ def takes_no_looks(x: Tensor) -> bool:
 
 
 def _is_small(r: Tensor, x: Tensor, tol: float) -> Tensor:
-    return r.abs().amax(-1) <= tol * (1 + x.abs().amax(-1))  # NaN is not below anything
+    size = x.abs().amax(-1)
+    return (r.abs().amax(-1) <= tol * (1 + size)) & size.isfinite()  # NaN is not below anything, but inf is below inf
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
