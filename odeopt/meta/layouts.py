@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,9 +58,12 @@ class SideBySide(Separate):
         shapes: Shape of each parameter, ``(n_tasks, *shape)``.
         rule: The rule.
         like: A tensor of the dtype and device of the parameters.
+        tables: Names of the parameters that are looked up row by row.
     """
 
-    def __init__(self, shapes: dict[str, torch.Size], rule: StagedRule, like: Tensor) -> None:
+    def __init__(
+        self, shapes: dict[str, torch.Size], rule: StagedRule, like: Tensor, tables: Collection[str] = ()
+    ) -> None:
         super().__init__(shapes)
         self.type, self.axes, _ = state_fields(rule, like.new_zeros(3), None)
         sizes = [shape[1:].numel() for shape in shapes.values()]
@@ -67,7 +71,8 @@ class SideBySide(Separate):
         n_rows = [-(-n // self.n_columns) for n in sizes]
         self.padding = [rows * self.n_columns - n for n, rows in zip(sizes, n_rows, strict=True)]
         self.pieces = [size for pair in zip(sizes, self.padding, strict=True) for size in pair]
-        features = [rule.features(shape[1:]) for shape in shapes.values()]
+        for_tables = rule.for_tables()
+        features = [(for_tables if name in tables else rule).features(shape[1:]) for name, shape in shapes.items()]
         self.features = torch.tensor(features, dtype=like.dtype, device=like.device)
         tensor = torch.repeat_interleave(torch.arange(len(n_rows)), torch.tensor(n_rows))
         self.tensor = tensor.to(like.device)
@@ -130,6 +135,71 @@ class SideBySide(Separate):
         return x.split(self.pieces, dim=axis)[::2]
 
 
+class Stacked(Separate):
+    """Parameters of one shape as one, shape ``(n_tasks, n_tensors, n)``: to the rule an axis of its batch."""
+
+    def pack(self, params, states):
+        fields = zip(*(states[name] for name in self.shapes), strict=True)
+        kind = type(states[next(iter(self.shapes))])
+        stacked = {"": torch.stack([params[name] for name in self.shapes], 1)}
+        return stacked, {"": kind(*(torch.stack(values, 1) for values in fields))}
+
+    def unpack(self, packed, states):
+        params = dict(zip(self.shapes, packed[""].unbind(1), strict=True))
+        kind, fields = type(states[""]), zip(*(field.unbind(1) for field in states[""]), strict=True)
+        return params, {name: kind(*values) for name, values in zip(self.shapes, fields, strict=True)}
+
+    def views(self, packed):
+        return {name: x.view(self.shapes[name]) for name, x in zip(self.shapes, packed[""].unbind(1), strict=True)}
+
+    def step(self, rule, name, grad, state, param, progress):
+        rule = rule.rule if isinstance(rule, CompiledSteps) else rule
+        return super().step(rule, next(iter(self.shapes)), grad, state, param, progress)
+
+
+class Grouped(Separate):
+    """Parameters in several layouts, each with some of them.
+
+    Args:
+        layouts: The layouts.
+    """
+
+    def __init__(self, layouts: Sequence[Separate]) -> None:
+        super().__init__({name: shape for layout in layouts for name, shape in layout.shapes.items()})
+        self.layouts = {f"{number}/": layout for number, layout in enumerate(layouts)}
+
+    def pack(self, params, states):
+        packed, packed_states = {}, {}
+        for prefix, layout in self.layouts.items():
+            own, own_states = ({name: x[name] for name in layout.shapes} for x in (params, states))
+            for whole, part in zip((packed, packed_states), layout.pack(own, own_states), strict=True):
+                whole.update({prefix + name: value for name, value in part.items()})
+        return packed, packed_states
+
+    def unpack(self, packed, states):
+        params, unpacked = {}, {}
+        for prefix, layout in self.layouts.items():
+            own = layout.unpack(_without(packed, prefix), _without(states, prefix))
+            for whole, part in zip((params, unpacked), own, strict=True):
+                whole.update(part)
+        # in the order that the task gave them
+        return {name: params[name] for name in self.shapes}, {name: unpacked[name] for name in self.shapes}
+
+    def views(self, packed):
+        views = {}
+        for prefix, layout in self.layouts.items():
+            views.update(layout.views(_without(packed, prefix)))
+        return views
+
+    def step(self, rule, name, grad, state, param, progress):
+        prefix, rest = name[: name.index("/") + 1], name[name.index("/") + 1 :]
+        return self.layouts[prefix].step(rule, rest, grad, state, param, progress)
+
+
+def _without(fields: dict, prefix: str) -> dict:
+    return {name[len(prefix) :]: value for name, value in fields.items() if name.startswith(prefix)}
+
+
 class CompiledSteps:
     """A staged rule whose steps :func:`odeopt.unroll` takes through ``torch.compile``, forward and backward.
 
@@ -183,11 +253,29 @@ def _forward_rows(rule, layout: SideBySide, grad, state, param, progress) -> tup
     return rule.forward_rows(grad, state, layout.features, layout, param=param, progress=progress)
 
 
-def layout_for(rule: UpdateRule | CompiledSteps, shapes: dict[str, torch.Size], like: Tensor) -> Separate:
-    """Layout in which ``rule`` steps parameters of these shapes fastest."""
-    if isinstance(rule, CompiledSteps):
-        return SideBySide(shapes, rule.rule, like)
-    is_staged = isinstance(rule, StagedRule) and rule.is_staged
-    if is_staged and len(shapes) > 1 and all(shape[1:].numel() > 0 for shape in shapes.values()):
-        return SideBySide(shapes, rule, like)
-    return Separate(shapes)
+def layout_for(
+    rule: UpdateRule | CompiledSteps, shapes: dict[str, torch.Size], like: Tensor, tables: Collection[str] = ()
+) -> Separate:
+    """Layout in which ``rule`` steps parameters of these shapes fastest.
+
+    Args:
+        rule: The rule.
+        shapes: Shape of each parameter, ``(n_tasks, *shape)``.
+        like: A tensor of the dtype and device of the parameters.
+        tables: Names of the parameters that are looked up row by row.
+    """
+    staged = rule.rule if isinstance(rule, CompiledSteps) else rule
+    if not (isinstance(staged, StagedRule) and staged.is_staged):
+        return Separate(shapes)
+    alike: dict[torch.Size, dict[str, torch.Size]] = defaultdict(dict)
+    others = {}
+    for name, shape in shapes.items():
+        is_whole = name not in tables and staged.is_whole(shape[1:])
+        (alike[shape] if is_whole else others)[name] = shape
+    if not alike and len(shapes) == 1 and not tables and staged is rule:
+        return Separate(shapes)
+    if not alike and not all(shape[1:].numel() > 0 for shape in shapes.values()):
+        return Separate(shapes)
+    layouts: list[Separate] = [SideBySide(others, staged, like, tables)] if others else []
+    layouts += map(Stacked, alike.values())
+    return layouts[0] if not alike else Grouped(layouts)

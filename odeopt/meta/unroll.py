@@ -93,7 +93,7 @@ def unroll(
     flat = {name: param.reshape(len(indices), shapes[name][1:].numel()) for name, param in params.items()}
     if states is None:
         states = {name: rule.init_state(param) for name, param in flat.items()}
-    layout = layout_for(rule, shapes, next(iter(flat.values())))
+    layout = layout_for(rule, shapes, next(iter(flat.values())), task.tables)
     flat, states = layout.pack(flat, states)
     run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale, damping)
     steps = run.checkpointed if checkpoint is not None and torch.is_grad_enabled() else run.steps

@@ -90,6 +90,14 @@ class UpdateRule(nn.Module, ABC):
         """Whether the rule looks across coordinates only through the sums of :class:`StagedRule`."""
         return False
 
+    def is_whole(self, shape: torch.Size | tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape has to be stepped as a whole although the rule is staged."""
+        return False
+
+    def for_tables(self) -> Self:
+        """The rule as it steps lookup tables, the rows of which are vectors of their own; shares the weights."""
+        return self
+
     def with_options(self, **options: Any) -> Self:
         """Return a rule of the same weights with other constructor options, such as another ``solver``.
 

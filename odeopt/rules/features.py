@@ -107,9 +107,11 @@ def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[1] * receptive_field, shape[0] * receptive_field
 
 
-def shape_numbers(shape: tuple[int, ...]) -> tuple[float, ...]:
+def shape_numbers(shape: tuple[int, ...], *, is_table: bool = False) -> tuple[float, ...]:
     """Size, a power of two under its inverse, a factor on the first step size, and three signals of order one."""
     n, (fan_in, fan_out) = math.prod(shape), _fans(shape)
+    if is_table:  # a row is looked up, not multiplied
+        fan_in, fan_out = 1, shape[-1]
     is_bias = float(len(shape) < 2)
     return n, 0.5 ** n.bit_length(), fan_in**-0.25, math.log(fan_in) / 5, math.log(fan_out) / 5, is_bias
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, is_list, is_number, require
 from odeopt.ode import EXPLICIT_METHODS, LINEAR_METHODS, available_methods
 from odeopt.physics import MatrixPart, PositiveDefinite, Potential, mlp
 
@@ -27,7 +27,10 @@ _CHOICES = {
     "port": ("modulated", "network", "constant"),
     "normalization": ("coordinate", "tensor"),
     "backend": ("auto", "odeopt", "torchdiffeq"),
+    "output": ("sum", "spectral"),
+    "schedule": ("none", "power"),
 }
+_ENERGIES = ("quadratic", "spectral")
 
 
 class Modulation(NamedTuple):
@@ -57,6 +60,8 @@ class Shared(NamedTuple):
     per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; those that there are
     kappa: Tensor | None = None
     memory: Tensor | None = None  # of the network, after the step
+    remaining: Tensor | None = None  # of the schedule
+    spectral: Tensor | None = None  # log step size and log decay of matrices
     log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
 
 
@@ -154,6 +159,12 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     for name, values in _CHOICES.items():
         *first, last = map(repr, values)
         check(name, given[name] in values, f"{', '.join(first)} or {last}")
+    kinetic = given["kinetic"]
+    names = (kinetic,) * modes if isinstance(kinetic, str) else kinetic
+    is_known = is_list(names, str) and len(names) == modes and set(names) <= set(_ENERGIES)
+    check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
+    for name in ("spectral_kappa", "initial_decay"):
+        check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)

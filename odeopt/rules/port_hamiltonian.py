@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import itertools
 import math
 from typing import NamedTuple
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
-from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance
+from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, newton_schulz
 from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.features import averaging_weight, coordinate_rms, running_scale, shape_features, shape_numbers
 from odeopt.rules.parts import (
@@ -27,6 +29,7 @@ from odeopt.rules.parts import (
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
+_START_GAIN = 0.35
 _MEMORY_WARMUP = 10  # steps after which the memory moves in logarithmic time
 
 
@@ -128,6 +131,11 @@ class PortHamiltonianUpdate(StagedRule):
         memory: int = 0,
         ratio_floor: float = 0.0,
         backend: str = "auto",
+        kinetic: str | tuple[str, ...] = "quadratic",
+        output: str = "sum",
+        schedule: str = "none",
+        spectral_kappa: float = 0.03,
+        initial_decay: float = 0.0,
     ) -> None:
         config = {
             "modes": modes,
@@ -145,14 +153,29 @@ class PortHamiltonianUpdate(StagedRule):
             "memory": memory,
             "backend": backend,
         }
-        check_arguments(config | {"normalization": normalization, "ratio_floor": ratio_floor})
+        options = {
+            "kinetic": kinetic,
+            "output": output,
+            "schedule": schedule,
+            "spectral_kappa": spectral_kappa,
+            "initial_decay": initial_decay,
+        }
+        check_arguments(config | options | {"normalization": normalization, "ratio_floor": ratio_floor})
         # left out by default: what tells runs and matrices apart by the configuration is older than the options
         newer = {} if normalization == "coordinate" else {"normalization": normalization}
         newer |= {} if ratio_floor == 0 else {"ratio_floor": ratio_floor}
+        kinetic = kinetic if isinstance(kinetic, str) else list(kinetic)
+        starts = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
+        newer |= {name: value for name, value in (options | {"kinetic": kinetic}).items() if value != starts[name]}
         super().__init__(**config | newer | {"hidden": list(hidden), "time_scales": list(time_scales)})
         self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
         self.memory, self.normalization = memory, normalization
         self.ratio_floor = ratio_floor
+        self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
+        self.output, self.schedule, self.spectral_kappa = output, schedule, spectral_kappa
+        self.initial_decay = initial_decay
+        self.is_spectral = output == "spectral" or "spectral" in self.kinetic
+        self.steps_tables = False
         depends_on_q = "network" in (mass, potential, friction, port)
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
         # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
@@ -175,18 +198,22 @@ class PortHamiltonianUpdate(StagedRule):
         self.n_gain, self.n_friction = 2 - (port == "constant"), 4 - 3 * (friction == "constant")
         self.n_numbers = self.n_gain + self.n_friction
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
-        n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
+        # under a schedule of its own the rule is told whether the horizon is known, not how far along it is
+        n_progress = 0 if not uses_progress else 1 if schedule == "power" else 2
+        n_signals = n_tensor_signals + len(time_scales) + n_progress + memory
         widths = (n_signals, *hidden)
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        head = nn.Linear(widths[-1], self.n_numbers * modes + 1 + memory)  # then log kappa, and how the memory moves
+        # then log kappa, how the memory moves, the log exponent of the schedule, log step size and decay of matrices
+        self.n_extra = (schedule == "power") + 2 * self.is_spectral
+        head = nn.Linear(widths[-1], self.n_numbers * modes + 1 + memory + self.n_extra)
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
         nn.init.zeros_(head.bias)
         self.coefficient_network = nn.Sequential(*layers, head)
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
-        start[0], start[self.n_gain] = math.log(0.35), torch.logit(frictions / 2)
+        start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
         self.register_buffer("start", start.flatten(), persistent=False)
 
     def init_state(self, param: Tensor) -> PortHamiltonianState:
@@ -221,12 +248,53 @@ class PortHamiltonianUpdate(StagedRule):
         if grad.shape[-1] == 0:
             return grad, state
         observation, shared = self._prepare(grad, state, param, shape, progress)
+        if self.is_whole(shape):
+            return self._advance_matrix(observation, state, shared, shape, param)
         return self._advance(observation, state, shared)
 
+    def is_whole(self, shape) -> bool:
+        """Whether a tensor of this shape is stepped as a matrix, by a spectral energy."""
+        return self.is_spectral and not self.steps_tables and shape is not None and is_matrix(tuple(shape))
+
+    def for_tables(self) -> PortHamiltonianUpdate:
+        """The rule as it steps lookup tables, whose rows are vectors of their own: by coordinate energies."""
+        rule = copy.copy(self)
+        rule.steps_tables = True
+        return rule
+
+    def _advance_matrix(self, observation, state, shared, shape, param):
+        """Step a matrix: some modes, or the sum of all, move it along the velocity of a spectral energy."""
+        u = observation.u.unsqueeze(-2)
+        log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
+        by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
+        friction, gain = self._modulation(state.p, u, log_ratio, by_kind)
+        is_spectral = torch.tensor([name == "spectral" for name in self.kinetic], device=u.device).unsqueeze(-1)
+        if "spectral" in self.kinetic:
+            # one friction and gain per tensor, as the passivity of a spectral energy asks
+            friction = torch.where(is_spectral, 2 * torch.sigmoid(by_kind[self.n_gain]), friction)
+            gain = torch.where(is_spectral, by_kind[0].exp(), gain)
+        p, integral = linear_step(state.p, gain * u, friction, self.solver)
+        scale = operator_scale(tuple(shape)) * self.spectral_kappa * shared.spectral[..., :1].exp()
+        if shared.remaining is not None:
+            scale = scale * shared.remaining
+        if self.output == "spectral":
+            update = scale * spectral_velocity((gain * integral).sum(-2), tuple(shape))
+        else:
+            update = 0.0
+            for k, name in enumerate(self.kinetic):
+                if name == "spectral":
+                    update = update + scale / _START_GAIN * gain[..., k, :1] * spectral_velocity(p[..., k, :], tuple(shape))
+                else:
+                    update = update + shared.kappa * gain[..., k, :] * integral[..., k, :]
+        if param is not None and self.initial_decay > 0:
+            update = update - scale * self.initial_decay * shared.spectral[..., 1:].exp() * param
+        second_moment = observation.second_moment if self.normalization == "coordinate" else state.second_moment
+        per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
+        return update, PortHamiltonianState(p, state.q, second_moment, *per_tensor)
+
     def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Shared]:
-        features = shape_features(
-            grad.shape[-1:] if shape is None else tuple(shape), state.step.dtype, state.step.device
-        )
+        features = self.features(grad.shape[-1:] if shape is None else tuple(shape))
+        features = torch.tensor(features, dtype=state.step.dtype, device=state.step.device)
         return self._observe_and_share(grad, state, features, param, progress, TENSOR)[:2]
 
     def forward_rows(self, grad, state, features, rows, *, param=None, progress=None):
@@ -246,7 +314,7 @@ class PortHamiltonianUpdate(StagedRule):
         return observation, rows.spread_all(shared), shared
 
     def features(self, shape):
-        return shape_numbers(tuple(shape))
+        return shape_numbers(tuple(shape), is_table=self.steps_tables)
 
     def statistics(self, stage, grad, state, features, shared, param):
         """Sums over coordinates: of the magnitude, shrunk; then of ``v, u^2, theta^2, u p_k, p_k^2``."""
@@ -318,18 +386,28 @@ class PortHamiltonianUpdate(StagedRule):
         times = [torch.tanh(step / self.time_scales.to(step.dtype))]
         if self.uses_progress:
             known = torch.ones_like(step) if progress is not None else torch.zeros_like(step)
-            times += [known, known * (0.0 if progress is None else progress)]
+            times += [known] if self.schedule == "power" else [known, known * (0.0 if progress is None else progress)]
         out = network(torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)).to(
             step.dtype
         )
         # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
         start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features[..., 2:3]
-        per_mode, log_kappa, moves = out.split((self.n_numbers * self.modes, 1, self.memory), dim=-1)
+        sizes = (self.n_numbers * self.modes, 1, self.memory, self.n_extra)
+        per_mode, log_kappa, moves, extra = out.split(sizes, dim=-1)
         if self.memory > 0:
             memory = memory + torch.tanh(moves) / step.clamp(min=_MEMORY_WARMUP)
             log_kappa = log_kappa + memory[..., :1]
         per_mode = per_mode + self.start.to(step.dtype)
-        return shared._replace(per_mode=per_mode, kappa=start * log_kappa.exp(), memory=memory, log_rms=log_rms)
+        kappa = start * log_kappa.exp()
+        if self.schedule == "power":
+            log_exponent, extra = extra[..., :1], extra[..., 1:]
+            if progress is not None:
+                # a power of what remains: its derivative at zero exponent is finite, as the last step has some left
+                left = (1 - progress).clamp(min=1e-6)
+                remaining = (left.log() * log_exponent.exp()).exp()
+                kappa, extra = kappa * remaining, torch.cat((extra[..., :1], extra[..., 1:]), -1)
+                shared = shared._replace(remaining=remaining)
+        return shared._replace(per_mode=per_mode, kappa=kappa, memory=memory, log_rms=log_rms, spectral=extra)
 
     def advance(self, grad, state, shared):
         return self._advance(self.observe(grad, state, shared), state, shared)
@@ -430,6 +508,21 @@ class PortHamiltonianUpdate(StagedRule):
         u, z = self._held(observation, state, shared)
         x = self._phase(state.p.to(u.dtype), state.q.to(u.dtype))
         return self.system.power_balance(x, u, z)
+
+
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is stepped as a matrix (out, rest)."""
+    return len(shape) >= 2 and shape[0] > 1 and math.prod(shape[1:]) > 1
+
+
+def operator_scale(shape: tuple[int, ...]) -> float:
+    """Operator norm that changes the output of a layer alike at any width."""
+    return math.sqrt(shape[0] / math.prod(shape[1:]))
+
+
+def spectral_velocity(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Orthogonalised matrix, flat."""
+    return newton_schulz(x.unflatten(-1, (shape[0], -1))).flatten(-2)
 
 
 def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:
