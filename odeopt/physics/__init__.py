@@ -2,6 +2,16 @@
 
 from odeopt.physics.energy import GivenPotential, Hamiltonian, PhaseState, Potential
 from odeopt.physics.given import GivenMatrix
+from odeopt.physics.kinetic import (
+    MUON_COEFFICIENTS,
+    KineticEnergy,
+    QuadraticEnergy,
+    RelativisticEnergy,
+    SpectralEnergy,
+    frobenius_norm,
+    newton_schulz,
+    spectral_power_balance,
+)
 from odeopt.physics.structure import (
     LearnedMatrix,
     MatrixPart,
@@ -16,9 +26,11 @@ from odeopt.physics.structure import (
 from odeopt.physics.system import PortHamiltonianSystem, PowerBalance, StructureMatrices
 
 __all__ = [
+    "MUON_COEFFICIENTS",
     "GivenMatrix",
     "GivenPotential",
     "Hamiltonian",
+    "KineticEnergy",
     "LearnedMatrix",
     "MatrixPart",
     "NonNegativeDiagonal",
@@ -29,8 +41,14 @@ __all__ = [
     "PositiveSemidefinite",
     "Potential",
     "PowerBalance",
+    "QuadraticEnergy",
+    "RelativisticEnergy",
     "ScaledSigmoid",
+    "SpectralEnergy",
     "StructureMatrices",
+    "frobenius_norm",
     "mlp",
+    "newton_schulz",
+    "spectral_power_balance",
     "symplectic_matrix",
 ]
