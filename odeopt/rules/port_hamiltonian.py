@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
-from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, newton_schulz
+from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, frobenius_norm, newton_schulz
 from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.features import averaging_weight, coordinate_rms, running_scale, shape_features, shape_numbers
 from odeopt.rules.parts import (
@@ -283,7 +283,7 @@ class PortHamiltonianUpdate(StagedRule):
             update = 0.0
             for k, name in enumerate(self.kinetic):
                 if name == "spectral":
-                    update = update + scale / _START_GAIN * gain[..., k, :1] * spectral_velocity(p[..., k, :], tuple(shape))
+                    update = update + scale / _START_GAIN * gain[..., k, :1] * spectral_velocity(p[..., k, :], tuple(shape), state.p[..., k, :])
                 else:
                     update = update + shared.kappa * gain[..., k, :] * integral[..., k, :]
         if param is not None and self.initial_decay > 0:
@@ -520,9 +520,12 @@ def operator_scale(shape: tuple[int, ...]) -> float:
     return math.sqrt(shape[0] / math.prod(shape[1:]))
 
 
-def spectral_velocity(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Orthogonalised matrix, flat."""
-    return newton_schulz(x.unflatten(-1, (shape[0], -1))).flatten(-2)
+def spectral_velocity(x: Tensor, shape: tuple[int, ...], start: Tensor | None = None) -> Tensor:
+    """Velocity of a spectral energy, flat; its norm is held over a step that leads from ``start`` to ``x``."""
+    matrix, norm = x.unflatten(-1, (shape[0], -1)), None
+    if start is not None:
+        norm = torch.maximum(frobenius_norm(matrix), frobenius_norm(start.unflatten(-1, (shape[0], -1))))
+    return newton_schulz(matrix, norm).flatten(-2)
 
 
 def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:
