@@ -119,9 +119,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
         self.rule = copy.deepcopy(rule).requires_grad_(False).eval()
         self.compile, self.state_dtype, self.capturable = compile, state_dtype, capturable
-        self._rules: dict[torch.device, UpdateRule] = {}
+        self._rules: dict[tuple[torch.device, bool], UpdateRule] = {}
         self._forget_buckets()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
+        defaults["is_table"] = False
         _check_options(defaults)
         super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0))
 
@@ -164,7 +165,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         may_warn = False
         for bucket, group, _ in self._placed:
             if any(param.grad is not None for param in bucket.params):
-                rule = self._rule_for(bucket.device)
+                rule = self._rule_for(bucket.device, group["is_table"])
                 step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule))
                 # what lies on the CPU can be looked at for nothing
                 may_warn = may_warn or (bucket.device.type == "cpu" and bool(bucket.n_skipped.any()))
@@ -259,7 +260,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._rules = {}
         self._forget_buckets()
         for group in self.param_groups:
-            for option in ("weight_decay", "maximize", "total_steps", *_COUNTERS):
+            for option in ("weight_decay", "maximize", "total_steps", "is_table", *_COUNTERS):
                 group.setdefault(option, self.defaults[option])
 
     def _forget_buckets(self) -> None:
@@ -293,10 +294,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
 
-    def _rule_for(self, device: torch.device) -> UpdateRule:
-        if device not in self._rules:
-            self._rules[device] = copy.deepcopy(self.rule).to(device)
-        return self._rules[device]
+    def _rule_for(self, device: torch.device, is_table: bool = False) -> UpdateRule:
+        if (device, is_table) not in self._rules:
+            rule = copy.deepcopy(self.rule).to(device)
+            self._rules[device, False], self._rules[device, True] = rule, rule.for_tables()
+        return self._rules[device, is_table]
 
     def _compiles(self, rule: UpdateRule) -> bool:
         """Whether to compile; a rule that is called per tensor would be compiled for each shape."""
@@ -336,8 +338,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         alike: dict[tuple, list[Tensor]] = defaultdict(list)
         for param in params:
             shard = Shard.of(param)
-            rule = self._rule_for(param.device)
+            rule = self._rule_for(param.device, group["is_table"])
             is_alone = rule.crosses_coordinates and not rule.is_staged
+            is_whole = not is_alone and rule.is_whole(param.shape)
             # by the average piece, so that all processes choose alike
             size = param.numel() // shard.n_shards
             threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
@@ -345,10 +348,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 threshold = max(threshold, _EXCHANGES_ALONE)
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
             key = (param.device, param.dtype, shard.group_key)
-            alike[(*key, param) if is_alone or is_large else key].append(param)
-        for together in alike.values():
-            rule = self._rule_for(together[0].device)
-            bucket = Bucket(rule, together, dtype=self.state_dtype)
+            alone = param if is_alone or is_large else None
+            alike[(*key, alone, param.shape if is_whole else None)].append(param)
+        for (*_, alone, shape), together in alike.items():
+            rule = self._rule_for(together[0].device, group["is_table"])
+            is_whole = shape is not None or (alone is not None and not rule.is_staged)
+            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole)
             for index, param in enumerate(together):
                 held = self.state.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}
@@ -439,7 +444,8 @@ def _check_options(options: dict[str, Any]) -> None:
         require(not isinstance(options[name], bool), name, options[name], "a number")
     is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
     require(total_steps is None or is_count, "total_steps", total_steps, "a positive integer or None")
-    require(isinstance(options["maximize"], bool), "maximize", options["maximize"], "True or False")
+    for name in ("maximize", "is_table"):
+        require(isinstance(options[name], bool), name, options[name], "True or False")
 
 
 def _is_unsupported(tensor: Tensor) -> bool:

@@ -65,6 +65,7 @@ class Bucket:
         rule: The rule, on the device of the parameters.
         params: Parameters of one device, dtype and mesh.
         dtype: Of what the state holds per coordinate; None for float32 or better.
+        is_whole: Whether the rule steps each tensor as a whole; all have one shape then, and a row each.
 
     Attributes:
         params: The parameters.
@@ -76,8 +77,15 @@ class Bucket:
         n_skipped: Gradients skipped because they were not finite, int64, ``(n_tensors, 1)``.
     """
 
-    def __init__(self, rule: UpdateRule, params: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> None:
-        self.params = list(params)
+    def __init__(
+        self,
+        rule: UpdateRule,
+        params: Sequence[Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        is_whole: bool = False,
+    ) -> None:
+        self.params, self.is_whole = list(params), is_whole
         self.shards = [Shard.of(param) for param in self.params]
         local = self._local_params()
         self.device, self.param_dtype, self.dtype = local[0].device, local[0].dtype, state_dtype(local[0].dtype)
@@ -86,10 +94,12 @@ class Bucket:
         self.is_shared = self.shards[0].mesh is not None
         self._shapes = [param.shape for param in local]
         sizes = [param.numel() for param in local]
-        n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if self.is_packed else sizes[0]
-        n_rows = [max(1, -(-n // n_columns)) for n in sizes] if self.is_packed else [1]
+        has_rows = self.is_packed and not is_whole
+        n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if has_rows else sizes[0]
+        n_rows = [max(1, -(-n // n_columns)) for n in sizes] if has_rows else [1] * len(sizes)
         self._starts = [0, *accumulate(n_rows)]
-        self.shape = (self._starts[-1] + self.is_packed, n_columns)
+        self._is_padded = has_rows
+        self.shape = (self._starts[-1] + self._is_padded, n_columns)
         self.rows = self._make_rows(rule, n_rows)
         n_tensors = len(self.rows.features)
         self.n_skipped = torch.zeros((n_tensors, 1), dtype=torch.int64, device=self.device)
@@ -187,7 +197,7 @@ class Bucket:
 
     def _make_rows(self, rule: UpdateRule, n_rows: list[int]) -> Rows:
         features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
-        if not self.is_packed:
+        if not self._is_padded:
             return Rows(torch.tensor(features, dtype=self.dtype, device=self.device))
         features = torch.tensor([*features, features[-1]], dtype=self.dtype, device=self.device)
         counts = torch.tensor([*n_rows, 1])
@@ -210,7 +220,7 @@ class Bucket:
 
     def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
         if has_grad not in self._masks:
-            mask = [*has_grad, False] if self.is_packed else has_grad
+            mask = [*has_grad, False] if self._is_padded else has_grad
             self._masks[has_grad] = torch.tensor(mask, device=self.device).unsqueeze(-1)
         return self._masks[has_grad]
 

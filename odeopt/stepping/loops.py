@@ -55,6 +55,7 @@ class Piece(NamedTuple):
         state: State, rows first.
         columns: Axis of the columns in each field of the state; None for what a tensor holds once.
         shape: Of the bucket's first parameter, for rules that are called per tensor.
+        is_staged: Whether the rule takes its stages one by one; else it is called.
     """
 
     rows: Rows
@@ -63,6 +64,7 @@ class Piece(NamedTuple):
     state: NamedTuple
     columns: tuple[int | None, ...]
     shape: torch.Size
+    is_staged: bool
 
 
 def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, *, compile: bool) -> None:
@@ -76,8 +78,10 @@ def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, *, compi
             the step is done eagerly.
     """
     grad, theta, has_grad = bucket.load()
-    piece = Piece(bucket.rows, grad, theta, bucket.state, bucket.columns, bucket.params[0].shape)
+    is_staged = rule.is_staged and not bucket.is_whole
+    piece = Piece(bucket.rows, grad, theta, bucket.state, bucket.columns, bucket.params[0].shape, is_staged)
     known: list[Tensor] = []
+    compile = compile and not bucket.is_whole
     if not (compile and _step_compiled(rule, bucket, piece, has_grad, options, known)):
         _step_in_chunks(rule, bucket, piece, has_grad, options, known)
     bucket.store()
@@ -90,7 +94,7 @@ def _sums(rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None,
     """Sums of one stage for each row; those of the first one after a count of rows that are not finite."""
     rows, grad = piece.rows, _gradient(piece, options)
     sums = [_is_broken(grad)] if stage == 0 else []
-    if rule.is_staged:
+    if piece.is_staged:
         state = _wide(piece.state, grad.dtype)
         sums.append(
             rule.statistics(stage, grad, state, rows.spread(rows.features), rows.spread_all(shared), piece.theta)
@@ -112,7 +116,7 @@ def _stage(
     rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None, options: StepOptions
 ) -> tuple[Tensor, NamedTuple | None]:
     sums = piece.rows.sum(_sums(rule, stage, piece, shared, options))
-    return sums[:, :1], _shared(rule, stage, piece, sums, shared, options) if rule.is_staged else None
+    return sums[:, :1], _shared(rule, stage, piece, sums, shared, options) if piece.is_staged else None
 
 
 def _moved(
@@ -121,18 +125,16 @@ def _moved(
     """Parameters and state after the step."""
     grad, theta = _gradient(piece, options), piece.theta.to(piece.rows.features.dtype)
     state = _wide(piece.state, grad.dtype)
-    if rule.is_staged:
+    if piece.is_staged:
         update, state = rule.advance(grad, state, piece.rows.spread_all(shared))
     else:
         state = type(state)(*(torch.stack(x, dim=1) if isinstance(x, tuple) else x for x in state))
-        if rule.crosses_coordinates:  # one tensor, as the rule sees it elsewhere
-            state = type(state)(*(x[0] for x in state))
+        shape = None
+        if rule.crosses_coordinates:  # whole tensors of one shape
+            shape = piece.shape
             # what becomes of a gradient that is not finite is thrown away, but an adaptive solver would stumble over it
             grad = torch.where(grad.isfinite(), grad, 0.0)
-            update, state = rule(grad[0], state, param=theta[0], shape=piece.shape, progress=options.progress)
-            state = type(state)(*(x.unsqueeze(0) for x in state))
-        else:
-            update, state = rule(grad, state, param=theta, progress=options.progress)
+        update, state = rule(grad, state, param=theta, shape=shape, progress=options.progress)
     if options.decay is not None:
         theta = theta * (1 - options.lr * options.decay)
     return theta + options.lr * update, state
@@ -201,7 +203,7 @@ def _step_in_chunks(
     """Step chunk by chunk; ``known`` are the sums of the first stages, where they have been added up already."""
     chunks, is_packed = list(_chunks(rule, bucket, piece)), bucket.is_packed
     broken, shared = None, None
-    for stage in range(rule.n_stages if rule.is_staged else 1):
+    for stage in range(rule.n_stages if piece.is_staged else 1):
         if stage < len(known):
             sums = known[stage]
         else:
@@ -209,7 +211,7 @@ def _step_in_chunks(
             # chunks of columns are parts of one row, chunks of rows are not
             sums = bucket.add_up(piece.rows.sum(torch.cat(sums)) if is_packed else torch.stack(sums).sum(0))
         broken = sums[:, :1] if stage == 0 else broken
-        shared = _shared(rule, stage, piece, sums, shared, options) if rule.is_staged else None
+        shared = _shared(rule, stage, piece, sums, shared, options) if piece.is_staged else None
     moves = has_grad & (broken == 0)
     bucket.n_skipped += has_grad & (broken > 0)
     # a look costs nothing on a CPU, and where every tensor moves no mask is needed; elsewhere it would wait
@@ -225,7 +227,7 @@ def _step_in_chunks(
 def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
     """Pieces whose temporaries stay in the cache of a CPU; on other devices each would cost launches."""
     n_rows, n_columns = piece.grad.shape
-    is_whole = rule.crosses_coordinates and not rule.is_staged
+    is_whole = rule.crosses_coordinates and not piece.is_staged
     size = rule.chunk_size * torch.get_num_threads()
     if is_whole or bucket.device.type != "cpu" or n_rows * n_columns <= size:
         yield piece
@@ -250,6 +252,7 @@ def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
             type(piece.state)(*map(cut, piece.state, axes)),
             piece.columns,
             piece.shape,
+            piece.is_staged,
         )
 
 
