@@ -107,24 +107,37 @@ def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[1] * receptive_field, shape[0] * receptive_field
 
 
-def shape_numbers(shape: tuple[int, ...], *, is_table: bool = False) -> tuple[float, ...]:
+def shape_numbers(shape: tuple[int, ...]) -> tuple[float, ...]:
     """Size, a power of two under its inverse, a factor on the first step size, and three signals of order one."""
     n, (fan_in, fan_out) = math.prod(shape), _fans(shape)
-    if is_table:  # a row is looked up, not multiplied
-        fan_in, fan_out = 1, shape[-1]
     is_bias = float(len(shape) < 2)
     return n, 0.5 ** n.bit_length(), fan_in**-0.25, math.log(fan_in) / 5, math.log(fan_out) / 5, is_bias
 
 
-def shape_features(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What :func:`shape_numbers` says of a shape, as a tensor."""
+def transferring_numbers(shape: tuple[int, ...], *, is_table: bool) -> tuple[float, ...]:
+    """As :func:`shape_numbers`, with signals that do not grow with the width; then the fan-in.
+
+    What is learned at some widths does not extend to others, so a network sees the aspect of a matrix, bounded, and
+    whether the tensor is a vector or a table. The rows of a table are looked up, not multiplied: their fan-in is one.
+    """
+    n = math.prod(shape)
+    is_matrix = len(shape) >= 2 and not is_table
+    fan_in = math.prod(shape[1:]) if is_matrix else 1
+    aspect = math.tanh(math.log(shape[0] / fan_in) / 4) if is_matrix else 0.0
+    kind = float(len(shape) < 2), float(is_table)
+    return n, 0.5 ** n.bit_length(), fan_in**-0.25, aspect, *kind, fan_in
+
+
+def shape_features(rule, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Features of a shape under a rule, as a tensor."""
+    numbers = rule.features(shape)
     if torch.compiler.is_compiling():
-        return torch.tensor(shape_numbers(shape), dtype=dtype, device=device)
-    return _kept_features(tuple(shape), dtype, device)
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return _kept_features(numbers, dtype, device)
 
 
 @lru_cache(maxsize=1024)
-def _kept_features(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept_features(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers on their device, kept: making them anew would wait for the device at every step."""
     with torch.inference_mode(False):  # a tensor of inference mode could not be saved for autograd later
-        return torch.tensor(shape_numbers(shape), dtype=dtype, device=device)
+        return torch.tensor(numbers, dtype=dtype, device=device)

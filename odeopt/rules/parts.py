@@ -28,6 +28,7 @@ _CHOICES = {
     "normalization": ("coordinate", "tensor"),
     "backend": ("auto", "odeopt", "torchdiffeq"),
     "output": ("sum", "spectral"),
+    "matrix_normalization": ("coordinate", "tensor"),
     "schedule": ("none", "power"),
 }
 _ENERGIES = ("quadratic", "spectral")
@@ -45,6 +46,7 @@ class Observation(NamedTuple):
 
     u: Tensor  # port effort
     second_moment: Tensor  # what coordinates are compared by; the present square where no running one is kept
+    is_tensor_wide: bool = False  # whether the effort is normalised by the tensor alone
 
 
 class Shared(NamedTuple):
@@ -60,8 +62,9 @@ class Shared(NamedTuple):
     per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; those that there are
     kappa: Tensor | None = None
     memory: Tensor | None = None  # of the network, after the step
-    remaining: Tensor | None = None  # of the schedule
-    spectral: Tensor | None = None  # log step size and log decay of matrices
+    matrix_kappa: Tensor | None = None  # step size of a square matrix, as an operator norm
+    lookahead: Tensor | None = None  # where the velocity of a matrix is evaluated, in steps from the start
+    matrix_decay: Tensor | None = None  # decoupled decay of a matrix, per unit of its kappa
     log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
 
 
@@ -163,8 +166,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     names = (kinetic,) * modes if isinstance(kinetic, str) else kinetic
     is_known = is_list(names, str) and len(names) == modes and set(names) <= set(_ENERGIES)
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
-    for name in ("spectral_kappa", "initial_decay"):
-        check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
+    for name in ("initial_matrix_kappa", "initial_lookahead"):
+        check(name, is_number(given[name]) and given[name] > 0, "a positive number")
+    check("initial_decay", is_number(given["initial_decay"]) and given["initial_decay"] >= 0, "a non-negative number")
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)

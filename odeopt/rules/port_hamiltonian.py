@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import math
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, frobenius_norm, newton_schulz
 from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
-from odeopt.rules.features import averaging_weight, coordinate_rms, running_scale, shape_features, shape_numbers
+from odeopt.rules.features import (
+    averaging_weight,
+    coordinate_rms,
+    running_scale,
+    shape_features,
+    shape_numbers,
+    transferring_numbers,
+)
 from odeopt.rules.parts import (
     HeldFriction,
     HeldPort,
@@ -133,9 +141,11 @@ class PortHamiltonianUpdate(StagedRule):
         backend: str = "auto",
         kinetic: str | tuple[str, ...] = "quadratic",
         output: str = "sum",
-        schedule: str = "none",
-        spectral_kappa: float = 0.03,
+        matrix_normalization: str = "tensor",
+        initial_matrix_kappa: float = 0.03,
+        initial_lookahead: float = 1.0,
         initial_decay: float = 0.0,
+        schedule: str = "none",
     ) -> None:
         config = {
             "modes": modes,
@@ -156,9 +166,11 @@ class PortHamiltonianUpdate(StagedRule):
         options = {
             "kinetic": kinetic,
             "output": output,
-            "schedule": schedule,
-            "spectral_kappa": spectral_kappa,
+            "matrix_normalization": matrix_normalization,
+            "initial_matrix_kappa": initial_matrix_kappa,
+            "initial_lookahead": initial_lookahead,
             "initial_decay": initial_decay,
+            "schedule": schedule,
         }
         check_arguments(config | options | {"normalization": normalization, "ratio_floor": ratio_floor})
         # left out by default: what tells runs and matrices apart by the configuration is older than the options
@@ -172,9 +184,11 @@ class PortHamiltonianUpdate(StagedRule):
         self.memory, self.normalization = memory, normalization
         self.ratio_floor = ratio_floor
         self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
-        self.output, self.schedule, self.spectral_kappa = output, schedule, spectral_kappa
+        self.output, self.schedule, self.matrix_normalization = output, schedule, matrix_normalization
+        self.initial_matrix_kappa, self.initial_lookahead = initial_matrix_kappa, initial_lookahead
         self.initial_decay = initial_decay
         self.is_spectral = output == "spectral" or "spectral" in self.kinetic
+        self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self.steps_tables = False
         depends_on_q = "network" in (mass, potential, friction, port)
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
@@ -198,15 +212,13 @@ class PortHamiltonianUpdate(StagedRule):
         self.n_gain, self.n_friction = 2 - (port == "constant"), 4 - 3 * (friction == "constant")
         self.n_numbers = self.n_gain + self.n_friction
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
-        # under a schedule of its own the rule is told whether the horizon is known, not how far along it is
-        n_progress = 0 if not uses_progress else 1 if schedule == "power" else 2
-        n_signals = n_tensor_signals + len(time_scales) + n_progress + memory
+        n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
         widths = (n_signals, *hidden)
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        # then log kappa, how the memory moves, the log exponent of the schedule, log step size and decay of matrices
-        self.n_extra = (schedule == "power") + 2 * self.is_spectral
+        # then log kappa, how the memory moves, the schedule's log exponent; of matrices log kappa, lookahead, decay
+        self.n_extra = (schedule == "power") + 3 * self.is_spectral
         head = nn.Linear(widths[-1], self.n_numbers * modes + 1 + memory + self.n_extra)
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
         nn.init.zeros_(head.bias)
@@ -249,7 +261,7 @@ class PortHamiltonianUpdate(StagedRule):
             return grad, state
         observation, shared = self._prepare(grad, state, param, shape, progress)
         if self.is_whole(shape):
-            return self._advance_matrix(observation, state, shared, shape, param)
+            return self._advance_matrix(observation, state, shared, tuple(shape), param)
         return self._advance(observation, state, shared)
 
     def is_whole(self, shape) -> bool:
@@ -262,40 +274,43 @@ class PortHamiltonianUpdate(StagedRule):
         rule.steps_tables = True
         return rule
 
-    def _advance_matrix(self, observation, state, shared, shape, param):
-        """Step a matrix: some modes, or the sum of all, move it along the velocity of a spectral energy."""
-        u = observation.u.unsqueeze(-2)
+    def _advance_matrix(self, observation, state, shared, shape, param) -> tuple[Tensor, PortHamiltonianState]:
+        """Step a matrix: spectral modes, or the sum of all, move it along the velocity of a spectral energy.
+
+        The momenta of spectral modes are damped and driven by one number per tensor each, as the passivity of their
+        energies asks; the output is their velocity at the lookahead point, a quadrature of one node.
+        """
+        u, p, k = observation.u.unsqueeze(-2), state.p, self.spectral_modes
         log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
         by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
-        friction, gain = self._modulation(state.p, u, log_ratio, by_kind)
-        is_spectral = torch.tensor([name == "spectral" for name in self.kinetic], device=u.device).unsqueeze(-1)
-        if "spectral" in self.kinetic:
-            # one friction and gain per tensor, as the passivity of a spectral energy asks
+        friction, gain = self._modulation(p, u, log_ratio, by_kind)
+        if k:
+            is_spectral = torch.zeros(self.modes, 1, dtype=torch.bool, device=u.device).index_fill(
+                0, torch.tensor(k, device=u.device), True
+            )
             friction = torch.where(is_spectral, 2 * torch.sigmoid(by_kind[self.n_gain]), friction)
             gain = torch.where(is_spectral, by_kind[0].exp(), gain)
-        p, integral = linear_step(state.p, gain * u, friction, self.solver)
-        scale = operator_scale(tuple(shape)) * self.spectral_kappa * shared.spectral[..., :1].exp()
-        if shared.remaining is not None:
-            scale = scale * shared.remaining
+        new_p, integral = linear_step(p, gain * u, friction, self.solver)
+        kappa = shared.matrix_kappa * operator_scale(shape)
         if self.output == "spectral":
-            update = scale * spectral_velocity((gain * integral).sum(-2), tuple(shape))
+            update = kappa * spectral_velocity((gain * integral).sum(-2), shape)
         else:
-            update = 0.0
-            for k, name in enumerate(self.kinetic):
-                if name == "spectral":
-                    update = update + scale / _START_GAIN * gain[..., k, :1] * spectral_velocity(p[..., k, :], tuple(shape), state.p[..., k, :])
-                else:
-                    update = update + shared.kappa * gain[..., k, :] * integral[..., k, :]
+            before, moved = p[..., k, :], (new_p - p)[..., k, :]
+            ahead = before + shared.lookahead.unsqueeze(-1) * moved
+            velocity = spectral_velocity(ahead, shape, before, before + moved)
+            update = kappa / _START_GAIN * (gain[..., k, :1] * velocity).sum(-2)
+            rest = [j for j in range(self.modes) if j not in k]
+            if rest:
+                update = update + shared.kappa * (gain * integral)[..., rest, :].sum(-2)
         if param is not None and self.initial_decay > 0:
-            update = update - scale * self.initial_decay * shared.spectral[..., 1:].exp() * param
-        second_moment = observation.second_moment if self.normalization == "coordinate" else state.second_moment
-        per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
-        return update, PortHamiltonianState(p, state.q, second_moment, *per_tensor)
+            update = update - shared.matrix_kappa * shared.matrix_decay * param
+        return update, self._next_state(new_p, state.q, observation, state, shared)
 
     def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Shared]:
-        features = self.features(grad.shape[-1:] if shape is None else tuple(shape))
-        features = torch.tensor(features, dtype=state.step.dtype, device=state.step.device)
-        return self._observe_and_share(grad, state, features, param, progress, TENSOR)[:2]
+        features = shape_features(
+            self, grad.shape[-1:] if shape is None else tuple(shape), state.step.dtype, state.step.device
+        )
+        return self._observe_and_share(grad, state, features, param, progress, TENSOR, self.is_whole(shape))[:2]
 
     def forward_rows(self, grad, state, features, rows, *, param=None, progress=None):
         observation, shared, per_tensor = self._observe_and_share(grad, state, features, param, progress, rows)
@@ -303,18 +318,21 @@ class PortHamiltonianUpdate(StagedRule):
         held = {name: getattr(per_tensor, name) for name in ("scale", "slow_scale", "step", "memory")}
         return update, new_state._replace(**held)
 
-    def _observe_and_share(self, grad, state, features, param, progress, rows) -> tuple[Observation, Shared, Shared]:
+    def _observe_and_share(
+        self, grad, state, features, param, progress, rows, is_whole=False
+    ) -> tuple[Observation, Shared, Shared]:
         """Both stages of a step: what is seen of each coordinate, and what the rows and the tensors share."""
         sums = rows.sum(self.statistics(0, grad, state, rows.spread(features), None, param))
         shared = self.coefficients(0, sums, state, features, None, progress)
-        observation = self.observe(grad, state, rows.spread_all(shared))
+        observation = self.observe(grad, state, rows.spread_all(shared), is_whole)
         if not self.coordinatewise:
             sums = rows.sum(self._second_sums(observation, state, param))
             shared = self.coefficients(1, sums, state, features, shared, progress, has_param=param is not None)
         return observation, rows.spread_all(shared), shared
 
     def features(self, shape):
-        return shape_numbers(tuple(shape), is_table=self.steps_tables)
+        shape = tuple(shape)
+        return transferring_numbers(shape, is_table=self.steps_tables) if self.is_spectral else shape_numbers(shape)
 
     def statistics(self, stage, grad, state, features, shared, param):
         """Sums over coordinates: of the magnitude, shrunk; then of ``v, u^2, theta^2, u p_k, p_k^2``."""
@@ -333,14 +351,14 @@ class PortHamiltonianUpdate(StagedRule):
         squares = torch.stack((observation.second_moment, u * u, theta * theta), dim=-2)
         return torch.cat((squares, u.unsqueeze(-2) * p, p * p), dim=-2).sum(-1)
 
-    def observe(self, grad: Tensor, state: PortHamiltonianState, shared: Shared) -> Observation:
+    def observe(self, grad: Tensor, state: PortHamiltonianState, shared: Shared, is_whole: bool = False) -> Observation:
         """Normalise a gradient, shape ``(*batch, n)``, by the running moments."""
         if self.coordinatewise:
             rms = coordinate_rms(grad, state.second_moment, shared.weight)
             return Observation(-grad / torch.where(rms > 0, rms, 1.0), rms)
         relative = grad / -shared.divisor
-        if self.normalization == "tensor":
-            return Observation(relative, relative.square())
+        if (self.matrix_normalization if is_whole else self.normalization) == "tensor":
+            return Observation(relative, relative.square(), is_tensor_wide=True)
         square = shared.carried * state.second_moment + shared.weight * relative.square()
         return Observation(relative * (square + _EPS_EFFORT).rsqrt(), square)
 
@@ -374,19 +392,23 @@ class PortHamiltonianUpdate(StagedRule):
         v, u2, theta2 = means[..., 0:1], means[..., 1:2], means[..., 2:3]
         up, p2 = means[..., 3 : 3 + d], means[..., 3 + d :]
         alignment = up * (u2 * p2 + _EPS_SIGNAL).rsqrt()
-        theta_signal = 0.25 * (theta2 + 1e-6).log() if has_param else torch.zeros_like(v)
-        shape_signals = features[..., 3:].expand(*v.shape[:-1], 3)
+        # of spectral rules in units of a common initialisation, whose size falls with the fan-in
+        unit = features[..., 6:7] if self.is_spectral else 1.0
+        theta_signal = 0.25 * (theta2 * unit + 1e-6).log() if has_param else torch.zeros_like(v)
+        shape_signals = features[..., 3:6].expand(*v.shape[:-1], 3)
         signals = [shared.magnitudes, alignment, 0.5 * (p2 + _EPS_SIGNAL).log(), theta_signal, shape_signals]
         return self._with_network(shared, state.memory, signals, features, progress, 0.5 * (v + _EPS_SIGNAL).log())
 
     def _with_network(
         self, shared: Shared, memory: Tensor, signals: list[Tensor], features, progress, log_rms
     ) -> Shared:
-        step, network = shared.step, self.coefficient_network
+        step, network, is_told = shared.step, self.coefficient_network, progress is not None
         times = [torch.tanh(step / self.time_scales.to(step.dtype))]
         if self.uses_progress:
             known = torch.ones_like(step) if progress is not None else torch.zeros_like(step)
-            times += [known] if self.schedule == "power" else [known, known * (0.0 if progress is None else progress)]
+            progress = known * (0.0 if progress is None else progress)
+            # under a schedule of its own the rule sees the length of the run, from the second step on, not its place
+            times += [known, _horizon(step, progress) if self.schedule == "power" else progress]
         out = network(torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)).to(
             step.dtype
         )
@@ -398,16 +420,26 @@ class PortHamiltonianUpdate(StagedRule):
             memory = memory + torch.tanh(moves) / step.clamp(min=_MEMORY_WARMUP)
             log_kappa = log_kappa + memory[..., :1]
         per_mode = per_mode + self.start.to(step.dtype)
-        kappa = start * log_kappa.exp()
+        remaining = None
         if self.schedule == "power":
             log_exponent, extra = extra[..., :1], extra[..., 1:]
-            if progress is not None:
-                # a power of what remains: its derivative at zero exponent is finite, as the last step has some left
-                left = (1 - progress).clamp(min=1e-6)
-                remaining = (left.log() * log_exponent.exp()).exp()
-                kappa, extra = kappa * remaining, torch.cat((extra[..., :1], extra[..., 1:]), -1)
-                shared = shared._replace(remaining=remaining)
-        return shared._replace(per_mode=per_mode, kappa=kappa, memory=memory, log_rms=log_rms, spectral=extra)
+            if is_told:
+                # the last step has some of the run before it, so what remains is zero only beyond the end
+                remaining = ((1 - progress).clamp(min=1e-6).log() * log_exponent.exp()).exp()
+        scheduled = 1.0 if remaining is None else remaining
+        shared = shared._replace(
+            per_mode=per_mode, kappa=start * log_kappa.exp() * scheduled, memory=memory, log_rms=log_rms
+        )
+        if not self.is_spectral:
+            return shared
+        log_matrix_kappa, log_lookahead, log_decay = extra.split(1, dim=-1)
+        if self.memory > 0:
+            log_matrix_kappa = log_matrix_kappa + memory[..., :1]
+        return shared._replace(
+            matrix_kappa=self.initial_matrix_kappa * log_matrix_kappa.exp() * scheduled,
+            lookahead=self.initial_lookahead * log_lookahead.exp(),
+            matrix_decay=self.initial_decay * log_decay.exp(),
+        )
 
     def advance(self, grad, state, shared):
         return self._advance(self.observe(grad, state, shared), state, shared)
@@ -427,10 +459,13 @@ class PortHamiltonianUpdate(StagedRule):
             log_ratio, by_kind = self._log_ratio(observation, shared), coefficients.unsqueeze(-1).unbind(-3)
             p, output = self._linear_step(state.p, u.unsqueeze(-2), log_ratio.unsqueeze(-2), by_kind)
             delta = output.sum(-2)
-        second_moment = observation.second_moment if self.normalization == "coordinate" else state.second_moment
+        return shared.kappa * delta, self._next_state(p, q, observation, state, shared)
+
+    def _next_state(self, p, q, observation: Observation, state, shared: Shared) -> PortHamiltonianState:
+        keeps = self.normalization == "coordinate" and not observation.is_tensor_wide
+        second_moment = observation.second_moment if keeps else state.second_moment
         per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
-        new_state = PortHamiltonianState(p, q, second_moment, *per_tensor)
-        return shared.kappa * delta, new_state
+        return PortHamiltonianState(p, q, second_moment, *per_tensor)
 
     def _linear_step(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
         """Momentum after the step, and the integral of what it contributes to the output."""
@@ -510,21 +545,29 @@ class PortHamiltonianUpdate(StagedRule):
         return self.system.power_balance(x, u, z)
 
 
+def _horizon(step: Tensor, progress: Tensor) -> Tensor:
+    """Bounded signal of the length of the run, in steps; zero at 100, and while it is not known."""
+    is_known = progress > 0
+    steps = (step - 1).clamp(min=1) / torch.where(is_known, progress, 1.0)
+    return torch.where(is_known, torch.tanh((steps / 100).log() / 4), 0.0)
+
+
 def is_matrix(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is stepped as a matrix (out, rest)."""
-    return len(shape) >= 2 and shape[0] > 1 and math.prod(shape[1:]) > 1
+    """Whether a tensor is stepped as a matrix (out, rest): what multiplies inputs, not one row that is added."""
+    return math.prod(shape) > 1 and (len(shape) == 2 or (len(shape) > 2 and shape[0] > 1))
 
 
 def operator_scale(shape: tuple[int, ...]) -> float:
-    """Operator norm that changes the output of a layer alike at any width."""
+    """Operator norm of a step that changes the output of a layer alike at any width."""
     return math.sqrt(shape[0] / math.prod(shape[1:]))
 
 
-def spectral_velocity(x: Tensor, shape: tuple[int, ...], start: Tensor | None = None) -> Tensor:
-    """Velocity of a spectral energy, flat; its norm is held over a step that leads from ``start`` to ``x``."""
-    matrix, norm = x.unflatten(-1, (shape[0], -1)), None
-    if start is not None:
-        norm = torch.maximum(frobenius_norm(matrix), frobenius_norm(start.unflatten(-1, (shape[0], -1))))
+def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:
+    """Velocity of a spectral energy, flat; its norm is held, and bounds ``others`` too."""
+    matrix, *rest = (y.unflatten(-1, (shape[0], -1)) for y in (x, *others))
+    norm = None
+    if rest:
+        norm = functools.reduce(torch.maximum, map(frobenius_norm, (matrix, *rest)))
     return newton_schulz(matrix, norm).flatten(-2)
 
 

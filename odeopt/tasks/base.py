@@ -37,8 +37,6 @@ class Task(ABC):
         ValueError: If ``dtype`` is another one.
     """
 
-    tables: frozenset[str] = frozenset()
-
     def __init__(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **config: Any
     ) -> None:
