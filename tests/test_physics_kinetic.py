@@ -129,6 +129,20 @@ def test_the_slope_of_a_learned_energy_has_the_bound_of_the_given_one_in_float32
     assert 0.5 < values.max() < 1.2025
 
 
+@pytest.mark.parametrize("given", [MUON_COEFFICIENTS[:3], ((3.0, -0.9, 0.1), (8.28, -23.5, 17.3), (2.0, 1.0, 0.5))])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_factor_keeps_its_maximum_on_the_range_of_its_input(given, seed):
+    energy = SpectralEnergy(given, learned=True).double()
+    energy.raw.data = 2 * normal(3, 2, seed=seed)
+    domain = 1.0
+    for (a, b, c), (a0, b0, c0) in zip(energy.coefficients.tolist(), given, strict=True):
+        s = torch.linspace(0, domain, 100_001, dtype=torch.float64)
+        maximum = (a0 * s + b0 * s**3 + c0 * s**5).max().item()
+        # the weights are held in float32
+        assert (a * s + b * s**3 + c * s**5).max().item() == pytest.approx(maximum, rel=1e-5)
+        domain = maximum
+
+
 def test_a_learned_energy_starts_at_the_given_coefficients_and_changes_with_its_weights():
     given = ((3.0, -4.0, 2.0), (1.9, -1.3, 0.4))
     energy = SpectralEnergy(given, learned=True)

@@ -96,7 +96,8 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
 class KineticEnergy(nn.Module, ABC):
     """A kinetic energy: bounded below, zero and least at zero momentum, even, with ``<dK/dp, p> >= 0``.
 
-    Where the last property holds, a linear damping of the momentum never raises the energy.
+    The last property is what makes a linear damping of the momentum dissipate. Energies that need more than the
+    momentum, such as the held norm of :class:`SpectralEnergy`, take it as a second argument.
     """
 
     @abstractmethod
@@ -238,7 +239,7 @@ class SpectralEnergy(KineticEnergy):
         b = 2 * _MARGIN * (a * c).sqrt() * torch.tanh(shape + self.raw[:, 1])
         return torch.stack((a, b, c), dim=-1) * (peak / _peak(a, b, c, domain)).unsqueeze(-1)
 
-    def energy(self, p: Tensor, norm: Tensor) -> Tensor:  # type: ignore[override]
+    def energy(self, p: Tensor, norm: Tensor) -> Tensor:
         """Evaluate K from singular values, in float64, by a Gauss-Legendre quadrature that is exact for k'.
 
         Args:
@@ -261,7 +262,7 @@ class SpectralEnergy(KineticEnergy):
             s = s * (a + w * (b + w * c))
         return (sigma * (s @ weights)).sum(-1).to(p.dtype)
 
-    def velocity(self, p: Tensor, norm: Tensor) -> Tensor:  # type: ignore[override]
+    def velocity(self, p: Tensor, norm: Tensor) -> Tensor:
         """Evaluate dK/dP by :func:`newton_schulz`.
 
         Args:
