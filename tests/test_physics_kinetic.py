@@ -543,7 +543,10 @@ MATRIX, NUMBER = torch.ones(2, 3, 4), torch.ones(2)
         (lambda: SpectralEnergy([(1.5, -0.5, 0.0)]), r"a, c > 0 and b\^2 <= 4 a c. Found .*\(1.5, -0.5, 0.0\)"),
         (lambda: SpectralEnergy([(-1.0, 0.0, 1.0)]), "a, c > 0"),
         (lambda: SpectralEnergy([(1.0, 2.1, 1.0)]), r"b\^2 <= 4 a c"),
-        (lambda: SpectralEnergy([(1.0, -2.0, 1.0)], learned=True), r"Found `coefficients = \(1.0, -2.0, 1.0\)`"),
+        (
+            lambda: SpectralEnergy([(1.0, -2.0, 1.0)], learned=True),
+            r"b\^2 <= 3.992 a c. Found `coefficients = \(1.0, -2.0, 1.0\)`",
+        ),
         (lambda: RelativisticEnergy(0.0), "`c` should be a positive number. Found `c = 0.0`"),
         (lambda: RelativisticEnergy(math.inf), "`c` should be a positive number"),
         (lambda: spectral_power_balance(MATRIX, MATRIX[0], 1.0, 1.0, SpectralEnergy(), NUMBER), "`u` should have the"),

@@ -196,8 +196,7 @@ class SpectralEnergy(KineticEnergy):
         learned: Whether the shape of the factors is learned.
 
     Raises:
-        ValueError: If a triple does not satisfy a, c > 0 and b^2 <= 4 a c; where the shape is learned, b^2 has to
-            stay below .998 times 4 a c.
+        ValueError: If a triple does not satisfy a, c > 0 and b^2 <= 4 a c (3.992 a c where the shape is learned).
 
     Example:
         >>> momentum = torch.diag(torch.tensor([3.0, 0.5]))
@@ -214,10 +213,10 @@ class SpectralEnergy(KineticEnergy):
         if isinstance(coefficients, Tensor):
             coefficients = coefficients.tolist()
         self.start = tuple(tuple(map(float, factor)) for factor in coefficients)
-        limit = _MARGIN**2 if learned else 1.0
+        limit = 3.992 if learned else 4  # a learned b stays within its margin
         for a, b, c in self.start:
-            passive = a > 0 and c > 0 and b * b <= 4 * limit * a * c
-            require(passive, "coefficients", (a, b, c), "triples with a, c > 0 and b^2 <= 4 a c")
+            is_passive = a > 0 and c > 0 and b * b <= limit * a * c
+            require(is_passive, "coefficients", (a, b, c), f"triples with a, c > 0 and b^2 <= {limit} a c")
         self.raw = None
         if learned:
             self.raw = nn.Parameter(torch.zeros(len(self.start), 2))
