@@ -6,9 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from odeopt.tasks import Family, ImageNetwork, Mixture, SequencePrediction
-from odeopt.tasks.networks import ARCHITECTURES, SEQUENCE_ARCHITECTURES, _Recurrence, _SelfAttention
+from odeopt.tasks import (
+    Family,
+    ImageNetwork,
+    Mixture,
+    ModuleTask,
+    Rescaled,
+    ScaledTask,
+    SequencePrediction,
+    TextRecurrence,
+    TextTransformer,
+    VisionTransformer,
+)
+from odeopt.tasks.layers import CELLS, NORMS, AsPatches, Recurrence, Residual, SelfAttention, recurrent_layer
+from odeopt.tasks.networks import ARCHITECTURES
 from odeopt.tasks.random import normal
+from odeopt.tasks.sequences import SEQUENCE_ARCHITECTURES
 
 INDICES = torch.tensor([3, 0, 7])
 
@@ -20,7 +33,20 @@ def images(architecture, **options):
 TASKS = {
     **{name: lambda name=name: images(name) for name in ARCHITECTURES},
     **{f"sequence {name}": lambda name=name: SequencePrediction(name, width=6) for name in SEQUENCE_ARCHITECTURES},
+    **{f"vit {name}": lambda name=name: vit(norm=name) for name in NORMS},
+    **{f"text {name}": lambda name=name: text(norm=name) for name in NORMS},
+    "text of small weights": lambda: text(init_std=0.1, depth=1, expansion=2),
+    "text masked": lambda: text(objective="masked"),
+    **{f"text {name}": lambda name=name: TextRecurrence(cell=name, width=6, context=8, batch_size=5) for name in CELLS},
 }
+
+
+def vit(**options):
+    return VisionTransformer("digits", **({"patch": 2, "width": 6, "depth": 2, "batch_size": 5} | options))
+
+
+def text(**options):
+    return TextTransformer(**({"width": 6, "depth": 2, "context": 8, "batch_size": 5} | options))
 
 
 @pytest.fixture(params=TASKS)
@@ -56,16 +82,24 @@ def test_second_derivatives_reach_every_parameter(task):
         assert grad.abs().max() > 0, name
 
 
-def test_gradient_descent_lowers_the_loss(task):
-    params = task.init_params(INDICES, 0)
-    first = last = None
-    for _ in range(25):
-        params = {name: p.detach().requires_grad_() for name, p in params.items()}
-        loss = task.loss(params, task.sample_batch(INDICES, 0, 0))  # one batch: no noise
-        first, last = (loss, loss) if first is None else (first, loss)
-        grads = torch.autograd.grad(loss.sum(), list(params.values()))
-        params = {name: p - 0.03 * g for (name, p), g in zip(params.items(), grads, strict=True)}
-    assert (last < first).all()
+def test_names_of_problems_are_all_there_is_to_them(task):
+    for _ in range(2):
+        first, second = (task.sample_batch(INDICES, 2, seed=5) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+        assert torch.equal(losses(task, INDICES, step=1, seed=4), losses(task, INDICES, step=1, seed=4))
+        torch.rand(1)  # the caller's random numbers are no matter
+
+
+def test_adam_lowers_the_loss(task):
+    params = {name: p.clone().requires_grad_() for name, p in task.init_params(INDICES, 0).items()}
+    optimizer = torch.optim.Adam(params.values(), lr=5e-3)
+    batch, values = task.sample_batch(INDICES, 0, 0), []  # one batch: no noise
+    for _ in range(20):
+        optimizer.zero_grad()
+        values.append(task.loss(params, batch))
+        values[-1].sum().backward()
+        optimizer.step()
+    assert (values[-1] < values[0]).all()
 
 
 def test_splits_have_no_image_in_common():
@@ -85,20 +119,89 @@ def test_an_autoencoder_is_judged_by_its_images():
     torch.testing.assert_close(task.loss(params, (x, target)), x.square().sum(-1).mean(-1) / 2)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_residual_convolutions_double_their_channels_and_do_not_see_the_scale_of_a_batch(depth):
+    task = images("residual-convolutional", depth=depth, width=4)
+    convolutions = [shape for shape in task.param_shapes.values() if shape[2:] == (3, 3)]
+    assert [shape[0] for shape in convolutions] == [4, 4, 4, 8, 8, 16, 16][: 2 * depth + 1]
+    params, (x, _) = task.init_params(INDICES[:1], 0), task.sample_batch(INDICES[:1], 0, 0)
+    params = {name: p[0] for name, p in params.items()}
+    outputs = [torch.func.functional_call(task.module, params, (scale * x[0],)) for scale in (10, 30)]
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)  # up to the eps of the norms
+    # examples of a batch see each other
+    first = torch.func.functional_call(task.module, params, (x[0, :4],))[0]
+    assert not torch.allclose(first, torch.func.functional_call(task.module, params, (x[0],))[0], atol=1e-3)
+
+
+def test_patches_are_squares_of_the_image():
+    image = torch.arange(36.0).view(6, 6)
+    patches = AsPatches(3)(image.flatten().unsqueeze(0))[0]
+    for k, corner in enumerate(((0, 0), (0, 3), (3, 0), (3, 3))):
+        assert torch.equal(patches[k].view(3, 3), image[corner[0] : corner[0] + 3, corner[1] : corner[1] + 3])
+
+
+def test_norms_stand_where_they_are_named():
+    torch.manual_seed(0)
+    block, x = nn.Linear(4, 4), torch.randn(5, 4)
+    normed = nn.functional.layer_norm(x, (4,))
+    torch.testing.assert_close(Residual(4, block, "pre")(x), x + block(normed))
+    torch.testing.assert_close(Residual(4, block, "post")(x), nn.functional.layer_norm(x + block(x), (4,)))
+    torch.testing.assert_close(Residual(4, block, "none")(x), x + block(x))
+
+
+@pytest.mark.parametrize(("cell", "theirs"), [("gru", nn.GRU), ("lstm", nn.LSTM)])
+def test_gated_cells_are_what_torch_computes(cell, theirs):
+    torch.manual_seed(0)
+    ours, theirs = recurrent_layer(cell, 4, "tanh"), theirs(4, 4, batch_first=True)
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(ours.inputs.weight)
+        theirs.bias_ih_l0.copy_(ours.inputs.bias)
+        theirs.weight_hh_l0.copy_(ours.hidden.weight)
+        theirs.bias_hh_l0.copy_(ours.hidden.bias if ours.hidden.bias is not None else torch.zeros(16))
+    x = torch.randn(3, 5, 4)
+    torch.testing.assert_close(ours(x), theirs(x)[0])
+
+
+def test_tables_are_the_weights_of_embeddings():
+    assert text().tables == {"0.weight"}
+    assert SequencePrediction("gru", width=4).tables == {"0.weight"}
+    # positions are added whole, and a linear layer is no table
+    assert vit().tables == images("residual").tables == frozenset()
+    task = text()
+    assert Rescaled(task).tables == ScaledTask(task, loss_scale=2.0).tables == task.tables
+
+
+def test_a_table_is_known_by_whatever_name_it_has():
+    class Tied(nn.Module):
+        def __init__(self, is_trained):
+            super().__init__()
+            self.head, self.table, self.other = nn.Linear(3, 5, bias=False), nn.Embedding(5, 3), nn.Embedding(5, 3)
+            self.table.weight = self.head.weight
+            self.other.weight.requires_grad_(is_trained)
+
+        def forward(self, x):
+            return self.head(self.table(x) + self.other(x))
+
+    symbols = torch.arange(5)
+    for is_trained, tables in ((True, {"head.weight", "other.weight"}), (False, {"head.weight"})):
+        task = ModuleTask(lambda t=is_trained: Tied(t), (symbols, symbols), loss_fn=nn.functional.cross_entropy)
+        assert task.tables == tables
+
+
 def test_causal_attention_does_not_look_ahead():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
     changed = x.clone()
     changed[:, 3:] += 1
     for is_causal in (True, False):
-        attention = _SelfAttention(8, 2, is_causal=is_causal)
+        attention = SelfAttention(8, 2, is_causal=is_causal)
         is_same = torch.allclose(attention(x)[:, :3], attention(changed)[:, :3], atol=1e-6)
         assert is_same == is_causal
 
 
 def test_attention_is_what_torch_computes():
     torch.manual_seed(0)
-    ours, theirs = _SelfAttention(8, 2, is_causal=False), nn.MultiheadAttention(8, 2, batch_first=True)
+    ours, theirs = SelfAttention(8, 2, is_causal=False), nn.MultiheadAttention(8, 2, batch_first=True)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(ours.inputs.weight)
         theirs.in_proj_bias.copy_(ours.inputs.bias)
@@ -109,7 +212,7 @@ def test_attention_is_what_torch_computes():
 
 def test_the_recurrence_is_what_torch_computes():
     torch.manual_seed(0)
-    ours, theirs = _Recurrence(4, "tanh"), nn.RNN(4, 4, batch_first=True)
+    ours, theirs = Recurrence(4, "tanh"), nn.RNN(4, 4, batch_first=True)
     with torch.no_grad():
         theirs.weight_ih_l0.copy_(ours.inputs.weight)
         theirs.bias_ih_l0.copy_(ours.inputs.bias)
@@ -158,6 +261,20 @@ def test_they_come_in_mixtures():
             r"`activation` should be .* Found `activation = 'swish'`",
         ),
         (lambda: images("residual", split="test"), r"`split` should be one of .* Found `split = 'test'`"),
+        (lambda: vit(patch=3), r"`patch` should be a divisor of \(8, 8\). Found `patch = 3`"),
+        (lambda: vit(patch=0), r"`patch` should be a positive integer. Found `patch = 0`"),
+        (lambda: vit(n_heads=4), r"`width` should be a multiple of `n_heads = 4`. Found `width = 6`"),
+        (lambda: vit(norm="batch"), r"`norm` should be one of pre, post, none. Found `norm = 'batch'`"),
+        (lambda: vit(init_std=0), r"`init_std` should be a positive number or None. Found `init_std = 0`"),
+        (lambda: vit(n_examples=0), r"`n_examples` should lie between 1 and 71\d. Found `n_examples = 0`"),
+        (lambda: vit(n_examples=1.5), r"`n_examples` should be .* a fraction .* Found `n_examples = 1.5`"),
+        (lambda: text(expansion=0), r"`expansion` should be a positive integer. Found `expansion = 0`"),
+        (lambda: text(context=0), r"`context` should be a positive integer. Found `context = 0`"),
+        (lambda: text(objective="all"), r"`objective` should be one of next, masked. Found `objective = 'all'`"),
+        (lambda: text(split="test"), r"`split` should be one of meta-train, .* Found `split = 'test'`"),
+        (lambda: text(n_characters=8), r"`n_characters` should be between 9 and .* Found `n_characters = 8`"),
+        (lambda: text(n_characters=0.99999), r"`n_characters` should be between 9 and .* `n_characters = 0.99999`"),
+        (lambda: TextRecurrence(cell="rnn"), r"`cell` should be one of plain, gru, lstm. Found `cell = 'rnn'`"),
         (lambda: images("residual", batch_size=0), r"`batch_size` should be positive. Found `batch_size = 0`"),
         (lambda: SequencePrediction("residual"), r"`architecture` should be one of attention, recurrent"),
         (lambda: SequencePrediction(n_symbols=1), r"`n_symbols` should be at least 2. Found `n_symbols = 1`"),

@@ -29,6 +29,9 @@ _TASKS = {
         tasks.RandomQuadratic,
         tasks.SequencePrediction,
         tasks.TeacherStudent,
+        tasks.TextRecurrence,
+        tasks.TextTransformer,
+        tasks.VisionTransformer,
     )
 }
 _RULES = {
@@ -144,6 +147,7 @@ def _task(*, split: str, data_dir: str | os.PathLike | None, device: torch.devic
     task_class = _TASKS[options.pop("class")]
     if "dataset" in options:
         options["dataset"] = tasks.load_dataset(options["dataset"], data_dir)
+    if "split" in inspect.signature(task_class).parameters:
         options["split"] = split
     return task_class(**options, device=device)
 

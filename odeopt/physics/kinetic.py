@@ -40,7 +40,7 @@ def frobenius_norm(x: Tensor) -> Tensor:
         ValueError: If ``x`` is not a floating-point tensor of at least two axes.
     """
     _check_matrices("x", x)
-    scale, norm = _scale_and_norm(x)
+    _, scale, norm = _scale_and_norm(x)
     return (torch.where(scale.isinf(), 0.0, scale) * norm).squeeze((-2, -1))
 
 
@@ -50,7 +50,7 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
     .. math:: X_0 = x / \text{norm}, \qquad X_{k+1} = a_k X_k + (b_k A + c_k A A)\, X_k, \qquad A = X_k X_k^\top
 
     Each factor maps :math:`U \Sigma V^\top` to :math:`U (a \Sigma + b \Sigma^3 + c \Sigma^5) V^\top`. With the
-    coefficients of Muon the singular values in (.01, 1) end between about .7 and 1.2.
+    coefficients of Muon the singular values between .002 and 1 end between .68 and 1.21.
 
     A matrix whose norm is zero gives zeros, with zero derivatives. Without ``norm`` the result does not change,
     to the bit, when ``x`` is multiplied by a power of two.
@@ -76,8 +76,8 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
     _check_matrices("x", x)
     _check_coefficients(coefficients)
     if norm is None:
-        scale, norm = _scale_and_norm(x)
-        x = x / scale / norm
+        x, _, norm = _scale_and_norm(x)
+        x = x / norm
     else:
         x = x / _divisor(norm, x)
     batch, is_tall = x.shape[:-2], x.size(-2) > x.size(-1)
@@ -96,7 +96,8 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
 class KineticEnergy(nn.Module, ABC):
     """A kinetic energy: bounded below, zero and least at zero momentum, even, with ``<dK/dp, p> >= 0``.
 
-    Where the last property holds, a linear damping of the momentum never raises the energy.
+    The last property is what makes a linear damping of the momentum dissipate. Energies that need more than the
+    momentum, such as the held norm of :class:`SpectralEnergy`, take it as a second argument.
     """
 
     @abstractmethod
@@ -165,7 +166,7 @@ class RelativisticEnergy(KineticEnergy):
         return c * (p / total)
 
     def _terms(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        c = torch.as_tensor(self.c, dtype=p.dtype, device=p.device)
+        c = p.new_full((), self.start) if self.raw is None else self.c.to(p.dtype)
         return c, torch.hypot(p, c)
 
     def extra_repr(self) -> str:
@@ -195,8 +196,7 @@ class SpectralEnergy(KineticEnergy):
         learned: Whether the shape of the factors is learned.
 
     Raises:
-        ValueError: If a triple does not satisfy a, c > 0 and b^2 <= 4 a c; where the shape is learned, b^2 has to
-            stay below .998 times 4 a c.
+        ValueError: If a triple does not satisfy a, c > 0 and b^2 <= 4 a c (3.992 a c where the shape is learned).
 
     Example:
         >>> momentum = torch.diag(torch.tensor([3.0, 0.5]))
@@ -213,10 +213,10 @@ class SpectralEnergy(KineticEnergy):
         if isinstance(coefficients, Tensor):
             coefficients = coefficients.tolist()
         self.start = tuple(tuple(map(float, factor)) for factor in coefficients)
-        limit = _MARGIN**2 if learned else 1.0
+        limit = 3.992 if learned else 4  # a learned b stays within its margin
         for a, b, c in self.start:
-            passive = a > 0 and c > 0 and b * b <= 4 * limit * a * c
-            require(passive, "coefficients", (a, b, c), "triples with a, c > 0 and b^2 <= 4 a c")
+            is_passive = a > 0 and c > 0 and b * b <= limit * a * c
+            require(is_passive, "coefficients", (a, b, c), f"triples with a, c > 0 and b^2 <= {limit} a c")
         self.raw = None
         if learned:
             self.raw = nn.Parameter(torch.zeros(len(self.start), 2))
@@ -238,7 +238,7 @@ class SpectralEnergy(KineticEnergy):
         b = 2 * _MARGIN * (a * c).sqrt() * torch.tanh(shape + self.raw[:, 1])
         return torch.stack((a, b, c), dim=-1) * (peak / _peak(a, b, c, domain)).unsqueeze(-1)
 
-    def energy(self, p: Tensor, norm: Tensor) -> Tensor:  # type: ignore[override]
+    def energy(self, p: Tensor, norm: Tensor) -> Tensor:
         """Evaluate K from singular values, in float64, by a Gauss-Legendre quadrature that is exact for k'.
 
         Args:
@@ -261,7 +261,7 @@ class SpectralEnergy(KineticEnergy):
             s = s * (a + w * (b + w * c))
         return (sigma * (s @ weights)).sum(-1).to(p.dtype)
 
-    def velocity(self, p: Tensor, norm: Tensor) -> Tensor:  # type: ignore[override]
+    def velocity(self, p: Tensor, norm: Tensor) -> Tensor:
         """Evaluate dK/dP by :func:`newton_schulz`.
 
         Args:
@@ -294,7 +294,7 @@ def spectral_power_balance(
         P: Momenta as matrices, shape ``(*batch, m, n)``.
         u: Port effort, of the shape of ``P``.
         friction: Damping rate :math:`\phi \ge 0`, one number per matrix: a number, or shape ``(*batch,)``.
-        gain: Port gain g, one number per matrix.
+        gain: Port gain g, likewise one number per matrix.
         energy: The energy K.
         norm: Held bound of the singular values, shape ``(*batch,)`` or ``(*batch, 1, 1)``.
 
@@ -302,7 +302,8 @@ def spectral_power_balance(
         Powers per matrix, each of shape ``(*batch,)``.
 
     Raises:
-        ValueError: If ``u`` does not have the shape of ``P``, or as in :func:`newton_schulz`.
+        ValueError: If ``u`` does not have the shape of ``P``, ``friction`` or ``gain`` is not one number per matrix,
+            or as in :func:`newton_schulz`.
     """
     if u.shape != P.shape:
         raise ValueError(
@@ -310,7 +311,7 @@ def spectral_power_balance(
         )
     gradient = torch.func.grad(lambda p: energy.energy(p, norm).sum())(P)
     v = energy.velocity(P, norm)
-    friction, gain = (torch.as_tensor(x, dtype=P.dtype, device=P.device)[..., None, None] for x in (friction, gain))
+    friction, gain = _per_matrix("friction", friction, P), _per_matrix("gain", gain, P)
 
     def inner(x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum((-2, -1))
@@ -330,20 +331,21 @@ def _add_product(x: Tensor, y: Tensor, z: Tensor, beta: float | Tensor, alpha: f
     return product(x, y, z, beta=beta, alpha=alpha)
 
 
-def _scale_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Powers of two near the largest entries, infinite at zero, and norms of ``x / scale``; shape ``(*batch, 1, 1)``.
+def _scale_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices ``x / scale``; scales, powers of two near the largest entries; norms of ``x / scale``.
 
-    The scale is exact and x / scale / norm does not depend on it, so nothing is lost by holding it constant. The
-    norm is never zero, because its root has no second derivative there.
+    The scale is infinite where x is zero. Quotients by a power of two are exact, and x / scale / norm does not depend
+    on it, so nothing is lost by holding it constant. The norm is never zero: its root has no second derivative there.
     """
     if 0 in x.shape[-2:]:
-        return (x.new_ones(*x.shape[:-2], 1, 1),) * 2
+        one = x.new_ones(*x.shape[:-2], 1, 1)
+        return x, one, 0 * one
     # frexp does not know every half type on every device
     peak = x.detach().abs().amax((-2, -1), keepdim=True).to(torch.promote_types(x.dtype, torch.float32))
     is_zero = peak == 0
     scale = torch.where(is_zero, math.inf, peak / (2 * torch.frexp(peak).mantissa)).to(x.dtype)
-    norm = torch.linalg.vector_norm(torch.where(is_zero, 1.0, x / scale), dim=(-2, -1), keepdim=True)
-    return scale, norm
+    x = x / scale
+    return x, scale, torch.linalg.vector_norm(torch.where(is_zero, 1.0, x), dim=(-2, -1), keepdim=True)
 
 
 def _divisor(norm: Tensor, x: Tensor) -> Tensor:
@@ -356,6 +358,17 @@ def _divisor(norm: Tensor, x: Tensor) -> Tensor:
             f"Parameter `norm` should have shape {shape} or {(*shape, 1, 1)}. Found `norm.shape = {tuple(norm.shape)}`."
         )
     return torch.where(norm == 0, math.inf, norm).to(x.dtype)
+
+
+def _per_matrix(name: str, value: Tensor | float, P: Tensor) -> Tensor:
+    """One number per matrix as ``(*batch, 1, 1)``; elementwise ones would leave the sign of the powers open."""
+    value = torch.as_tensor(value, dtype=P.dtype, device=P.device)
+    shape = tuple(P.shape[:-2])
+    if value.shape not in ((), shape):
+        raise ValueError(
+            f"Parameter `{name}` should be a number or have shape {shape}. Found `{name}.shape = {tuple(value.shape)}`."
+        )
+    return value[..., None, None]
 
 
 def _bounded_exp(raw: Tensor) -> Tensor:

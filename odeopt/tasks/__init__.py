@@ -14,11 +14,13 @@ from .datasets import (
 from .landscapes import HighDimSaddle, Landscape, MonkeySaddle, Rosenbrock, Saddle
 from .mixture import Draw, Family, Mixture
 from .module import ModuleTask
-from .networks import ImageNetwork, SequencePrediction
+from .networks import ImageNetwork, ImageTask, VisionTransformer
 from .quadratic import NoisyQuadratic, RandomQuadratic
 from .regression import TeacherStudent
 from .rescaled import Rescaled
 from .scaled import ScaledTask
+from .sequences import SequencePrediction
+from .text import TextNetwork, TextRecurrence, TextTransformer
 
 __all__ = [
     "DATASETS",
@@ -31,6 +33,7 @@ __all__ = [
     "HighDimSaddle",
     "ImageDataset",
     "ImageNetwork",
+    "ImageTask",
     "Landscape",
     "MLPClassification",
     "Mixture",
@@ -46,6 +49,10 @@ __all__ = [
     "SequencePrediction",
     "Task",
     "TeacherStudent",
+    "TextNetwork",
+    "TextRecurrence",
+    "TextTransformer",
+    "VisionTransformer",
     "default_data_dir",
     "load_dataset",
     "load_dataset_or_digits",

@@ -12,6 +12,7 @@ from .random import check_dtype
 
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
+_HELD_OUT = 1 << 40  # where the steps of held-out batches start, which no run reaches
 
 
 class Task(ABC):
@@ -33,9 +34,14 @@ class Task(ABC):
         dtype: Of parameters and losses, ``torch.float32`` or ``torch.float64``.
         **config: Arguments that tell this distribution from others of its class; values that JSON can hold.
 
+    Attributes:
+        tables: Names of the parameters that are looked up row by row, such as the weights of ``nn.Embedding``.
+
     Raises:
         ValueError: If ``dtype`` is another one.
     """
+
+    tables: frozenset[str] = frozenset()
 
     def __init__(
         self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **config: Any
@@ -69,6 +75,22 @@ class Task(ABC):
         Returns:
             A tuple of tensors with first axis ``n_tasks``; empty where a problem has no data.
         """
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw data that no step of a run trains on, for a held-out loss.
+
+        By default a batch of a step that no run reaches: held out where batches never repeat. A task with finitely many
+        examples draws from those that the problem does not train on.
+
+        Args:
+            indices: Global numbers of the problems, int64, shape ``(n_tasks,)``.
+            step: Number of the held-out batch, from 0.
+            seed: As in :meth:`init_params`.
+
+        Returns:
+            As :meth:`sample_batch`.
+        """
+        return self.sample_batch(indices, step + _HELD_OUT, seed)
 
     @abstractmethod
     def loss(self, params: Params, batch: Batch) -> Tensor:

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odeopt.checks import require
+
 from .base import Batch, Params
 from .datasets import ImageDataset, load_dataset
+from .examples import Examples, count_of
 from .perceptron import PerceptronTask
-from .random import integers, permutation
+from .random import permutation
 
 SPLITS = ("meta-train", "evaluation")
 
@@ -46,7 +49,11 @@ class MLPClassification(PerceptronTask):
         activation: One of ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"gelu"``.
         batch_size: Images per step, drawn with replacement.
         split: ``"meta-train"`` or ``"evaluation"``.
-        n_examples: Draw minibatches from the first so many images of the split only; from all of them by default.
+        n_examples: Draw minibatches from so many images of the split only, or from a fraction of them, and hold out the
+            others: the first ones for all problems. From all of them by default, so that none is held out, and
+            :meth:`sample_held_out` draws from the same.
+        has_own_examples: Whether each problem draws from ``n_examples`` images of its own instead. Training scores are
+            over the whole split then.
         device: See :class:`Task`.
         dtype: See :class:`Task`.
 
@@ -69,17 +76,17 @@ class MLPClassification(PerceptronTask):
         activation: str = "sigmoid",
         batch_size: int = 128,
         split: str = "meta-train",
-        n_examples: int | None = None,
+        n_examples: float | None = None,
+        has_own_examples: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
         dataset, members = load_split(dataset, split)
-        if n_examples is not None and not 1 <= n_examples <= len(members):
-            raise ValueError(
-                f"Parameter `n_examples` should lie between 1 and {len(members)}. Found `n_examples = {n_examples}`."
-            )
+        n_trained = count_of(n_examples, len(members))
+        is_right = n_examples is not None or not has_own_examples
+        require(is_right, "has_own_examples", has_own_examples, "False where `n_examples` is None")
         super().__init__(
             (dataset.train_images.shape[1], *widths, dataset.n_classes),
             activation=activation,
@@ -91,10 +98,13 @@ class MLPClassification(PerceptronTask):
             split=split,
             # only where it is set: the committed table of baselines is looked up by the description
             **({} if n_examples is None else {"n_examples": n_examples}),
+            **({"has_own_examples": True} if has_own_examples else {}),
         )
         self.batch_size = batch_size
         self.split = split
-        self.members = members[:n_examples]
+        self.examples = Examples(len(members), n_trained, f"classification/{split}", is_shared=not has_own_examples)
+        self.split_members = members
+        self.members = members if has_own_examples else members[:n_trained]
         self.images, self.labels = dataset.train_images, dataset.train_labels
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
         self.to(device)
@@ -111,7 +121,14 @@ class MLPClassification(PerceptronTask):
             Images in [0, 1], shape ``(n_tasks, batch_size, n_pixels)``, and labels, int64,
             shape ``(n_tasks, batch_size)``.
         """
-        members = self.members[self.sample_members(indices, step, seed)]
+        return self._minibatch(indices, step, seed)
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw a minibatch per problem of images that it does not train on; see :meth:`Task.sample_held_out`."""
+        return self._minibatch(indices, step, seed, held_out=True)
+
+    def _minibatch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+        members = self.split_members[self.sample_members(indices, step, seed, held_out=held_out)]
         # index_select copies whole rows: measured ten times as fast as indexing with a matrix.
         images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
         return self._scaled(images), self.labels[members]
@@ -171,11 +188,10 @@ class MLPClassification(PerceptronTask):
             n_right += (logits.argmax(2) == truth).sum(1)
         return loss / len(members), n_right / len(members)
 
-    def sample_members(self, indices: Tensor, step: int, seed: int) -> Tensor:
+    def sample_members(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Tensor:
         """Positions within the split of the images of a step, int64, shape ``(n_tasks, batch_size)``."""
-        stream = f"classification/{self.split}/minibatch"
-        high = len(self.members)
-        return integers(self._indices(indices), (self.batch_size,), high, seed=seed, stream=stream, step=step)
+        indices = self._indices(indices)
+        return self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
 
     def _scaled(self, images: Tensor) -> Tensor:
         """Bytes to numbers in [0, 1]."""

@@ -78,6 +78,7 @@ class ModuleTask(Task):
             batch_size=None if callable(data) else batch_size,
         )
         self.module, self.data, self.loss_fn, self.batch_size = module, data, loss_fn, batch_size
+        self.tables = _tables(module)
         self.to(device)
         self._try()
 
@@ -134,6 +135,14 @@ class ModuleTask(Task):
 def _trained(module: nn.Module) -> Params:
     """The parameters that belong to each problem."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _tables(module: nn.Module) -> frozenset[str]:
+    """Names of the trained parameters that an embedding looks up."""
+    weights = {
+        id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)
+    }  # which a layer before it may share, and give its name
+    return frozenset(name for name, p in module.named_parameters() if p.requires_grad and id(p) in weights)
 
 
 def _check_data(data: tuple[Tensor, ...]) -> None:

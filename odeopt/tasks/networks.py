@@ -1,171 +1,176 @@
-"""Small networks of the kinds people train: convolutions, normalisation, skip connections, attention, recurrence."""
+"""Small networks of the kinds people train on images: convolutions, norms, skip connections, attention."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odeopt.checks import is_integer, require
+
 from .base import Batch
 from .classification import load_split
 from .datasets import ImageDataset
+from .examples import Examples, count_of
+from .layers import (
+    Activation,
+    AsImage,
+    AsPatches,
+    AsRows,
+    Mean,
+    Residual,
+    WithPositions,
+    attention_layers,
+    check_attention,
+    check_network,
+    check_std,
+    draw_small,
+)
 from .module import ModuleTask
-from .perceptron import ACTIVATIONS
-from .random import integers, normal, uniform
-
-
-class _Activation(nn.Module):
-    """A named activation as a module."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.function = ACTIVATIONS[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-class _Residual(nn.Module):
-    """``x + f(norm(x))``."""
-
-    def __init__(self, width: int, block: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.block = nn.LayerNorm(width), block
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(self.norm(x))
-
-
-class _SelfAttention(nn.Module):
-    """Attention over the second last axis, in plain matrix products, which vmap and second derivatives take."""
-
-    def __init__(self, width: int, n_heads: int, *, is_causal: bool) -> None:
-        super().__init__()
-        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.n_heads, self.is_causal = n_heads, is_causal
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.inputs(x).unflatten(-1, (3, self.n_heads, -1)).transpose(-4, -2).unbind(-3)
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        if self.is_causal:
-            n = scores.shape[-1]
-            future = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
-        return self.outputs((scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2))
-
-
-def _attention_layers(width: int, depth: int, activation: str, *, is_causal: bool) -> list[nn.Module]:
-    """Build layers of attention and of a perceptron, normalised first."""
-    layers: list[nn.Module] = []
-    for _ in range(depth):
-        layers.append(_Residual(width, _SelfAttention(width, 2, is_causal=is_causal)))
-        block = (nn.Linear(width, 2 * width), _Activation(activation), nn.Linear(2 * width, width))
-        layers.append(_Residual(width, nn.Sequential(*block)))
-    return [*layers, nn.LayerNorm(width)]
-
-
-class _Recurrence(nn.Module):
-    """A recurrent network written with linear layers: torch's kernels have no batching rule under vmap."""
-
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.inputs, self.hidden = nn.Linear(width, width), nn.Linear(width, width, bias=False)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        h, outputs = torch.zeros_like(x[..., 0, :]), []
-        for driven in self.inputs(x).unbind(-2):
-            h = self.activation(driven + self.hidden(h))
-            outputs.append(h)
-        return torch.stack(outputs, dim=-2)
-
-
-class _WithPositions(nn.Module):
-    """Add a learned vector to each position of a sequence."""
-
-    def __init__(self, length: int, width: int) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(0.1 * torch.randn(length, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.positions
-
-
-class _Mean(nn.Module):
-    """Mean over positions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(-2)
-
-
-class _AsImage(nn.Module):
-    """Rows of pixels to square images of one channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        side = round(x.shape[-1] ** 0.5)
-        return x.unflatten(-1, (1, side, side))
-
-
-class _AsRows(nn.Module):
-    """Rows of pixels to sequences of the images' rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        side = round(x.shape[-1] ** 0.5)
-        return x.unflatten(-1, (side, side))
 
 
 def _normalised(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise((n_in, *(width,) * depth)):
-        layers += [nn.Linear(a, b), nn.LayerNorm(b), _Activation(activation)]
+        layers += [nn.Linear(a, b), nn.LayerNorm(b), Activation(activation)]
     return nn.Sequential(*layers, nn.Linear(width, n_out))
 
 
 def _residual(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
     blocks = (
-        _Residual(width, nn.Sequential(nn.Linear(width, width), _Activation(activation), nn.Linear(width, width)))
+        Residual(width, nn.Sequential(nn.Linear(width, width), Activation(activation), nn.Linear(width, width)))
         for _ in range(depth)
     )
     return nn.Sequential(nn.Linear(n_in, width), *blocks, nn.Linear(width, n_out))
 
 
 def _convolutional(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
-    side, layers = round(n_in**0.5), [_AsImage()]
+    side, layers = math.isqrt(n_in), [AsImage()]
     for a, b in itertools.pairwise((1, *(width,) * depth)):
-        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), _Activation(activation)]
+        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), Activation(activation)]
         side = (side + 1) // 2
     return nn.Sequential(*layers, nn.Flatten(-3), nn.Linear(width * side * side, n_out))
 
 
 def _attentive(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
-    side = round(n_in**0.5)
-    layers = _attention_layers(width, depth, activation, is_causal=False)
+    side = math.isqrt(n_in)
+    layers = attention_layers(width, depth, activation, is_causal=False)
     return nn.Sequential(
-        _AsRows(), nn.Linear(side, width), _WithPositions(side, width), *layers, _Mean(), nn.Linear(width, n_out)
+        AsRows(), nn.Linear(side, width), WithPositions(side, width), *layers, Mean(), nn.Linear(width, n_out)
     )
 
 
 def _autoencoder(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise((n_in, *(width,) * depth)):
-        layers += [nn.Linear(a, b), _Activation(activation)]
+        layers += [nn.Linear(a, b), Activation(activation)]
     return nn.Sequential(*layers, nn.Linear(width, n_in))
+
+
+class _ConvolutionalBlock(nn.Module):
+    """Two convolutions with batch norms, beside a skip connection that follows them in size."""
+
+    def __init__(self, n_in: int, n_out: int, activation: str, stride: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=False),
+            _batch_norm(n_out),
+            Activation(activation),
+            nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
+            _batch_norm(n_out),
+        )
+        is_same = n_in == n_out and stride == 1
+        skip = () if is_same else (nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False), _batch_norm(n_out))
+        self.skip, self.activation = nn.Sequential(*skip), Activation(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.skip(x) + self.block(x))
+
+
+def _batch_norm(n: int) -> nn.Module:
+    """A batch norm that keeps no running statistics, which all problems would write into at once."""
+    return nn.BatchNorm2d(n, track_running_stats=False)
+
+
+def _residual_convolutional(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
+    stem = (nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False), _batch_norm(width), Activation(activation))
+    blocks = [_ConvolutionalBlock(width, width, activation, 1)]
+    blocks += [_ConvolutionalBlock(width << k, width << k + 1, activation, 2) for k in range(depth - 1)]
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(width << depth - 1, n_out)
+    return nn.Sequential(AsImage(), *stem, *blocks, *ends)
 
 
 ARCHITECTURES: dict[str, Callable[[int, int, int, int, str], nn.Module]] = {
     "normalised": _normalised,
     "residual": _residual,
     "convolutional": _convolutional,
+    "residual-convolutional": _residual_convolutional,
     "attention": _attentive,
     "autoencoder": _autoencoder,
 }
-SEQUENCE_ARCHITECTURES = ("attention", "recurrent")
 
 
-class ImageNetwork(ModuleTask):
+class ImageTask(ModuleTask):
+    """A network on the images of a split, or on some of them that each problem has for its own.
+
+    Args:
+        make_module: Builds a network for a dataset, on rows of pixels in [0, 1]; see :class:`ModuleTask`.
+        dataset: Images, or the name of a dataset for :func:`load_dataset`.
+        loss_fn: Maps the output of one problem's network and what :meth:`targets` returns to a 0-d tensor.
+        batch_size: Images per step, drawn with replacement.
+        split: ``"meta-train"`` or ``"evaluation"``.
+        n_examples: Images of the split that a problem trains on, or a fraction of them; it holds out the others. All by
+            default, so that none is held out, and :meth:`sample_held_out` draws from the same.
+        device: See :class:`Task`.
+        **config: See :class:`Task`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[ImageDataset], nn.Module],
+        dataset: ImageDataset | str,
+        *,
+        loss_fn: Callable[..., Tensor],
+        batch_size: int,
+        split: str,
+        n_examples: float | None,
+        device: torch.device | str,
+        **config: Any,
+    ) -> None:
+        require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "positive")
+        dataset, members = load_split(dataset, split)
+        self.images, self.labels = dataset.train_images[members], dataset.train_labels[members]
+        self.examples = Examples(len(members), count_of(n_examples, len(members)), f"image-network/{split}")
+        self.n_images = batch_size
+        super().__init__(lambda: make_module(dataset), self._batch, loss_fn=loss_fn, device=device)
+        self.config = {"dataset": dataset.name, **config, "batch_size": batch_size, "split": split}
+        if n_examples is not None:  # whole splits are described as they were before there were parts of them
+            self.config["n_examples"] = n_examples
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw images that a problem does not train on; see :meth:`Task.sample_held_out`."""
+        return self._batch(self._indices(indices), step, seed, held_out=True)
+
+    def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+        """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and what is to be made of them."""
+        members = self.examples.draw(indices, self.n_images, step=step, seed=seed, held_out=held_out)
+        images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
+        return self._targets(images.to(self.dtype).div_(255), self.labels[members])
+
+    def _targets(self, images: Tensor, labels: Tensor) -> Batch:
+        """Inputs and targets of a batch: images and labels."""
+        return images, labels
+
+
+class ImageNetwork(ImageTask):
     r"""Networks other than perceptrons on images: classification, or reconstruction by an autoencoder.
 
     The loss is the mean cross-entropy in nats; of an autoencoder half the squared error per image, summed over
@@ -175,13 +180,15 @@ class ImageNetwork(ModuleTask):
     Args:
         dataset: Images, or the name of a dataset for :func:`load_dataset`.
         architecture: ``"normalised"`` (layer norms between linear layers), ``"residual"`` (normalised blocks of two
-            layers beside a skip connection), ``"convolutional"`` (3 x 3 with stride two), ``"attention"`` (over the
+            layers beside a skip connection), ``"convolutional"`` (3 x 3 with stride two), ``"residual-convolutional"``
+            (blocks of two with batch norms, channels doubling from block to block), ``"attention"`` (over the
             rows of an image, two heads), or ``"autoencoder"``.
         width: Units of a hidden layer, channels, or width of the attention (an even number there).
         depth: Number of hidden layers or blocks.
         activation: One of ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"gelu"``.
         batch_size: Images per step, drawn with replacement.
         split: ``"meta-train"`` or ``"evaluation"``.
+        n_examples: See :class:`ImageTask`.
         device: See :class:`~odeopt.tasks.base.Task`.
 
     Raises:
@@ -204,136 +211,106 @@ class ImageNetwork(ModuleTask):
         activation: str = "relu",
         batch_size: int = 64,
         split: str = "meta-train",
+        n_examples: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check(architecture, ARCHITECTURES, width, depth, activation, batch_size)
-        dataset, members = load_split(dataset, split)
-        sizes = (dataset.train_images.shape[1], dataset.n_classes)
-        self.stream = f"image-network/{split}"
-        self.images, self.labels = dataset.train_images[members], dataset.train_labels[members]
-        self.n_images, self.is_autoencoder = batch_size, architecture == "autoencoder"
+        wanted = f"one of {', '.join(ARCHITECTURES)}"
+        require(architecture in ARCHITECTURES, "architecture", architecture, wanted)
+        check_network(width, depth, activation)
+        require(architecture != "attention" or width % 2 == 0, "width", width, "even for two heads")
+        self.is_autoencoder, make = architecture == "autoencoder", ARCHITECTURES[architecture]
         super().__init__(
-            lambda: ARCHITECTURES[architecture](*sizes, width, depth, activation),
-            self._images,
+            lambda dataset: make(dataset.train_images.shape[1], dataset.n_classes, width, depth, activation),
+            dataset,
             loss_fn=_reconstruction_loss if self.is_autoencoder else F.cross_entropy,
+            batch_size=batch_size,
+            split=split,
+            n_examples=n_examples,
             device=device,
+            architecture=architecture,
+            width=width,
+            depth=depth,
+            activation=activation,
         )
-        self.config = {
-            "dataset": dataset.name,
-            "architecture": architecture,
-            "width": width,
-            "depth": depth,
-            "activation": activation,
-            "batch_size": batch_size,
-            "split": split,
-        }
 
-    def _images(self, indices: Tensor, step: int, seed: int) -> Batch:
-        """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and labels, or the images again."""
-        stream = f"{self.stream}/minibatch"
-        members = integers(indices, (self.n_images,), len(self.labels), seed=seed, stream=stream, step=step)
-        images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
-        images = images.to(self.dtype).div_(255)
-        return images, images if self.is_autoencoder else self.labels[members]
+    def _targets(self, images: Tensor, labels: Tensor) -> Batch:
+        return images, images if self.is_autoencoder else labels
 
 
-class SequencePrediction(ModuleTask):
-    r"""Predict the next symbol of a random Markov chain of second order, a new chain for each problem.
-
-    .. math:: P(s_{t+1} = k \mid s_t = i, s_{t-1} = j) \propto \exp(A_{ik} + B_{jk}), \qquad A, B \sim 2\,N(0, 1)
-
-    Sequences never come twice. The loss is the mean cross-entropy in nats over all positions but the first.
+class VisionTransformer(ImageTask):
+    """A transformer that classifies images by their patches: learned positions, no class token, the mean of positions.
 
     Args:
-        architecture: ``"attention"`` (causal, two heads, learned positions) or ``"recurrent"``.
-        width: Width of the embedding and of the network; an even number for attention.
-        depth: Number of layers.
-        n_symbols: Size of the alphabet.
-        length: Symbols of a sequence that are predicted from.
+        dataset: Images, or the name of a dataset for :func:`load_dataset`.
+        patch: Height and width of a patch in pixels, a divisor of those of the images.
+        width: Width of the layers, a multiple of ``n_heads``.
+        depth: Number of layers, each of attention and of a perceptron.
+        n_heads: Number of heads.
+        expansion: Width of the perceptrons in units of ``width``.
+        norm: ``"pre"`` (norms before attention and perceptrons), ``"post"`` (after the sums), or ``"none"``.
         activation: One of ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"gelu"``.
-        batch_size: Sequences per step.
+        init_std: Deviation of all initial weights, biases being zero; as torch initialises layers by default.
+        batch_size: Images per step, drawn with replacement.
+        split: ``"meta-train"`` or ``"evaluation"``.
+        n_examples: See :class:`ImageTask`.
         device: See :class:`~odeopt.tasks.base.Task`.
 
     Raises:
-        ValueError: If an argument is not one of these.
+        ValueError: If an argument is out of range.
+
+    References:
+        Dosovitskiy et al. (2021), An image is worth 16x16 words, Section 3.1.
     """
 
     def __init__(
         self,
-        architecture: str = "attention",
+        dataset: ImageDataset | str,
         *,
-        width: int = 16,
-        depth: int = 1,
-        n_symbols: int = 8,
-        length: int = 12,
-        activation: str = "tanh",
-        batch_size: int = 16,
+        patch: int = 4,
+        width: int = 32,
+        depth: int = 2,
+        n_heads: int = 2,
+        expansion: int = 2,
+        norm: str = "pre",
+        activation: str = "gelu",
+        init_std: float | None = None,
+        batch_size: int = 64,
+        split: str = "meta-train",
+        n_examples: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check(architecture, SEQUENCE_ARCHITECTURES, width, depth, activation, batch_size)
-        for name, value in (("n_symbols", n_symbols), ("length", length)):
-            if value < 2:
-                raise ValueError(f"Parameter `{name}` should be at least 2. Found `{name} = {value}`.")
+        check_network(width, depth, activation)
+        check_attention(width, n_heads, expansion, norm)
+        check_std(init_std)
+        require(is_integer(patch) and patch >= 1, "patch", patch, "a positive integer")
 
-        def make() -> nn.Module:
-            layers: list[nn.Module] = [nn.Embedding(n_symbols, width)]
-            if architecture == "attention":
-                layers.append(_WithPositions(length, width))
-                layers += _attention_layers(width, depth, activation, is_causal=True)
-            else:
-                layers += [_Recurrence(width, activation) for _ in range(depth)]
-            return nn.Sequential(*layers, nn.Linear(width, n_symbols))
+        def make(dataset: ImageDataset) -> nn.Module:
+            is_right = all(side % patch == 0 for side in dataset.image_shape)
+            require(is_right, "patch", patch, f"a divisor of {dataset.image_shape}")
+            n_patches = math.prod(side // patch for side in dataset.image_shape)
+            options = {"n_heads": n_heads, "expansion": expansion, "norm": norm, "is_causal": False}
+            layers = attention_layers(width, depth, activation, **options)
+            first = AsPatches(patch), nn.Linear(patch**2, width), WithPositions(n_patches, width)
+            module = nn.Sequential(*first, *layers, Mean(), nn.Linear(width, dataset.n_classes))
+            return module if init_std is None else draw_small(module, init_std)
 
-        self.n_symbols, self.length, self.n_sequences = n_symbols, length, batch_size
-        super().__init__(make, self._sequences, loss_fn=_sequence_loss, device=device)
-        self.config = {
-            "architecture": architecture,
-            "width": width,
-            "depth": depth,
-            "n_symbols": n_symbols,
-            "length": length,
-            "activation": activation,
-            "batch_size": batch_size,
-        }
-
-    def _sequences(self, indices: Tensor, step: int, seed: int) -> Batch:
-        """Symbols, ``(n_tasks, batch_size, length)``, and their successors."""
-        k, options = self.n_symbols, {"seed": seed, "stream": "sequence/chain", "dtype": self.dtype}
-        last, before = (2 * normal(indices, (2, k, k), **options)).unbind(1)
-        # the maximum of logits and Gumbel noise is a draw from their softmax
-        options["stream"] = "sequence/noise"
-        u = uniform(indices, (self.n_sequences, self.length + 1, k), step=step, **options)
-        noise = -(-(u.clamp(min=1e-9).log())).clamp(min=1e-9).log()
-        symbols = [noise[:, :, 0].argmax(-1)]
-        symbols.append((_rows(last, symbols[0]) + noise[:, :, 1]).argmax(-1))
-        for t in range(2, self.length + 1):
-            logits = _rows(last, symbols[-1]) + _rows(before, symbols[-2])
-            symbols.append((logits + noise[:, :, t]).argmax(-1))
-        sequence = torch.stack(symbols, dim=-1)
-        return sequence[..., :-1], sequence[..., 1:]
-
-
-def _rows(table: Tensor, symbols: Tensor) -> Tensor:
-    """Rows of each problem's table, ``(n_tasks, k, k)``, that symbols ``(n_tasks, B)`` name."""
-    return table.take_along_dim(symbols.unsqueeze(-1), dim=1)
-
-
-def _sequence_loss(logits: Tensor, symbols: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), symbols.flatten())
-
-
-def _check(architecture: str, known: Iterable[str], width: int, depth: int, activation: str, batch_size: int) -> None:
-    if architecture not in known:
-        wanted = f"one of {', '.join(known)}"
-        raise ValueError(f"Parameter `architecture` should be {wanted}. Found `architecture = {architecture!r}`.")
-    if activation not in ACTIVATIONS:
-        wanted = f"one of {', '.join(ACTIVATIONS)}"
-        raise ValueError(f"Parameter `activation` should be {wanted}. Found `activation = {activation!r}`.")
-    for name, value in (("width", width), ("depth", depth), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"Parameter `{name}` should be positive. Found `{name} = {value}`.")
-    if architecture == "attention" and width % 2:
-        raise ValueError(f"Parameter `width` should be even for two heads. Found `width = {width}`.")
+        super().__init__(
+            make,
+            dataset,
+            loss_fn=F.cross_entropy,
+            batch_size=batch_size,
+            split=split,
+            n_examples=n_examples,
+            device=device,
+            patch=patch,
+            width=width,
+            depth=depth,
+            n_heads=n_heads,
+            expansion=expansion,
+            norm=norm,
+            activation=activation,
+            init_std=init_std,
+        )
 
 
 def _reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Rescaled(Task):
     def __init__(self, task: Task, log_range: float = 1.0) -> None:
         require(is_number(log_range) and log_range > 0, "log_range", log_range, "a positive number")
         super().__init__(device=task.device, dtype=task.dtype, log_range=log_range, of=task.describe())
-        self.task, self.log_range = task, log_range
+        self.task, self.log_range, self.tables = task, log_range, task.tables
 
     @property
     def param_shapes(self) -> dict[str, torch.Size]:
@@ -49,6 +49,10 @@ class Rescaled(Task):
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Return the factors, ``(n_tasks, n_tensors)``, and the batch of the task; see :meth:`Task.sample_batch`."""
         return self._factors(indices, seed), *self.task.sample_batch(indices, step, seed)
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Return the factors and a held-out batch of the task; see :meth:`Task.sample_held_out`."""
+        return self._factors(indices, seed), *self.task.sample_held_out(indices, step, seed)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Evaluate the task in its own units; see :meth:`Task.loss`."""

@@ -35,6 +35,7 @@ class ScaledTask(Task):
             device=task.device, dtype=task.dtype, loss_scale=loss_scale, init_scale=init_scale, of=task.describe()
         )
         self.task, self.loss_scale, self.init_scale = task, loss_scale, init_scale
+        self.tables = task.tables
 
     @property
     def param_shapes(self) -> dict[str, torch.Size]:
@@ -48,6 +49,10 @@ class ScaledTask(Task):
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw the batch of the task; see :meth:`Task.sample_batch`."""
         return self.task.sample_batch(indices, step, seed)
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw a held-out batch of the task; see :meth:`Task.sample_held_out`."""
+        return self.task.sample_held_out(indices, step, seed)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Evaluate the task, in the new units; see :meth:`Task.loss`."""

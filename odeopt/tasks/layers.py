@@ -1,0 +1,225 @@
+"""Layers of small networks, written so that ``torch.func.vmap`` and second derivatives can take them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from odeopt.checks import is_integer, is_number, require
+
+from .perceptron import ACTIVATIONS
+
+NORMS = ("pre", "post", "none")
+CELLS = ("plain", "gru", "lstm")
+
+
+class Activation(nn.Module):
+    """A named activation as a module."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.function = ACTIVATIONS[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Residual(nn.Module):
+    """``x + f(norm(x))``, or with the norm after the sum (``"post"``), or without one (``"none"``)."""
+
+    def __init__(self, width: int, block: nn.Module, norm: str = "pre") -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(width)
+        self.block, self.is_post = block, norm == "post"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.block(x)) if self.is_post else x + self.block(self.norm(x))
+
+
+class SelfAttention(nn.Module):
+    """Attention over the second last axis, in plain matrix products, which vmap and second derivatives take."""
+
+    def __init__(self, width: int, n_heads: int, *, is_causal: bool) -> None:
+        super().__init__()
+        self.inputs, self.outputs = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.n_heads, self.is_causal = n_heads, is_causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inputs(x).unflatten(-1, (3, self.n_heads, -1)).transpose(-4, -2).unbind(-3)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if self.is_causal:
+            n = scores.shape[-1]
+            future = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        return self.outputs((scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2))
+
+
+def attention_layers(
+    width: int,
+    depth: int,
+    activation: str,
+    *,
+    is_causal: bool,
+    n_heads: int = 2,
+    expansion: int = 2,
+    norm: str = "pre",
+) -> list[nn.Module]:
+    """Build ``depth`` layers of attention and of a perceptron ``expansion`` times as wide."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers.append(Residual(width, SelfAttention(width, n_heads, is_causal=is_causal), norm))
+        block = (nn.Linear(width, expansion * width), Activation(activation), nn.Linear(expansion * width, width))
+        layers.append(Residual(width, nn.Sequential(*block), norm))
+    return [*layers, nn.LayerNorm(width)] if norm == "pre" else layers
+
+
+def check_network(width: int, depth: int, activation: str) -> None:
+    """Raise a ValueError that names what is out of range."""
+    for name, value in (("width", width), ("depth", depth)):
+        require(is_integer(value) and value >= 1, name, value, "positive")
+    require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+
+
+def check_std(init_std: float | None) -> None:
+    """Raise a ValueError unless a deviation of initial weights is a positive number or None."""
+    is_right = init_std is None or (is_number(init_std) and init_std > 0)
+    require(is_right, "init_std", init_std, "a positive number or None")
+
+
+def check_attention(width: int, n_heads: int, expansion: int, norm: str) -> None:
+    """Raise a ValueError that names the argument of :func:`attention_layers` that is out of range."""
+    for name, value in (("n_heads", n_heads), ("expansion", expansion)):
+        require(is_integer(value) and value >= 1, name, value, "a positive integer")
+    require(width % n_heads == 0, "width", width, f"a multiple of `n_heads = {n_heads}`")
+    require(norm in NORMS, "norm", norm, f"one of {', '.join(NORMS)}")
+
+
+def draw_small(module: nn.Module, std: float) -> nn.Module:
+    """Draw the weights of linear layers and embeddings anew, normal with a deviation, biases at zero, as GPT-2 does."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            nn.init.normal_(layer.weight, std=std)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+class Recurrence(nn.Module):
+    """A recurrent network written with linear layers: torch's kernels have no batching rule under vmap."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.inputs, self.hidden = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = torch.zeros_like(x[..., 0, :]), []
+        for driven in self.inputs(x).unbind(-2):
+            h = self.activation(driven + self.hidden(h))
+            outputs.append(h)
+        return torch.stack(outputs, dim=-2)
+
+
+class GatedRecurrence(nn.Module):
+    r"""A gated recurrent unit with an activation of one's choice, ``tanh`` for the usual one.
+
+    .. math:: h_t = z_t h_{t-1} + (1 - z_t)\,\phi(W x_t + r_t (U h_{t-1} + b))
+
+    References:
+        Cho et al. (2014), Learning phrase representations using RNN encoder-decoder, Eq. (5)-(8).
+    """
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.inputs, self.hidden = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = torch.zeros_like(x[..., 0, :]), []
+        for driven in self.inputs(x).unbind(-2):
+            (r, z, n), (hr, hz, hn) = driven.chunk(3, -1), self.hidden(h).chunk(3, -1)
+            new = self.activation(n + torch.sigmoid(r + hr) * hn)
+            h = new + torch.sigmoid(z + hz) * (h - new)
+            outputs.append(h)
+        return torch.stack(outputs, dim=-2)
+
+
+class LongShortTermMemory(nn.Module):
+    r"""An LSTM with an activation of one's choice, ``tanh`` for the usual one, and forget gates that start open by one.
+
+    .. math:: c_t = f_t c_{t-1} + i_t\,\phi(g_t), \qquad h_t = o_t\,\phi(c_t)
+
+    References:
+        Jozefowicz et al. (2015), An empirical exploration of recurrent network architectures, Section 2.2.
+    """
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.inputs, self.hidden = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width, bias=False)
+        with torch.no_grad():
+            self.inputs.bias[width : 2 * width] += 1
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = torch.zeros_like(x[..., 0, :]), []
+        c = h
+        for driven in self.inputs(x).unbind(-2):
+            i, f, g, o = (driven + self.hidden(h)).chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * self.activation(g)
+            h = torch.sigmoid(o) * self.activation(c)
+            outputs.append(h)
+        return torch.stack(outputs, dim=-2)
+
+
+def recurrent_layer(cell: str, width: int, activation: str) -> nn.Module:
+    """Build a recurrent layer of one of the :data:`CELLS`."""
+    kinds = {"plain": Recurrence, "gru": GatedRecurrence, "lstm": LongShortTermMemory}
+    return kinds[cell](width, activation)
+
+
+class WithPositions(nn.Module):
+    """Add a learned vector to each position of a sequence."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.1 * torch.randn(length, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.positions
+
+
+class Mean(nn.Module):
+    """Mean over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(-2)
+
+
+class AsImage(nn.Module):
+    """Rows of pixels to square images of one channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[-1])
+        return x.unflatten(-1, (1, side, side))
+
+
+class AsRows(nn.Module):
+    """Rows of pixels to sequences of the images' rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[-1])
+        return x.unflatten(-1, (side, side))
+
+
+class AsPatches(nn.Module):
+    """Rows of pixels to sequences of square patches."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, n = self.patch, math.isqrt(x.shape[-1]) // self.patch
+        return x.unflatten(-1, (n, k, n, k)).transpose(-3, -2).flatten(-4, -3).flatten(-2)
