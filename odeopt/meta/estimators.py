@@ -129,6 +129,7 @@ class Backpropagation(Estimator):
                 update_scale=update_scale,
                 checkpoint=self.checkpoint,
                 damping=self.damping,
+                held_out=objective.held_out,
             )
             first = trajectory.losses[0].detach() if first is None else first
             meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon, first=first).mean()
@@ -302,7 +303,7 @@ class EvolutionStrategies(Estimator):
             runs = range(start, min(start + length, n_runs))
             stacked = perturbed(rule, noise.perturbed(runs, self.sigma))
             trajectory = self._trajectory(stacked, task, indices.repeat(len(runs)), horizon, seed, update_scale,
-                                          tells_horizon)  # fmt: skip
+                                          tells_horizon, objective.held_out)  # fmt: skip
             losses.append(self._meta_losses(trajectory.losses, objective).view(len(runs), len(indices)).mT)
         # in double precision: what follows are small differences
         losses = world.gather(torch.cat(losses, dim=1).double())
@@ -315,9 +316,10 @@ class EvolutionStrategies(Estimator):
         yield losses.mean().to(task.dtype)
 
     @torch.no_grad()
-    def _trajectory(self, rule, task, indices, horizon, seed, update_scale, tells_horizon):
+    def _trajectory(self, rule, task, indices, horizon, seed, update_scale, tells_horizon, held_out):
         total = horizon if tells_horizon else None
         options = {"n_steps": horizon, "seed": seed, "total_steps": total, "update_scale": update_scale}
+        options["held_out"] = held_out
         return unroll(rule, task, indices=indices, **options)
 
     def _meta_losses(self, losses: Tensor, objective: MetaObjective) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import is_number, require
 
 _WEIGHTS = ("uniform", "linear", "late", "last")
 _CEILING = 10.0  # what a relative loss counts at most
@@ -26,9 +26,10 @@ class MetaObjective:
         log: Whether losses pass through a logarithm first, so that each task counts alike.
         eps: Added to the losses inside the logarithm, in units of the loss.
         relative: Whether losses are divided by the first loss of their run, and count at most ten then.
+        held_out: Share of the loss on batches that the run does not train on in each loss.
 
     Raises:
-        ValueError: If ``weights`` is unknown or ``eps`` is not positive.
+        ValueError: If ``weights`` is unknown, ``eps`` is not positive, or ``held_out`` not in [0, 1].
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Eq. (3).
@@ -38,10 +39,13 @@ class MetaObjective:
     log: bool = True
     eps: float = 1e-8
     relative: bool = False
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.weights in _WEIGHTS, "weights", self.weights, f"one of {', '.join(_WEIGHTS)}")
         require(self.eps > 0, "eps", self.eps, "positive")
+        is_share = is_number(self.held_out) and 0 <= self.held_out <= 1
+        require(is_share, "held_out", self.held_out, "a number in [0, 1]")
 
     def __call__(self, losses: Tensor, *, start: int, horizon: int, first: Tensor | None = None) -> Tensor:
         """Evaluate the part of the meta-loss that the steps ``start + 1 .. start + len(losses)`` contribute.

@@ -180,6 +180,7 @@ class PersistentEvolutionStrategies(Estimator):
         for at in range(0, n_runs, length):
             stacked = perturbed(rule, noise.perturbed(range(at, at + length), self.sigma))
             carried = {} if group.params is None else group.rows(at * n, (at + length) * n)
+            carried["held_out"] = objective.held_out
             indices = group.indices.repeat(length)
             pieces.append(unroll(stacked, task, indices=indices, n_steps=n_steps, start=start, **carried, **options))
         losses = torch.cat([piece.losses for piece in pieces], dim=1)

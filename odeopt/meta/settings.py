@@ -69,6 +69,7 @@ class MetaConfig:
         log_loss: Whether the meta-loss takes logarithms of the losses.
         log_eps: Added to a loss inside the logarithm.
         relative_loss: Whether losses are divided by the first one of their run.
+        held_out: Share of the loss on batches that no step trains on in each loss, in [0, 1].
         gain_margin: Training multiplies the updates by this factor, use and validation do not: the rule then
             stands that far away from the step sizes it was fitted at, which are at the edge of stability.
         lr: Peak learning rate of meta-Adam.
@@ -104,6 +105,7 @@ class MetaConfig:
     log_loss: bool = True
     log_eps: float = 1e-8
     relative_loss: bool = False
+    held_out: float = 0.0
     gain_margin: float = 1.0
     lr: float = 3e-3
     beta2: float = 0.999
@@ -153,7 +155,7 @@ class MetaConfig:
 
     def objective(self) -> MetaObjective:
         """Build the meta-loss."""
-        return MetaObjective(self.weights, self.log_loss, self.log_eps, self.relative_loss)
+        return MetaObjective(self.weights, self.log_loss, self.log_eps, self.relative_loss, self.held_out)
 
     def estimator(self) -> Estimator:
         """Build the estimator of the meta-gradient."""

@@ -319,6 +319,7 @@ class _Run:
             indices=torch.arange(config.n_validation_tasks),
             horizon=config.horizon,
             seed=VALIDATION_SEED,
+            held_out=config.held_out,
             world=self.world,
         )
         self.result.validation.append((step, score))

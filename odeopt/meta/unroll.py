@@ -45,6 +45,7 @@ def unroll(
     update_scale: float = 1.0,
     checkpoint: int | None = None,
     damping: float = 1.0,
+    held_out: float = 0.0,
 ) -> Trajectory:
     """Optimize the tasks ``indices`` with ``rule``, all of them as one batched computation.
 
@@ -73,12 +74,14 @@ def unroll(
         checkpoint: Steps per checkpointed segment; None keeps the whole run in memory.
         damping: Factor on the meta-gradient that goes back through parameters and states where a step begins; 1 is
             exact. The run itself is the same.
+        held_out: Share of the loss on a batch that no step trains on (:meth:`odeopt.tasks.Task.sample_held_out`) in the
+            losses that are returned. The run itself is the same.
 
     Returns:
         Losses, final parameters and final states.
 
     Raises:
-        ValueError: If ``n_steps``, ``total_steps``, ``checkpoint`` or ``damping`` is out of range.
+        ValueError: If ``n_steps``, ``total_steps``, ``checkpoint``, ``damping`` or ``held_out`` is out of range.
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Fig. 2.
@@ -88,6 +91,7 @@ def unroll(
     require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
     require(checkpoint is None or checkpoint >= 1, "checkpoint", checkpoint, "positive")
     require(is_number(damping) and 0 < damping <= 1, "damping", damping, "a number in (0, 1]")
+    require(is_number(held_out) and 0 <= held_out <= 1, "held_out", held_out, "a number in [0, 1]")
     params = task.init_params(indices, seed) if params is None else dict(params)
     shapes = {name: param.shape for name, param in params.items()}
     flat = {name: param.reshape(len(indices), shapes[name][1:].numel()) for name, param in params.items()}
@@ -95,7 +99,8 @@ def unroll(
         states = {name: rule.init_state(param) for name, param in flat.items()}
     layout = layout_for(rule, shapes, next(iter(flat.values())), task.tables)
     flat, states = layout.pack(flat, states)
-    run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale, damping)
+    run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale, damping, held_out,
+                  torch.is_grad_enabled())
     steps = run.checkpointed if checkpoint is not None and torch.is_grad_enabled() else run.steps
     end, length, losses = start + n_steps, checkpoint or n_steps, []
     for first in range(start, end, length):
@@ -132,13 +137,21 @@ class _Unroll(NamedTuple):
     detach: bool
     update_scale: float
     damping: float
+    held_out: float
+    is_differentiated: bool
 
     @torch.enable_grad()
     def evaluate(self, flat: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Losses of a step, their sum, and the parameters with respect to which it can be differentiated."""
+        """Losses of a step, what they sum to on its batch, and the parameters by which that can be differentiated."""
         variables = {name: _variable(param) for name, param in flat.items()}
-        loss = self.task.loss(self.layout.views(variables), self.task.sample_batch(self.indices, step, self.seed))
-        return loss, loss.sum(), list(variables.values())
+        params = self.layout.views(variables)
+        loss = self.task.loss(params, self.task.sample_batch(self.indices, step, self.seed))
+        total = loss.sum()
+        if self.held_out > 0:
+            with torch.set_grad_enabled(self.is_differentiated):
+                held_out = self.task.loss(params, self.task.sample_held_out(self.indices, step, self.seed))
+            loss = torch.lerp(loss, held_out, self.held_out)
+        return loss, total, list(variables.values())
 
     def steps(
         self, start: int, end: int, flat: dict[str, Tensor], states: dict[str, NamedTuple]

@@ -15,17 +15,25 @@ _LEAST = 1e-3  # under a loss that is compared with the first one by its logarit
 
 @torch.no_grad()
 def validation_score(
-    rule: UpdateRule, task: Task | Mixture, *, indices: Tensor, horizon: int, seed: int, world: World = ALONE
+    rule: UpdateRule,
+    task: Task | Mixture,
+    *,
+    indices: Tensor,
+    horizon: int,
+    seed: int,
+    held_out: float = 0.0,
+    world: World = ALONE,
 ) -> float:
     """Mean loss over the tasks and the last tenth of the full horizon; infinite where a run diverged.
 
     With a mixture the mean over draws of the logarithm of that loss over the first one of the run.
     """
     if isinstance(task, Mixture):
-        return _mixture_score(rule, task, indices=indices, seed=seed, world=world)
+        return _mixture_score(rule, task, indices=indices, seed=seed, held_out=held_out, world=world)
     indices, n_last = indices[world.share(len(indices))], max(1, horizon // 10)
     if len(indices) > 0:
-        trajectory = unroll(rule, task, indices=indices, n_steps=horizon, seed=seed, total_steps=horizon)
+        options = {"n_steps": horizon, "seed": seed, "total_steps": horizon, "held_out": held_out}
+        trajectory = unroll(rule, task, indices=indices, **options)
         losses = trajectory.losses[-n_last:]
     else:  # more ranks than tasks
         losses = torch.zeros(n_last, 0, dtype=task.dtype, device=task.device)
@@ -33,11 +41,14 @@ def validation_score(
     return score if score == score else float("inf")
 
 
-def _mixture_score(rule: UpdateRule, mixture: Mixture, *, indices: Tensor, seed: int, world: World) -> float:
+def _mixture_score(
+    rule: UpdateRule, mixture: Mixture, *, indices: Tensor, seed: int, held_out: float, world: World
+) -> float:
     scores = []
     for number in indices[world.share(len(indices))].tolist():
         task, problems, horizon, _ = mixture.draw(number, seed)
-        losses = unroll(rule, task, indices=problems, n_steps=horizon, seed=seed, total_steps=horizon).losses
+        options = {"n_steps": horizon, "seed": seed, "total_steps": horizon, "held_out": held_out}
+        losses = unroll(rule, task, indices=problems, **options).losses
         last = losses[-max(1, horizon // 10) :].mean(0)
         scores.append((last / losses[0] + _LEAST).log().mean().double())
     scores = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64, device=mixture.device)
