@@ -23,7 +23,8 @@ class Autoencoder(ImageTask):
     r"""Reconstruct images through a few latent numbers; encoder and decoder are perceptrons, mirror images in widths.
 
     .. math:: f_t(\theta) = \frac{1}{B} \sum_b D_{KL}(q_\theta(z \mid x_{tb}) \,\|\, N(0, I)) -
-              \log p_\theta(x_{tb} \mid z_{tb}), \qquad z_{tb} = \mu_\theta(x_{tb}) + \sigma_\theta(x_{tb})\,\varepsilon_{tb}
+              \log p_\theta(x_{tb} \mid z_{tb}), \qquad
+              z_{tb} = \mu_\theta(x_{tb}) + \sigma_\theta(x_{tb})\,\varepsilon_{tb}
 
     A variational autoencoder's noise comes with the batch, so that its loss is a function of parameters and batch; a
     plain one has :math:`z = \mu` and no divergence. Losses are in nats per image, summed over pixels: a Bernoulli
