@@ -18,6 +18,7 @@ from odeopt.meta.config import available_configs, load_config
 from odeopt.meta.search_config import load_search
 from odeopt.rules import HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate
 from odeopt.tasks import MLPClassification, RandomQuadratic
+from odeopt.tasks.classification import SPLITS
 
 QUADRATIC = """
 [rule]
@@ -174,6 +175,37 @@ def test_shipped_configuration_builds_a_rule_that_works(name):
     assert config.task["class"] in ("MLPClassification", "RandomQuadratic", "Mixture")
     if config.task["class"] == "RandomQuadratic":
         assert config.build_task().param_shapes
+
+
+def test_every_task_that_has_splits_is_built_on_the_one_asked_for(tmp_path):
+    for text in (
+        '"TextTransformer"\nwidth = 4',
+        '"CoordinateNetwork"\nwidth = 4',
+        '"ImageNetwork"\ndataset = "digits"',
+    ):
+        config = load_config(write(tmp_path, QUADRATIC.replace('"RandomQuadratic"\ndim = 3', text)))
+        assert [config.build_task(split).describe()["split"] for split in SPLITS] == list(SPLITS)
+
+
+def test_families_of_the_mixture_of_networks_can_be_trained_and_held_out():
+    config = load_config("port-hamiltonian-spectral").with_dataset("digits")
+    families = config.task["families"]
+    assert sum(family["share"] for family in families) == pytest.approx(1)
+    mixture, seen = config.build_task(), set()
+    for number in range(150):
+        draw = mixture.draw(number, seed=0)
+        task = getattr(draw.task, "task", draw.task)
+        if type(task) in seen:
+            continue
+        seen.add(type(task))
+        params = {name: p.requires_grad_() for name, p in draw.task.init_params(draw.indices, 0).items()}
+        losses = [
+            draw.task.loss(params, sample(draw.indices, 0, 0))
+            for sample in (draw.task.sample_batch, draw.task.sample_held_out)
+        ]
+        grads = torch.autograd.grad(losses[0].sum(), list(params.values()))
+        assert all(x.isfinite().all() for x in (*losses, *grads))
+    assert {task.__name__ for task in seen} == {family["class"] for family in families}
 
 
 @pytest.mark.parametrize("name", sorted(set(available_configs()) & set(odeopt.available_pretrained())))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from odeopt.tasks import (
+    Autoencoder,
     ImageDataset,
     ImageNetwork,
     MLPClassification,
@@ -32,6 +33,7 @@ def numbered_images():
 IMAGE_TASKS = {
     "network": lambda **options: ImageNetwork(numbered_images(), "normalised", **options),
     "autoencoder": lambda **options: ImageNetwork(numbered_images(), "autoencoder", **options),
+    "vae": lambda **options: Autoencoder(numbered_images(), width=4, **options),
     "vit": lambda **options: VisionTransformer(numbered_images(), patch=2, width=4, **options),
     "perceptron": lambda **options: MLPClassification(
         numbered_images(), (3,), has_own_examples="n_examples" in options, **options

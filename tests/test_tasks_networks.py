@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from odeopt.tasks import (
+    Autoencoder,
+    CoordinateNetwork,
     Family,
     ImageNetwork,
     Mixture,
@@ -18,6 +20,7 @@ from odeopt.tasks import (
     TextTransformer,
     VisionTransformer,
 )
+from odeopt.tasks.autoencoders import LIKELIHOODS
 from odeopt.tasks.layers import CELLS, NORMS, AsPatches, Recurrence, Residual, SelfAttention, recurrent_layer
 from odeopt.tasks.networks import ARCHITECTURES
 from odeopt.tasks.random import normal
@@ -36,6 +39,11 @@ TASKS = {
     **{f"vit {name}": lambda name=name: vit(norm=name) for name in NORMS},
     **{f"text {name}": lambda name=name: text(norm=name) for name in NORMS},
     "text of small weights": lambda: text(init_std=0.1, depth=1, expansion=2),
+    **{f"{name} vae": lambda name=name: autoencoder(likelihood=name) for name in LIKELIHOODS},
+    "bottleneck": lambda: autoencoder(is_variational=False, likelihood="gaussian"),
+    "waves": lambda: coordinates(n_channels=3),
+    "waves at few points": lambda: coordinates(n_features=0, n_points=9),
+    "picture": lambda: coordinates(dataset="digits"),
     "text masked": lambda: text(objective="masked"),
     **{f"text {name}": lambda name=name: TextRecurrence(cell=name, width=6, context=8, batch_size=5) for name in CELLS},
 }
@@ -43,6 +51,14 @@ TASKS = {
 
 def vit(**options):
     return VisionTransformer("digits", **({"patch": 2, "width": 6, "depth": 2, "batch_size": 5} | options))
+
+
+def autoencoder(**options):
+    return Autoencoder("digits", **({"width": 6, "depth": 2, "n_latent": 2, "batch_size": 5} | options))
+
+
+def coordinates(**options):
+    return CoordinateNetwork(**({"width": 6, "n_features": 4, "batch_size": 20} | options))
 
 
 def text(**options):
@@ -188,6 +204,94 @@ def test_a_table_is_known_by_whatever_name_it_has():
         assert task.tables == tables
 
 
+def test_the_loss_of_a_vae_is_its_bound_and_its_noise_comes_with_the_batch():
+    task = autoencoder(likelihood="bernoulli")
+    params = task.init_params(INDICES, 0)
+    x, images = task.sample_batch(INDICES, 0, 0)
+    assert torch.equal(x[..., :64], images)
+    noise = torch.cat([task.sample_batch(torch.arange(50), step, 0)[0][..., 64:].flatten() for step in range(20)])
+    assert abs(noise.mean()) < 5 / len(noise) ** 0.5  # five sigma each
+    assert abs(noise.var() - 1) < 5 * (2 / len(noise)) ** 0.5
+    for k in range(len(INDICES)):
+        own = {name: p[k] for name, p in params.items()}
+        logits, mean, log_variance = torch.func.functional_call(task.module, own, (x[k],))
+        q = torch.distributions.Normal(mean, (log_variance / 2).exp())
+        divergence = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(-1)
+        z = mean + q.scale * x[k, :, 64:]
+        torch.testing.assert_close(logits, part(task, "decoder", own, z))
+        nats = -(images[k] * logits.sigmoid().log() + (1 - images[k]) * (-logits).sigmoid().log()).sum(-1)
+        torch.testing.assert_close(task.loss(params, (x, images))[k], (nats + divergence).mean())
+
+
+def part(task, name, params, x):
+    """Apply a submodule of the task's module."""
+    own = {key.removeprefix(f"{name}."): p for key, p in params.items() if key.startswith(f"{name}.")}
+    return torch.func.functional_call(getattr(task.module, name), own, (x,))
+
+
+def test_a_plain_autoencoder_passes_through_its_bottleneck():
+    task = autoencoder(is_variational=False, likelihood="gaussian", n_latent=1)
+    x, images = task.sample_batch(INDICES, 0, 0)
+    assert torch.equal(x, images)
+    params = task.init_params(INDICES, 0)
+    own = {name: p[0] for name, p in params.items()}
+    code = part(task, "encoder", own, x[0])
+    assert code.shape == (5, 1)
+    expected = (part(task, "decoder", own, code) - x[0]).square().sum(-1).mean() / 2
+    torch.testing.assert_close(task.loss(params, (x, images))[0], expected)
+
+
+def test_waves_have_mean_square_one_and_the_detail_asked_for():
+    indices = torch.arange(300)
+    x = torch.rand(300, 50, 2, generator=torch.Generator().manual_seed(0))
+    squares = {}
+    for detail in (0.5, 2.0):
+        task = coordinates(detail=detail, n_channels=2)
+        y, near = (task.picture(points, indices, 0) for points in (x, x + torch.tensor([1e-3, 0.0])))
+        # 300 pictures of 24 waves: a mean square of one each, give or take five sigma
+        assert y.square().mean() == pytest.approx(1, abs=5 * (2 / 24 / 300) ** 0.5)
+        squares[detail] = ((near - y) / 1e-3).square().mean().sqrt()
+        assert squares[detail] == pytest.approx(2 * math.pi * detail, rel=0.1)
+    assert not torch.equal(y[0], y[1])
+
+
+def test_pictures_have_the_pixels_of_their_image_where_those_lie():
+    task = coordinates(dataset="digits")
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    x = torch.stack((columns, rows), -1).flatten(0, 1) / 7  # the first coordinate runs along a row
+    values = task.picture(x.expand(3, -1, -1), INDICES, 0)
+    images = task.images.flatten(1)
+    for k in range(3):
+        assert (images == (255 * values[k, :, 0]).round()).all(1).any()
+    assert not torch.equal(values[0], values[1])
+    between = task.picture((x[:1] + x[1:2]).expand(3, -1, -1) / 2, INDICES, 0)
+    torch.testing.assert_close(between[:, 0], values[:, :2].mean(1))
+
+
+def test_few_points_are_the_same_at_every_step_and_held_out_ones_are_others():
+    task = coordinates(n_features=0, n_points=9, batch_size=200)
+    inner = [{tuple(x) for x in task.sample_batch(INDICES[:1], step, 0)[0][0].tolist()} for step in range(3)]
+    assert [len(points) for points in inner] == [9, 9, 9]
+    assert inner[0] == inner[1] == inner[2]
+    outer = [{tuple(x) for x in task.sample_held_out(INDICES[:1], step, 0)[0][0].tolist()} for step in range(3)]
+    assert not inner[0] & (outer[0] | outer[1])
+    assert not outer[0] & outer[1]
+    anew = coordinates(n_features=0, batch_size=200)
+    drawn = [draw(INDICES[:1], 0, 0)[0][0, 0] for draw in (anew.sample_batch, anew.sample_held_out)]
+    assert not torch.equal(*drawn)
+
+
+def test_features_are_of_the_frequencies_asked_for_and_their_own_for_each_problem():
+    task = coordinates(n_features=500, bandwidth=3.0)
+    features, _ = task.sample_batch(INDICES, 0, 0)
+    torch.testing.assert_close(features[..., :500].square() + features[..., 500:].square(), torch.ones(3, 20, 500))
+    x = torch.tensor([[[0.0, 0.0], [1e-3, 0.0]]]).expand(3, -1, -1)
+    near = task._features(x, INDICES, {"seed": 0, "dtype": torch.float32})
+    frequencies = (near[:, 1, 500:] / near[:, 1, :500]).atan() / (2e-3 * math.pi)
+    assert frequencies.std() == pytest.approx(3.0, rel=0.1)
+    assert not torch.equal(frequencies[0], frequencies[1])
+
+
 def test_causal_attention_does_not_look_ahead():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
@@ -268,6 +372,17 @@ def test_they_come_in_mixtures():
         (lambda: vit(init_std=0), r"`init_std` should be a positive number or None. Found `init_std = 0`"),
         (lambda: vit(n_examples=0), r"`n_examples` should lie between 1 and 71\d. Found `n_examples = 0`"),
         (lambda: vit(n_examples=1.5), r"`n_examples` should be .* a fraction .* Found `n_examples = 1.5`"),
+        (lambda: autoencoder(n_latent=0), r"`n_latent` should be a positive integer. Found `n_latent = 0`"),
+        (lambda: autoencoder(likelihood="cauchy"), r"`likelihood` should be one of .* Found `likelihood = 'cauchy'`"),
+        (lambda: autoencoder(is_variational=1), r"`is_variational` should be True or False. Found .* = 1`"),
+        (lambda: coordinates(n_features=-1), r"`n_features` should be .* at least 0. Found `n_features = -1`"),
+        (lambda: coordinates(bandwidth=0), r"`bandwidth` should be a positive number. Found `bandwidth = 0`"),
+        (lambda: coordinates(detail=-1.0), r"`detail` should be a positive number, .* Found `detail = -1.0`"),
+        (lambda: coordinates(dataset="digits", detail=1.0), r"`detail` should be .* None where there is a dataset"),
+        (lambda: coordinates(dataset="digits", n_channels=3), r"`n_channels` should be 1 where there is a dataset"),
+        (lambda: coordinates(n_points=-3), r"`n_points` should be a positive integer. Found `n_points = -3`"),
+        (lambda: coordinates(n_points=0), r"`n_points` should be a positive integer. Found `n_points = 0`"),
+        (lambda: coordinates(split="test"), r"`split` should be one of meta-train, .* Found `split = 'test'`"),
         (lambda: text(expansion=0), r"`expansion` should be a positive integer. Found `expansion = 0`"),
         (lambda: text(context=0), r"`context` should be a positive integer. Found `context = 0`"),
         (lambda: text(objective="all"), r"`objective` should be one of next, masked. Found `objective = 'all'`"),

@@ -23,6 +23,8 @@ START = "start"
 _TASKS = {
     task.__name__: task
     for task in (
+        tasks.Autoencoder,
+        tasks.CoordinateNetwork,
         tasks.ImageNetwork,
         tasks.MLPClassification,
         tasks.NoisyQuadratic,

@@ -1,7 +1,9 @@
 """What is optimized: distributions of problems, drawn and evaluated many at a time."""
 
+from .autoencoders import Autoencoder
 from .base import Batch, FixedBatchTask, Params, Task
 from .classification import MLPClassification
+from .coordinates import CoordinateNetwork
 from .datasets import (
     DATASETS,
     DatasetCorrupt,
@@ -24,7 +26,9 @@ from .text import TextNetwork, TextRecurrence, TextTransformer
 
 __all__ = [
     "DATASETS",
+    "Autoencoder",
     "Batch",
+    "CoordinateNetwork",
     "DatasetCorrupt",
     "DatasetUnavailable",
     "Draw",

@@ -121,7 +121,7 @@ class ImageTask(ModuleTask):
     Args:
         make_module: Builds a network for a dataset, on rows of pixels in [0, 1]; see :class:`ModuleTask`.
         dataset: Images, or the name of a dataset for :func:`load_dataset`.
-        loss_fn: Maps the output of one problem's network and what :meth:`targets` returns to a 0-d tensor.
+        loss_fn: Maps the output of one problem's network, and labels, to a 0-d tensor.
         batch_size: Images per step, drawn with replacement.
         split: ``"meta-train"`` or ``"evaluation"``.
         n_examples: Images of the split that a problem trains on, or a fraction of them; it holds out the others. All by
@@ -160,14 +160,10 @@ class ImageTask(ModuleTask):
         return self._batch(self._indices(indices), step, seed, held_out=True)
 
     def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
-        """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and what is to be made of them."""
+        """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and labels."""
         members = self.examples.draw(indices, self.n_images, step=step, seed=seed, held_out=held_out)
         images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
-        return self._targets(images.to(self.dtype).div_(255), self.labels[members])
-
-    def _targets(self, images: Tensor, labels: Tensor) -> Batch:
-        """Inputs and targets of a batch: images and labels."""
-        return images, labels
+        return images.to(self.dtype).div_(255), self.labels[members]
 
 
 class ImageNetwork(ImageTask):
@@ -233,7 +229,8 @@ class ImageNetwork(ImageTask):
             activation=activation,
         )
 
-    def _targets(self, images: Tensor, labels: Tensor) -> Batch:
+    def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+        images, labels = super()._batch(indices, step, seed, held_out=held_out)
         return images, images if self.is_autoencoder else labels
 
 

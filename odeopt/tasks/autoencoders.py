@@ -1,0 +1,141 @@
+"""Autoencoders of images, variational or not."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from odeopt.checks import is_integer, require
+
+from .base import Batch
+from .datasets import ImageDataset
+from .layers import Activation, check_network
+from .networks import ImageTask
+from .random import normal
+
+LIKELIHOODS = ("bernoulli", "gaussian")
+
+
+class Autoencoder(ImageTask):
+    r"""Reconstruct images through a few latent numbers; encoder and decoder are perceptrons, mirror images in widths.
+
+    .. math:: f_t(\theta) = \frac{1}{B} \sum_b D_{KL}(q_\theta(z \mid x_{tb}) \,\|\, N(0, I)) -
+              \log p_\theta(x_{tb} \mid z_{tb}), \qquad
+              z_{tb} = \mu_\theta(x_{tb}) + \sigma_\theta(x_{tb})\,\varepsilon_{tb}
+
+    A variational autoencoder's noise comes with the batch, so that its loss is a function of parameters and batch; a
+    plain one has :math:`z = \mu` and no divergence. Losses are in nats per image, summed over pixels: a Bernoulli
+    likelihood takes pixels in [0, 1] for probabilities, a Gaussian one has deviation one and no constant.
+
+    Args:
+        dataset: Images, or the name of a dataset for :func:`load_dataset`.
+        is_variational: Whether latent numbers are drawn.
+        n_latent: How many there are.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers of the encoder, and of the decoder.
+        activation: One of ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"gelu"``.
+        likelihood: ``"bernoulli"`` or ``"gaussian"``.
+        batch_size: Images per step, drawn with replacement.
+        split: ``"meta-train"`` or ``"evaluation"``.
+        n_examples: See :class:`ImageTask`.
+        device: See :class:`Task`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Kingma, Welling (2014), Auto-encoding variational Bayes, Eq. (10).
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset | str,
+        *,
+        is_variational: bool = True,
+        n_latent: int = 8,
+        width: int = 64,
+        depth: int = 1,
+        activation: str = "relu",
+        likelihood: str = "bernoulli",
+        batch_size: int = 64,
+        split: str = "meta-train",
+        n_examples: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_network(width, depth, activation)
+        require(is_integer(n_latent) and n_latent >= 1, "n_latent", n_latent, "a positive integer")
+        require(likelihood in LIKELIHOODS, "likelihood", likelihood, f"one of {', '.join(LIKELIHOODS)}")
+        require(isinstance(is_variational, bool), "is_variational", is_variational, "True or False")
+        self.is_variational, self.n_latent, self.likelihood = is_variational, n_latent, likelihood
+        kind = _Variational if is_variational else _Plain
+        super().__init__(
+            lambda dataset: kind((dataset.train_images.shape[1], *(width,) * depth, n_latent), activation),
+            dataset,
+            loss_fn=self._nats,
+            batch_size=batch_size,
+            split=split,
+            n_examples=n_examples,
+            device=device,
+            is_variational=is_variational,
+            n_latent=n_latent,
+            width=width,
+            depth=depth,
+            activation=activation,
+            likelihood=likelihood,
+        )
+
+    def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+        """Images, with the noise of their latent numbers behind the pixels, and images."""
+        images, _ = super()._batch(indices, step, seed, held_out=held_out)
+        if not self.is_variational:
+            return images, images
+        stream, shape = f"{self.examples.stream}/{'held-out-' if held_out else ''}noise", (self.n_images, self.n_latent)
+        noise = normal(indices, shape, seed=seed, stream=stream, step=step, dtype=self.dtype)
+        return torch.cat((images, noise), dim=-1), images
+
+    def _nats(self, output: Tensor | tuple[Tensor, ...], images: Tensor) -> Tensor:
+        decoded, *latent = output if self.is_variational else (output,)
+        if self.likelihood == "bernoulli":
+            nats = F.binary_cross_entropy_with_logits(decoded, images, reduction="none").sum(-1).mean()
+        else:
+            nats = (decoded - images).square().sum(-1).mean() / 2
+        if latent:
+            mean, log_variance = latent
+            nats = nats + (log_variance.exp() + mean.square() - 1 - log_variance).sum(-1).mean() / 2
+        return nats
+
+
+class _Plain(nn.Module):
+    """Layers of the sizes given, down to the latent numbers, and back."""
+
+    n_heads = 1  # numbers per latent number that the encoder returns
+
+    def __init__(self, sizes: tuple[int, ...], activation: str) -> None:
+        super().__init__()
+        self.n_latent = sizes[-1]
+        self.encoder = _perceptron((*sizes[:-1], self.n_heads * sizes[-1]), activation)
+        self.decoder = _perceptron(sizes[::-1], activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+class _Variational(_Plain):
+    """Returns what is decoded, and mean and logarithm of the variance of the latent numbers."""
+
+    n_heads = 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images, noise = x[..., : -self.n_latent], x[..., -self.n_latent :]
+        mean, log_variance = self.encoder(images).chunk(2, dim=-1)
+        return self.decoder(mean + (log_variance / 2).exp() * noise), mean, log_variance
+
+
+def _perceptron(sizes: tuple[int, ...], activation: str) -> nn.Module:
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b), Activation(activation)]
+    return nn.Sequential(*layers[:-1])

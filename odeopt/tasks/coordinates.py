@@ -1,0 +1,156 @@
+"""Networks of coordinates: a picture as a function of the place."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from odeopt.checks import is_integer, is_number, require
+
+from .base import Batch
+from .classification import SPLITS, load_split
+from .datasets import ImageDataset
+from .layers import Activation, check_network
+from .module import ModuleTask
+from .random import integers, normal, uniform
+
+
+class CoordinateNetwork(ModuleTask):
+    r"""Fit a perceptron to a picture, a new one for each problem, from points of the unit square.
+
+    .. math:: f_t(\theta) = \frac{1}{B m} \sum_b \lVert n_\theta(\gamma(x_{tb})) - y(x_{tb}) \rVert^2, \qquad
+              \gamma(x) = (\cos 2\pi A x, \sin 2\pi A x), \quad A_{ij} \sim N(0, s^2)
+
+    A picture is a sum of waves, :math:`y(x) = \sqrt{2 / K} \sum_k a_k \sin(2\pi w_k \cdot x + \varphi_k)` with
+    :math:`a_k \sim N(0, I)` and :math:`w_k \sim N(0, d^2 I)`, of mean square one per channel; or an image of a dataset
+    with pixels in [0, 1], interpolated between them. The frequencies :math:`A` are the problem's and are not trained.
+
+    Args:
+        dataset: Images, or the name of a dataset for :func:`load_dataset`; waves by default.
+        n_features: Number of frequencies, rows of :math:`A`; 0 for the coordinates themselves, in [-1, 1].
+        bandwidth: Their deviation :math:`s`, in periods per picture.
+        detail: Deviation :math:`d` of the waves' frequencies, likewise; not for images.
+        n_channels: Number :math:`m` of values at a point; one for images.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers.
+        activation: One of ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"gelu"``.
+        batch_size: Points per step.
+        n_points: Train on so many points of each problem's own, drawn with replacement; never the same ones by default.
+        split: ``"meta-train"`` or ``"evaluation"``, halves of the images; waves are named by the split too.
+        device: See :class:`Task`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Tancik et al. (2020), Fourier features let networks learn high frequency functions in low dimensional domains,
+        Section 6.1.
+    """
+
+    N_WAVES = 24
+
+    def __init__(
+        self,
+        dataset: ImageDataset | str | None = None,
+        *,
+        n_features: int = 32,
+        bandwidth: float = 2.0,
+        detail: float | None = None,
+        n_channels: int = 1,
+        width: int = 64,
+        depth: int = 2,
+        activation: str = "relu",
+        batch_size: int = 128,
+        n_points: int | None = None,
+        split: str = "meta-train",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_network(width, depth, activation)
+        for name, value in (("n_channels", n_channels), ("batch_size", batch_size), ("n_points", n_points)):
+            is_right = (is_integer(value) and value >= 1) or (name, value) == ("n_points", None)
+            require(is_right, name, value, "a positive integer")
+        require(is_integer(n_features) and n_features >= 0, "n_features", n_features, "an integer of at least 0")
+        require(is_number(bandwidth) and bandwidth > 0, "bandwidth", bandwidth, "a positive number")
+        is_right = detail is None or (dataset is None and is_number(detail) and detail > 0)
+        require(is_right, "detail", detail, "a positive number, or None where there is a dataset")
+        require(dataset is None or n_channels == 1, "n_channels", n_channels, "1 where there is a dataset")
+        require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
+        self.images = None
+        if dataset is not None:
+            dataset, members = load_split(dataset, split)
+            self.images = dataset.train_images[members].unflatten(1, (1, *dataset.image_shape))
+        self.n_features, self.bandwidth, self.detail = n_features, bandwidth, 1.5 if detail is None else detail
+        self.n_channels, self.n_drawn, self.n_points, self.stream = n_channels, batch_size, n_points, f"picture/{split}"
+
+        def make() -> nn.Module:
+            layers, n_in = [], 2 * n_features or 2
+            for _ in range(depth):
+                layers += [nn.Linear(n_in, width), Activation(activation)]
+                n_in = width
+            return nn.Sequential(*layers, nn.Linear(width, n_channels))
+
+        super().__init__(make, self._points, loss_fn=F.mse_loss, device=device)
+        self.config = {
+            "dataset": None if dataset is None else dataset.name,
+            "n_features": n_features,
+            "bandwidth": bandwidth,
+            "detail": detail,
+            "n_channels": n_channels,
+            "width": width,
+            "depth": depth,
+            "activation": activation,
+            "batch_size": batch_size,
+            "n_points": n_points,
+            "split": split,
+        }
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw points of the picture that no step trains on; see :meth:`Task.sample_held_out`."""
+        return self._points(self._indices(indices), step, seed, held_out=True)
+
+    def _points(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+        """Features of points, ``(n_tasks, batch_size, 2 n_features)``, and the picture there."""
+        options = {"seed": seed, "dtype": self.dtype}
+        if held_out or self.n_points is None:
+            stream = f"{self.stream}/{'held-out' if held_out else 'points'}"
+            x = uniform(indices, (self.n_drawn, 2), stream=stream, step=step, **options)
+        else:
+            pool = uniform(indices, (self.n_points, 2), stream=f"{self.stream}/points", **options)
+            stream = f"{self.stream}/minibatch"
+            chosen = integers(indices, (self.n_drawn, 1), self.n_points, seed=seed, stream=stream, step=step)
+            x = pool.take_along_dim(chosen, dim=1)
+        return self._features(x, indices, options), self.picture(x, indices, seed)
+
+    def _features(self, x: Tensor, indices: Tensor, options: dict) -> Tensor:
+        if self.n_features == 0:
+            return 2 * x - 1
+        A = self.bandwidth * normal(indices, (2, self.n_features), stream=f"{self.stream}/features", **options)
+        angles = 2 * math.pi * (x @ A)
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+    def picture(self, x: Tensor, indices: Tensor, seed: int) -> Tensor:
+        """Evaluate each problem's picture.
+
+        Args:
+            x: Points of the unit square, shape ``(n_tasks, n_points, 2)``.
+            indices: Global numbers of the problems, int64, shape ``(n_tasks,)``.
+            seed: As in :meth:`init_params`.
+
+        Returns:
+            Shape ``(n_tasks, n_points, n_channels)``.
+        """
+        if self.images is not None:
+            which = integers(indices, (), len(self.images), seed=seed, stream=f"{self.stream}/image")
+            images = self.images[which].to(self.dtype) / 255
+            return F.grid_sample(images, (2 * x - 1).unsqueeze(2), align_corners=True).flatten(2).mT
+
+        def draw(*shape: int, of: str) -> Tensor:
+            return normal(indices, shape, seed=seed, stream=f"{self.stream}/{of}", dtype=self.dtype)
+
+        K = self.N_WAVES
+        phase = uniform(indices, (1, K), seed=seed, stream=f"{self.stream}/phases", dtype=self.dtype)
+        waves = (2 * math.pi * (self.detail * (x @ draw(2, K, of="waves")) + phase)).sin()
+        return math.sqrt(2 / K) * waves @ draw(K, self.n_channels, of="amplitudes")
