@@ -99,8 +99,9 @@ def unroll(
         states = {name: rule.init_state(param) for name, param in flat.items()}
     layout = layout_for(rule, shapes, next(iter(flat.values())), task.tables)
     flat, states = layout.pack(flat, states)
-    run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale, damping, held_out,
-                  torch.is_grad_enabled())
+    run = _Unroll(
+        rule, task, indices, seed, layout, total_steps, detach, update_scale, damping, held_out, torch.is_grad_enabled()
+    )
     steps = run.checkpointed if checkpoint is not None and torch.is_grad_enabled() else run.steps
     end, length, losses = start + n_steps, checkpoint or n_steps, []
     for first in range(start, end, length):

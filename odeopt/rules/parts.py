@@ -31,7 +31,7 @@ _CHOICES = {
     "matrix_normalization": ("coordinate", "tensor"),
     "schedule": ("none", "power"),
 }
-_ENERGIES = ("quadratic", "spectral")
+_ENERGIES = ("quadratic", "relativistic", "spectral")
 
 
 class Modulation(NamedTuple):
@@ -166,14 +166,22 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     names = (kinetic,) * modes if isinstance(kinetic, str) else kinetic
     is_known = is_list(names, str) and len(names) == modes and set(names) <= set(_ENERGIES)
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
-    for name in ("initial_matrix_kappa", "initial_lookahead"):
+    for name in ("speed_limit", "initial_matrix_kappa", "initial_lookahead"):
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
     check("initial_decay", is_number(given["initial_decay"]) and given["initial_decay"] >= 0, "a non-negative number")
+    depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
+    is_closed = given["solver"] in LINEAR_METHODS and not depends_on_q and given["backend"] != "torchdiffeq"
+    if not is_closed:
+        wanted = "'quadratic' where the momenta are not stepped in closed form"
+        check("kinetic", set(names) == {"quadratic"}, f"{wanted} (networks of q, `backend`, `solver`)")
+    is_spectral = "spectral" in names or given["output"] == "spectral"
+    if given["output"] == "spectral":
+        check("kinetic", set(names) == {"quadratic"} and is_closed, "'quadratic' where `output = 'spectral'`")
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)
+        check("kinetic", not is_spectral, "without spectral energies where `coordinatewise = True`")
         check("ratio_floor", floor == 0, "0 where `coordinatewise = True`, which knows nothing of the tensor")
-    depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
     solvers = _solvers(given["backend"], depends_on_q=depends_on_q)
     check("solver", given["solver"] in solvers, f"one of {', '.join(solvers)}")
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
-from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, frobenius_norm, newton_schulz
+from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, QuadraticEnergy, RelativisticEnergy
+from odeopt.rules import matrices
 from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.features import (
     averaging_weight,
@@ -140,6 +141,7 @@ class PortHamiltonianUpdate(StagedRule):
         ratio_floor: float = 0.0,
         backend: str = "auto",
         kinetic: str | tuple[str, ...] = "quadratic",
+        speed_limit: float = 1.0,
         output: str = "sum",
         matrix_normalization: str = "tensor",
         initial_matrix_kappa: float = 0.03,
@@ -165,6 +167,7 @@ class PortHamiltonianUpdate(StagedRule):
         }
         options = {
             "kinetic": kinetic,
+            "speed_limit": speed_limit,
             "output": output,
             "matrix_normalization": matrix_normalization,
             "initial_matrix_kappa": initial_matrix_kappa,
@@ -188,7 +191,10 @@ class PortHamiltonianUpdate(StagedRule):
         self.initial_matrix_kappa, self.initial_lookahead = initial_matrix_kappa, initial_lookahead
         self.initial_decay = initial_decay
         self.is_spectral = output == "spectral" or "spectral" in self.kinetic
+        # without weights, and so no modules of the rule
+        self._energies = {"quadratic": QuadraticEnergy(), "relativistic": RelativisticEnergy(speed_limit)}
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
+        self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
         self.steps_tables = False
         depends_on_q = "network" in (mass, potential, friction, port)
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
@@ -204,6 +210,9 @@ class PortHamiltonianUpdate(StagedRule):
             dissipation=HeldFriction(modes, depends_on_q=friction == "network"),
             port=HeldPort(modes, depends_on_q=port == "network"),
         )
+        for name in ("spectral", "relativistic"):
+            mask = torch.tensor([kinetic == name for kinetic in self.kinetic])
+            self.register_buffer(f"is_{name}_mode", mask, persistent=False)
         self.register_buffer("time_scales", torch.tensor(time_scales), persistent=False)
         # in double precision, for rules in double
         self.register_buffer("decays", torch.tensor([decay, _SLOW_DECAY], dtype=torch.float64), persistent=False)
@@ -266,7 +275,7 @@ class PortHamiltonianUpdate(StagedRule):
 
     def is_whole(self, shape) -> bool:
         """Whether a tensor of this shape is stepped as a matrix, by a spectral energy."""
-        return self.is_spectral and not self.steps_tables and shape is not None and is_matrix(tuple(shape))
+        return self.is_spectral and not self.steps_tables and shape is not None and matrices.is_matrix(tuple(shape))
 
     def for_tables(self) -> PortHamiltonianUpdate:
         """The rule as it steps lookup tables, whose rows are vectors of their own: by coordinate energies."""
@@ -280,31 +289,36 @@ class PortHamiltonianUpdate(StagedRule):
         The momenta of spectral modes are damped and driven by one number per tensor each, as the passivity of their
         energies asks; the output is their velocity at the lookahead point, a quadrature of one node.
         """
-        u, p, k = observation.u.unsqueeze(-2), state.p, self.spectral_modes
-        log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
-        by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
-        friction, gain = self._modulation(p, u, log_ratio, by_kind)
-        if k:
-            is_spectral = torch.zeros(self.modes, 1, dtype=torch.bool, device=u.device).index_fill(
-                0, torch.tensor(k, device=u.device), True
-            )
-            friction = torch.where(is_spectral, 2 * torch.sigmoid(by_kind[self.n_gain]), friction)
-            gain = torch.where(is_spectral, by_kind[0].exp(), gain)
+        friction, gain = self._matrix_modulation(observation, state, shared)
+        p, u, spectral = state.p, observation.u.unsqueeze(-2), self.spectral_modes
         new_p, integral = linear_step(p, gain * u, friction, self.solver)
-        kappa = shared.matrix_kappa * operator_scale(shape)
+        kappa = shared.matrix_kappa * matrices.operator_scale(shape)
         if self.output == "spectral":
-            update = kappa * spectral_velocity((gain * integral).sum(-2), shape)
+            update = kappa * matrices.velocity((gain * integral).sum(-2), shape)
         else:
-            before, moved = p[..., k, :], (new_p - p)[..., k, :]
-            ahead = before + shared.lookahead.unsqueeze(-1) * moved
-            velocity = spectral_velocity(ahead, shape, before, before + moved)
-            update = kappa / _START_GAIN * (gain[..., k, :1] * velocity).sum(-2)
-            rest = [j for j in range(self.modes) if j not in k]
-            if rest:
-                update = update + shared.kappa * (gain * integral)[..., rest, :].sum(-2)
+            before, after = p[..., spectral, :], new_p[..., spectral, :]
+            ahead = self._ahead(before, after, shared)
+            velocity = matrices.velocity(ahead, shape, before, after)
+            update = kappa / _START_GAIN * (gain[..., spectral, :1] * velocity).sum(-2)
+            if self._other_modes:
+                outputs = gain * self._coordinate_integral(new_p, integral, self.is_relativistic_mode.unsqueeze(-1))
+                update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)
         if param is not None and self.initial_decay > 0:
             update = update - shared.matrix_kappa * shared.matrix_decay * param
         return update, self._next_state(new_p, state.q, observation, state, shared)
+
+    def _matrix_modulation(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Friction and gain of each mode of a matrix, shape ``(*batch, modes, n)``."""
+        u, log_ratio = observation.u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
+        by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
+        friction, gain = self._modulation(state.p, u, log_ratio, by_kind)
+        is_spectral = self.is_spectral_mode.unsqueeze(-1)
+        friction = torch.where(is_spectral, 2 * torch.sigmoid(by_kind[self.n_gain]), friction)
+        return friction, torch.where(is_spectral, by_kind[0].exp(), gain)
+
+    def _ahead(self, before: Tensor, after: Tensor, shared: Shared) -> Tensor:
+        """Momenta at the lookahead point, on the line through the ends of the step."""
+        return before + shared.lookahead.unsqueeze(-1) * (after - before)
 
     def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Shared]:
         features = shape_features(
@@ -453,11 +467,16 @@ class PortHamiltonianUpdate(StagedRule):
         elif isinstance(state.p, tuple):
             log_ratio = self._log_ratio(observation, shared)
             by_mode = coefficients.unsqueeze(-2).unbind(-1)
-            steps = [self._linear_step(p, u, log_ratio, c.unbind(-2)) for p, c in zip(state.p, by_mode, strict=True)]
+            steps = [
+                self._linear_step(p, u, log_ratio, c.unbind(-2), is_relativistic=kinetic == "relativistic")
+                for p, c, kinetic in zip(state.p, by_mode, self.kinetic, strict=True)
+            ]
             p, delta = tuple(p for p, _ in steps), sum(output for _, output in steps)
         else:
             log_ratio, by_kind = self._log_ratio(observation, shared), coefficients.unsqueeze(-1).unbind(-3)
-            p, output = self._linear_step(state.p, u.unsqueeze(-2), log_ratio.unsqueeze(-2), by_kind)
+            is_relativistic = self.is_relativistic_mode.unsqueeze(-1)
+            u, log_ratio = u.unsqueeze(-2), log_ratio.unsqueeze(-2)
+            p, output = self._linear_step(state.p, u, log_ratio, by_kind, is_relativistic=is_relativistic)
             delta = output.sum(-2)
         return shared.kappa * delta, self._next_state(p, q, observation, state, shared)
 
@@ -467,11 +486,19 @@ class PortHamiltonianUpdate(StagedRule):
         per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
         return PortHamiltonianState(p, q, second_moment, *per_tensor)
 
-    def _linear_step(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
+    def _linear_step(self, p, u, log_ratio, coefficients, *, is_relativistic) -> tuple[Tensor, Tensor]:
         """Momentum after the step, and the integral of what it contributes to the output."""
         friction, gain = self._modulation(p, u, log_ratio, coefficients)
         p, integral = linear_step(p, gain * u, friction, self.solver)
-        return p, gain * integral
+        return p, gain * self._coordinate_integral(p, integral, is_relativistic)
+
+    def _coordinate_integral(self, p: Tensor, integral: Tensor, is_relativistic: Tensor | bool) -> Tensor:
+        """Integral of the velocity over a step, of a momentum that ends at ``p`` and whose own integral is given."""
+        if is_relativistic is False or "relativistic" not in self.kinetic:
+            return integral
+        # a quadrature of one node, at the end
+        velocity = self._energies["relativistic"].velocity(p)
+        return velocity if is_relativistic is True else torch.where(is_relativistic, velocity, integral)
 
     def _modulation(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
         """Friction and port gain of one mode, or of all that ``p`` holds, held over a step; elementwise."""
@@ -513,10 +540,23 @@ class PortHamiltonianUpdate(StagedRule):
     def _phase(self, p: Tensor, q: Tensor) -> PhaseState:
         return PhaseState(q.mT if self.stores_q else None, p.mT)
 
-    def energy(self, state: PortHamiltonianState) -> Tensor:
-        """Energy H stored in each coordinate's system, shape ``(*batch, n)``; dimensionless."""
-        dtype = self._system_dtype(state)
-        return self.system.energy(self._phase(state.p.to(dtype), state.q.to(dtype)))
+    def energy(self, state: PortHamiltonianState, *, shape: torch.Size | tuple[int, ...] | None = None) -> Tensor:
+        """Energy stored in a state, dimensionless.
+
+        Args:
+            state: The state.
+            shape: As in :meth:`forward`.
+
+        Returns:
+            Energy of each coordinate's system, shape ``(*batch, n)``; of a matrix that spectral modes step that of the
+            whole, shape ``(*batch, 1)``, the spectral ones in units of the momentum's Frobenius norm.
+        """
+        if not self._has_spectral_balance(shape):
+            return self._coordinate_energy(state)
+        energy = matrices.energy(state.p[..., self.spectral_modes, :], tuple(shape)).sum(-1, keepdim=True)
+        if not self._other_modes:
+            return energy
+        return energy + self._coordinate_energy(state, self._other_modes).sum(-1, keepdim=True)
 
     def power_balance(
         self,
@@ -527,7 +567,7 @@ class PortHamiltonianUpdate(StagedRule):
         shape: torch.Size | tuple[int, ...] | None = None,
         progress: Tensor | None = None,
     ) -> PowerBalance:
-        """Where each coordinate's energy goes when ``grad`` arrives: at the start of that step.
+        """Where the energy goes when ``grad`` arrives: at the start of that step.
 
         Args:
             grad: Gradient of the loss, shape ``(*batch, n)``.
@@ -537,12 +577,48 @@ class PortHamiltonianUpdate(StagedRule):
             progress: As in :meth:`forward`.
 
         Returns:
-            Energy rate, dissipated and supplied power and their residual, each ``(*batch, n)``, per step.
+            Energy rate, dissipated and supplied power and their residual per step: of each coordinate, ``(*batch, n)``,
+            or of a matrix that spectral modes step, ``(*batch, 1)``, with the norm that the step holds.
         """
         observation, shared = self._prepare(grad, state, param, shape, progress)
-        u, z = self._held(observation, state, shared)
-        x = self._phase(state.p.to(u.dtype), state.q.to(u.dtype))
-        return self.system.power_balance(x, u, z)
+        if not self._has_spectral_balance(shape):
+            u, z = self._held(observation, state, shared)
+            x = self._phase(state.p.to(u.dtype), state.q.to(u.dtype))
+            if "relativistic" not in self.kinetic:
+                return self.system.power_balance(x, u, z)
+            return self._coordinate_balance(x.p.mT, u.mT, z.friction.mT, z.gain.squeeze(-1).mT, range(self.modes))
+        friction, gain = self._matrix_modulation(observation, state, shared)
+        p, u, spectral, others = state.p, observation.u.unsqueeze(-2), self.spectral_modes, self._other_modes
+        after = linear_step(p, gain * u, friction, self.solver)[0][..., spectral, :]
+        before = p[..., spectral, :]
+        ahead = self._ahead(before, after, shared)
+        rates = friction[..., spectral, 0], gain[..., spectral, 0]
+        total = matrices.power_balance(before, u.expand_as(before), *rates, tuple(shape), after, ahead)
+        total = [x.sum(-1) for x in total]
+        if others:
+            coordinates = self._coordinate_balance(p, u, friction, gain, others)
+            total = [x + y.sum(-1) for x, y in zip(total, coordinates, strict=True)]
+        return PowerBalance(*(x.unsqueeze(-1) for x in total))
+
+    def _coordinate_energy(self, state, modes: Sequence[int] | None = None) -> Tensor:
+        """Energies of coordinates, summed over modes (all by default), shape ``(*batch, n)``."""
+        if modes is None and "relativistic" not in self.kinetic:
+            dtype = self._system_dtype(state)
+            return self.system.energy(self._phase(state.p.to(dtype), state.q.to(dtype)))
+        modes = range(self.modes) if modes is None else modes
+        return sum(self._energies[self.kinetic[k]].energy(state.p[..., k, :]) for k in modes)
+
+    def _coordinate_balance(self, p, u, friction, gain, modes: Sequence[int]) -> PowerBalance:
+        """Account of the modes that have energies of coordinates, summed over them, each field ``(*batch, n)``."""
+        velocity = torch.stack([self._energies[self.kinetic[k]].velocity(p[..., k, :]) for k in modes], dim=-2)
+        p, friction, gain = (x[..., modes, :] for x in (p, friction, gain))
+        rate, dissipated = velocity * (gain * u - friction * p), velocity * friction * p
+        rate, dissipated, supplied = (x.sum(-2) for x in (rate, dissipated, u * gain * velocity))
+        return PowerBalance(rate, dissipated, supplied, rate + dissipated - supplied)
+
+    def _has_spectral_balance(self, shape) -> bool:
+        # the energy of a summed output is no energy of the momenta; theirs are the quadratic ones then
+        return self.output == "sum" and self.is_whole(shape)
 
 
 def _horizon(step: Tensor, progress: Tensor) -> Tensor:
@@ -550,25 +626,6 @@ def _horizon(step: Tensor, progress: Tensor) -> Tensor:
     is_known = progress > 0
     steps = (step - 1).clamp(min=1) / torch.where(is_known, progress, 1.0)
     return torch.where(is_known, torch.tanh((steps / 100).log() / 4), 0.0)
-
-
-def is_matrix(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is stepped as a matrix (out, rest): what multiplies inputs, not one row that is added."""
-    return math.prod(shape) > 1 and (len(shape) == 2 or (len(shape) > 2 and shape[0] > 1))
-
-
-def operator_scale(shape: tuple[int, ...]) -> float:
-    """Operator norm of a step that changes the output of a layer alike at any width."""
-    return math.sqrt(shape[0] / math.prod(shape[1:]))
-
-
-def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:
-    """Velocity of a spectral energy, flat; its norm is held, and bounds ``others`` too."""
-    matrix, *rest = (y.unflatten(-1, (shape[0], -1)) for y in (x, *others))
-    norm = None
-    if rest:
-        norm = functools.reduce(torch.maximum, map(frobenius_norm, (matrix, *rest)))
-    return newton_schulz(matrix, norm).flatten(-2)
 
 
 def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -1,0 +1,61 @@
+"""Matrices as the rule steps them: by spectral energies, with step sizes that are operator norms."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from odeopt.physics import PowerBalance, SpectralEnergy, frobenius_norm, newton_schulz, spectral_power_balance
+
+_MUON = SpectralEnergy()
+
+
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is stepped as a matrix (out, rest): what multiplies inputs, not one row that is added."""
+    return math.prod(shape) > 1 and (len(shape) == 2 or (len(shape) > 2 and shape[0] > 1))
+
+
+def operator_scale(shape: tuple[int, ...]) -> float:
+    """Operator norm of a step that changes the output of a layer alike at any width: sqrt(out / rest).
+
+    References:
+        Yang, Simon, Bernstein (2023), A spectral condition for feature learning, Condition 1.
+    """
+    return math.sqrt(shape[0] / math.prod(shape[1:]))
+
+
+def velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:
+    """Velocity of a spectral energy at ``x``, flat as it comes.
+
+    Args:
+        x: Momenta, shape ``(*batch, n)``.
+        shape: Shape of the parameter tensor.
+        others: Further momenta of the step, which the held norm bounds as well; without any the norm is that of ``x``,
+            and the result is the orthogonalised matrix, but not the gradient of an energy.
+    """
+    matrix = _as_matrix(x, shape)
+    return newton_schulz(matrix, _held_norm(shape, x, *others) if others else None).flatten(-2)
+
+
+def energy(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Spectral energy of momenta ``(*batch, n)`` in units of their own norm, shape ``(*batch,)``."""
+    return _MUON.energy(_as_matrix(p, shape), _held_norm(shape, p))
+
+
+def power_balance(
+    p: Tensor, u: Tensor, friction: Tensor, gain: Tensor, shape: tuple[int, ...], *others: Tensor
+) -> PowerBalance:
+    """Account of a spectral mode at the start of a step, each field of shape ``(*batch,)``; as :func:`velocity`."""
+    norm = _held_norm(shape, p, *others)
+    return spectral_power_balance(_as_matrix(p, shape), _as_matrix(u, shape), friction, gain, _MUON, norm)
+
+
+def _as_matrix(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.unflatten(-1, (shape[0], -1))
+
+
+def _held_norm(shape: tuple[int, ...], *momenta: Tensor) -> Tensor:
+    return functools.reduce(torch.maximum, (frobenius_norm(_as_matrix(x, shape)) for x in momenta))
