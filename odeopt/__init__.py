@@ -6,6 +6,7 @@ from odeopt.evaluation import compare
 from odeopt.meta import MetaConfig, gradient_flow, meta_train, unroll
 from odeopt.ode import compare_solvers, integrate
 from odeopt.optimizer import LearnedOptimizer
+from odeopt.parameters import param_groups
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.rules import (
     AdamUpdate,
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "load_pretrained",
     "meta_train",
+    "param_groups",
     "save",
     "unroll",
 ]

@@ -1,0 +1,49 @@
+"""Parameter groups that fit a module, so that nobody has to filter parameters by their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from odeopt.checks import is_number, require
+
+
+def param_groups(module: nn.Module, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Sort the parameters of a module into the groups that :class:`odeopt.LearnedOptimizer` steps best.
+
+    Lookup tables (``nn.Embedding``, ``nn.EmbeddingBag``), also where a head shares their weight, are stepped coordinate
+    by coordinate: their rows are vectors of their own. Matrices and convolutions are decayed, where that is asked for;
+    vectors (biases, gains of norms) and tables are not.
+
+    Args:
+        module: The module. A parameter that it holds twice is given once.
+        weight_decay: Decoupled decay of the matrices, as of :class:`odeopt.LearnedOptimizer`.
+
+    Returns:
+        Groups of named parameters: matrices, vectors and tables; those that there are.
+
+    Raises:
+        TypeError: If ``module`` is not a module.
+        ValueError: If ``weight_decay`` is not a non-negative number.
+
+    Example:
+        >>> groups = param_groups(nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)))
+        >>> [[name for name, _ in group["params"]] for group in groups]
+        [['1.weight'], ['1.bias'], ['0.weight']]
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Parameter `module` should be an nn.Module. Found `module = {module!r}`.")
+    is_right = is_number(weight_decay) and weight_decay >= 0
+    require(is_right, "weight_decay", weight_decay, "a non-negative number")
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
+    matrices, vectors, looked_up = [], [], []
+    for name, param in module.named_parameters():
+        kind = looked_up if id(param) in tables else matrices if param.ndim >= 2 else vectors
+        kind.append((name, param))
+    groups = (
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+        {"params": looked_up, "weight_decay": 0.0, "is_table": True},
+    )
+    return [group for group in groups if group["params"]]
