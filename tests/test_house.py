@@ -226,8 +226,3 @@ def test_public_classes_and_functions_are_documented(name):
     undocumented = [getattr(value, "__qualname__", repr(value)) for value in bare]
     # these say nothing that nn.Module or the base class of the layer has not said
     assert [name for name in undocumented if name.split(".")[-1] not in ("forward", "extra_repr")] == []
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_file_is_too_long_to_be_read(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450

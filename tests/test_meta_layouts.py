@@ -22,7 +22,7 @@ def networks(**options):
 
 def one_by_one(monkeypatch):
     module = __import__("odeopt.meta.unroll", fromlist=["layout_for"])
-    monkeypatch.setattr(module, "layout_for", lambda rule, shapes, like: Separate(shapes))
+    monkeypatch.setattr(module, "layout_for", lambda rule, shapes, like, tables: Separate(shapes))
 
 
 def gradient(rule, task, **options):

@@ -182,7 +182,7 @@ def test_side_by_side_is_the_run_of_each_parameter_by_itself(variant, monkeypatc
         if separate:
             # `odeopt.meta.unroll` is the function by that name
             module = importlib.import_module("odeopt.meta.unroll")
-            monkeypatch.setattr(module, "layout_for", lambda rule, shapes, like: Separate(shapes))
+            monkeypatch.setattr(module, "layout_for", lambda rule, shapes, like, tables: Separate(shapes))
         rule.zero_grad()
         losses = unroll(rule, task, indices=torch.arange(2), n_steps=5, total_steps=5).losses
         losses[-1].sum().backward()
