@@ -402,14 +402,14 @@ def test_a_model_of_mixed_dtypes_is_refused(part):
 
 def test_what_is_of_another_class_is_refused():
     model, data = small_fit()
-    config = FitConfig(n_passes=1, n_batches=1)
+    config, halves = FitConfig(n_passes=1, n_batches=1), make_data(embedded_pendulum(), n=2, n_times=2)
     for judge in (trajectory_errors, energy_rises, lambda *both: fit(*both, config)):
         for name in ("x", "u"):
             arrays = data._replace(**{name: getattr(data, name).numpy()})
             with pytest.raises(TypeError, match=rf"`{name}` should be of class Tensor. Found one of class numpy"):
                 judge(model, arrays)
         with pytest.raises(TypeError, match=r"`data` should be of class Trajectories. Found one of class .*\.Data\."):
-            judge(model, make_data(embedded_pendulum(), n=2))
+            judge(model, halves)
         with pytest.raises(TypeError, match=r"`model` should be of class .*Found one of class torch.nn.*Linear"):
             judge(torch.nn.Linear(2, 2), data)
     with pytest.raises(TypeError, match=r"`config` should be of class FitConfig. Found one of class dict"):

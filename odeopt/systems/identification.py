@@ -66,8 +66,7 @@ class FitResult(NamedTuple):
     seconds: float
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
+@torch.inference_mode(False)  # which also undoes `torch.no_grad()`
 def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = None) -> FitResult:
     """Fit a model, in place, to the windows of motions.
 
