@@ -334,6 +334,46 @@ def test_command_in_the_sentence_fetches_the_dataset(tmp_path, torchvision):
     assert (data.name, notice) == ("kmnist", None)
 
 
+@pytest.mark.parametrize(
+    ("place", "folder", "suffix", "advice"),
+    [
+        ("data/FashionMNIST/raw", "data/FashionMNIST", "", "pass {tmp}/data as the folder"),
+        ("data/FashionMNIST/raw", "data/FashionMNIST/raw", "", "pass {tmp}/data as the folder"),
+        ("data/FashionMNIST/raw", ".", "", "pass {tmp}/data as the folder"),
+        ("data/FashionMNIST/raw", ".", ".gz", "unpack them with gunzip and pass {tmp}/data as the folder"),
+        ("data/FashionMNIST/raw", "data", ".gz", "unpack them with gunzip)"),
+        ("data/FashionMNIST", "data", "", "move them to {tmp}/data/FashionMNIST/raw"),
+        ("data/fashion/raw", "data", "", "move them to {tmp}/data/FashionMNIST/raw"),
+        ("data", "data", ".gz", "unpack them with gunzip and move them to {tmp}/data/FashionMNIST/raw"),
+    ],
+)
+def test_files_in_the_wrong_place_are_found_and_said_where_to_put(tmp_path, place, folder, suffix, advice):
+    contents = files()
+    packed = dict.fromkeys((IMAGES, TEST_LABELS), suffix)  # the others have been unpacked
+    write(tmp_path / place, {name + packed.get(name, ""): content for name, content in contents.items()})
+    with pytest.raises(DatasetUnavailable) as caught:
+        load_dataset("fashion-mnist", tmp_path / folder, download=False)
+    said = str(caught.value)
+    missing = [name for name in contents if not (tmp_path / folder / "FashionMNIST/raw" / name).exists()]
+    assert f"{(tmp_path / folder).resolve() / 'FashionMNIST' / 'raw'} should hold {', '.join(missing)} (" in said
+    assert f"files of these names are in {tmp_path / place}; {advice.format(tmp=tmp_path)}" in said
+    # whoever does so has the dataset
+    if "move" in advice:
+        moved = (tmp_path / place).rename(tmp_path / "moved")
+        (tmp_path / "data/FashionMNIST").mkdir(parents=True, exist_ok=True)
+        place = moved.rename(tmp_path / "data/FashionMNIST/raw")
+    for path in (tmp_path / place).glob("*.gz"):
+        path.rename(path.with_suffix(""))
+    assert len(load_dataset("fashion-mnist", tmp_path / "data", download=False).train_labels) == 20
+
+
+@pytest.mark.parametrize("folder", [".", "MNIST", "MNIST/raw"])
+def test_another_datasets_files_are_not_taken_for_misplaced_ones(tmp_path, folder):
+    write(tmp_path / "MNIST" / "raw", files())
+    with pytest.raises(DatasetUnavailable, match=f"should hold {', '.join(datasets._FILES)}; it was not downloaded"):
+        load_dataset("kmnist", tmp_path / folder, download=False)
+
+
 def test_unknown_dataset_is_refused():
     for load in (load_dataset, load_dataset_or_digits):
         with pytest.raises(ValueError, match=r"`name` should be one of mnist, .*, digits\. Found `name = 'svhn'`"):

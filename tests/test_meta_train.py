@@ -313,6 +313,10 @@ def test_scalars_are_written_for_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     wanted = {"meta/loss", "meta/gradient_norm", "meta/lr", "validation/score"}
     assert wanted <= set(events.Tags()["scalars"])
+    # a meta-step is counted from one under every name; the score before the first has number zero
+    assert [e.step for e in events.Scalars("meta/loss")] == list(range(1, 9))
+    for name in ("meta/gradient_norm", "meta/lr"):
+        assert [e.step for e in events.Scalars(name)] == list(range(1, 9))
     scores = events.Scalars("validation/score")
     assert [e.step for e in scores] == [step for step, _ in result.validation]
     assert [e.value for e in scores] == pytest.approx([score for _, score in result.validation])

@@ -11,9 +11,11 @@ from odeopt.systems import (
     MECHANISMS,
     MODELS,
     FitConfig,
+    Mechanism,
     Parts,
     PortHamiltonianModel,
     Trajectories,
+    acrobot,
     cart_pole,
     embedded_pendulum,
     energy_rises,
@@ -273,6 +275,148 @@ def test_sampled_inputs_can_be_learned_from():
     assert part_errors(model, mechanism.model, positions(mechanism))["g"] < 0.2
 
 
+# -------------------- clocks and angles
+
+
+@pytest.mark.parametrize(("dt", "start"), [(0.05, -3e8), (1e-3, 1.6e9)])
+def test_motions_are_the_same_whenever_their_clock_starts(dt, start):
+    mechanism = cart_pole()._replace(dt=dt)
+    data = make_data(mechanism, n=4, n_times=6, inputs="sampled").train
+    later = data._replace(t=data.t + start)
+    assert not torch.equal(later.t.diff(), data.t.diff())  # rounded, to 1e-6 and 1e-4 of a step
+    found = []
+    for each in (data, later):
+        model = model_of("port-Hamiltonian", mechanism, widths=(8,))
+        losses = fit(model, each, FitConfig(n_passes=3, n_batches=1)).losses
+        rises = energy_rises(model, each, factor=1 / 4)
+        found.append([*losses, trajectory_errors(model, each).mean, rises.largest])
+        assert rises.status is Status.SUCCESS
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
+
+
+def observed_in_momentum(mechanism):
+    """The same system, observed in the momentum and in angles as they are."""
+    model = mechanism.model
+    seen = PortHamiltonianModel(model.system, model.coordinates.kinds, observes="momentum")
+    return mechanism._replace(model=seen)
+
+
+def wrapped(x, kinds):
+    """Angles brought to (-pi, pi]."""
+    x = x.clone()
+    for i, kind in enumerate(kinds):
+        if kind == "S":
+            x[..., i] = torch.atan2(x[..., i].sin(), x[..., i].cos())
+    return x
+
+
+@pytest.mark.parametrize("make", [acrobot, cart_pole])
+@pytest.mark.parametrize("kind", ["port-Hamiltonian", "unstructured", "geometric"])
+def test_motions_are_the_same_whether_angles_are_wrapped(make, kind):
+    mechanism = observed_in_momentum(make())
+    kinds = mechanism.model.coordinates.kinds
+    data = make_data(mechanism, n=8, n_times=20, inputs=[0.0]).train
+    jumping = data._replace(x=wrapped(data.x, kinds))
+    assert (jumping.x.diff(dim=0).abs() > 5).any()  # some turn through pi within the motion
+    assert trajectory_errors(mechanism.model, jumping, n_substeps=10).mean < 1e-20
+    found = []
+    for each in (data, jumping):
+        model = model_of(kind, mechanism, widths=(8,))
+        losses = fit(model, each, FitConfig(n_passes=2, n_batches=1)).losses
+        found.append([*losses, trajectory_errors(model, each).mean])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)  # rounding of 2 pi in float32
+
+
+def test_whole_turns_count_on_lines_only():
+    mechanism = observed_in_momentum(cart_pole())
+    data = make_data(mechanism, n=2, n_times=5).test
+    for i, wanted in ((0, 4 * (2 * math.pi) ** 2), (1, 0.0)):
+        off = data._replace(x=data.x.clone())
+        off.x[1:, :, i] += 2 * math.pi
+        errors = trajectory_errors(mechanism.model, off, n_substeps=10)
+        assert errors.mean == pytest.approx(wanted, abs=1e-12)
+
+
+def test_a_portrait_unwinds_angles_only():
+    system = PortHamiltonianSystem(2, inverse_mass=torch.ones(2).double(), potential=lambda q: q[..., 0] * 0)
+    v = 90.0  # 4.5 between two observations, more than half a turn
+    for kinds, wanted in (("SR", 4.5), ("RS", 4.5 - 2 * math.pi)):
+        model = PortHamiltonianModel(system, kinds, observes="velocity")
+        mechanism = Mechanism("free", model, 0.05, (0.0,) * 4, (1.0,) * 4)
+        x0 = torch.cat((model.coordinates(torch.zeros(2).double()), torch.tensor([0.0, v], dtype=torch.float64)))
+        path = portray(mechanism, {}, x0, torch.zeros(1, 2).double(), n_times=8).paths["truth"]
+        torch.testing.assert_close(path[:, 0], wanted * torch.arange(8).double())
+
+
+# -------------------- what may be passed
+
+
+def small_fit():
+    mechanism = embedded_pendulum()
+    return model_of("port-Hamiltonian", mechanism, widths=(4,)), make_data(mechanism, n=4, n_times=5).train
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fitting_does_not_mind_that_gradients_are_off(mode):
+    config, found = FitConfig(n_passes=3, n_batches=2), []
+    for context in (torch.enable_grad, mode):
+        model, _ = small_fit()
+        with context():
+            data = small_fit()[1]
+            found.append(fit(model, data, config).losses)
+            assert torch.is_grad_enabled() == (context is torch.enable_grad)
+    assert found[0] == found[1]
+    assert found[0][-1] < found[0][0]
+
+
+def test_motions_keep_no_gradient_of_a_fit():
+    model, data = small_fit()
+    data = data._replace(x=data.x.float().requires_grad_(), u=data.u.float().requires_grad_())
+    assert len(fit(model, data, FitConfig(n_passes=2, n_batches=2)).losses) == 2
+    assert data.x.grad is data.u.grad is None
+
+
+def test_weights_that_cannot_be_trained_are_refused():
+    _, data = small_fit()
+    with torch.inference_mode():
+        model, _ = small_fit()
+    with pytest.raises(ValueError, match=r"`model` should be made outside of `torch.inference_mode\(\)`. Found `model"):
+        fit(model, data, FitConfig(n_passes=1, n_batches=1))
+
+
+@pytest.mark.parametrize("part", ["weights", "a constant"])
+def test_a_model_of_mixed_dtypes_is_refused(part):
+    model, data = small_fit()
+    if part == "weights":
+        model.system.dissipation.bfloat16()
+    else:
+        model.system.dissipation = GivenMatrix(torch.ones(1, 1, dtype=torch.bfloat16))
+    message = r"`model` should be of one dtype.*Found `model = \['torch.bfloat16 on cpu', 'torch.float32 on cpu'\]`"
+    with pytest.raises(ValueError, match=message):
+        fit(model, data, FitConfig(n_passes=1, n_batches=1))
+    with pytest.raises(ValueError, match=message):
+        trajectory_errors(model, data)
+    with pytest.raises(ValueError, match=r"`x0.dtype` should be that of .*, torch.float32. Found `x0.dtype = "):
+        small_fit()[0].rollout(data.x[0], data.t)
+
+
+def test_what_is_of_another_class_is_refused():
+    model, data = small_fit()
+    config, halves = FitConfig(n_passes=1, n_batches=1), make_data(embedded_pendulum(), n=2, n_times=2)
+    for judge in (trajectory_errors, energy_rises, lambda *both: fit(*both, config)):
+        for name in ("x", "u"):
+            arrays = data._replace(**{name: getattr(data, name).numpy()})
+            with pytest.raises(TypeError, match=rf"`{name}` should be of class Tensor. Found one of class numpy"):
+                judge(model, arrays)
+        with pytest.raises(TypeError, match=r"`data` should be of class Trajectories. Found one of class .*\.Data\."):
+            judge(model, halves)
+        with pytest.raises(TypeError, match=r"`model` should be of class .*Found one of class torch.nn.*Linear"):
+            judge(torch.nn.Linear(2, 2), data)
+    with pytest.raises(TypeError, match=r"`config` should be of class FitConfig. Found one of class dict"):
+        fit(model, data, {"n_passes": 1})
+    assert fit(model, data._replace(t=data.t.numpy()), config).status == "success"
+
+
 def test_a_fit_is_kept_and_read_again(tmp_path):
     mechanism, config = pendulum(), FitConfig(n_passes=2, n_batches=1)
     data, path = make_data(mechanism, n=4, n_times=5), tmp_path / "new" / "fit.pt"
@@ -283,6 +427,26 @@ def test_a_fit_is_kept_and_read_again(tmp_path):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"`path` should be new or hold a fit of the same settings.*differs in noise;"):
         fit_kept(again, data.train, config, path, settings={"noise": 0.1})
+
+
+def test_a_kept_fit_knows_its_data_and_its_model(tmp_path):
+    mechanism, config, path = embedded_pendulum(), FitConfig(n_passes=1, n_batches=1), tmp_path / "fit.pt"
+    data = make_data(mechanism, n=4, n_times=5).train
+
+    def keep(data, settings=None, kind="port-Hamiltonian", **options):
+        return fit_kept(model_of(kind, mechanism, **options), data, config, path, settings=settings or {})
+
+    keep(data)
+    nudged = data._replace(x=data.x.clone())
+    nudged.x[3, 1, 2] += 1e-9
+    for other in (nudged, data._replace(u=-data.u), data._replace(t=2 * data.t)):
+        with pytest.raises(ValueError, match=r"`path` should be new or hold a fit of the same .*differs in data;"):
+            keep(other)
+    for options in ({"kind": "geometric"}, {"widths": (3,)}):
+        with pytest.raises(ValueError, match=r"differs in model;"):
+            keep(data, **options)
+    with pytest.raises(ValueError, match=r"`settings\['seed'\]` should be 0, as fitted. Found `settings\['seed'\]"):
+        keep(data, {"seed": 1})
 
 
 def part_of(kind, part):
@@ -345,6 +509,14 @@ def test_fitting_refuses_motions_that_do_not_fit(change, message):
         ({"n_passes": 0}, r"`n_passes` should be a positive integer. Found `n_passes = 0`"),
         ({"lr": math.nan}, r"`lr` should be a finite positive number. Found `lr = nan`"),
         ({"n_batches": 100}, r"`n_batches` should be at most the number of windows, 8. Found `n_batches = 100`"),
+        ({"n_points": 2.5}, r"`n_points` should be an integer of at least 2. Found `n_points = 2.5`"),
+        ({"n_points": True}, r"`n_points` should be an integer"),
+        ({"n_passes": True}, r"`n_passes` should be a positive integer. Found `n_passes = True`"),
+        ({"n_batches": 2.0}, r"`n_batches` should be a positive integer. Found `n_batches = 2.0`"),
+        ({"n_substeps": "1"}, r"`n_substeps` should be a positive integer. Found `n_substeps = '1'`"),
+        ({"lr": torch.tensor(0.1)}, r"`lr` should be a finite positive number. Found `lr = tensor"),
+        ({"seed": 10**20}, r"`seed` should be an integer .*Found `seed = 100000000000000000000`"),
+        ({"seed": None}, r"`seed` should be an integer .*Found `seed = None`"),
         ({"n_points": 1}, r"`n_points` should be between 2 and the 5 observations"),
     ],
 )

@@ -172,11 +172,59 @@ def test_windows_are_the_pieces_of_the_motions():
         Trajectories(t**2, x, u).windows(4)
 
 
+def test_windows_start_their_own_clock():
+    x, u = torch.zeros(400, 1, 2), torch.zeros(399, 1, 1)
+    t = 0.01 * torch.arange(400, dtype=torch.float64)
+    for times, step in ((t, 0.01), (t - 4e8, 0.01), (0.01 * t + 1.6e9, 1e-4), ((100 + t).float(), 0.01)):
+        pieces = Trajectories(times, x, u).windows(3)
+        # a mean over 400 steps, of which the ends are rounded to .2 % of a step at worst
+        torch.testing.assert_close(pieces.t, step * torch.arange(3, dtype=torch.float64), rtol=1e-5, atol=0)
+    with pytest.raises(
+        ValueError, match=r"`t` should be evenly spaced .* to tell, which torch.float32 may not be. Found"
+    ):
+        Trajectories((1e4 + t).float(), x, u).windows(3)
+    uneven = t - 4e8
+    uneven[7] += 1e-4
+    with pytest.raises(ValueError, match=r"`t` should be evenly spaced"):
+        Trajectories(uneven, x, u).windows(3)
+
+
+@pytest.mark.parametrize("n_points", [2.0, True, "3", None])
+def test_windows_have_a_whole_number_of_points(n_points):
+    with pytest.raises(ValueError, match=r"`n_points` should be between 2 and the 4 .*, an integer. Found `n_po"):
+        Trajectories(torch.arange(4.0), torch.zeros(4, 1, 2), torch.zeros(3, 1, 1)).windows(n_points)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rollout_does_not_depend_on_the_clock(dtype):
+    model = PortHamiltonianModel(MECHANISMS["acrobot"]().model.system.to(dtype), "SS", observes="momentum")
+    x0, u = torch.randn(3, 4, dtype=dtype), torch.randn(20, 3, 1, dtype=dtype)
+    t = torch.arange(21, dtype=torch.float64) / 32  # exact wherever the clock starts
+    here, there = (model.rollout(x0, t + start, u) for start in (0, -1.9e9))
+    assert torch.equal(here.states, there.states)
+    assert here.states.dtype == dtype
+    assert torch.equal(there.t, t - 1.9e9)
+
+
+def test_differences_of_angles_take_the_shortest_way_round():
+    q = torch.tensor([[3.0, 7.0, -3.1], [-3.1, 9.0, 40.0]], dtype=torch.float64, requires_grad=True)
+    shortest = Coordinates("SRS").shortest(q.diff(dim=0))
+    wanted = [[2 * math.pi - 6.1, 2.0, 43.1 - 14 * math.pi]]
+    torch.testing.assert_close(shortest, torch.tensor(wanted, dtype=torch.float64))
+    (slopes,) = torch.autograd.grad(shortest.sum(), q)
+    assert torch.equal(slopes, torch.tensor([[-1.0] * 3, [1.0] * 3], dtype=torch.float64))
+    assert torch.equal(Coordinates("RRR").shortest(q), q)
+    assert torch.equal(Coordinates("SSS").shortest(q / 100), q / 100)  # to the bit where there is no turn
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n": 3}, r"`n` should be an even number.*Found `n = 3`"),
         ({"n_times": 1}, r"`n_times` should be at least 2. Found `n_times = 1`"),
+        ({"n_times": True}, r"`n_times` should be at least 2. Found `n_times = True`"),
+        ({"seed": 2.5}, r"`seed` should be an integer of at least -2\^63 and below 2\^63. Found `seed = 2.5`"),
+        ({"seed": -(10**20)}, r"`seed` should be .*Found `seed = -100000000000000000000`"),
         ({"noise": -0.1}, r"`noise` should be a finite number of at least 0. Found `noise = -0.1`"),
         ({"inputs": []}, r"`inputs` should be finite numbers.*Found `inputs = \[\]`"),
         ({"inputs": [math.nan]}, r"`inputs` should be finite numbers"),
@@ -206,6 +254,12 @@ X0, T = torch.zeros(3, 2, dtype=torch.float64), torch.arange(5.0)
         (X0, T.flip(0), None, r"`t` should be finite and increase. Found `t\[0\] = 4` before `t\[1\] = 3`"),
         (X0, [0.0, 1.0, 1.0], None, r"Found `t\[1\] = 1` before `t\[2\] = 1`"),
         (X0, [0.0, math.nan], None, r"`t` should be finite and increase"),
+        (X0, ["0", "1"], None, r"`t` should be a tensor or a sequence of numbers. Found `t = \['0', '1'\]`"),
+        (X0, T + 0j, None, r"`t` should be real"),
+        (X0, T.clone().requires_grad_(), None, r"`t.requires_grad` should be False, .*Found `t.requires_grad = True`"),
+        (X0, (T / 20 + 1e9).float(), None, r"`t` should be finite and increase.*, a step of 0 in torch.float32"),
+        (X0.long(), T, None, r"`x0.dtype` should be floating point. Found `x0.dtype = torch.int64`"),
+        (X0, T, torch.ones(3, 1) + 0j, r"`u.dtype` should be real. Found `u.dtype = torch.complex64`"),
         (X0, [0.0], None, r"`t` should be one-dimensional with at least two times"),
         (X0, T, torch.ones(5, 3, 1), r"`u` should have shape \(3, 1\), held, or \(4, 3, 1\).*Found `u.shape = \(5,"),
         (X0, T, torch.ones(3, 2), r"Found `u.shape = \(3, 2\)`"),
@@ -215,6 +269,12 @@ X0, T = torch.zeros(3, 2, dtype=torch.float64), torch.arange(5.0)
 def test_rollouts_refuse_what_does_not_fit(x0, t, u, message):
     with pytest.raises(ValueError, match=message):
         pendulum().model.rollout(x0, t, u)
+
+
+@pytest.mark.parametrize("n_substeps", [0, 1.0, True])
+def test_rollouts_take_a_whole_number_of_steps(n_substeps):
+    with pytest.raises(ValueError, match=r"`n_substeps` should be a positive integer. Found `n_substeps = "):
+        pendulum().model.rollout(X0, T, n_substeps=n_substeps)
 
 
 def test_a_singular_mass_is_named():

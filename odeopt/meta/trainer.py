@@ -281,7 +281,7 @@ class _Run:
 
     def _after_update(self, norm: float) -> None:
         """Average the weights, write the log, and move on along the schedule."""
-        step, decay = len(self.result.meta_losses), self.config.averaging
+        step, decay = len(self.result.meta_losses) + 1, self.config.averaging
         for name, value in self.rule.state_dict().items():
             if value.is_floating_point():
                 self.averaged[name].lerp_(value, 1 - decay)
@@ -289,7 +289,7 @@ class _Run:
                 self.averaged[name].copy_(value)
         self._log("meta/gradient_norm", norm, step)
         self._log("meta/lr", self.meta_optimizer.param_groups[0]["lr"], step)
-        if self.scheduler is not None and step + 1 < self.config.n_meta_steps:
+        if self.scheduler is not None and step < self.config.n_meta_steps:
             self.scheduler.step()
 
     def _skip(self) -> None:

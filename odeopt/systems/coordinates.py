@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ class Coordinates(nn.Module):
         order = torch.tensor(lines + circles)
         self.register_buffer("_order", order, persistent=False)
         self.register_buffer("_back", order.argsort(), persistent=False)
+        self.register_buffer("_is_circle", torch.tensor([kind == "S" for kind in kinds]), persistent=False)
         self._is_sorted = lines + circles == list(range(len(kinds)))
 
     @property
@@ -77,6 +80,20 @@ class Coordinates(nn.Module):
         line, cos, sin = features.split((self.n_lines, self.n_circles, self.n_circles), dim=-1)
         q = torch.cat((line, torch.atan2(sin, cos)), dim=-1)
         return q if self._is_sorted else q.index_select(-1, self._back)
+
+    def shortest(self, difference: Tensor) -> Tensor:
+        """Differences of positions, those of angles modulo 2 pi: the shortest way round.
+
+        Args:
+            difference: Shape ``(*batch, dof)``.
+
+        Returns:
+            Shape ``(*batch, dof)``; on circles in [-pi, pi], on lines as given. The derivative is one.
+        """
+        if not self.n_circles:
+            return difference
+        turns = (difference / (2 * math.pi)).round()
+        return torch.where(self._is_circle, difference - 2 * math.pi * turns, difference)
 
     def drift(self, features: Tensor) -> float:
         r"""Largest :math:`|\cos^2 + \sin^2 - 1|`: how far off the circles it is; 0 where there are none.

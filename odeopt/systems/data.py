@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_integer, is_number, require
 from odeopt.systems.mechanics import Mechanism
-from odeopt.systems.observed import check_inputs, check_observations, check_times
+from odeopt.systems.observed import check_inputs, check_observations, check_seed, check_times
 
 INPUTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 # rk4 over steps of a tenth of the data's is exact to 1e-9 on all four systems
@@ -31,10 +31,10 @@ class Trajectories(NamedTuple):
     u: Tensor
 
     def checked(self, n_observed: int, n_inputs: int) -> Trajectories:
-        """Return these motions, or raise a ValueError that names what does not fit or is not finite."""
-        require(self.x.dim() == 3, "x", tuple(self.x.shape), "of three axes, times, motions and numbers")
+        """Return these motions, or raise an error that names what does not fit or is not finite."""
         check_observations("x", self.x, n_observed)
-        t = check_times(self.t, self.x)
+        require(self.x.dim() == 3, "x", tuple(self.x.shape), "of three axes, times, motions and numbers")
+        t = check_times(self.t)
         require(len(t) == len(self.x), "t", tuple(t.shape), f"one time for each of {len(self.x)} observations")
         u = check_inputs(self.u, len(t) - 1, self.x.shape[1:2], n_inputs, like=self.x)
         return Trajectories(t, self.x, u)
@@ -46,23 +46,28 @@ class Trajectories(NamedTuple):
             n_points: Observations in a piece, at least two.
 
         Returns:
-            As many motions as there are pieces.
+            As many motions as there are pieces, with times in double precision that start at zero.
 
         Raises:
-            ValueError: If the motions are too short, or steps of time differ.
+            ValueError: If the motions are too short, or steps of time differ by more than their rounding, or this may
+                be more than a twentieth of a step.
         """
-        n_times = len(self.t)
-        require(2 <= n_points <= n_times, "n_points", n_points, f"between 2 and the {n_times} observations of a motion")
-        steps = self.t.diff()
-        is_even = bool(((steps - steps.mean()).abs() <= 1e-4 * steps.mean()).all())
-        require(is_even, "t", self.t.tolist(), "evenly spaced where motions are cut into windows")
+        t = check_times(self.t)
+        n_times, rounding = len(t), 2 * torch.finfo(t.dtype).eps * t.abs().max().item()
+        is_right = is_integer(n_points) and 2 <= n_points <= n_times
+        require(is_right, "n_points", n_points, f"between 2 and the {n_times} observations of a motion, an integer")
+        steps = t.double().diff()
+        step = steps.mean()  # far from zero it is known better than any one of them
+        is_even = bool(((steps - step).abs() <= 1e-4 * step + rounding).all()) and rounding <= 0.05 * step
+        wanted = "evenly spaced where motions are cut into windows, and precise enough to tell"
+        require(is_even, "t", t.tolist(), f"{wanted}, which {t.dtype} may not be")
         x = self.x.unfold(0, n_points, 1).permute(3, 0, 1, 2).flatten(1, 2)
         u = self.u.unfold(0, n_points - 1, 1).permute(3, 0, 1, 2).flatten(1, 2)
-        return Trajectories(self.t[:n_points], x, u)
+        return Trajectories(step * torch.arange(n_points, dtype=step.dtype, device=step.device), x, u)
 
     def to(self, like: Tensor) -> Trajectories:
-        """Convert all numbers to the dtype and the device of a tensor."""
-        return Trajectories(*(value.to(like) for value in self))
+        """Convert observations and inputs to the dtype and the device of a tensor; times stay as they are."""
+        return Trajectories(self.t, self.x.to(like), self.u.to(like))
 
 
 class Data(NamedTuple):
@@ -107,9 +112,10 @@ def make_data(
     Raises:
         ValueError: If an argument is out of range, or a motion does not stay finite.
     """
-    require(isinstance(n, int) and n >= 2 and n % 2 == 0, "n", n, "an even number of at least 2")
-    require(isinstance(n_times, int) and n_times >= 2, "n_times", n_times, "at least 2")
+    require(is_integer(n) and n >= 2 and n % 2 == 0, "n", n, "an even number of at least 2")
+    require(is_integer(n_times) and n_times >= 2, "n_times", n_times, "at least 2")
     require(is_number(noise) and noise >= 0, "noise", noise, "a finite number of at least 0")
+    check_seed(seed)
     is_sampled = inputs == "sampled"
     wanted = "finite numbers, at least one, or 'sampled'"
     is_right = is_sampled or (not isinstance(inputs, str) and len(inputs) > 0 and all(map(is_number, inputs)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import math
 import os
 import time
@@ -13,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_integer, is_number, require
 from odeopt.ode import STRUCTURE_METHODS, Status, integrate
 from odeopt.physics import PhaseState
 from odeopt.systems.data import Trajectories
-from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel
+from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_class, check_seed, weights_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class FitConfig:
 
     Attributes:
         n_passes: Times that training sees each window.
-        n_points: Observations in a window; the motion is predicted from the first.
+        n_points: Observations in a window, at least two; the motion is predicted from the first.
         n_batches: Steps of Adam in a pass, over equal parts of the windows, which are shuffled for each pass.
         lr: Peak of the learning rate, which rises over a tenth of the training and falls along a cosine.
         n_substeps: Steps of rk4 between two observations.
@@ -43,15 +44,17 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name in ("n_passes", "n_batches", "n_substeps"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, name, value, "a positive integer")
+            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        require(is_integer(self.n_points), "n_points", self.n_points, "an integer of at least 2")
         require(is_number(self.lr) and self.lr > 0, "lr", self.lr, "a finite positive number")
+        check_seed(self.seed)
 
 
 class FitResult(NamedTuple):
     """What a fit did.
 
     Attributes:
-        losses: Mean squared error of the observations predicted, by pass.
+        losses: Mean squared error of the observations predicted, by pass; see :meth:`ObservedSystem.residual`.
         status: ``Status.NON_FINITE_STATE`` if a loss was not finite: the fit ended there, with the weights before it.
         message: What happened, where it did not go well.
         seconds: Wall-clock seconds.
@@ -63,12 +66,16 @@ class FitResult(NamedTuple):
     seconds: float
 
 
+@torch.inference_mode(False)  # which also undoes `torch.no_grad()`
 def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = None) -> FitResult:
     """Fit a model, in place, to the windows of motions.
 
+    Gradients are recorded also where the caller has switched them off, as by ``torch.no_grad()``.
+
     Args:
-        model: The model; its weights' dtype is what is computed in.
-        data: Motions.
+        model: The model; its weights' dtype is what is computed in. Where it observes momenta, angles may be unwrapped
+            or lie in (-pi, pi]: on circles errors count modulo 2 pi.
+        data: Motions, wherever their clock starts.
         config: How; the default of :class:`FitConfig` if None.
 
     Returns:
@@ -76,16 +83,23 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
 
     Raises:
         ValueError: If the motions do not fit the model, are not finite or not evenly spaced, or a part of the model is
-            not finite or not invertible at their first observations.
+            not finite or not invertible at their first observations; if weights differ in dtype or device.
+        TypeError: If an argument, or what the motions hold, is of another class.
     """
     config = FitConfig() if config is None else config
+    for name, value, wanted in (("model", model, ObservedSystem), ("data", data, Trajectories)):
+        check_class(name, value, wanted)
+    check_class("config", config, FitConfig)
     weights = [p for p in model.parameters() if p.requires_grad]
     require(len(weights) > 0, "model", type(model).__name__, "one that has weights to learn")
+    is_inference = any(p.is_inference() for p in weights)
+    require(not is_inference, "model", type(model).__name__, "made outside of `torch.inference_mode()`")
+    like = weights_like(model, weights[0])
     began = time.perf_counter()
-    t, x, u = data.checked(model.n_observed, model.n_inputs).windows(config.n_points).to(weights[0])
-    n = x.shape[1]
-    require(config.n_batches <= n, "n_batches", config.n_batches, f"at most the number of windows, {n}")
     with torch.no_grad():
+        t, x, u = data.checked(model.n_observed, model.n_inputs).windows(config.n_points).to(like)
+        n = x.shape[1]
+        require(config.n_batches <= n, "n_batches", config.n_batches, f"at most the number of windows, {n}")
         model.check_finite(model.encode(x[0]), u[0])
     steps, n_steps = t.diff().tolist(), config.n_passes * config.n_batches
     optimizer = torch.optim.Adam(weights, lr=config.lr)
@@ -94,10 +108,10 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
     status, message = Status.SUCCESS, ""
     for i in range(config.n_passes):
         total = x.new_zeros(())
-        for batch in torch.randperm(n, generator=generator).chunk(config.n_batches):
+        for batch in torch.randperm(n, generator=generator, device="cpu").chunk(config.n_batches):
             target = x[:, batch]
             predicted = model.roll(model.encode(target[0]), steps, u[:, batch], n_substeps=config.n_substeps)
-            loss = (predicted - target)[1:].square().mean()
+            loss = model.residual(predicted, target)[1:].square().mean()
             if not loss.isfinite():
                 status = Status.NON_FINITE_STATE
                 message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: lower `lr`."
@@ -129,15 +143,21 @@ def fit_kept(
         data: Motions.
         config: How to fit.
         path: The file, whose folder is made; it appears when the fit is done.
-        settings: What else tells one fit from another, as plain values: the data, the model.
+        settings: What else tells one fit from another, as plain values: the seed of the model's first weights, options
+            that their names and shapes do not show. The data and ``config`` are compared in any case.
 
     Returns:
         Losses and status.
 
     Raises:
-        ValueError: If the file is of other settings, or as for :func:`fit`.
+        ValueError: If the file is of other settings, data or weights, or as for :func:`fit`.
     """
-    path, wanted = Path(path), settings | dataclasses.asdict(config)
+    check_class("data", data, Trajectories)
+    checked = data.checked(model.n_observed, model.n_inputs)
+    options = dataclasses.asdict(config) | {"data": _digest(checked), "model": _described(model)}
+    for name in settings.keys() & options.keys():
+        require(settings[name] == options[name], f"settings[{name!r}]", settings[name], f"{options[name]!r}, as fitted")
+    path, wanted = Path(path), settings | options
     if path.exists():
         kept = torch.load(path, weights_only=True)
         if kept["settings"] != wanted:
@@ -161,8 +181,25 @@ def fit_kept(
     return result
 
 
+def _digest(data: Trajectories) -> str:
+    """SHA-256 of motions, with their shapes and dtypes."""
+    digest = hashlib.sha256()
+    for value in data:
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _described(model: ObservedSystem) -> str:
+    """Class of a model, how it observes, and the names, shapes and dtypes of its weights."""
+    weights = [f"{name} {value.dtype} {tuple(value.shape)}" for name, value in model.state_dict().items()]
+    return ", ".join([type(model).__name__, model.coordinates.kinds, model.observes, *weights])
+
+
 class Errors(NamedTuple):
     """Errors of predictions, each the sum of squares over a motion and all that is observed.
+
+    Angles observed as they are count modulo 2 pi; see :meth:`ObservedSystem.residual`.
 
     Attributes:
         mean: Mean over motions; infinite where one did not stay finite.
@@ -201,11 +238,13 @@ def trajectory_errors(model: ObservedSystem, data: Trajectories, *, n_substeps: 
     Raises:
         ValueError: If the motions do not fit the model, or as for :meth:`ObservedSystem.rollout`.
     """
-    like = next(model.parameters(), data.x)
-    t, x, u = data.checked(model.n_observed, model.n_inputs).to(like)
+    check_class("model", model, ObservedSystem)
+    check_class("data", data, Trajectories)
+    data = data.checked(model.n_observed, model.n_inputs)
+    t, x, u = data.to(weights_like(model, data.x))
     with torch.no_grad():
         predicted = model.rollout(x[0], t, u, n_substeps=n_substeps).states
-    squares = (predicted - x).double().square().sum((0, 2))
+    squares = model.residual(predicted, x).double().square().sum((0, 2))
     n_diverged = int((~squares.isfinite()).sum())
     if n_diverged:
         return Errors(math.inf, math.inf, n_diverged, math.nan)
@@ -253,8 +292,11 @@ def energy_rises(
         ValueError: If the factor is not positive, or as for :func:`odeopt.integrate`.
     """
     require(is_number(factor) and factor > 0, "factor", factor, "positive")
-    model, data = copy.deepcopy(model).cpu().double(), Trajectories(*(x.cpu().double() for x in data))
-    t = data.t[0] + factor * (data.t - data.t[0])
+    check_class("model", model, PortHamiltonianModel)
+    check_class("data", data, Trajectories)
+    data = Trajectories(*(value.cpu().double() for value in data.checked(model.n_observed, model.n_inputs)))
+    model = copy.deepcopy(model).cpu().double()
+    t = factor * (data.t - data.t[0])  # without inputs nothing depends on the clock
     # far beyond the steps of its training a learned potential is rough; an equation not solved would blame the model
     options = {"max_iters": 200} if method in STRUCTURE_METHODS else None
     with torch.no_grad():
@@ -311,7 +353,7 @@ def parts_at(model: PortHamiltonianModel, q: Tensor, gauge: Gauge | None = None)
     Returns:
         The parts.
     """
-    like = next(model.parameters(), q)
+    like = weights_like(model, q)
     with torch.no_grad():
         q = q.to(like)
         V, inverse, D, g = (

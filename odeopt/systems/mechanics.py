@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_integer, is_number, require
 from odeopt.physics import GivenMatrix, PortHamiltonianSystem
-from odeopt.systems.observed import PortHamiltonianModel
+from odeopt.systems.observed import PortHamiltonianModel, check_seed
 
 
 class Mechanism(NamedTuple):
@@ -50,7 +50,8 @@ class Mechanism(NamedTuple):
         Returns:
             Shape ``(n, n_observed)``.
         """
-        require(isinstance(n, int) and n >= 1, "n", n, "a positive integer")
+        require(is_integer(n) and n >= 1, "n", n, "a positive integer")
+        check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.low, self.high))
         drawn = low + (high - low) * torch.rand(n, len(low), generator=generator, dtype=torch.float64)

@@ -17,7 +17,7 @@ from odeopt.physics import (
     mlp,
 )
 from odeopt.systems.coordinates import Coordinates
-from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_part, momentum
+from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_part, check_seed, momentum
 
 _WIDTHS, _SMALL = (40, 40), (16,)
 # bound of the inverse mass: p = M dq/dt would leave all bounds where it passes by zero
@@ -259,6 +259,7 @@ def make_model(kind: str, coordinates: str, *, observes: str, seed: int = 0, **o
         ValueError: If there is no such kind, or an argument is out of range.
     """
     require(kind in MODELS, "kind", kind, f"one of {', '.join(MODELS)}")
+    check_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[kind](coordinates, observes=observes, **options)

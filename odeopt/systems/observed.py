@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require
+from odeopt.checks import is_integer, require
 from odeopt.ode import Solution, Status, explicit_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.systems.coordinates import Coordinates
@@ -65,6 +65,14 @@ class ObservedSystem(nn.Module, ABC):
     def field(self, state: Tensor, u: Tensor) -> Tensor:
         """Time derivative of a state under inputs of shape ``(*batch, n_inputs)``."""
 
+    def residual(self, predicted: Tensor, x: Tensor) -> Tensor:
+        """Differences between predicted and given observations; angles observed as they are count modulo 2 pi."""
+        difference = predicted - x
+        if self.observes == "velocity" or not self.coordinates.n_circles:
+            return difference
+        q, p = difference.chunk(2, dim=-1)
+        return torch.cat((self.coordinates.shortest(q), p), dim=-1)
+
     def drift(self, x: Tensor) -> float:
         """How far observations are off the circles; 0 where angles are observed as they are."""
         return 0.0 if self.observes == "momentum" else self.coordinates.drift(x)
@@ -75,8 +83,9 @@ class ObservedSystem(nn.Module, ABC):
         """Observe the system from a first observation on, in steps of the fourth order.
 
         Args:
-            x0: First observations, shape ``(*batch, n_observed)``.
-            t: Times of the observations, increasing, the first that of ``x0``; shape ``(n_times,)``.
+            x0: First observations, shape ``(*batch, n_observed)``, in the dtype of the weights.
+            t: Times of the observations, increasing, the first that of ``x0``; shape ``(n_times,)``. Their dtype need
+                not be that of ``x0``; steps are their differences in double precision.
             u: Inputs: held ones of shape ``(*batch, n_inputs)``, or sampled ones of shape
                 ``(n_times - 1, *batch, n_inputs)``, each held until the next time; None for zero.
             n_substeps: Steps between two times.
@@ -86,26 +95,30 @@ class ObservedSystem(nn.Module, ABC):
             where first.
 
         Raises:
-            ValueError: If a shape does not fit, times do not increase, a number is not finite, or a learned or given
-                part is not finite or not invertible at the first state.
+            ValueError: If a shape or a dtype does not fit, times do not increase or require a gradient, a number is
+                not finite, or a learned or given part is not finite or not invertible at the first state.
+            TypeError: If ``x0`` or ``u`` is no tensor.
         """
-        t = check_times(t, x0)
+        t = check_times(t)
         check_observations("x0", x0, self.n_observed)
+        weights = weights_like(self, x0)
+        require(x0.dtype == weights.dtype, "x0.dtype", x0.dtype, f"that of the model's weights, {weights.dtype}")
         inputs = check_inputs(u, len(t) - 1, x0.shape[:-1], self.n_inputs, like=x0)
-        require(isinstance(n_substeps, int) and n_substeps >= 1, "n_substeps", n_substeps, "a positive integer")
+        require(is_integer(n_substeps) and n_substeps >= 1, "n_substeps", n_substeps, "a positive integer")
         began = time.perf_counter()
         state = self.encode(x0)
         self.check_finite(state, inputs[0])
-        states = self.roll(state, t.diff().tolist(), inputs, n_substeps=n_substeps)
+        states = self.roll(state, t.double().diff().tolist(), inputs, n_substeps=n_substeps)
         seconds = time.perf_counter() - began
         is_finite = states.isfinite().flatten(1).all(1)
         status, message = Status.SUCCESS, ""
         if not is_finite.all():
             first = int((~is_finite).nonzero()[0])
             status = Status.NON_FINITE_STATE
-            message = f"Non-finite state at t = {t[first].item():g} of {t[-1].item():g}: the motion left all bounds."
+            times = f"{t[first].item():.12g} of {t[-1].item():.12g}"
+            message = f"Non-finite state at t = {times}: the motion left all bounds."
         n_steps = (len(t) - 1) * n_substeps
-        return Solution(t, states, n_steps * _N_STAGES, n_steps, seconds, status, message)
+        return Solution(t.to(x0.device), states, n_steps * _N_STAGES, n_steps, seconds, status, message)
 
     def roll(self, state: Tensor, steps: Sequence[float], inputs: Tensor, *, n_substeps: int = 1) -> Tensor:
         """Observations of a state and after each step, unchecked; see :meth:`rollout`."""
@@ -235,8 +248,39 @@ def check_part(name: str, value: Tensor) -> None:
         )
 
 
+def weights_like(model: nn.Module, default: Tensor) -> Tensor:
+    """Return a weight, whose dtype and device are those of all weights; a default where there are none.
+
+    Raises:
+        ValueError: If weights and constants differ in dtype or device.
+    """
+    weight = next(model.parameters(), None)
+    if weight is None:
+        return default
+    # a buffer without axes promotes nothing
+    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point() and x.dim() > 0]
+    found = sorted({f"{x.dtype} on {x.device}" for x in tensors})
+    require(len(found) <= 1, "model", found, "of one dtype on one device, as by `model.float()`")
+    return weight
+
+
+def check_class(name: str, value: object, wanted: type) -> None:
+    """Raise a TypeError unless a value is of a class."""
+    if not isinstance(value, wanted):
+        found = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"Parameter `{name}` should be of class {wanted.__name__}. Found one of class {found}.")
+
+
+def check_seed(seed: object) -> None:
+    """Raise a ValueError unless a seed is an integer that generators take."""
+    is_right = is_integer(seed) and -(2**63) <= seed < 2**63
+    require(is_right, "seed", seed, "an integer of at least -2^63 and below 2^63")
+
+
 def check_observations(name: str, x: Tensor, n_observed: int) -> None:
-    """Raise a ValueError unless observations have their length and are finite."""
+    """Raise an error unless observations are floating point, have their length and are finite."""
+    check_class(name, x, Tensor)
+    require(x.is_floating_point(), f"{name}.dtype", x.dtype, "floating point")
     if x.shape[-1:] != (n_observed,):
         raise ValueError(
             f"Parameter `{name}` should have shape (*batch, {n_observed}). Found `{name}.shape = {tuple(x.shape)}`."
@@ -245,17 +289,23 @@ def check_observations(name: str, x: Tensor, n_observed: int) -> None:
     require(bool(is_finite.all()), name, x[~is_finite][:1].tolist(), "finite")
 
 
-def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
-    """Check that times increase and return them as a tensor of the dtype of the observations."""
-    t = torch.as_tensor(t, dtype=like.dtype, device=like.device)
+def check_times(t: Tensor | Sequence[float]) -> Tensor:
+    """Check that times increase and return them as a tensor, as precise as they were given."""
+    require(not (isinstance(t, Tensor) and t.is_complex()), "t", t, "real")
+    try:
+        is_precise = isinstance(t, Tensor) and t.is_floating_point()
+        t = t if is_precise else torch.as_tensor(t, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Parameter `t` should be a tensor or a sequence of numbers. Found `t = {t!r}`.") from error
     require(t.dim() == 1 and len(t) >= 2, "t", t.tolist(), "one-dimensional with at least two times")
-    steps = t.diff()
+    require(not t.requires_grad, "t.requires_grad", True, "False, since steps are numbers here")
+    steps = t.double().diff()
     is_bad = ~((steps > 0) & steps.isfinite())
     if is_bad.any():
         i = int(is_bad.nonzero()[0])
         raise ValueError(
-            "Parameter `t` should be finite and increase. "
-            f"Found `t[{i}] = {t[i].item():g}` before `t[{i + 1}] = {t[i + 1].item():g}`."
+            f"Parameter `t` should be finite and increase. Found `t[{i}] = {t[i].item():g}` before "
+            f"`t[{i + 1}] = {t[i + 1].item():g}`, a step of {steps[i].item():g} in {t.dtype}."
         )
     return t
 
@@ -265,6 +315,8 @@ def check_inputs(u: Tensor | None, n_steps: int, batch: Sequence[int], n_inputs:
     held, sampled = (*batch, n_inputs), (n_steps, *batch, n_inputs)
     if u is None:
         return like.new_zeros(sampled)
+    check_class("u", u, Tensor)
+    require(not u.is_complex(), "u.dtype", u.dtype, "real")
     if tuple(u.shape) not in (held, sampled):
         raise ValueError(
             f"Parameter `u` should have shape {held}, held, or {sampled}, one input for each step. "

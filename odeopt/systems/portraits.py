@@ -13,7 +13,7 @@ from odeopt.checks import require
 from odeopt.systems.data import simulate
 from odeopt.systems.identification import Parts, fix_gauge, parts_at
 from odeopt.systems.mechanics import Mechanism
-from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel
+from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, weights_like
 
 TRUTH = "truth"
 
@@ -62,7 +62,7 @@ def portray(
     motions = {TRUTH: x}
     for name, model in models.items():
         with torch.no_grad():
-            motions[name] = model.rollout(x0[None].to(next(model.parameters())), t).states.to(x)
+            motions[name] = model.rollout(x0[None].to(weights_like(model, x0)), t).states.to(x)
     angles = torch.linspace(-math.pi, math.pi, 101, dtype=x.dtype)
     along = torch.cat((angles.new_zeros(101, truth.dof - 1), angles[:, None]), dim=-1)
     parts = {TRUTH: parts_at(truth, along)}
@@ -85,9 +85,8 @@ def _path(truth: PortHamiltonianModel, x: Tensor) -> Tensor:
     """Last position, unwound, and its rate."""
     q = x[:, truth.dof - 1]
     if truth.observes == "velocity":
-        q = truth.coordinates.positions(x[:, : truth.coordinates.n_features])[:, -1]
-        turns = (q.diff() / (2 * math.pi)).round().cumsum(0)
-        q = torch.cat((q[:1], q[1:] - 2 * math.pi * turns))
+        q = truth.coordinates.positions(x[:, : truth.coordinates.n_features])
+        q = torch.cat((q[:1], truth.coordinates.shortest(q.diff(dim=0)))).cumsum(0)[:, -1]
     return torch.stack((q, x[:, -1]), dim=-1)
 
 

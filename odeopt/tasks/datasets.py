@@ -229,12 +229,35 @@ def _raw_folder(folder: Path, name: str) -> Path:
 
 def _unavailable(name: str, folder: Path, reason: str) -> str:
     """One sentence: what is missing where, why, and the command to fetch it."""
+    raw = _raw_folder(folder, name)
+    missing = ", ".join(file for file in _FILES if not (raw / file).is_file())
     # Not torchvision's own command: its import may fail (see import_torchvision).
     code = f"from odeopt.tasks.datasets import load_dataset; load_dataset('{name}', '{folder.as_posix()}')"
     return (
-        f"{_SOURCES[name].title} is not in the folder {folder} and was not downloaded ({reason}); "
+        f"{_SOURCES[name].title} is not in the folder {folder}: as torchvision lays it out, {raw} should hold "
+        f"{missing}{_misplaced(name, folder)}; it was not downloaded ({reason}); "
         f'fetch it with: python -c "{code}"'
     )
+
+
+def _misplaced(name: str, folder: Path) -> str:
+    """Say which folder nearby holds the files in the wrong place or packed, if one does, and what to do."""
+    raw, kind = _raw_folder(folder, name), _SOURCES[name].torchvision_class
+    others = {source.torchvision_class for source in _SOURCES.values()} - {kind}  # whose files have the same names
+    nearby = [path for pattern in ("*/raw", f"*/{kind}/raw") for path in sorted(folder.glob(pattern))]
+    for found in (raw, folder / kind, folder / "raw", folder, *nearby):
+        owner = found.parent.name if found.name == "raw" else found.name
+        is_plain = [os.path.isfile(found / file) for file in _FILES]  # False also where `found` cannot be read
+        is_packed = [os.path.isfile(found / f"{file}.gz") for file in _FILES]
+        if owner in others or not all(map(max, is_plain, is_packed)):
+            continue
+        todo = [] if all(is_plain) else ["unpack them with gunzip"]
+        if found.name == "raw" and owner == kind and found != raw:
+            todo.append(f"pass {found.parent.parent} as the folder")
+        elif found != raw:
+            todo.append(f"move them to {raw}")
+        return f" (files of these names are in {found}; {' and '.join(todo)})"
+    return ""
 
 
 def _download(name: str, folder: Path) -> None:
