@@ -72,7 +72,7 @@ def rewrite(path, edit, *, seal=True):
     edit(weights, metadata)
     if seal:
         rest = {name: text for name, text in metadata.items() if name != "sha256"}
-        metadata["sha256"] = json.dumps(artifacts._checksum(weights, rest))
+        metadata["sha256"] = json.dumps(artifacts.checksum(weights, rest))
     safetensors.torch.save_file(weights, path, metadata)
 
 
