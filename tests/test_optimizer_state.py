@@ -31,7 +31,7 @@ from odeopt.rules import AdamUpdate, SGDUpdate
 @over_rules
 def test_non_finite_gradient_moves_nothing_is_counted_and_warned_of_once(rule, dtype, bad):
     good, hurt = (parameter([1.0, 2.0, 3.0], [1.0, 2.0, -1.0], dtype) for _ in range(2))
-    optimizer = LearnedOptimizer([("good", good), ("hurt", hurt)], rule, weight_decay=0.1)
+    optimizer = LearnedOptimizer([("good", good), ("hurt", hurt)], rule, weight_decay=0.01)
     optimizer.step()
     before, state = hurt.detach().clone(), dict(optimizer.state[hurt])
     good_before = good.detach().clone()

@@ -192,8 +192,8 @@ class Bucket:
     def _make_rows(self, rule: UpdateRule, n_rows: list[int]) -> Rows:
         features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
         if not self.is_packed:
-            return Rows(torch.tensor(features, dtype=self.dtype, device=self.device))
-        features = torch.tensor([*features, features[-1]], dtype=self.dtype, device=self.device)
+            return Rows(torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device))
+        features = torch.tensor([*features, features[-1]], dtype=self.dtype, device="cpu").to(self.device)
         counts = torch.tensor([*n_rows, 1], device="cpu")  # whatever the default device is
         numbers = torch.arange(len(counts), device="cpu")
         tensor = torch.repeat_interleave(numbers, counts, output_size=self.shape[0])
@@ -216,7 +216,7 @@ class Bucket:
     def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
         if has_grad not in self._masks:
             mask = [*has_grad, False] if self.is_packed else has_grad
-            self._masks[has_grad] = torch.tensor(mask, device=self.device).unsqueeze(-1)
+            self._masks[has_grad] = torch.tensor(mask, device="cpu").to(self.device).unsqueeze(-1)
         return self._masks[has_grad]
 
 
