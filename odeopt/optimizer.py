@@ -189,9 +189,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             group["n_steps"] += 1
             if "momentum" in group:
                 self._warn_once(
+                    "momentum",
                     "A scheduler cycles `momentum`, which the rule does not have: only `lr` follows the schedule. "
                     "`cycle_momentum=False` does the same without a warning.",
-                    UserWarning,
                 )
         if may_warn:
             self._fetch_skipped(is_on_host=True)
@@ -230,10 +230,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise
         if group["lr"] * group["weight_decay"] > _LARGE_DECAY:
             self._warn_once(
+                "weight_decay",
                 f"Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found "
                 f"`weight_decay = {group['weight_decay']}` and `lr = {float(group['lr'])}`; AdamW's weight decay times "
                 "its learning rate is what corresponds to it.",
-                UserWarning,
             )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -335,10 +335,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
 
-    def _warn_once(self, message: str, category: type[Warning]) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warn_caller(message, category)
+    def _warn_once(self, option: str, message: str) -> None:
+        if option not in self._warned:
+            self._warned.add(option)
+            warn_caller(message, UserWarning)
 
     def _rule_for(self, param: Tensor) -> UpdateRule:
         key = param.device, has_values(param)
