@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.resources
+import itertools
 import json
 import math
 import os
@@ -17,10 +18,11 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt._version import __version__
 from odeopt.checks import require
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, adopt_weights, built, has_values
 
 FORMAT = "odeopt-rule"
 FORMAT_VERSION = 1
@@ -91,13 +93,13 @@ def save(
             metadata[name] = json.dumps(value, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise _error(path, name, "what JSON can hold", fields) from error
-    weights = {name: value.detach().cpu().contiguous() for name, value in rule.state_dict().items()}
-    metadata["sha256"] = json.dumps(_checksum(weights, metadata))
+    weights = {name: _storable(path, name, value) for name, value in rule.state_dict().items()}
+    metadata["sha256"] = json.dumps(checksum(weights, metadata))
     # in the folder of `path`, so that the rename stays within one file system; open() keeps the user's umask
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(safetensors.torch.save(weights, metadata))
-        load(temporary)
+        _check_same(temporary, load(temporary), rule)
         os.replace(temporary, path)
     except ValueError as error:
         raise ValueError(f"{path}: not saved: {str(error).removeprefix(f'{temporary}: ')}") from error
@@ -105,6 +107,7 @@ def save(
         temporary.unlink(missing_ok=True)
 
 
+@_disable_current_modes()
 def load(path: str | os.PathLike[str]) -> UpdateRule:
     """Read a rule from a file of :func:`save`; nothing is unpickled and no code is imported.
 
@@ -129,16 +132,14 @@ def load(path: str | os.PathLike[str]) -> UpdateRule:
             fields,
         )
     try:
-        # building a rule draws random weights: leave the caller's generator alone
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            rule = rule_class(**fields["config"])
+        rule = built(rule_class, fields["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: field `config` does not build a {fields['class']}: {error}") from error
     for name in ("output_scale", "solver"):
         if fields[name] != rule.config.get(name):
             raise _error(path, name, f"{rule.config.get(name)!r}, as in `config`", fields)
     _check_weights(path, weights, rule.state_dict())
-    rule.load_state_dict(weights, assign=True)  # assigning keeps the file's dtype, whatever the default one is
+    adopt_weights(rule, weights)
     rule.trained_for = fields["trained_for"]
     return rule
 
@@ -176,13 +177,18 @@ def load_pretrained(name: str) -> UpdateRule:
     Example:
         >>> optimizer = odeopt.LearnedOptimizer(model.parameters(), odeopt.load_pretrained("lstm"))
     """
+    return find_pretrained(name, "name")
+
+
+def find_pretrained(name: str, parameter: str) -> UpdateRule:
+    """:func:`load_pretrained` for a caller whose own ``parameter`` the name is."""
     names = available_pretrained()
     if name not in names:
         close = difflib.get_close_matches(str(name), names, n=1)
         hint = f" Did you mean `{close[0]}`?" if close else ""
         raise ValueError(
-            f"Parameter `name` should be one of {', '.join(names) or '(none is installed)'}. "
-            f"Found `name = {name!r}`.{hint}"
+            f"Parameter `{parameter}` should be one of {', '.join(names) or '(none is installed)'}. "
+            f"Found `{parameter} = {name!r}`.{hint}"
         )
     with importlib.resources.as_file(_folder() / f"{_ALIASES.get(name, name)}.safetensors") as path:
         return load(path)
@@ -226,13 +232,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise _error(path, "format_version", f"at most {FORMAT_VERSION}; a newer odeopt reads it", fields)
     for name in sorted(_FIELDS ^ fields.keys()):
         raise _error(path, name, "there" if name in _FIELDS else "absent in this format", fields)
-    checksum = _checksum(weights, {name: text for name, text in metadata.items() if name != "sha256"})
-    if fields["sha256"] != checksum:
-        raise _error(path, "sha256", f"{checksum!r}, the checksum of the contents", fields)
+    sealed = checksum(weights, {name: text for name, text in metadata.items() if name != "sha256"})
+    if fields["sha256"] != sealed:
+        raise _error(path, "sha256", f"{sealed!r}, the checksum of the contents", fields)
     _check_fields(path, fields)
     for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{path}: weight `{name}` should be finite. Found {value[~value.isfinite()][0]}.")
+        wide = value.double() if value.is_floating_point() else value  # float8 has no isfinite
+        if not wide.isfinite().all():
+            raise ValueError(f"{path}: weight `{name}` should be finite. Found {wide[~wide.isfinite()][0]}.")
     return fields, weights
 
 
@@ -265,17 +272,86 @@ def _check_weights(path: str | os.PathLike[str], found: dict[str, Tensor], wante
         shape = wanted[name].shape
         if value.shape != shape:
             raise ValueError(f"{path}: weight `{name}` should have shape {tuple(shape)}. Found {tuple(value.shape)}.")
-        if value.is_floating_point() != wanted[name].is_floating_point():
+        if _kind(value) != _kind(wanted[name]):
             raise ValueError(f"{path}: weight `{name}` should be {wanted[name].dtype}. Found {value.dtype}.")
 
 
-def _checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def _kind(value: Tensor) -> tuple[bool, bool]:
+    return value.is_floating_point(), value.is_complex()
+
+
+def _storable(path: Path, name: str, value: Any) -> Tensor:
+    """A copy of a weight as a file can hold it, of which no other weight is a part."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{path}: not saved: weight `{name}` should be a tensor; `config` holds the rest. Found {value!r}."
+        )
+    try:
+        copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        safetensors.torch.save({name: copy})
+    except Exception as error:  # each kind of tensor that has no bytes fails in its own way
+        raise ValueError(
+            f"{path}: not saved: weight `{name}` should be of a kind that safetensors can hold. "
+            f"Found {value.layout}, {value.dtype}, on {value.device}."
+        ) from error
+    return copy
+
+
+def _check_same(path: Path, found: UpdateRule, wanted: UpdateRule) -> None:
+    """Whether a file gives back the rule that it was made of, also what it does not hold: ties and other buffers."""
+    if digest(found) != digest(wanted):
+        raise ValueError(f"{path}: the rule should keep the weights that it is given. Found others after loading.")
+    ties, buffers = [_ties(rule) for rule in (found, wanted)], dict(found.named_buffers())
+    for a, b in sorted(ties[0] ^ ties[1]):
+        shares = "and not in the rule" if (a, b) in ties[0] else "in the rule, and not once it is loaded"
+        raise ValueError(f"{path}: weights should share memory if a new rule's do. Found `{a}` and `{b}`: {shares}.")
+    for name, value in wanted.named_buffers():
+        other = buffers.get(name, value.new_empty(0))
+        # a rule in another precision has them in that one, too
+        dtype = min((value.dtype, other.dtype), key=lambda dtype: dtype.itemsize)
+        if checksum({"": _dense(value).to(dtype)}, {}) != checksum({"": _dense(other).to(dtype)}, {}):
+            raise ValueError(f"{path}: buffer `{name}` should be persistent, or follow from `config`. Found {value}.")
+
+
+def _ties(rule: UpdateRule) -> set[tuple[str, str]]:
+    """Pairs of weights or buffers that overlap in memory."""
+    spans = []
+    for name, x in (*rule.named_parameters(remove_duplicate=False), *rule.named_buffers(remove_duplicate=False)):
+        if x.layout == torch.strided and x.numel() > 0:
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            spans.append((name, x.device, x.data_ptr(), x.data_ptr() + reach * x.element_size()))
+    return {
+        (min(a, b), max(a, b))
+        for (a, device_a, start_a, end_a), (b, device_b, start_b, end_b) in itertools.combinations(spans, 2)
+        if device_a == device_b and start_a < end_b and start_b < end_a
+    }
+
+
+def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over the metadata strings and, by name, every weight's dtype, shape and bytes."""
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    total = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, value in sorted(weights.items()):
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+@_disable_current_modes()  # FakeTensorMode, for instance, under which tensors have no bytes
+def digest(rule: UpdateRule) -> int:
+    """Number that tells rules apart by class, configuration and weights: 48 bits, which a float64 can hold, too.
+
+    A rule without values, on the meta device for instance, is told apart by class and configuration.
+    """
+    config = json.dumps(rule.config, sort_keys=True, default=lambda value: type(value).__name__)
+    weights = {name: value for name, value in rule.state_dict().items() if isinstance(value, Tensor)}
+    weights = {name: _dense(value) for name, value in weights.items() if has_values(value)}
+    return int(checksum(weights, {"class": type(rule).__name__, "config": config})[:12], 16)
+
+
+def _dense(value: Tensor) -> Tensor:
+    """The numbers of any kind of tensor, on the CPU."""
+    value = value.detach().cpu()
+    return value.int_repr() if value.is_quantized else value.to_dense().resolve_conj().resolve_neg()
 
 
 def _error(path: str | os.PathLike[str], name: str, wanted: str, fields: Mapping[str, Any]) -> ValueError:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from numbers import Real
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -14,9 +11,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from odeopt.artifacts import digest, find_pretrained
 from odeopt.checks import require
-from odeopt.rules.base import UpdateRule
-from odeopt.stepping import Bucket, Shard, StepOptions, is_distributed, state_template, step_bucket
+from odeopt.rules.base import UpdateRule, has_values
+from odeopt.stepping.buckets import Bucket
+from odeopt.stepping.checks import check_options, check_sharding, is_supported, warn_caller
+from odeopt.stepping.copies import copied, copy_beside, frozen_copy
+from odeopt.stepping.loops import StepOptions, step_bucket
+from odeopt.stepping.shards import Shard
+from odeopt.stepping.states import check_rule, empty_state, matched_state, saved_state
 
 _COUNTERS = ("n_steps", "n_skipped")
 # Coordinates from which on half a minute of compiling is soon earned: a step of a million takes 20 ms eagerly.
@@ -26,12 +29,15 @@ _WORTH_COMPILING = 2**20
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 # Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
 _EXCHANGES_ALONE = 2**22
+# Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
+_LARGE_DECAY = 0.01
 
 
 class _Placed(NamedTuple):
-    """A bucket, the group whose options it follows, and the state that it handed out, field by field."""
+    """A bucket, its rule, the group whose options it follows, and the state that it handed out, field by field."""
 
     bucket: Bucket
+    rule: UpdateRule
     group: dict[str, Any]
     handed: list[Tensor]
 
@@ -49,10 +55,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
               (\Delta_t, s_{t+1}) = \mathrm{rule}(\nabla f(\theta_t), s_t)
 
     Learning-rate schedulers, gradient clipping, ``GradScaler``, hooks, parameter groups, checkpoints, pickling,
-    ``DistributedDataParallel`` and ``fully_shard`` work as with any optimizer of ``torch.optim``. The rule's state
-    lives in ``state[param]`` under the names of the rule's ``NamedTuple``, in the shape of the parameter; as in
-    ``torch.optim``, each step changes it in place, and what is edited, replaced or deleted there, or in the groups,
-    counts from the next step on.
+    ``DistributedDataParallel`` and ``fully_shard`` work as with any optimizer of ``torch.optim``; ``torch.compile``
+    leaves a step out, as one graph break. The rule's state lives in ``state[param]`` under the names of the rule's
+    ``NamedTuple``, in the shape of the parameter; as in ``torch.optim``, each step changes it in place, and what is
+    edited, replaced or deleted there, or in the groups, counts from the next step on.
 
     The parameters of a group are stepped in a few calls: large ones where they lie, all others (under 2**16
     coordinates on a CPU, 2**24 on a GPU) of one device and dtype side by side in a buffer. There each is padded to a
@@ -64,13 +70,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
     :meth:`state_dict`) fetches the count, and the first are warned of then, on a CPU at once. Parameters without
     a gradient, or without elements, are left alone.
 
+    A rule has no momentum that a scheduler could cycle: under ``OneCycleLR`` and ``CyclicLR`` only ``lr`` moves, as a
+    warning says unless they are told ``cycle_momentum=False``.
+
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either with their own ``lr``,
             ``weight_decay``, ``maximize`` and ``total_steps``.
-        rule: The update rule. A frozen copy is taken, so training ``rule`` further changes nothing here; the
-            copy follows each parameter to its device, in the dtype that the rule has.
+        rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
+            training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
+            that the rule has.
         lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor.
-        weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW.
+        weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW. There ``lr`` is the
+            step size, here it is a factor, usually 1: what AdamW does with ``lr=1e-3, weight_decay=1e-2`` is
+            ``weight_decay=1e-5`` here. A decay that takes more than one percent per step is warned of once.
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown.
@@ -83,21 +95,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
             A number given as ``lr`` is frozen into the graph; a tensor is not.
 
     Raises:
-        TypeError: If ``rule`` is not an instance of :class:`odeopt.rules.base.UpdateRule`.
-        ValueError: If an option is out of range, or a parameter is complex or sparse.
+        TypeError: If ``rule`` is neither a name nor an instance of :class:`odeopt.rules.base.UpdateRule`.
+        ValueError: If there is no rule of that name, an option is out of range, or a parameter is complex, sparse, or
+            sharded otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for instance.
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
 
     Example:
-        >>> optimizer = LearnedOptimizer(model.named_parameters(), odeopt.load_pretrained("port-hamiltonian"))
+        >>> optimizer = LearnedOptimizer(model.named_parameters())
         >>> loss(model).backward(); optimizer.step(); optimizer.zero_grad()
     """
 
     def __init__(
         self,
         params: ParamsT,
-        rule: UpdateRule,
+        rule: UpdateRule | str = "port-hamiltonian",
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         *,
@@ -107,24 +120,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
     ) -> None:
+        if isinstance(rule, str):
+            rule = find_pretrained(rule, "rule")
         if not isinstance(rule, UpdateRule):
             found = f"the class {rule.__name__} itself" if isinstance(rule, type) else repr(rule)
             raise TypeError(
                 "Parameter `rule` should be an instance of UpdateRule, built by its class or loaded by "
-                f"`odeopt.load_pretrained`. Found `rule = {found}`."
+                f"`odeopt.load_pretrained`, or the name of a shipped one. Found `rule = {found}`."
             )
         require(isinstance(compile, bool) or compile == "auto", "compile", compile, "True, False or 'auto'")
         is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
         require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
-        self.rule = copy.deepcopy(rule).requires_grad_(False).eval()
+        self.rule = frozen_copy(rule)
         self.compile, self.state_dtype, self.capturable = compile, state_dtype, capturable
-        self._rules: dict[tuple[torch.device, bool], UpdateRule] = {}
+        self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
+        self._warned: set[str] = set()
         self._forget_buckets()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
         defaults["is_table"] = False
-        _check_options(defaults)
-        super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0))
+        check_options(defaults)
+        # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
+        super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0) | {"rule_digest": digest(self.rule)})
+        self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
 
     @property
     def n_steps(self) -> int:
@@ -137,6 +155,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._fetch_skipped()
         return sum(group["n_skipped"] for group in self.param_groups)
 
+    @torch._disable_dynamo  # unlike torch.compiler.disable it does not import the compiler before it is needed
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient.
@@ -159,20 +178,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
             for param in group["params"]:
-                if param.grad is not None and _is_unsupported(param.grad):
+                if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
         self._lay_out()
         may_warn = False
-        for bucket, group, _ in self._placed:
+        for bucket, rule, group, _ in self._placed:
             if any(param.grad is not None for param in bucket.params):
-                rule = self._rule_for(bucket.device, group["is_table"])
-                step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule))
-                # what lies on the CPU can be looked at for nothing
-                may_warn = may_warn or (bucket.device.type == "cpu" and bool(bucket.n_skipped.any()))
+                step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule, bucket))
+                may_warn = may_warn or (bucket.is_on_host and bool(bucket.n_skipped.any()))
         for group in self.param_groups:
             group["n_steps"] += 1
+            if "momentum" in group:
+                self._warn_once(
+                    "momentum",
+                    "A scheduler cycles `momentum`, which the rule does not have: only `lr` follows the schedule. "
+                    "`cycle_momentum=False` does the same without a warning.",
+                )
         if may_warn:
-            self._fetch_skipped(stacklevel=5, device="cpu")
+            self._fetch_skipped(is_on_host=True)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -182,17 +205,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
             param_group: ``params`` and the options that differ from the defaults; it is not changed.
 
         Raises:
-            ValueError: If an option is out of range, or a parameter is complex, sparse or there already.
+            ValueError: If an option is out of range, or a parameter is complex, sparse, there already, or sharded
+                otherwise than as a ``DTensor``.
         """
         # a copy, because the base class fills it in: two optimizers given one dict would share its counters
         super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
         group = self.param_groups[-1]
         group.update(n_steps=self.n_steps if len(self.param_groups) > 1 else 0, n_skipped=0)
+        group["rule_digest"] = self.defaults["rule_digest"]  # of a group of another optimizer too
+        group.pop("momentum", None)
         self._place_counters()
         try:
-            _check_options(group)
+            check_options(group)
             for param in group["params"]:
-                if _is_unsupported(param) or not param.is_floating_point():
+                check_sharding(param, self._name(param))
+                if not is_supported(param):
                     self._raise_unsupported(param, param, "be dense, real and of a floating-point type")
                 if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:
                     raise ValueError(
@@ -202,23 +229,34 @@ class LearnedOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if group["lr"] * group["weight_decay"] > _LARGE_DECAY:
+            self._warn_once(
+                "weight_decay",
+                f"Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found "
+                f"`weight_decay = {group['weight_decay']}` and `lr = {float(group['lr'])}`; AdamW's weight decay times "
+                "its learning rate is what corresponds to it.",
+            )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Continue bit for bit where the optimizer that gave ``state_dict`` stood; the rule is not in it.
+        """Continue bit for bit where the optimizer that gave ``state_dict`` stood.
+
+        The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
+        group. A dictionary without, from before there was one, loads with a warning.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the groups, or the names or shapes of the state, are not those of this optimizer.
+            ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer.
         """
-        restored: dict[Tensor, dict[str, Tensor]] = {}
+        restored: dict[Tensor, dict[str, Any]] = {}
 
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> None:
             is_ours = all("n_steps" in group for group in final.get("param_groups", [{}]))
             require(is_ours, "state_dict", sorted(final), "the state of a LearnedOptimizer")
+            check_rule(final["param_groups"], self.rule, self.defaults["rule_digest"])
             restored.update(self._read_state(final))
 
         self._forget_buckets()
@@ -232,35 +270,39 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._place_counters()
 
     def state_dict(self) -> StateDict:
-        """State and options, as of ``torch.optim``.
+        """State and options, in the form of ``torch.optim``, as they are now.
 
         Returns:
-            The optimizer's own tensors where a parameter is stepped in place, and copies without the padding of the
-            others, whose state lies side by side.
+            Copies of all tensors: unlike that of ``torch.optim`` the dictionary does not change with later steps, and
+            takes as much memory as the state; :attr:`state` itself is live. Beside the options each group holds the
+            counts of steps and of skipped gradients, and ``rule_digest``.
         """
         self._fetch_skipped()
 
-        def compact(_: torch.optim.Optimizer, final: StateDict) -> None:
-            final["state"] = {key: _compact(fields) for key, fields in final["state"].items()}
+        def detach(_: torch.optim.Optimizer, final: StateDict) -> None:
+            final["state"] = copied(final["state"])
+            final["param_groups"] = [copied(group) for group in final["param_groups"]]
 
-        compacting = self.register_state_dict_post_hook(compact, prepend=True)  # before the user's own
+        detaching = self.register_state_dict_post_hook(detach, prepend=True)  # before the user's own
         try:
             return super().state_dict()
         finally:
-            compacting.remove()
+            detaching.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
-        state = defaultdict(dict, {param: _compact(fields) for param, fields in self.state.items()})
+        state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of what lies side by side
         names = ("rule", "compile", "state_dtype", "capturable")
         return super().__getstate__() | {"state": state} | {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rules = {}
+        self._rules, self._warned = {}, getattr(self, "_warned", set())
         self._forget_buckets()
+        if "rule_digest" not in self.defaults:  # a pickle from before there was one
+            self.defaults |= {"rule_digest": digest(self.rule), "momentum": 0.0}
         for group in self.param_groups:
-            for option in ("weight_decay", "maximize", "total_steps", "is_table", *_COUNTERS):
+            for option in ("weight_decay", "maximize", "total_steps", "is_table", *_COUNTERS, "rule_digest"):
                 group.setdefault(option, self.defaults[option])
 
     def _forget_buckets(self) -> None:
@@ -294,21 +336,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
 
-    def _rule_for(self, device: torch.device, is_table: bool = False) -> UpdateRule:
-        if (device, is_table) not in self._rules:
-            rule = copy.deepcopy(self.rule).to(device)
-            self._rules[device, False], self._rules[device, True] = rule, rule.for_tables()
-        return self._rules[device, is_table]
+    def _warn_once(self, option: str, message: str) -> None:
+        if option not in self._warned:
+            self._warned.add(option)
+            warn_caller(message, UserWarning)
 
-    def _compiles(self, rule: UpdateRule) -> bool:
+    def _rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
+        key = param.device, has_values(param)
+        if (*key, is_table) not in self._rules:
+            rule = copy_beside(self.rule, param)
+            self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
+        return self._rules[*key, is_table]
+
+    def _compiles(self, rule: UpdateRule, bucket: Bucket) -> bool:
         """Whether to compile; a rule that is called per tensor would be compiled for each shape."""
-        if rule.crosses_coordinates and not rule.is_staged:
+        if not bucket.has_values or (rule.crosses_coordinates and not rule.is_staged):
             return False
         return self.compile is True or (self.compile == "auto" and self._n_coordinates >= _WORTH_COMPILING)
 
     def _options(self, group: dict[str, Any], bucket: Bucket) -> StepOptions:
         def scalar(x: float | Tensor) -> Tensor:
-            return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype)
+            return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype, device="cpu")
 
         progress = None
         if group["total_steps"] is not None:
@@ -324,7 +372,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
         groups = [[id(group), *map(id, group["params"])] for group in self.param_groups]
         if groups != self._placed_groups or not all(placed.is_current(self.state) for placed in self._placed):
-            self._fetch_skipped(stacklevel=6)
+            self._fetch_skipped()
             self._forget_buckets()
             self._placed_groups = groups
         for group in self.param_groups:
@@ -337,8 +385,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Lay out parameters that have their first gradient, and begin or take up their state."""
         alike: dict[tuple, list[Tensor]] = defaultdict(list)
         for param in params:
+            check_sharding(param, self._name(param))  # again: models are wrapped after their optimizer is built, too
             shard = Shard.of(param)
-            rule = self._rule_for(param.device, group["is_table"])
+            rule = self._rule_for(param, group["is_table"])
             is_alone = rule.crosses_coordinates and not rule.is_staged
             is_whole = not is_alone and rule.is_whole(param.shape)
             # by the average piece, so that all processes choose alike
@@ -347,106 +396,59 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if shard.n_shards > 1:
                 threshold = max(threshold, _EXCHANGES_ALONE)
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
-            key = (param.device, param.dtype, shard.group_key)
+            key = (param.device, has_values(param), param.dtype, shard.group_key)
             alone = param if is_alone or is_large else None
             alike[(*key, alone, param.shape if is_whole else None)].append(param)
         for (*_, alone, shape), together in alike.items():
-            rule = self._rule_for(together[0].device, group["is_table"])
+            rule = self._rule_for(together[0], group["is_table"])
             is_whole = shape is not None or (alone is not None and not rule.is_staged)
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole)
             for index, param in enumerate(together):
                 held = self.state.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}
                 if begun:
-                    bucket.set_state(index, self._matched(param, begun))
+                    matched = matched_state(rule, param, begun, self.state_dtype, name=self._name(param))
+                    bucket.set_state(index, matched)
                 else:
                     bucket.init_state(index, rule)
                 self.state[param] = {**held, **bucket.views(index)}
             handed = [self.state[param][name] for param in together for name in bucket.state._fields]
-            self._placed.append(_Placed(bucket, group, handed))
+            self._placed.append(_Placed(bucket, rule, group, handed))
             self._is_placed.update(together)
         self._n_coordinates = sum(param.numel() for param in self._is_placed)
 
     def _place_empty(self, params: list[Tensor]) -> None:
-        """Give parameters without elements a state, which checkpoints that are loaded strictly ask for."""
+        """Give parameters without elements their state."""
         for param in params:
-            if not self.state.get(param):
-                template = state_template(self._rule_for(param.device), param, self.state_dtype)
-                self.state[param] = {
-                    name: torch.zeros(shape, dtype=dtype, device=param.device)
-                    for name, (shape, dtype) in template.items()
-                }
+            begun = empty_state(self._rule_for(param), param, self.state_dtype)
+            self.state[param] = begun | self.state.get(param, {})
         self._is_placed.update(params)
 
-    def _fetch_skipped(self, *, stacklevel: int = 3, device: str | None = None) -> None:
-        """Bring the counts of skipped gradients to the host, and warn of the first ones."""
+    def _fetch_skipped(self, *, is_on_host: bool = False) -> None:
+        """Bring the counts of skipped gradients to the host, or those that are there, and warn of the first ones."""
         had = any(group["n_skipped"] for group in self.param_groups)
         first = None
-        for bucket, group, _ in self._placed:
-            if device is not None and bucket.device.type != device:
-                continue
-            for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=False):
-                if count and first is None:
-                    first = self._name(param)
-                group["n_skipped"] += count
-            bucket.n_skipped.zero_()
+        for bucket, _, group, _ in self._placed:
+            if bucket.is_on_host if is_on_host else bucket.has_values:
+                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=False):
+                    if count and first is None:
+                        first = self._name(param)
+                    group["n_skipped"] += count
+                bucket.n_skipped.zero_()
         if first is not None and not had:
-            warnings.warn(
-                f"Parameter `{first}` was not moved at {'' if device else 'or before '}step {self.n_steps}: its "
-                "gradient is not finite. Later such steps are skipped and counted in `n_skipped` without a warning.",
-                RuntimeWarning,
-                stacklevel=stacklevel,  # the user's line; step() is called by two wrappers of the base class
+            warn_caller(
+                f"Parameter `{first}` was not moved at {'' if is_on_host else 'or before '}step {self.n_steps}: its "
+                "gradient is not finite. Later such steps are skipped and counted in `n_skipped` without a warning."
             )
 
-    def _read_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Tensor]]:
-        """Saved state by parameter."""
+    def _read_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Any]]:
+        """Saved state by parameter, without those that have none."""
         restored = {}
         pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)  # lengths: the base class's job
         for group, saved_group in pairs:
+            is_of_rule = "rule_digest" in saved_group
             for param, key in zip(group["params"], saved_group["params"], strict=False):
-                saved = state_dict["state"].get(key)
-                if saved:
-                    restored[param] = self._matched(param, saved)
+                if saved := state_dict["state"].get(key):
+                    named = {"name": self._name(param), "is_of_rule": is_of_rule}
+                    restored[param] = saved_state(self._rule_for(param), param, saved, self.state_dtype, **named)
         return restored
-
-    def _matched(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State of a parameter, checked against the rule, in the rule's dtypes."""
-        template = state_template(self._rule_for(param.device), param, self.state_dtype)
-        wanted = {field: tuple(shape) for field, (shape, _) in template.items()}
-        found = {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in state.items()}
-        if found != wanted:
-            raise ValueError(
-                f"Parameter `{self._name(param)}` should have a state of {wanted} under this rule. Found {found}."
-            )
-        return {field: state[field].to(dtype=dtype) for field, (_, dtype) in template.items()}
-
-
-def _compact(state: dict[str, Any]) -> dict[str, Any]:
-    """Copy the tensors that look into a larger storage, all of which ``torch.save`` and pickle would write."""
-
-    def is_part(x: Any) -> bool:
-        local = x.to_local() if is_distributed(x) else x
-        return isinstance(local, Tensor) and local.nbytes < local.untyped_storage().nbytes()
-
-    return {name: x.clone() if is_part(x) else x for name, x in state.items()}
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    lr, decay, total_steps = options["lr"], options["weight_decay"], options["total_steps"]
-    if isinstance(lr, Tensor):
-        require(lr.numel() == 1, "lr", lr, "a number or a one-element tensor")
-    else:
-        require(isinstance(lr, Real), "lr", lr, "a number or a one-element tensor")
-    require(isinstance(decay, Real), "weight_decay", decay, "a number")
-    for name in ("lr", "weight_decay"):
-        require(bool(options[name] >= 0), name, options[name], "non-negative")
-        require(bool(options[name] < float("inf")), name, options[name], "finite")
-        require(not isinstance(options[name], bool), name, options[name], "a number")
-    is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
-    require(total_steps is None or is_count, "total_steps", total_steps, "a positive integer or None")
-    for name in ("maximize", "is_table"):
-        require(isinstance(options[name], bool), name, options[name], "True or False")
-
-
-def _is_unsupported(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.is_complex()

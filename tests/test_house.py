@@ -33,7 +33,7 @@ ARROWS = {
     "tasks": {"checks"},
     "meta": {"checks", "files", "physics", "ode", "rules", "stepping", "tasks"},
     "stepping": {"checks", "physics", "ode", "rules"},
-    "optimizer": {"checks", "physics", "ode", "rules", "stepping"},
+    "optimizer": {"checks", "physics", "ode", "rules", "stepping", "artifacts"},
     "parameters": {"checks"},
     "artifacts": {"checks", "physics", "ode", "rules", "_version"},
     "evaluation": {"checks", "physics", "ode", "rules", "stepping", "tasks", "meta"},

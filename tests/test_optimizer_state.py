@@ -31,7 +31,7 @@ from odeopt.rules import AdamUpdate, SGDUpdate
 @over_rules
 def test_non_finite_gradient_moves_nothing_is_counted_and_warned_of_once(rule, dtype, bad):
     good, hurt = (parameter([1.0, 2.0, 3.0], [1.0, 2.0, -1.0], dtype) for _ in range(2))
-    optimizer = LearnedOptimizer([("good", good), ("hurt", hurt)], rule, weight_decay=0.1)
+    optimizer = LearnedOptimizer([("good", good), ("hurt", hurt)], rule, weight_decay=0.01)
     optimizer.step()
     before, state = hurt.detach().clone(), dict(optimizer.state[hurt])
     good_before = good.detach().clone()
@@ -191,11 +191,10 @@ def test_unknown_option_is_refused():
     ("rule", "found"),
     [
         (LeakySum, "the class LeakySum itself"),
-        ("adam", "'adam'"),
         (nn.Linear(1, 1), "Linear"),
         (None, "None"),
     ],
-    ids=["class", "string", "module", "none"],
+    ids=["class", "module", "none"],
 )
 def test_what_is_no_update_rule_is_refused(rule, found):
     with pytest.raises(TypeError, match=f"Parameter `rule` should be an instance of UpdateRule.*{found}"):

@@ -46,6 +46,35 @@ def test_rule_with_other_options_has_the_same_weights_and_is_another_object():
         rule.with_options(modes=3)
 
 
+class Begins(SGDUpdate):
+    """A rule whose one weight begins where an option says, and which has an option that counts at every step."""
+
+    def __init__(self, *, start: float = 1.0, spread: float = 0.0, factor: float = 1.0) -> None:
+        super().__init__(0.1)
+        self.config, self.factor = {"start": start, "spread": spread, "factor": factor}, factor
+        self.weight = nn.Parameter(start + spread * torch.randn(3))
+
+
+def test_options_that_decide_new_weights_alone_are_refused_and_draws_do_not_count():
+    rule = Begins(spread=0.5)
+    state = torch.get_rng_state()
+    changed = rule.with_options(factor=2.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert changed.factor == 2.0
+    assert torch.equal(changed.weight, rule.weight)
+    for options in ({"start": 2.0}, {"spread": 0.1, "factor": 3.0}):
+        with pytest.raises(ValueError, match="`options` should be without any that decides the weights of a new rule"):
+            rule.with_options(**options)
+
+
+def test_other_options_leave_the_precision_of_buffers_alone():
+    rule = PortHamiltonianUpdate()
+    assert {x.dtype for x in rule.buffers()} == {f32, f64}  # decays are in float64 for parameters in float64
+    for before, after in zip(rule.buffers(), rule.with_options(solver="euler").buffers(), strict=True):
+        assert before.dtype == after.dtype
+        assert torch.equal(before, after)
+
+
 # -------------------- sizes
 
 

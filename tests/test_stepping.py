@@ -94,8 +94,8 @@ def test_step_of_a_model_is_the_rules_step_of_each_tensor(name, dtype, monkeypat
     rule, grads = RULES[name]().to(f64 if dtype == f64 else f32), gradients(SHAPES, 4, dtype)
     monkeypatch.setattr(type(rule), "chunk_size", 3000)  # so that rows and columns are cut
     params = parameters(SHAPES, dtype)
-    wanted = tensor_by_tensor(rule, params, grads, lr=0.5, decay=0.1, total_steps=8)
-    optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.1, total_steps=8, compile=False)
+    wanted = tensor_by_tensor(rule, params, grads, lr=0.5, decay=0.02, total_steps=8)
+    optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.02, total_steps=8, compile=False)
     found = follow(params, optimizer, grads)
     assert_close(found, [theta for theta, _ in wanted], dtype)
     for param, (_, state) in zip(params, wanted, strict=True):
@@ -137,7 +137,7 @@ def test_rules_are_called_once_for_all_small_tensors():
 def test_network_of_the_rule_runs_once_for_all_tensors():
     rule, params = port_hamiltonian(), parameters([(3,), (4, 4), (2000,)])
     optimizer, seen = LearnedOptimizer(params, rule), []
-    placed = optimizer._rule_for(torch.device("cpu"))
+    placed = optimizer._rule_for(params[0])
     placed.coefficient_network.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
     follow(params, optimizer, gradients([p.shape for p in params], 1))
     assert seen == [(4, 13)]  # three tensors and the row that belongs to none
@@ -320,8 +320,8 @@ def test_compiled_step_is_the_step_and_serves_other_models(name, fresh):
             grads[1][0][0, 0] = float("inf")
         clean = [[None if not g.isfinite().all() else g for g in row] for row in grads]
         params = parameters(shapes)
-        wanted = [theta for theta, _ in tensor_by_tensor(rule, params, clean, lr=0.5, decay=0.1)]
-        optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.1, compile=True)
+        wanted = [theta for theta, _ in tensor_by_tensor(rule, params, clean, lr=0.5, decay=0.02)]
+        optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.02, compile=True)
         with torch._dynamo.config.patch(error_on_recompile=number == 1):
             if number == 1:
                 with pytest.warns(RuntimeWarning, match="is not finite"):

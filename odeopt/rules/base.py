@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.checks import require
 
@@ -108,16 +110,20 @@ class UpdateRule(nn.Module, ABC):
             A new rule, on the same device and of the same dtype.
 
         Raises:
-            ValueError: If the weights do not fit a rule of these options.
+            ValueError: If the weights do not fit a rule of these options, or if an option decides with which weights
+                a new rule begins: it would say what these weights are not.
         """
-        rule = type(self)(**self.config | options)
-        weights = self.state_dict()
-        first = next((x for x in weights.values() if x.is_floating_point()), None)
-        if first is not None:
-            rule = rule.to(first.device, first.dtype)
-        shapes, wanted = ({name: x.shape for name, x in state.items()} for state in (rule.state_dict(), weights))
+        rule, weights = built(type(self), self.config | options), self.state_dict()
+        drawn, fresh = (
+            {name: x for name, x in new.state_dict().items() if torch.is_tensor(x)}
+            for new in (rule, built(type(self), self.config))
+        )
+        shapes, wanted = ({name: x.shape for name, x in tensors.items()} for tensors in (drawn, fresh))
         require(shapes == wanted, "options", options, "such that the weights stay as they are")
-        rule.load_state_dict(weights)
+        decides = any(not torch.equal(x, fresh[name]) for name, x in drawn.items())
+        require(not decides, "options", options, "without any that decides the weights of a new rule")
+        device = next((x.device for x in weights.values() if torch.is_tensor(x)), torch.device("cpu"))
+        adopt_weights(rule.to(device), weights)
         return rule
 
     def n_parameters(self) -> int:
@@ -233,6 +239,31 @@ class StagedRule(UpdateRule):
         Returns:
             The update in rows, and the next state in the form of ``state``.
         """
+
+
+def built(rule_class: type[UpdateRule], config: Mapping[str, Any]) -> UpdateRule:
+    """Build a rule on the CPU, with random weights that leave the caller's generator alone: twice gives the same."""
+    with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return rule_class(**config)
+
+
+def adopt_weights(rule: UpdateRule, weights: Mapping[str, Tensor]) -> None:
+    """Give a rule that has just been built other weights, in their dtypes; tied weights and views stay so."""
+    wanted, found = (
+        {x.dtype for x in state.values() if torch.is_tensor(x) and x.is_floating_point()}
+        for state in (weights, rule.state_dict())
+    )
+    if len(wanted) == 1 and wanted != found:  # then the other buffers have been brought to that dtype, too
+        rule.to(next(iter(wanted)))
+    for name, x in rule.state_dict(keep_vars=True).items():
+        if torch.is_tensor(x) and (x.dtype != weights[name].dtype or 0 in x.stride()):  # one number in many places
+            x.data = torch.empty(x.shape, dtype=weights[name].dtype, device=x.device)
+    rule.load_state_dict(weights)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers; on the meta device, or under ``FakeTensorMode``, it has only a shape."""
+    return tensor.device.type != "meta" and not torch._subclasses.fake_tensor.is_fake(tensor)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

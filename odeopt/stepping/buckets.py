@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import UpdateRule, state_dtype
+from odeopt.rules.base import UpdateRule, has_values, state_dtype
 from odeopt.stepping.shards import Shard
 
 # Most coordinates per row of a packed bucket, and fewest; the last row of a tensor is filled up with zeros.
@@ -74,6 +74,8 @@ class Bucket:
         state: State of the rule in rows; fields of several numbers per coordinate as a tuple of tensors.
         rows: The layout.
         columns: For each field of the state, which axis the columns are; None where the field holds one value per row.
+        has_values: Whether there are numbers to look at, as :func:`odeopt.rules.base.has_values` tells.
+        is_on_host: Whether there are, and looking at them does not wait for a device.
         n_skipped: Gradients skipped because they were not finite, int64, ``(n_tensors, 1)``.
     """
 
@@ -89,6 +91,8 @@ class Bucket:
         self.shards = [Shard.of(param) for param in self.params]
         local = self._local_params()
         self.device, self.param_dtype, self.dtype = local[0].device, local[0].dtype, state_dtype(local[0].dtype)
+        self.has_values = has_values(local[0])
+        self.is_on_host = self.has_values and self.device.type == "cpu"
         # an empty piece has no row of its own, and one that is not contiguous has to be copied
         self.is_packed = len(params) > 1 or local[0].numel() == 0 or not local[0].is_contiguous()
         self.is_shared = self.shards[0].mesh is not None
@@ -198,10 +202,11 @@ class Bucket:
     def _make_rows(self, rule: UpdateRule, n_rows: list[int]) -> Rows:
         features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
         if not self._is_padded:
-            return Rows(torch.tensor(features, dtype=self.dtype, device=self.device))
-        features = torch.tensor([*features, features[-1]], dtype=self.dtype, device=self.device)
-        counts = torch.tensor([*n_rows, 1])
-        tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            return Rows(torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device))
+        features = torch.tensor([*features, features[-1]], dtype=self.dtype, device="cpu").to(self.device)
+        counts = torch.tensor([*n_rows, 1], device="cpu")  # whatever the default device is
+        numbers = torch.arange(len(counts), device="cpu")
+        tensor = torch.repeat_interleave(numbers, counts, output_size=self.shape[0])
         offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         return Rows(features, tensor.to(self.device), offsets.to(self.device))
 
@@ -221,7 +226,7 @@ class Bucket:
     def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
         if has_grad not in self._masks:
             mask = [*has_grad, False] if self._is_padded else has_grad
-            self._masks[has_grad] = torch.tensor(mask, device=self.device).unsqueeze(-1)
+            self._masks[has_grad] = torch.tensor(mask, device="cpu").to(self.device).unsqueeze(-1)
         return self._masks[has_grad]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import Bucket, Rows
+from odeopt.stepping.checks import warn_caller
 
 # Coordinates under which the whole step is compiled as one: less to launch, but what a tensor shares is worked out
 # again for each vector of its coordinates, which beyond this costs more than launching every stage by itself.
@@ -215,7 +215,7 @@ def _step_in_chunks(
     moves = has_grad & (broken == 0)
     bucket.n_skipped += has_grad & (broken > 0)
     # a look costs nothing on a CPU, and where every tensor moves no mask is needed; elsewhere it would wait
-    needs_mask = bucket.device.type != "cpu" or not bool(moves[: len(bucket.params)].all())
+    needs_mask = not bucket.is_on_host or not bool(moves[: len(bucket.params)].all())
     for chunk in chunks:
         theta, state = _moved(rule, chunk, shared, options)
         mask = chunk.rows.spread(moves) if needs_mask else None
@@ -286,11 +286,9 @@ def _step_compiled(
         return True
     _FAILED.add(key)
     reason = str(failure).strip().splitlines()
-    warnings.warn(
+    warn_caller(
         f"The step of {key[0].__name__} could not be compiled and runs eagerly, several times slower "
-        f"(`compile=False` does so without a warning). {type(failure).__name__}: {reason[0] if reason else ''}",
-        RuntimeWarning,
-        stacklevel=6,  # the caller of LearnedOptimizer.step(), past the wrappers of the base class
+        f"(`compile=False` does so without a warning). {type(failure).__name__}: {reason[0] if reason else ''}"
     )
     return is_done
 

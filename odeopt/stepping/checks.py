@@ -1,0 +1,69 @@
+"""Checks of the optimizer's options and parameters, and warnings that point to the caller's line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import odeopt.checks
+from odeopt.checks import require
+
+# Marks that others leave on tensors of which each process holds a piece, or which hold several tensors in a row:
+# sums across such a tensor would be sums over something else, and only ``DTensor`` says what over.
+_FOREIGN = {
+    "_fsdp_flattened": "FullyShardedDataParallel",
+    "ds_id": "DeepSpeed ZeRO",
+    "local_shards": "ShardedTensor",
+}
+_LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise a ValueError where an option of a parameter group is out of range."""
+    lr, decay, total_steps = options["lr"], options["weight_decay"], options["total_steps"]
+    if isinstance(lr, Tensor):
+        require(lr.numel() == 1, "lr", lr, "a number or a one-element tensor")
+    else:
+        require(isinstance(lr, Real), "lr", lr, "a number or a one-element tensor")
+    require(isinstance(decay, Real), "weight_decay", decay, "a number")
+    for name in ("lr", "weight_decay"):
+        require(bool(options[name] >= 0), name, options[name], "non-negative")
+        require(bool(options[name] < float("inf")), name, options[name], "finite")
+        require(not isinstance(options[name], bool), name, options[name], "a number")
+    is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
+    require(total_steps is None or is_count, "total_steps", total_steps, "a positive integer or None")
+    for name in ("maximize", "is_table"):
+        require(isinstance(options[name], bool), name, options[name], "True or False")
+
+
+def is_supported(tensor: Tensor) -> bool:
+    """Whether a parameter or a gradient is dense, real and of a floating-point type."""
+    return tensor.layout == torch.strided and tensor.is_floating_point()
+
+
+def check_sharding(param: Tensor, name: str | None) -> None:
+    """Raise a ValueError where a parameter is a piece of a tensor in a way that the sums across it cannot follow."""
+    found = next((owner for mark, owner in _FOREIGN.items() if hasattr(param, mark)), None)
+    if found is None and any(placement.is_partial() for placement in getattr(param, "placements", ())):
+        found = f"DTensor of placements {param.placements}"
+    if found is not None:
+        raise ValueError(
+            f"Parameter `{name}` should be whole on each process, or sharded or replicated as a DTensor: shard the "
+            f"model by `torch.distributed.fsdp.fully_shard`, or replicate it by `DistributedDataParallel`. "
+            f"Found a tensor that belongs to {found}."
+        )
+
+
+def warn_caller(message: str, category: type[Warning] = RuntimeWarning) -> None:
+    """Warn at the line outside of this library and torch, however many wrappers stand in between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
