@@ -129,15 +129,24 @@ def _moved(
         update, state = rule.advance(grad, state, piece.rows.spread_all(shared))
     else:
         state = type(state)(*(torch.stack(x, dim=1) if isinstance(x, tuple) else x for x in state))
-        shape = None
-        if rule.crosses_coordinates:  # whole tensors of one shape
-            shape = piece.shape
+        if rule.crosses_coordinates:
             # what becomes of a gradient that is not finite is thrown away, but an adaptive solver would stumble over it
-            grad = torch.where(grad.isfinite(), grad, 0.0)
-        update, state = rule(grad, state, param=theta, shape=shape, progress=options.progress)
+            update, state = _stepped_whole(rule, piece, torch.where(grad.isfinite(), grad, 0.0), state, theta, options)
+        else:
+            update, state = rule(grad, state, param=theta, progress=options.progress)
     if options.decay is not None:
         theta = theta * (1 - options.lr * options.decay)
     return theta + options.lr * update, state
+
+
+def _stepped_whole(rule, piece: Piece, grad: Tensor, state: NamedTuple, theta: Tensor, options: StepOptions) -> tuple:
+    """Update and next state of whole tensors of one shape, which a staged rule takes as a batch."""
+    signals = {"shape": piece.shape, "progress": options.progress}
+    if rule.is_staged:
+        return rule(grad, state, param=theta, **signals)
+    # others step one, as they see it elsewhere: an adaptive solver chooses one step size for a batch
+    update, state = rule(grad[0], type(state)(*(x[0] for x in state)), param=theta[0], **signals)
+    return update, type(state)(*(x.unsqueeze(0) for x in state))
 
 
 def _write(old: Tensor | tuple, new: Tensor | tuple, moves: Tensor | None) -> None:
