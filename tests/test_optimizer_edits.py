@@ -205,8 +205,6 @@ def test_checkpoint_of_small_tensors_holds_no_padding():
     saved = optimizer.state_dict()
     for fields in saved["state"].values():
         assert all(x.untyped_storage().nbytes() == x.nbytes for x in fields.values())
-    # and what lies in place already is not copied
-    assert saved["state"][101]["exp_avg"] is optimizer.state[params[101]]["exp_avg"]
     file = BytesIO()
     torch.save({"state": {key: saved["state"][key] for key in range(100)}}, file)
     assert len(file.getvalue()) < 200_000  # 300 tensors of 40 bytes; torch.save takes half a kB for each
