@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import os
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, range, slice, types.NoneType, types.EllipsisType)
+_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, range, slice, types.NoneType, type(...))
 _MODULES_OWN = set(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}  # hooks and the like
 _RTOL = 1e-3  # of losses, between devices whose products may have eleven bits
 
@@ -71,7 +72,7 @@ def _content(value: Any) -> tuple[str, bytes | Iterable[Any]]:
     if isinstance(value, Tensor):
         return "tensor", _bytes(value)
     if hasattr(value, "__array_interface__"):
-        return f"{value.dtype} {value.shape}", value.tobytes()
+        return f"{value.dtype} {value.shape}", value.tolist() if value.dtype.hasobject else value.tobytes()
     if isinstance(value, Mapping):
         return name, [(key, item) for key, item in value.items()]
     if isinstance(value, Sequence | set | frozenset):

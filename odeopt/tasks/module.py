@@ -120,7 +120,10 @@ class ModuleTask(Task):
 
     def _loss_of_one(self, params: Params, batch: Batch) -> Tensor:
         output = functional_call(self.module, params, (batch[0],))
-        return self.loss_fn(output, *batch[1:])
+        loss = self.loss_fn(output, *batch[1:])
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"Parameter `loss_fn` should return a 0-d tensor. Found `{loss!r}`.")
+        return loss
 
     def _build(self, seed: int) -> nn.Module:
         """Build a module under a seed of torch's generator of the CPU, and restore its state."""
@@ -134,6 +137,10 @@ class ModuleTask(Task):
         """Evaluate two problems, so that what vmap cannot take fails here and not inside a training run."""
         indices = torch.arange(2)
         params, batch = self.init_params(indices, 0), self.sample_batch(indices, 0, 0)
+        found = [tuple(part.shape) if isinstance(part, Tensor) else part for part in batch]
+        is_batch = len(batch) > 0 and all(isinstance(part, Tensor) and part.shape[:1] == (2,) for part in batch)
+        wanted = "a function that returns tensors, each with a first axis as long as `indices`, here 2"
+        require(is_batch, "data", found, wanted)
         try:
             losses, again = self.loss(params, batch), self.loss(params, batch)
         except (RuntimeError, NotImplementedError) as error:
