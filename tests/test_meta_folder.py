@@ -267,7 +267,6 @@ def test_rule_of_two_dtypes_is_refused():
         ({"on_validation": 3}, TypeError, "`on_validation` should be of class Callable or NoneType. Found `3`"),
         ({"stop_after": "x"}, ValueError, "`stop_after` should be a number of seconds.*Found `stop_after = 'x'`"),
         ({"stop_after": float("nan")}, ValueError, "Found `stop_after = nan`"),
-        ({"stop_after": -1.0}, ValueError, "Found `stop_after = -1.0`"),
     ],
 )
 def test_arguments_are_refused_by_name(options, error, match):

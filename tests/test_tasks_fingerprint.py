@@ -101,6 +101,7 @@ APART = {
         [[1, 2]],
         Pair(1, 2),
     ],
+    "arrays of objects": [np.array([1, "a"], dtype=object), np.array([1, "b"], dtype=object)],
     "strings": [["ab", "c"], ["a", "bc"], ["abc"], "abc"],
     "closures": [
         enclosing(1),

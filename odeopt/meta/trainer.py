@@ -102,8 +102,8 @@ def meta_train(
         if not isinstance(value, wanted):
             kind = " or ".join(cls.__name__ for cls in getattr(wanted, "__args__", (wanted,)))
             raise TypeError(f"Parameter `{name}` should be of class {kind}. Found `{value!r}`.")
-    is_time = stop_after is None or (is_number(stop_after) and stop_after >= 0)
-    require(is_time, "stop_after", stop_after, "a number of seconds, not negative, or None")
+    is_time = stop_after is None or is_number(stop_after)
+    require(is_time, "stop_after", stop_after, "a number of seconds or None")
     if not torch.is_grad_enabled():
         raise ValueError(
             "`meta_train` takes gradients with respect to the weights of `rule`, so they should be enabled. Found "
