@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from odeopt.checks import is_number, require
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
@@ -386,3 +387,25 @@ def _best_hand_designed(results: Mapping[str, RuleResult], score: str) -> str | 
     means = {name: scores_of(result.losses, score).mean().item() for name, result in hand_designed.items()}
     finite = {name: mean for name, mean in means.items() if mean < float("inf")}
     return min(finite, key=finite.get, default=None)
+
+
+def trailing_mean(losses: Tensor, part: float = 0.05) -> Tensor:
+    """Average losses over the last steps, a part of those so far: the longer a run, the finer the differences shown.
+
+    Args:
+        losses: Shape ``(n_steps, n_runs)``.
+        part: Part of the steps so far; less than a step is one.
+
+    Returns:
+        The means, of the shape of ``losses``, double precision.
+
+    Raises:
+        ValueError: If there is no step, or ``part`` is not in (0, 1].
+    """
+    is_table = isinstance(losses, Tensor) and losses.ndim == 2 and len(losses) > 0
+    found = tuple(losses.shape) if isinstance(losses, Tensor) else losses
+    require(is_table, "losses", found, "a tensor of shape (n_steps, n_runs), of at least one step")
+    require(is_number(part) and 0 < part <= 1, "part", part, "a number in (0, 1]")
+    # no differences of running sums: a loss that once was huge would be missing from all that follow
+    ends = range(1, len(losses) + 1)
+    return torch.stack([losses[end - max(1, int(part * end)) : end].double().mean(0) for end in ends])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from odeopt.evaluation import Comparison, student_interval
+from odeopt.evaluation import Comparison, student_interval, trailing_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,21 +125,6 @@ def line_styles(is_learned: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
         }
         n_learned, n_hand_designed = n_learned + learned, n_hand_designed + (not learned)
     return styles
-
-
-def trailing_mean(losses: Tensor, part: float = 0.05) -> Tensor:
-    """Average losses over the last steps, a part of those so far: the longer a run, the finer the differences shown.
-
-    Args:
-        losses: Shape ``(n_steps, n_runs)``.
-        part: Part of the steps so far; less than a step is one.
-
-    Returns:
-        The means, of the shape of ``losses``, double precision.
-    """
-    # no differences of running sums: a loss that once was huge would be missing from all that follow
-    ends = range(1, len(losses) + 1)
-    return torch.stack([losses[end - max(1, int(part * end)) : end].double().mean(0) for end in ends])
 
 
 def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: str | None = None) -> Path:

@@ -221,6 +221,33 @@ def test_one_run_and_rows_beyond_both_edges_can_be_drawn(tmp_path):
     assert path.stat().st_size > 5000
 
 
+@pytest.mark.parametrize(
+    ("columns", "reference", "match"),
+    [
+        ({}, "a", r"`columns` should be a mapping of titles to rows by name\. Found `columns = \{\}`"),
+        ([1], "a", r"Found `columns = \[1\]`"),
+        ({"one": {}}, "a", r"`columns\['one'\]` should be the rows of the first column, \[\], at least one"),
+        ({"one": "ab", "two": "ba"}, "a", r"`columns\['two'\]` should be the rows of .*\['a', 'b'\].* = \['b', 'a'\]`"),
+        ({"one": "ab", "two": "a"}, "a", r"`columns\['two'\]` should be"),
+        (
+            {"one": {"a": 1.0}},
+            "a",
+            r"`columns\['one'\]\['a'\]` should be a row of at least one .* = 1.0`",
+        ),
+        ({"one": "ab"}, "c", "`reference` should be one of a, b, for one. Found `reference = 'c'`"),
+        ({"one": "ab", "two": "ab"}, {"one": "a"}, "`reference` should be one of a, b, for two. Found"),
+        ({"one": "an"}, "n", r"`reference` should be a row that stayed finite; for one it is at \(nan,\)"),
+    ],
+)
+def test_arguments_of_the_figure_are_checked(tmp_path, columns, reference, match):
+    row = Row(0.25, Interval(0.01, -0.03, 0.05), (-0.01, 0.03), 0, 20, 1.0, 5)
+    rows = {"a": row, "b": row, "n": row._replace(by_seed=(math.nan,))}
+    if isinstance(columns, dict):
+        columns = {title: {n: rows[n] for n in of} if isinstance(of, str) else of for title, of in columns.items()}
+    with pytest.raises(ValueError, match=match):
+        plot_ablation(columns, tmp_path / "figure.png", reference=reference, label="x", title="t")
+
+
 def test_arguments_of_a_comparison_are_checked():
     task = RandomQuadratic(2)
     with pytest.raises(ValueError, match=r"Parameter `reference` should be one of a. Found `reference = 'b'`"):

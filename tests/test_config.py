@@ -332,7 +332,8 @@ def test_training_without_a_start_is_not_taken_for_one_with_it(tmp_path, is_firs
     [
         ("n_meta_steps = 4", "n_meta_step = 4", r"\[start\] should hold only .*n_meta_steps.*Found `n_meta_step`"),
         ("n_meta_steps = 4", "seed = 2", r"\[start\] should hold only .*Found `seed`"),
-        ("n_meta_steps = 4", "n_meta_steps = -2", "Parameter `n_meta_steps` should be .* Found `n_meta_steps = -2`"),
+        ("n_meta_steps = 4", "n_meta_steps = -2", r"tiny.toml: \[start\]: Parameter `n_meta_steps` should be .* = -2`"),
+        ("n_meta_steps = 4", 'dampings = "x"', r"tiny.toml: \[start\]: Parameter `dampings` should be "),
     ],
 )
 def test_bad_start_is_refused(tmp_path, old, new, message):

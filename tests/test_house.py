@@ -44,7 +44,7 @@ ARROWS = {
     "arguments": set(),
     "tables": set(),
     "plots": {"evaluation"},
-    "plots_ablation": {"plots"},
+    "plots_ablation": {"checks", "plots"},
     "plots_estimators": {"plots"},
     "plots_generalisation": {"plots"},
     "plots_solvers": {"plots"},

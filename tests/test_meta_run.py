@@ -29,12 +29,13 @@ def test_buffers_that_are_not_numbers_on_a_line_are_kept_as_they_are():
 
 
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
-def test_resumed_weights_lie_where_the_rule_is(tmp_path):
+def test_resumed_weights_lie_where_the_rule_is(tmp_path, monkeypatch):
     config = MetaConfig(n_meta_steps=2, n_tasks=2, horizon=3, n_validation_tasks=2, averaging=0.5)
     task = RandomQuadratic(2)
     meta_train(tiny_rule(), task, config, folder=tmp_path, progress_bar=False)
     rule = tiny_rule().to("meta")  # in the place of another device
     run = trainer_module._Run(rule, task, config, task, tmp_path, trainer_module.current_world())
+    monkeypatch.setattr(trainer_module, "are_close", lambda weights, others: True)  # which have no values there
     run.resume()
     run.close()
     for weights in (run.best_weights, run.averaged):

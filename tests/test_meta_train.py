@@ -67,11 +67,11 @@ def test_non_finite_meta_gradients_are_skipped_and_counted(monkeypatch, bad):
 
 def test_outlying_meta_gradients_are_skipped_and_counted(monkeypatch):
     # ten are wanted before any is judged; skipped ones do not move the median
-    norms = [1.0] * 9 + [500.0, 101.0, 99.0] + [1e6] * 30 + [101.0, 1.0]
+    norms = [1.0] * 9 + [500.0, 101.0, 99.0] + [1e6] * 20 + [101.0, 1.0]
     result, moves = scripted(monkeypatch, norms)
-    assert result.n_skipped_outliers == 32
+    assert result.n_skipped_outliers == 22
     assert result.n_skipped_nonfinite == 0
-    assert [move == 0 for move in moves] == [False] * 10 + [True, False] + [True] * 31 + [False]
+    assert [move == 0 for move in moves] == [False] * 10 + [True, False] + [True] * 21 + [False]
 
 
 def test_outliers_are_judged_by_what_came_before_an_interruption(monkeypatch, tmp_path):
@@ -198,9 +198,7 @@ def test_resumed_run_gives_the_result_of_the_uninterrupted_one(tmp_path, options
     expected = train(uninterrupted, n_meta_steps=12, **options)
     lengths = []
     while not lengths or lengths[-1] < 12:
-        rule = tiny_rule(seed=99)  # what is resumed comes from the checkpoint alone
-        if not lengths:
-            rule.load_state_dict(tiny_rule().state_dict())
+        rule = tiny_rule()
         result = train(rule, tmp_path, n_meta_steps=12, stop_after=0, **options)
         lengths.append(len(result.meta_losses))
         assert len(lengths) <= 4, f"no progress: {lengths}"
@@ -220,7 +218,7 @@ def test_stopped_run_has_reached_a_validation_and_its_checkpoint(tmp_path):
 
 def test_finished_run_is_not_repeated(tmp_path):
     first = train(tiny_rule(), tmp_path, n_meta_steps=4)
-    rule = tiny_rule(seed=99)
+    rule = tiny_rule()
     again = train(rule, tmp_path, n_meta_steps=4)
     assert again.meta_losses == first.meta_losses
     assert torch.equal(flat_weights(rule), flat_weights(first.rule))
@@ -298,10 +296,10 @@ def test_checkpoint_of_another_run_is_refused_by_what_changed(tmp_path):
         train(tiny_rule(), tmp_path, n_meta_steps=4, clip=0.1)
     with pytest.raises(ValueError, match=message + "`rule config`;"):
         train(tiny_rule(decay=0.5), tmp_path, n_meta_steps=4)
-    with pytest.raises(ValueError, match=message + "`rule class`, `rule config`;"):
+    with pytest.raises(ValueError, match=message + "`rule class`, `rule config`, .*`initial weights`;"):
         train(HamiltonianUpdate(), tmp_path, n_meta_steps=4)
     config = MetaConfig(**CONFIG, n_meta_steps=4)
-    with pytest.raises(ValueError, match=message + "`task`;"):
+    with pytest.raises(ValueError, match=message + "`task`, `validation task`;"):
         meta_train(tiny_rule(), RandomQuadratic(5), config, folder=tmp_path, progress_bar=False)
     assert (tmp_path / "checkpoint.pt").read_bytes() == kept
 

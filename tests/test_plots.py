@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from odeopt.evaluation import compare
-from odeopt.plots import _spread, line_styles, plot_comparison, plot_escape, trailing_mean
+from odeopt.evaluation import compare, trailing_mean
+from odeopt.plots import _spread, line_styles, plot_comparison, plot_escape
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic
 
@@ -52,6 +52,23 @@ def test_trailing_mean_is_over_a_twentieth_of_the_steps_so_far():
     assert means[39, 0] == (38.0**2 + 39.0**2) / 2
     assert means[199, 0] == (torch.arange(190.0, 200.0) ** 2).mean()
     assert means[199, 1] == -3 * means[199, 0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "part", "match"),
+    [
+        (torch.ones(5), 0.1, r"`losses` should be a tensor of shape \(n_steps, n_runs\).* Found `losses = \(5,\)`"),
+        (torch.ones(0, 2), 0.1, r"Found `losses = \(0, 2\)`"),
+        ([1.0, 2.0], 0.1, r"Found `losses = \[1.0, 2.0\]`"),
+        (torch.ones(5, 1), 0.0, r"`part` should be a number in \(0, 1\]. Found `part = 0.0`"),
+        (torch.ones(5, 1), 1.5, "Found `part = 1.5`"),
+        (torch.ones(5, 1), float("nan"), "Found `part = nan`"),
+    ],
+)
+def test_arguments_of_trailing_means_are_checked(losses, part, match):
+    with pytest.raises(ValueError, match=match):
+        trailing_mean(losses, part)
+    assert torch.equal(trailing_mean(torch.ones(3, 2), 1.0), torch.ones(3, 2, dtype=torch.float64))
 
 
 def test_one_run_and_one_step_can_be_drawn(tmp_path):

@@ -23,6 +23,7 @@ from odeopt.meta import trainer as trainer_module
 from odeopt.meta.search import search
 from odeopt.meta.search_config import load_search
 from odeopt.meta.study import MissingOptunaError, OpenTrial, Study
+from odeopt.tasks import RandomQuadratic
 
 # the extra that searches need; where it is not installed, the other tests can still be collected
 optuna, sqlalchemy = pytest.importorskip("optuna"), pytest.importorskip("sqlalchemy")
@@ -236,6 +237,19 @@ def test_search_that_is_killed_between_trials_ends_as_the_uninterrupted_one(
     others = {trial.state.name for trial in kept if "row" not in trial.user_attrs}
     assert ended == {"COMPLETE"}
     assert others <= {"FAIL"}
+
+
+@pytest.mark.parametrize("n_trials", [1, 2])
+def test_study_on_other_data_is_refused_whether_finished_or_not(tmp_path, monkeypatch, scores, n_trials):
+    scores(lambda config, step: config.lr)
+    config, folder = load_search(write(tmp_path), n_trials=n_trials), tmp_path / "study"
+    go(load_search(write(tmp_path), n_trials=1), folder)
+    draw = RandomQuadratic.draw
+    with monkeypatch.context() as patch:
+        patch.setattr(RandomQuadratic, "draw", lambda self, indices, seed: draw(self, indices, seed + 1))
+        with pytest.raises(ValueError, match="one whose trials were made on other tasks"):
+            go(config, folder)
+    assert len(go(config, folder).trials) == n_trials
 
 
 def test_search_goes_on_to_more_trials_as_if_they_had_been_asked_for_at_once(tmp_path, scores):

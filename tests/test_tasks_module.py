@@ -7,6 +7,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from odeopt.meta import unroll
+from odeopt.rules import SGDUpdate
 from odeopt.tasks import MLPClassification, ModuleTask, load_dataset
 from odeopt.tasks import random as rnd
 
@@ -17,10 +19,10 @@ def draw_problems(task, indices, step=0, seed=0):
     return task.init_params(indices, seed), task.sample_batch(indices, step, seed)
 
 
-def line_task(**kwargs):
+def line_task(make_module=lambda: nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).to(f64), **kwargs):
     x = torch.linspace(-1, 1, 50, dtype=f64).unsqueeze(1)
     return ModuleTask(
-        lambda: nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).to(f64),
+        make_module,
         (x, x.sin()),
         **({"loss_fn": nn.functional.mse_loss, "batch_size": 8} | kwargs),
     )
@@ -121,6 +123,116 @@ def test_buffers_and_frozen_parameters_are_shared():
     assert not torch.equal(task.loss(params, batch), before)
 
 
+class Changing(nn.Linear):
+    """A line that changes what it keeps beside its weights, in one of several ways."""
+
+    def __init__(self, how, after=0):
+        super().__init__(1, 1, dtype=f64)
+        self.how, self.after, self.n_calls, self.last = how, after, 0, None
+        self.register_buffer("mean", torch.zeros(1, dtype=f64))
+        self.register_buffer("n", torch.zeros((), dtype=f64), persistent=False)
+        self.register_buffer("unset", None)
+        self.inner = nn.Module()
+        self.inner.frozen = nn.Parameter(torch.ones(1, dtype=f64), requires_grad=False)
+
+    def forward(self, x):
+        if self.n >= 0 and x.shape[0] > self.after:  # a condition that holds for some batches
+            getattr(self, self.how)(x)
+        return super().forward(x) * self.inner.frozen + self.mean + self.n + self.n_calls
+
+    def in_place(self, x):
+        self.n += 0.1
+
+    def by_copy(self, x):
+        self.n.copy_(torch.ones_like(self.n))
+
+    def out_of_place(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+
+    def set_at_last(self, x):
+        self.unset = x.mean().detach()
+
+    def frozen_in_place(self, x):
+        with torch.no_grad():
+            self.inner.frozen.mul_(1.1)
+
+    def attribute(self, x):
+        self.n_calls, self.last = self.n_calls + 1, x
+
+
+CHANGES = {
+    "in_place": "n",
+    "by_copy": "n",
+    "out_of_place": "mean",
+    "set_at_last": "unset",
+    "frozen_in_place": "inner.frozen",
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_module_that_changes_its_buffers_is_refused_by_their_names(how):
+    with pytest.raises(ValueError, match=rf"Found `Changing`, which changes {CHANGES[how]}; pass what changes"):
+        line_task(make_module=lambda: Changing(how))
+
+
+@pytest.mark.parametrize("how", sorted(CHANGES.keys() - {"frozen_in_place"}))
+def test_module_that_changes_its_buffers_later_is_refused_then_and_nothing_stays_of_it(how):
+    sizes = iter([4, 4, 4, 9, 4, 4])
+    x = lambda indices, step, seed: (torch.ones(len(indices), next(sizes), 1, dtype=f64),)  # noqa: E731
+    task = ModuleTask(lambda: Changing(how, after=5), x, loss_fn=lambda output: output.square().mean())
+    params, batch = draw_problems(task, torch.arange(3))
+    before = task.loss(params, batch)
+    kept = {name: (value, value.clone()) for name, value in task.module.named_buffers()}
+    task.sample_batch(torch.arange(3), 0, 0)
+    with pytest.raises(ValueError, match=f"which changes {CHANGES[how]};"):
+        task.loss(params, task.sample_batch(torch.arange(3), 0, 0))
+    now = dict(task.module.named_buffers())
+    assert now.keys() == kept.keys()
+    assert all(now[name] is value and torch.equal(value, copy) for name, (value, copy) in kept.items())
+    assert torch.equal(task.loss(params, batch), before)
+
+
+def test_what_forward_assigns_to_attributes_reaches_no_other_evaluation():
+    task = line_task(make_module=lambda: Changing("attribute"))
+    runs = [unroll(SGDUpdate(0.1), task, indices=torch.arange(n), n_steps=4).losses for n in (2, 3, 2)]
+    assert torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0], runs[1][:, :2])
+    assert (task.module.n_calls, task.module.last) == (0, None)
+
+
+def test_failed_evaluation_leaves_the_module_as_it_was():
+    task = line_task(make_module=lambda: Changing("attribute"))
+    params, (x, y) = draw_problems(task, torch.arange(2))
+    before = task.loss(params, (x, y))
+    with pytest.raises(RuntimeError):
+        task.loss(params, (x.expand(2, 8, 3), y))
+    assert task.module.n_calls == 0
+    assert torch.equal(task.loss(params, (x, y)), before)
+
+
+def test_buffers_are_lent_in_inference_mode_too():
+    task = ModuleTask(Attention, sequences(), loss_fn=mean_squared)
+    params, batch = draw_problems(task, torch.arange(2))
+    with torch.inference_mode():
+        assert torch.equal(task.loss(params, batch), task.loss(params, batch))
+
+
+def test_loss_that_counts_is_refused():
+    class Warming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.ones((), dtype=f64))
+
+        def forward(self, output, target):
+            self.n += 1
+            return self.n * (output - target).square().mean()
+
+    with pytest.raises(
+        ValueError, match="`make_module` and `loss_fn` should give a loss that depends on parameters and"
+    ):
+        line_task(loss_fn=Warming())
+
+
 def test_data_may_come_from_a_function():
     def sample(indices, step, seed):
         x = rnd.uniform(indices, (5, 1), seed=seed, stream="x", step=step, dtype=f64)
@@ -192,6 +304,21 @@ def test_module_task_takes_what_looks_alike_and_is_not():
     ("kwargs", "error", "match"),
     [
         ({"batch_size": 0}, ValueError, "`batch_size = 0`"),
+        ({"batch_size": 2.5}, ValueError, "`batch_size` should be a positive integer. Found `batch_size = 2.5`"),
+        (
+            {"make_module": nn.Linear(1, 1)},
+            TypeError,
+            r"`make_module` should be a function\. Found `make_module = Linear",
+        ),
+        ({"make_module": lambda: 3}, TypeError, "`make_module` should return a module. Found `3`"),
+        ({"loss_fn": "mse"}, TypeError, "`loss_fn` should be a function. Found `loss_fn = 'mse'`"),
+        ({"loss_fn": lambda a, b: 1.0}, TypeError, "`loss_fn` should return a 0-d tensor. Found `1.0`"),
+        (
+            {"make_module": lambda: nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).double())},
+            ValueError,
+            r"`make_module` .* all torch.float64. Found 0.bias \(torch.float32\), 1.bias \(torch.float64\)",
+        ),
+        ({"make_module": lambda: nn.Linear(1, 1).half()}, ValueError, r"`make_module`.*Found bias \(torch.float16\)"),
         (
             {"loss_fn": lambda a, b: (a - b).square()},
             ValueError,
@@ -212,6 +339,13 @@ def test_module_task_refuses(kwargs, error, match):
         ((torch.ones(3, 1), torch.ones(2)), ValueError, r"Found \[3, 2\]"),
         ((torch.ones(0, 1),), ValueError, r"Found \[0\]"),
         ((torch.tensor(1.0),), ValueError, r"Found \[None\]"),
+        (
+            lambda i, step, seed: (torch.ones(3, 4, 1),),
+            ValueError,
+            r"`data` .* as `indices`, here 2. Found `data = \[\(3, 4, 1\)",
+        ),
+        (lambda i, step, seed: ([1.0],), ValueError, r"`data` .* Found `data = \[\[1.0\]\]`"),
+        (lambda i, step, seed: (), ValueError, r"`data` .* Found `data = \[\]`"),
     ],
 )
 def test_module_task_refuses_data(data, error, match):

@@ -204,12 +204,19 @@ def make_config(path: Path, content: dict[str, Any]) -> Config:
     _check_options(path, "rule", content["rule"], _RULES)
     _check_task(path, content["task"])
     fields = {field.name for field in dataclasses.fields(MetaConfig)}
-    check_keys(path, "training", content["training"], fields)
-    config = Config(path.stem, content["rule"], content["task"], MetaConfig(**content["training"]))
+    config = Config(path.stem, content["rule"], content["task"], _settings(path, "training", content, fields))
     if START in content:
-        check_keys(path, START, content[START], fields - {"seed"})  # which is that of the training
-        config = dataclasses.replace(config, start=MetaConfig(**content[START])).with_seed(config.training.seed)
+        start = _settings(path, START, content, fields - {"seed"})  # which is that of the training
+        config = dataclasses.replace(config, start=start).with_seed(config.training.seed)
     return config
+
+
+def _settings(path: Path, section: str, content: dict[str, Any], allowed: set[str]) -> MetaConfig:
+    check_keys(path, section, content[section], allowed)
+    try:
+        return MetaConfig(**content[section])
+    except ValueError as error:
+        raise ValueError(f"{path}: [{section}]: {error}") from error
 
 
 def available_configs(kind: str = "") -> tuple[str, ...]:

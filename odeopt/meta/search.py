@@ -155,8 +155,8 @@ def search(
     folder.mkdir(parents=True, exist_ok=True)
     with open_study(config, folder) as study:
         run = _Search(config, study, folder, data_dir, torch.device(device))
+        run.check_tasks()
         if len(run.trials) < config.n_trials:
-            run.check_tasks()
             run.go_on(stop_after, progress_bar)
         run.write_table()
         return run.result()
@@ -183,13 +183,14 @@ class _Search:
         return SearchResult(self.config, tuple(self.trials)).best
 
     def check_tasks(self) -> None:
-        """Build every task that the values to be tried ask for, before any work."""
-        seen = []
+        """Build every task that the values to be tried ask for, before any work, and compare them with the study's."""
+        seen, fingerprints = [], []
         for values in self.config.probes():
             config = self.config.at(values)
             if config.task not in seen:
                 seen.append(config.task)
-                self.task_of(config)
+                fingerprints.append(self.task_of(config).fingerprint())
+        self.study.check_tasks(fingerprints)
 
     def task_of(self, config: Config) -> Task | Mixture:
         """The tasks of a trial, kept until others are wanted."""

@@ -79,7 +79,8 @@ class MetaConfig:
         schedule: ``"one-cycle"`` or ``"constant"``.
         clip: Largest norm of a meta-gradient; longer ones are scaled down to it. With a mixture that of each draw,
             before they are averaged.
-        outlier_factor: A meta-gradient this many times longer than the running median is skipped (not with a mixture).
+        outlier_factor: A meta-gradient this many times longer than the running median is skipped (not with a mixture),
+            until such ones are the rule.
         validate_every: Meta-steps between validations.
         n_validation_tasks: Tasks per validation, on the full horizon; draws of a mixture.
         seed: Seed of everything but the validation tasks, which are the same for all seeds: their scores compare.
@@ -135,7 +136,8 @@ class MetaConfig:
         for name in ("averaging", "beta2"):
             value = getattr(self, name)
             require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
-        require(is_integer(self.seed), "seed", self.seed, "an integer")
+        is_seed = is_integer(self.seed) and -(2**63) <= self.seed < 2**64  # what torch's generators take
+        require(is_seed, "seed", self.seed, "an integer of 64 bits")
         for name in ("detach", "log_loss", "relative_loss"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name in ("lr", "clip", "outlier_factor", "log_eps"):

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from odeopt.meta.search_config import Choices, Range, SearchConfig
+from odeopt.tasks.fingerprint import are_alike
 
 if TYPE_CHECKING:
     import optuna
@@ -66,6 +67,24 @@ class Study:
     def rows(self) -> list[dict[str, Any]]:
         """Rows of the trials that have ended, in their order."""
         return [trial.user_attrs["row"] for trial in self._kept() if "row" in trial.user_attrs]
+
+    def check_tasks(self, fingerprints: list[dict[str, Any]]) -> None:
+        """Keep what tells the tasks of the search from others, or refuse those that are not the kept ones.
+
+        Args:
+            fingerprints: Results of :meth:`odeopt.tasks.Task.fingerprint`, in the order of the search's values.
+
+        Raises:
+            ValueError: If the trials so far were made on other tasks, or in a version that does not say on which.
+        """
+        kept = self._study.user_attrs.get("tasks")
+        if kept is None and not self.rows():
+            self._study.set_user_attr("tasks", fingerprints)
+        elif kept is None or len(kept) != len(fingerprints) or not all(map(are_alike, fingerprints, kept)):
+            raise ValueError(
+                "Parameter `folder` should be empty or hold a study of the same search. Found one whose trials were "
+                "made on other tasks, or on other data; choose another folder or delete it."
+            )
 
     def ask(self) -> OpenTrial:
         """Make the next trial: the interrupted one again, or what the sampler proposes.

@@ -6,31 +6,29 @@ import dataclasses
 import io
 import math
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from odeopt.checks import require
+from odeopt.checks import is_number, require
 from odeopt.meta.distributed import LostRankError, World, current_world
 from odeopt.meta.estimators import Backpropagation, DampedBackpropagation
+from odeopt.meta.identity import are_close, differences, identity_of
 from odeopt.meta.layouts import CompiledSteps
+from odeopt.meta.outliers import Outliers
 from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.validation import validation_score
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 
-_FORMAT = 2  # of checkpoints; version 0.1.0 of the library wrote none
-_NEWER = ("n_groups", "dampings")  # options that checkpoints may be older than
+_FORMAT = 3  # of checkpoints; version 0.1.0 of the library wrote none
 # validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
 VALIDATION_SEED = 1_000_003
-_N_NORMS = 50  # accepted gradient norms that an outlier is judged against
 
 
 def meta_train(
@@ -64,7 +62,10 @@ def meta_train(
         config: Settings; the defaults when None.
         validation_task: Where validation tasks come from; ``task``, with other seeds, by default.
         folder: Where ``checkpoint.pt`` and TensorBoard scalars go. A checkpoint found there is continued, and
-            gives the result the uninterrupted run would have given. None keeps nothing.
+            gives the result the uninterrupted run would have given. None keeps nothing. It is the same run if settings,
+            training and validation tasks (:meth:`odeopt.tasks.Task.fingerprint`, which says what it cannot tell
+            apart) and the rule are the same; the rule holds the weights that the run began with, or those that an
+            earlier call left in it.
         stop_after: Seconds after which this call stops at the next validation, to be resumed later.
         progress_bar: Whether to show one.
         compile: Whether the steps of a staged rule (the port-Hamiltonian ones) go through ``torch.compile``: a minute
@@ -76,27 +77,40 @@ def meta_train(
         The result, also when stopped early: ``len(result.meta_losses)`` says how far it got.
 
     Raises:
-        ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings or
-            with fewer tasks per meta-step than there are ranks; if a rank's arguments are not those of the others; if
-            ``compile`` is set for a rule that is not staged, or an estimator that does not backpropagate; if ``task``
-            is a mixture and the estimator has runs that go on from call to call.
-        TypeError: If ``rule``, ``task`` or ``config`` is something else.
+        ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings, tasks or
+            weights, or with fewer tasks per meta-step than there are ranks; if gradients are disabled; if the rule's
+            weights have several dtypes; if ``stop_after`` is no number; if a rank's arguments are not those of the
+            others; if ``compile`` is set for a rule that is not staged, or an estimator that does not backpropagate; if
+            ``task`` is a mixture and the estimator has runs that go on from call to call.
+        TypeError: If an argument is of another class.
         LostRankError: If another rank stopped or cannot be reached. The last checkpoint is whole.
 
     Warns:
-        RuntimeWarning: If no validation came out finite: nothing was learned then.
+        RuntimeWarning: If no validation came out finite: nothing was learned then. With a folder also if a task gives
+            other losses each time, so that the run cannot be resumed exactly.
     """
     config = MetaConfig() if config is None else config
+    validation_task = task if validation_task is None else validation_task
     for name, value, wanted in (
         ("rule", rule, UpdateRule),
         ("task", task, Task | Mixture),
         ("config", config, MetaConfig),
+        ("validation_task", validation_task, Task | Mixture),
+        ("folder", folder, str | os.PathLike | None),
+        ("on_validation", on_validation, Callable | None),
     ):
         if not isinstance(value, wanted):
             kind = " or ".join(cls.__name__ for cls in getattr(wanted, "__args__", (wanted,)))
             raise TypeError(f"Parameter `{name}` should be of class {kind}. Found `{value!r}`.")
+    is_time = stop_after is None or is_number(stop_after)
+    require(is_time, "stop_after", stop_after, "a number of seconds or None")
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "`meta_train` takes gradients with respect to the weights of `rule`, so they should be enabled. Found "
+            "`torch.is_grad_enabled() = False`; call it outside torch.no_grad() and torch.inference_mode()."
+        )
     folder = None if folder is None else Path(folder)
-    run = _Run(rule, task, config, validation_task or task, folder, current_world())
+    run = _Run(rule, task, config, validation_task, folder, current_world())
     if compile:
         run.compile()
     try:
@@ -106,6 +120,8 @@ def meta_train(
         then = "nothing was kept" if folder is None else f"the same command continues from {folder}"
         raise LostRankError(f"{error}, after meta-step {len(run.result.meta_losses)}; {then}.") from error
     finally:
+        # after an interruption too: then the next call is told from one that begins with other weights
+        rule.load_state_dict(run.best_weights)
         run.close()
     if not math.isfinite(run.result.best_score) and run.world.is_first:
         warnings.warn(
@@ -114,7 +130,6 @@ def meta_train(
             RuntimeWarning,
             stacklevel=2,
         )
-    rule.load_state_dict(run.best_weights)
     return run.result
 
 
@@ -166,6 +181,9 @@ class _Run:
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
+        dtypes = sorted({str(value.dtype) for value in rule.state_dict().values() if value.is_floating_point()})
+        if len(dtypes) > 1:
+            raise ValueError(f"Parameter `rule` should have weights of one dtype. Found {' and '.join(dtypes)}.")
         self.meta_optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.9, config.beta2))
         self.scheduler = None
         if config.schedule == "one-cycle":
@@ -175,7 +193,7 @@ class _Run:
         self.result = MetaResult(rule, n_tasks_per_step=config.n_tasks * world.size)
         self.best_weights = _copy(rule.state_dict())
         self.averaged = _copy(rule.state_dict())
-        self.norms: list[float] = []
+        self.outliers = Outliers(config.outlier_factor)
         self.n_tasks_seen = 0
         self.n_validated = 0
         self.path = None if folder is None else folder / "checkpoint.pt"
@@ -269,12 +287,11 @@ class _Run:
         if not norm < float("inf"):
             self.result.n_skipped_nonfinite += 1
             self._skip()
-        elif len(self.norms) >= 10 and norm > self.config.outlier_factor * statistics.median(self.norms):
+        elif self.outliers.has(norm):
             # thousands of times the usual length is chaos, not a direction: clipped it would still be a step
             self.result.n_skipped_outliers += 1
             self._skip()
         else:
-            self.norms = [*self.norms, norm][-_N_NORMS:]
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, torch.tensor(norm))
             self.meta_optimizer.step()
         self._after_update(norm)
@@ -336,7 +353,8 @@ class _Run:
         result = {f.name: getattr(self.result, f.name) for f in dataclasses.fields(MetaResult) if f.name != "rule"}
         checkpoint = {
             "format": _FORMAT,
-            "identity": self._identity(),
+            "identity": self.identity,
+            "initial": self.initial,
             "rule": self.rule.state_dict(),
             "best_weights": self.best_weights,
             "averaged": self.averaged,
@@ -344,7 +362,7 @@ class _Run:
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "result": result,
-            "norms": self.norms,
+            "outliers": self.outliers.state_dict(),
             "n_tasks_seen": self.n_tasks_seen,
             "n_validated": self.n_validated,
         }
@@ -355,7 +373,10 @@ class _Run:
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one; the first rank reads it for all."""
+        if self.path is not None or self.world.size > 1:
+            self.identity = identity_of(self.rule, self.task, self.validation_task, self.config)
         self._start_alike()
+        self.initial = _copy(self.rule.state_dict())
         content = self.world.from_first(self._read)
         if content is None:
             return
@@ -371,13 +392,15 @@ class _Run:
                 "Parameter `folder` should be empty or hold a checkpoint of this version of odeopt. Found "
                 f"`{self.path}`, written by another one; finish the run with that version or delete it to start anew."
             )
-        identity = self._identity()
-        if checkpoint["identity"] != identity:
-            changed = _differences(identity, checkpoint["identity"])
+        changed = differences(self.identity, checkpoint["identity"])
+        if not any(are_close(self.initial, checkpoint[name]) for name in ("initial", "best_weights")):
+            changed.append("`initial weights`")
+        if changed:
             raise ValueError(
                 f"Parameter `folder` should be empty or hold a checkpoint of the same run. Found `{self.path}` "
-                f"with another {changed}; choose another folder or delete it."
+                f"with another {', '.join(changed)}; choose another folder or delete it."
             )
+        self.initial = checkpoint["initial"]
         result = MetaResult(self.rule, **checkpoint["result"])
         if result.n_tasks_per_step < self.world.size:
             raise ValueError(
@@ -391,8 +414,9 @@ class _Run:
         self.meta_optimizer.load_state_dict(checkpoint["meta_optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
-        self.result, self.norms = result, checkpoint["norms"]
-        self.estimator.load_state_dict(checkpoint.get("estimator", {}))
+        self.result = result
+        self.outliers.load_state_dict(checkpoint["outliers"])
+        self.estimator.load_state_dict(checkpoint["estimator"])
         self.n_tasks_seen, self.n_validated = checkpoint["n_tasks_seen"], checkpoint["n_validated"]
 
     def _read(self) -> bytes | None:
@@ -403,11 +427,10 @@ class _Run:
         if self.world.size == 1:
             return
         weights = {name: value.cpu() for name, value in self.rule.state_dict().items()}
-        identity, weights = self.world.agree((self._identity(), weights))
-        if identity != self._identity():
-            changed = _differences(identity, self._identity())
+        identity, weights = self.world.agree((self.identity, weights))
+        if changed := differences(identity, self.identity):
             raise ValueError(
-                f"Every rank should train the same rule in the same way. Found another {changed} on rank "
+                f"Every rank should train the same rule in the same way. Found another {', '.join(changed)} on rank "
                 f"{self.world.rank}."
             )
         self.rule.load_state_dict(weights)
@@ -417,17 +440,6 @@ class _Run:
         if self.writer is not None:
             self.writer.close()
 
-    def _identity(self) -> dict[str, Any]:
-        """What makes two runs one: not how much memory it takes, nor options unasked for that are newer than some."""
-        left_out = {"checkpoint", "chunk"} | {name for name in _NEWER if getattr(self.config, name) is None}
-        config = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in left_out}
-        return {
-            "config": config,
-            "rule class": type(self.rule).__name__,
-            "rule config": self.rule.config,
-            "task": self.task.describe(),
-        }
-
     def _log(self, name: str, value: float, step: int) -> None:
         if self.writer is not None:
             self.writer.add_scalar(name, value, step)
@@ -435,7 +447,3 @@ class _Run:
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in weights.items()}
-
-
-def _differences(identity: dict[str, Any], other: dict[str, Any]) -> str:
-    return ", ".join(f"`{name}`" for name, value in identity.items() if other.get(name) != value)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .random import check_dtype
+from .fingerprint import are_alike, digest
+from .random import check_dtype, normal
 
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
 _HELD_OUT = 1 << 40  # where the steps of held-out batches start, which no run reaches
+FINGERPRINT_SEED = 1_000_033  # neither meta-training nor its validation has it by default
+_DISTANCES = (0.0, 0.1, 1.0, 10.0)  # from the start, at which a fingerprint looks at the loss
 
 
 class Task(ABC):
@@ -114,6 +118,44 @@ class Task(ABC):
         """Return the class and the configuration, in values that JSON can hold."""
         return {"task": type(self).__name__, **self.config}
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this distribution from another: what the task holds, and some of its losses.
+
+        The digest is of the class and of all attributes (:func:`~odeopt.tasks.fingerprint.digest`); a class with a
+        cache leaves it out of ``__getstate__``. Code has no digest that lasts, so what a function does shows in
+        losses: of two problems at four steps, near their start and far from it. A function that differs elsewhere
+        only, or by less than a thousandth of the loss, is taken for the same.
+
+        Returns:
+            ``content``, the digest, and ``losses``, a list of numbers. The same on every device, the losses to
+            rounding; :func:`~odeopt.tasks.fingerprint.are_alike` compares two.
+
+        Warns:
+            RuntimeWarning: If the same problem, step and seed gave two losses: then nothing is said of functions.
+        """
+        content = digest([type(self), self.__getstate__()])
+        found, again = ({"content": content, "losses": self._some_losses()} for _ in range(2))
+        if not are_alike(found, again):
+            warnings.warn(
+                f"Task {self!r} gives other losses for the same indices, step and seed each time, so no run on it can "
+                "be resumed exactly, nor told from one with other functions.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return {"content": content, "losses": []}
+        return found
+
+    def _some_losses(self) -> list[float]:
+        indices, losses = torch.arange(2, device=self.device), []
+        start = self.init_params(indices, FINGERPRINT_SEED)
+        for step, distance in enumerate(_DISTANCES):
+            params = {}
+            for name, value in start.items():
+                away = normal(indices, value.shape[1:], seed=step, stream=f"fingerprint/{name}", dtype=torch.float64)
+                params[name] = value + (distance * away).to(value)
+            losses += self.loss(params, self.sample_batch(indices, step, FINGERPRINT_SEED)).detach().double().tolist()
+        return losses
+
     def to(self, device: torch.device | str) -> Self:
         """Move every tensor to ``device``, in place, and return the task."""
         self.device = torch.device(device)
@@ -151,6 +193,9 @@ class FixedBatchTask(Task):
         # A copy of the indices: the caller may write the next ones into the same tensor.
         self._last = (indices.clone(), seed, batch)
         return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_last"}
 
     def to(self, device: torch.device | str) -> Self:
         """Move to ``device`` and forget the last draw; see :meth:`Task.to`."""

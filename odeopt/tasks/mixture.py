@@ -17,6 +17,7 @@ from torch import Tensor
 from odeopt.checks import is_integer, is_list, is_number, require
 
 from .base import Task
+from .fingerprint import digest
 from .random import uniform
 from .rescaled import Rescaled
 
@@ -168,13 +169,17 @@ class Mixture:
         key = (which, picked, is_rescaled)
         task = self._built.pop(key, None)
         if task is None:
-            options = {name: values[k] for (name, values), k in zip(family.choices.items(), picked, strict=True)}
-            task = family.make(**family.fixed, **options, device=self.device)
+            task = self._make(which, picked)
             task = Rescaled(task, family.log_range) if is_rescaled else task
         self._built[key] = task
         if len(self._built) > _N_KEPT:
             del self._built[next(iter(self._built))]
         return task
+
+    def _make(self, which: int, picked: tuple[int, ...]) -> Task:
+        family = self.families[which]
+        options = {name: values[k] for (name, values), k in zip(family.choices.items(), picked, strict=True)}
+        return family.make(**family.fixed, **options, device=self.device)
 
     def describe(self) -> dict[str, Any]:
         """Return the families, in values that JSON can hold and that are the same in every process.
@@ -190,6 +195,20 @@ class Mixture:
             families.append(described | {"share": _plain(family.share), "log_range": _plain(family.log_range)})
         numbers = {name: _plain(getattr(self, name)) for name in ("told", "n_problems", "coordinates", "work")}
         return {"task": type(self).__name__, "families": families, "horizons": _plain(self.horizons)} | numbers
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this mixture from another; see :meth:`Task.fingerprint`.
+
+        Every value of every choice is looked at in one task, those of the other choices being the first.
+        """
+        fingerprints = []
+        for which, family in enumerate(self.families):
+            first = (0,) * len(family.choices)
+            others = ((*first[:k], i, *first[k + 1 :]) for k, values in enumerate(family.choices.values())
+                      for i in range(1, len(values)))  # fmt: skip
+            fingerprints += [self._make(which, picked).fingerprint() for picked in (first, *others)]
+        content = digest([self.describe(), *(each["content"] for each in fingerprints)])
+        return {"content": content, "losses": [loss for each in fingerprints for loss in each["losses"]]}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(_title, self.families))}; horizons={self.horizons})"

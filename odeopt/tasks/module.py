@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from odeopt.checks import is_integer, require
+
 from .base import Batch, Params, Task
 from .random import integers, random_bits
 
@@ -23,7 +25,9 @@ class ModuleTask(Task):
 
     All problems are evaluated at once, by ``torch.func.functional_call`` under ``torch.func.vmap``.
     Parameters that require gradients belong to each problem; buffers and frozen parameters are shared, as
-    the first module built has them. Attention runs on its math kernel, the one with second derivatives.
+    the first module built has them, and stay so: a module that changes them in ``forward`` is refused, and what it
+    assigns to other attributes is undone after each evaluation, so that a loss depends on parameters and batch alone.
+    Attention runs on its math kernel, the one with second derivatives.
 
     Args:
         make_module: Builds the module, on the CPU, drawing from torch's global generator; called once per
@@ -37,9 +41,11 @@ class ModuleTask(Task):
         device: See :class:`Task`.
 
     Raises:
-        TypeError: If ``data`` is neither a function nor a tuple of tensors.
+        TypeError: If ``data`` is neither a function nor a tuple of tensors, or another argument is of another class.
         ValueError: If the module is one that ``vmap`` cannot take (running statistics, torch's recurrent
-            kernels, active dropout), or is not built on the CPU; if data or loss do not have these shapes.
+            kernels, active dropout), changes its buffers in ``forward`` (at any later evaluation too), has parameters
+            of several dtypes, or is not built on the CPU; if data or loss do not have these shapes; if the same
+            problem has another loss at its second evaluation.
 
     Example:
         >>> x = torch.linspace(-1, 1, 256).unsqueeze(1)
@@ -61,15 +67,26 @@ class ModuleTask(Task):
     ) -> None:
         if not callable(data):
             _check_data(data)
-        if batch_size < 1:
-            raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
+        for parameter, value in (("make_module", make_module), ("loss_fn", loss_fn)):
+            if not callable(value) or (parameter == "make_module" and isinstance(value, nn.Module)):
+                raise TypeError(f"Parameter `{parameter}` should be a function. Found `{parameter} = {value!r}`.")
+        require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "a positive integer")
         self.make_module = make_module
         module = self._build(0)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"Parameter `make_module` should return a module. Found `{module!r}`.")
         _check_module(module)
         trained = _trained(module)
         if not trained:
             raise ValueError(
                 f"Parameter `make_module` should build a module with parameters. Found `{type(module).__name__}`."
+            )
+        dtypes = {str(value.dtype): name for name, value in trained.items()}
+        if len(dtypes) > 1 or not dtypes.keys() <= {"torch.float32", "torch.float64"}:
+            found = ", ".join(f"{name} ({dtype})" for dtype, name in dtypes.items())
+            raise ValueError(
+                "Parameter `make_module` should build a module whose parameters are all torch.float32 or all "
+                f"torch.float64. Found {found}."
             )
         super().__init__(
             device=device,
@@ -99,12 +116,15 @@ class ModuleTask(Task):
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Loss of each problem, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
-        with sdpa_kernel(SDPBackend.MATH), _no_fused_attention():
+        with sdpa_kernel(SDPBackend.MATH), _no_fused_attention(), _kept_as_it_is(self.module):
             return vmap(self._loss_of_one)(params, batch)
 
     def _loss_of_one(self, params: Params, batch: Batch) -> Tensor:
         output = functional_call(self.module, params, (batch[0],))
-        return self.loss_fn(output, *batch[1:])
+        loss = self.loss_fn(output, *batch[1:])
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"Parameter `loss_fn` should return a 0-d tensor. Found `{loss!r}`.")
+        return loss
 
     def _build(self, seed: int) -> nn.Module:
         """Build a module under a seed of torch's generator of the CPU, and restore its state."""
@@ -118,8 +138,12 @@ class ModuleTask(Task):
         """Evaluate two problems, so that what vmap cannot take fails here and not inside a training run."""
         indices = torch.arange(2)
         params, batch = self.init_params(indices, 0), self.sample_batch(indices, 0, 0)
+        found = [tuple(part.shape) if isinstance(part, Tensor) else part for part in batch]
+        is_batch = len(batch) > 0 and all(isinstance(part, Tensor) and part.shape[:1] == (2,) for part in batch)
+        wanted = "a function that returns tensors, each with a first axis as long as `indices`, here 2"
+        require(is_batch, "data", found, wanted)
         try:
-            losses = self.loss(params, batch)
+            losses, again = self.loss(params, batch), self.loss(params, batch)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 "Parameter `make_module` should build a module whose loss `torch.func.vmap` can take. "
@@ -129,6 +153,11 @@ class ModuleTask(Task):
             raise ValueError(
                 f"Parameter `loss_fn` should return a 0-d tensor. "
                 f"Found one of shape `{tuple(losses.shape[1:])}`; take its mean."
+            )
+        if not torch.allclose(losses, again, equal_nan=True):
+            raise ValueError(
+                "Parameters `make_module` and `loss_fn` should give a loss that depends on parameters and batch alone. "
+                f"Found {losses.tolist()}, and {again.tolist()} when evaluated again."
             )
 
 
@@ -188,6 +217,42 @@ def _refusal(module: nn.Module) -> str | None:
     if isinstance(p, int | float) and p > 0:
         return "its dropout is active, and a loss may draw no random numbers; set it to 0 or call .eval()"
     return None
+
+
+@contextmanager
+def _kept_as_it_is(module: nn.Module) -> Iterator[None]:
+    """Undo what forward assigns, and refuse changes of buffers and frozen parameters: they would reach later runs.
+
+    Buffers are lent as copies, which forward may spoil.
+    """
+    kept, lent = [(each, dict(vars(each))) for each in module.modules()], {}
+    for prefix, each in module.named_modules():
+        each._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in each._buffers.items()}
+        each._parameters = dict(each._parameters)
+        for name, value in (each._buffers | each._parameters).items():
+            lent[f"{prefix}.{name}".lstrip(".")] = each, name, value, _version(value)
+    try:
+        yield
+        changed = [
+            full_name
+            for full_name, (each, name, value, version) in lent.items()
+            if (each._buffers | each._parameters).get(name) is not value or _version(value) != version
+        ]
+    finally:
+        for each, attributes in kept:
+            vars(each).clear()
+            vars(each).update(attributes)
+    if changed:
+        raise ValueError(
+            "Parameter `make_module` should build a module that changes neither buffers nor frozen parameters in "
+            f"`forward`: they are shared by all problems and runs. Found `{type(module).__name__}`, which changes "
+            f"{', '.join(changed)}; pass what changes with the step as data, or call .eval() if that keeps it."
+        )
+
+
+def _version(value: Tensor | None) -> int:
+    """Number of changes in place, which tensors made in inference mode do not count."""
+    return 0 if value is None or value.is_inference() else value._version
 
 
 @contextmanager

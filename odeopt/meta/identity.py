@@ -1,0 +1,49 @@
+"""Whether two calls of meta-training are the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odeopt.meta.settings import MetaConfig
+from odeopt.rules.base import UpdateRule
+from odeopt.tasks import Mixture, Task
+from odeopt.tasks.fingerprint import are_alike
+
+
+def identity_of(
+    rule: UpdateRule, task: Task | Mixture, validation_task: Task | Mixture, config: MetaConfig
+) -> dict[str, Any]:
+    """Collect what decides the result of a run, the initial weights aside, in values that a checkpoint can hold."""
+    left_out = ("checkpoint", "chunk")  # how much memory a run takes
+    fingerprint = task.fingerprint()
+    return {
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out},
+        "rule class": type(rule).__name__,
+        "rule config": rule.config,
+        "rule dtype": str(next(rule.parameters()).dtype),
+        "learned weights": [name for name, p in rule.named_parameters() if p.requires_grad],
+        "task": fingerprint,
+        "validation task": fingerprint if validation_task is task else validation_task.fingerprint(),
+    }
+
+
+def differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Name what differs between two identities."""
+
+    def is_same(value: Any, found: Any) -> bool:
+        are_tasks = isinstance(value, dict) and isinstance(found, dict) and "losses" in value and "losses" in found
+        return are_alike(value, found) if are_tasks else value == found
+
+    return [f"`{name}`" for name, value in identity.items() if not is_same(value, other.get(name))]
+
+
+def are_close(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether weights are the same to the rounding of another machine's initialisation."""
+    pairs = [(value.cpu().double(), others.get(name, value).cpu().double()) for name, value in weights.items()]
+    return weights.keys() == others.keys() and all(
+        a.shape == b.shape and torch.allclose(a, b, atol=1e-7, equal_nan=True) for a, b in pairs
+    )
