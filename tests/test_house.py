@@ -39,6 +39,7 @@ ARROWS = {
     "baselines": {"checks", "files", "physics", "ode", "rules", "tasks", "meta", "evaluation", "_version"},
     "matrix": {"checks", "files", "rules", "tasks", "evaluation", "baselines", "tables", "_version"},
     "generalisation": {"checks", "files", "rules", "tasks", "meta", "evaluation", "tables"},
+    "suite": {"checks", "tasks"},
     "ablation": {"checks", "rules", "tasks", "meta", "evaluation", "artifacts"},
     "arguments": set(),
     "tables": set(),
