@@ -1,4 +1,4 @@
-"""Networks as people write them today: plain modules, whose first layer is called ``stem`` and last ``head``."""
+"""Networks as people write them today: plain modules, whose last layer is called ``head``."""
 
 from __future__ import annotations
 

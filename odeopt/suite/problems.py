@@ -31,6 +31,7 @@ from odeopt.tasks import load_dataset
 from odeopt.tasks.classification import load_split
 from odeopt.tasks.random import integers, normal, permutation, uniform
 
+_VERSION = 1  # to be raised where a problem changes in what its settings do not show
 _ONE = torch.zeros(1, dtype=torch.int64)  # the one task whose numbers are drawn
 
 
@@ -81,7 +82,8 @@ class Problem:
     def settings(self) -> dict[str, Any]:
         """What a run depends on, beside its seed and its optimizer, in values that JSON can hold."""
         network = hashlib.sha256(repr(self.make_model(0)).encode()).hexdigest()[:16]
-        return {"problem": self.name, "n_steps": self.n_steps, "data": self.data.description, "network": network}
+        settings = {"n_steps": self.n_steps, "data": self.data.description, "network": network}
+        return {"problem": self.name, "version": _VERSION, **settings}
 
     def make_model(self, seed: int) -> nn.Module:
         """Build the network with the initial weights of a seed; the global generator stays as it was."""
