@@ -354,6 +354,7 @@ def _suite(args: argparse.Namespace) -> int:
         contenders,
         path=args.out / "suite.json",
         n_runs=args.runs or (2 if args.quick else 5),
+        n_extensions=0 if args.quick else 3,
         device=args.device,
     )
     print(suite.table(markdown=args.markdown))

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ def evaluate_suite(
     *,
     path: str | os.PathLike | None = None,
     n_runs: int = 5,
+    n_extensions: int = 3,
     device: torch.device | str = "cpu",
     progress_bar: bool = True,
 ) -> Suite:
@@ -59,6 +61,7 @@ def evaluate_suite(
         path: JSON file to which each run is written as soon as it is done; runs that it has are not run again.
             Several processes may write to one file.
         n_runs: Runs per problem and contender.
+        n_extensions: Further learning rates that are tried, one after the other, as long as the best is at an edge.
         device: Where to train.
         progress_bar: Whether to show one.
 
@@ -69,6 +72,7 @@ def evaluate_suite(
         ValueError: If an argument is out of range, the reference is missing, or the file is damaged.
     """
     require(n_runs >= 1, "n_runs", n_runs, "at least 1")
+    require(n_extensions >= 0, "n_extensions", n_extensions, "at least 0")
     require(REFERENCE in contenders, "contenders", [*contenders], f"contenders with {REFERENCE!r} among them")
     store = _Store(path, device)
     outcomes: dict[str, dict[str, Outcome]] = {}
@@ -78,21 +82,47 @@ def evaluate_suite(
         def done(problem: Problem, contender: Contender, lr: float, seed: int) -> Record:
             bar.set_postfix_str(f"{problem.name}, {contender.name}, lr {lr:g}, seed {seed}")
             record = store.run(problem, contender, lr, seed)
+            bar.total = max(bar.total, bar.n + 1)  # rates beyond a grid were not counted
             bar.update()
             return record
 
         for name, problem in problems.items():
             outcomes[name] = {}
             for contender in contenders.values():
-                lr, *others = contender.rates
-                if others:
-                    trials = {lr: done(problem, contender, lr, TUNING_SEED) for lr in contender.rates}
-                    lr = min(trials, key=lambda rate: getattr(trials[rate], problem.tuned_on))
+                lr, is_edge = contender.rates[0], False
+                if len(contender.rates) > 1:
+                    trial = partial(done, problem, contender, seed=TUNING_SEED)
+                    lr, is_edge = _tuned(contender.rates, trial, problem.tuned_on, n_extensions)
                 records = [done(problem, contender, lr, seed) for seed in range(n_runs)]
                 *numbers, curves = (torch.tensor(x, dtype=torch.float64) for x in zip(*records, strict=True))
                 steps = steps_of(problem.n_steps)
-                outcomes[name][contender.name] = Outcome(lr, *numbers, curves.T, steps)
+                outcomes[name][contender.name] = Outcome(lr, is_edge, *numbers, curves.T, steps)
     return Suite(problems, contenders, outcomes, n_runs)
+
+
+def _tuned(
+    rates: Sequence[float], trial: Callable[[float], Record], criterion: str, n_extensions: int
+) -> tuple[float, bool]:
+    """Choose a learning rate; and say whether it is at an edge of those that were tried."""
+    trials = {lr: trial(lr) for lr in rates}
+
+    def best() -> tuple[float, bool]:
+        lr = min(trials, key=lambda rate: getattr(trials[rate], criterion))
+        return lr, lr in (min(trials), max(trials))
+
+    for _ in range(n_extensions):
+        lr, is_edge = best()
+        if not is_edge:
+            break
+        beyond = neighbour(lr, 1 if lr == max(trials) else -1)
+        trials[beyond] = trial(beyond)
+    return best()
+
+
+def neighbour(lr: float, direction: int) -> float:
+    """Return the next of ..., 0.01, 0.03, 0.1, 0.3, ... above a learning rate (1) or below it (-1)."""
+    exponent = round(2 * math.log10(lr)) + direction
+    return float(f"{(1, 3)[exponent % 2]}e{exponent // 2}")
 
 
 def steps_of(n_steps: int) -> Tensor:

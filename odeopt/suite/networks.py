@@ -209,7 +209,7 @@ class CoordinateNetwork(Perceptron):
         widths: Widths of the hidden layers.
     """
 
-    def __init__(self, n_octaves: int = 3, widths: tuple[int, ...] = (96, 96, 96)) -> None:
+    def __init__(self, n_octaves: int = 1, widths: tuple[int, ...] = (96, 96, 96)) -> None:
         super().__init__(2 + 4 * n_octaves, widths, 1, nn.Tanh)
         self.register_buffer("frequencies", torch.pi / 2 * 2.0 ** torch.arange(n_octaves))
 

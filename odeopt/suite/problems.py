@@ -277,7 +277,7 @@ class Picture:
         line = torch.linspace(-reach, reach, n)
         points = torch.cartesian_prod(line, line)
         waves, discs = uniform(_ONE, (2, 6, 4), seed=seed, stream="suite/picture")[0]
-        angle, frequency, phase, height = (waves * torch.tensor([math.pi, 3.0, 2.0, 1.0])).T
+        angle, frequency, phase, height = (waves * torch.tensor([math.pi, 7.0, 2.0, 1.0])).T
         directions = torch.stack((angle.cos(), angle.sin()))
         picture = (height * torch.sin(math.pi * ((1 + frequency) * (points @ directions) + phase))).sum(1)
         distances = torch.cdist(points, 2 * discs[:, :2] - 1)

@@ -26,6 +26,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         lr: The learning rate that was chosen.
+        is_edge: Whether it is the least or the greatest of several that were tried.
         train: Mean of the last twentieth of the training losses, infinite where a run diverged; shape ``(n_runs,)``.
         held_out: Held-out loss at the end, infinite where a run diverged; shape ``(n_runs,)``.
         seconds: Time of the training loop; shape ``(n_runs,)``.
@@ -34,6 +35,7 @@ class Outcome(NamedTuple):
     """
 
     lr: float
+    is_edge: bool
     train: Tensor
     held_out: Tensor
     seconds: Tensor
@@ -120,7 +122,7 @@ class Suite:
             "Ratio: to tuned AdamW, geometric mean of paired runs [95 % Student interval].",
             "To AdamW's loss: steps and seconds after which the mean of 5 % of the losses is what AdamW ends with, in "
             "the median run.",
-            "Learning rates are chosen by one run on another seed; * is the edge of the grid.",
+            "Learning rates are chosen by one run on another seed; * is the edge of what was tried.",
             *(self.summary(name) for name, contender in self.contenders.items() if contender.is_learned),
         ]
         return "\n\n".join([*tables, ("  \n" if markdown else "\n").join(caption)])
@@ -131,11 +133,10 @@ class Suite:
         rows = []
         for name, contender in self.contenders.items():
             outcome = self.outcomes[problem][name]
-            is_edge = len(contender.rates) > 1 and outcome.lr in (min(contender.rates), max(contender.rates))
             steps = outcome.steps_to(self.outcomes[problem][REFERENCE].train).quantile(0.5, interpolation="higher")
             seconds = steps / outcome.steps[-1] * outcome.seconds.median()
             ratios = {of: self.ratio(problem, name, of) for of in TARGETS}
-            row = [contender.title, f"{outcome.lr:g}{'*' * is_edge}"]
+            row = [contender.title, f"{outcome.lr:g}{'*' * outcome.is_edge}"]
             for of, ratio in ratios.items():
                 row += [f"{getattr(outcome, of).mean():.4g}", "" if name == REFERENCE else ratio_text(ratio)]
             row += [f"{steps:.0f}", f"{seconds:.1f}"] if steps.isfinite() else ["never", ""]
