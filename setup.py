@@ -12,6 +12,7 @@ version = next(
 )
 
 search_requires = ["optuna>=4.0"]
+opponents_requires = ["schedulefree>=1.4", "prodigyopt>=1.1.2"]
 
 setup(
     name="odeopt",
@@ -39,6 +40,7 @@ setup(
     ],
     extras_require={
         "search": search_requires,
+        "opponents": opponents_requires,
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
@@ -47,6 +49,7 @@ setup(
             "wheel>=0.43",
             "setuptools>=70",
             *search_requires,
+            *opponents_requires,
         ],
     },
 )

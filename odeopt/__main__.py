@@ -1,4 +1,4 @@
-"""Command line: ``python -m odeopt train``, ``search``, ``tune``, ``matrix`` and ``solvers``.
+"""Command line: ``python -m odeopt train``, ``search``, ``tune``, ``matrix``, ``suite`` and ``solvers``.
 
 Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its processes train one rule together.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,10 @@ from odeopt.meta.search_config import load_search
 from odeopt.meta.study import MissingOptunaError
 from odeopt.meta.trainer import meta_train
 from odeopt.ode import available_problems, comparable_methods, compare_solvers
+from odeopt.rules import UpdateRule
+from odeopt.suite import available_problems as available_suite_problems
+from odeopt.suite import evaluate_suite, learned, make_problem, opponents, untrained
+from odeopt.suite.opponents import OPPONENTS, REFERENCE
 from odeopt.tables import draw_table
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable, load_dataset
 
@@ -94,10 +99,12 @@ def main(argv: list[str] | None = None) -> int:
                         "matrix.png (default: %(default)s)")  # fmt: skip
     matrix.add_argument("--markdown", action="store_true", help="print the table as markdown")
 
+    _add_suite(commands)
     _add_solvers(commands)
 
     args = parser.parse_args(argv)
-    programs = {"train": _train, "search": _search, "tune": _tune, "matrix": _matrix, "solvers": _solvers}
+    programs = {"train": _train, "search": _search, "tune": _tune, "matrix": _matrix}
+    programs |= {"suite": _suite, "solvers": _solvers}
     try:
         return programs[args.command](args)
     except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable, MissingOptunaError) as error:
@@ -132,6 +139,36 @@ def _add_search(commands: argparse._SubParsersAction) -> None:
                         "long; the same command continues")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+
+
+def _add_suite(commands: argparse._SubParsersAction) -> None:
+    problems = available_suite_problems()
+    parser = commands.add_parser(
+        "suite",
+        help="train today's architectures by learned rules and by tuned opponents",
+        description="Train networks by learned rules, at learning rate 1 and told the number of steps, and by "
+        "hand-designed optimizers, whose learning rates are chosen by grid for each network. Runs are kept as they are "
+        "done: an interrupted suite continues with the same command, and two processes may share one. Schedule-Free "
+        'and Prodigy need pip install "odeopt[opponents]".',
+    )
+    parser.add_argument("--rule", action="append", metavar="NAME", help="a .safetensors file, or one of "
+                        f"{', '.join(artifacts.available_pretrained())}; may be given several times (default: "
+                        "port-hamiltonian)")  # fmt: skip
+    parser.add_argument("--untold", action="store_true", help="also run the rules without the number of steps")
+    parser.add_argument("--untrained", action="store_true", help="also run the rules with their initial weights")
+    parser.add_argument("--problems", nargs="+", choices=problems, default=problems, metavar="NAME", help="problems, "
+                        f"of {', '.join(problems)} (default: all)")  # fmt: skip
+    parser.add_argument("--contenders", nargs="*", choices=[*OPPONENTS], default=[*OPPONENTS], metavar="NAME",
+                        help=f"opponents, of {', '.join(OPPONENTS)} (default: all); {REFERENCE}, with which the others "
+                        "are compared, is always among them")  # fmt: skip
+    parser.add_argument("--runs", type=arguments.positive, help="paired runs per problem and optimizer (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="the digits in place of MNIST, 20 steps, two learning "
+                        "rates per optimizer, and 2 runs unless --runs is given")  # fmt: skip
+    parser.add_argument("--data-dir", type=Path, help="as for train")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--out", type=arguments.folder, default="runs/suite", help="folder of suite.json and "
+                        "suite.png (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
 
 
 def _add_solvers(commands: argparse._SubParsersAction) -> None:
@@ -261,22 +298,21 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace) -> int:
-    is_file = args.rule.endswith(".safetensors")
-    rule = artifacts.load(args.rule) if is_file else artifacts.load_pretrained(args.rule)
+    name, rule = _named_rule(args.rule)
     select = partial(grid, max_horizon=args.max_horizon or math.inf, pattern=args.cells, quick=args.quick)
     found = []
-    for name in sorted({cell.dataset for cells in select().values() for cell in cells.values()}):
+    for dataset in sorted({cell.dataset for cells in select().values() for cell in cells.values()}):
         try:
-            load_dataset(name, args.data_dir, download=name == "mnist")
-            found.append(name)
+            load_dataset(dataset, args.data_dir, download=dataset == "mnist")
+            found.append(dataset)
         except DatasetUnavailable as error:
-            if name == "mnist":
+            if dataset == "mnist":
                 raise
             print(f"Left out: {error}", file=sys.stderr, flush=True)
     matrix = evaluate_matrix(
         rule,
         select(datasets=found),
-        name=Path(args.rule).stem if is_file else args.rule,
+        name=name,
         path=args.out / "matrix.json",
         references_from=args.references_from,
         n_runs=args.runs,
@@ -286,6 +322,43 @@ def _matrix(args: argparse.Namespace) -> int:
     )
     print(matrix.table(markdown=args.markdown))
     print(f"\nsaved {args.out / 'matrix.json'} and {matrix.plot(args.out / 'matrix.png')}")
+    return 0
+
+
+def _named_rule(text: str) -> tuple[str, UpdateRule]:
+    """Load a rule from a file, or one of the package; and its name."""
+    if text.endswith(".safetensors"):
+        return Path(text).stem, artifacts.load(text)
+    return text, artifacts.load_pretrained(text)
+
+
+def _suite(args: argparse.Namespace) -> int:
+    found, notes = opponents()
+    contenders = {name: found[name] for name in found if name in (REFERENCE, *args.contenders)}
+    for text in args.rule or ["port-hamiltonian"]:
+        name, rule = _named_rule(text)
+        entries = [learned(rule, name)]
+        entries += [learned(rule, name, is_told=False)] * args.untold
+        entries += [learned(untrained(rule), f"{name}, untrained")] * args.untrained
+        for contender in entries:
+            if contender.name in contenders:
+                raise ValueError(f"Parameter `--rule` should give rules of different names. Found {name!r} again.")
+            contenders[contender.name] = contender
+    for note in notes:
+        print(note, file=sys.stderr, flush=True)
+    options = {"dataset": "digits", "n_steps": 20} if args.quick else {"data_dir": args.data_dir}
+    if args.quick:
+        contenders = {name: replace(c, rates=c.rates[-2:]) for name, c in contenders.items()}
+    suite = evaluate_suite(
+        {name: make_problem(name, **options) for name in args.problems},
+        contenders,
+        path=args.out / "suite.json",
+        n_runs=args.runs or (2 if args.quick else 5),
+        n_extensions=0 if args.quick else 3,
+        device=args.device,
+    )
+    print(suite.table(markdown=args.markdown))
+    print(f"\nsaved {args.out / 'suite.json'} and {suite.plot(args.out / 'suite.png')}")
     return 0
 
 

@@ -174,14 +174,10 @@ class Matrix:
             reference: Name of the reference.
 
         Returns:
-            Student's interval of the log ratio, taken back; infinite where a score of the rule is not finite, else
-            zero where one of the reference is not.
+            As of :func:`ratio_interval`.
         """
         at_cell = self.outcomes[cell]
-        mine, theirs = (at_cell[name].scores.clamp_min(_RESOLUTION) for name in (_RULE, reference))
-        if not (mine.isfinite().all() and theirs.isfinite().all()):
-            return Interval(*3 * [0.0 if mine.isfinite().all() else math.inf])
-        return Interval(*torch.tensor(student_interval((mine / theirs).log()), dtype=torch.float64).exp().tolist())
+        return ratio_interval(at_cell[_RULE].scores, at_cell[reference].scores)
 
     def summary(self, reference: str = "Adam") -> str:
         """Say in one line how many cells are no worse than a reference, which is the worst, and what diverged."""
@@ -192,7 +188,7 @@ class Matrix:
         mine, theirs = (sum(o[name].n_diverged for o in self.outcomes.values()) for name in (_RULE, reference))
         return (
             f"To {reference}: {n_good} of {len(ratios)} cells ({n_good / len(ratios):.0%}) no worse, {n_surely_worse} "
-            f"worse beyond their interval; worst {_ratio_text(ratios[worst])} ({worst}). Diverged: {mine} of "
+            f"worse beyond their interval; worst {ratio_text(ratios[worst])} ({worst}). Diverged: {mine} of "
             f"{len(ratios) * self.settings['runs']} runs of {self.rule}, {theirs} of {reference}."
         )
 
@@ -213,7 +209,7 @@ class Matrix:
             row = [cell, f"{outcomes[_RULE].scores.mean():.4g}", str(outcomes[_RULE].n_diverged)]
             for family in REFERENCES:
                 outcome, ratio = outcomes[family.name], self.ratio(cell, family.name)
-                row += [f"{outcome.scores.mean():.4g}", f"{outcome.lr:g}", _ratio_text(ratio)]
+                row += [f"{outcome.scores.mean():.4g}", f"{outcome.lr:g}", ratio_text(ratio)]
             rows.append(row)
         caption = [
             f"Means of the last ten losses of {self.settings['runs']} runs, on common initialisations and batches, the "
@@ -351,7 +347,25 @@ def _write(path: Path, header: Mapping[str, Any], done: Mapping[str, Mapping[str
     write_json(path, {**header, "cells": cells}, sort_keys=True)
 
 
-def _ratio_text(ratio: Interval) -> str:
+def ratio_interval(scores: Tensor, reference: Tensor) -> Interval:
+    """Ratio of scores to those of paired runs: the geometric mean, with its 95 % interval.
+
+    Args:
+        scores: Positive losses, shape ``(n_runs,)``.
+        reference: Those of the reference in the same runs.
+
+    Returns:
+        Student's interval of the log ratio, taken back; infinite where a score is not finite, else zero where one of
+        the reference is not.
+    """
+    mine, theirs = (x.clamp_min(_RESOLUTION) for x in (scores, reference))
+    if not (mine.isfinite().all() and theirs.isfinite().all()):
+        return Interval(*3 * [0.0 if mine.isfinite().all() else math.inf])
+    return Interval(*torch.tensor(student_interval((mine / theirs).log()), dtype=torch.float64).exp().tolist())
+
+
+def ratio_text(ratio: Interval) -> str:
+    """Write a ratio and its bounds, e.g. ``"0.912 [0.874, 0.952]"``."""
     if ratio.mean == math.inf:
         return "diverged"
     mean, low, high = (f"{bound:.3f}" if bound < 1e4 else f"{bound:.2e}" for bound in ratio)

@@ -40,6 +40,7 @@ ARROWS = {
     "baselines": {"checks", "files", "physics", "ode", "rules", "tasks", "meta", "evaluation", "_version"},
     "matrix": {"checks", "files", "rules", "tasks", "evaluation", "baselines", "tables", "_version"},
     "generalisation": {"checks", "files", "rules", "tasks", "meta", "evaluation", "tables"},
+    "suite": {"checks", "files", "rules", "tasks", "optimizer", "evaluation", "matrix", "tables", "_version"},
     "ablation": {"checks", "rules", "tasks", "meta", "evaluation", "artifacts"},
     "arguments": set(),
     "tables": set(),
@@ -50,12 +51,14 @@ ARROWS = {
     "plots_solvers": {"plots"},
     "tables_solvers": {"tables"},
     "plots_physics": {"plots"},
+    "plots_suite": {"plots"},
 }
 # Methods that draw and print do so by rooms above their own, which they import when they are called.
 LAZY = {
     "evaluation": {"plots", "tables"},
     "matrix": {"plots"},
     "ode": {"plots_solvers", "tables_solvers"},
+    "suite": {"plots_suite", "__init__"},
 }
 TOP = {"__init__", "__main__"}  # may import everything
 
@@ -66,6 +69,8 @@ DOORS = {
     "sklearn": ["tasks/datasets.py"],
     "optuna": ["meta/study.py"],
     "safetensors": ["artifacts.py"],
+    "schedulefree": ["suite/opponents.py"],
+    "prodigyopt": ["suite/opponents.py"],
     "tensorboard": [],
 }
 
@@ -177,6 +182,7 @@ def test_plots_import_matplotlib_inside_functions_only():
 
 def test_import_is_light():
     heavy = ["matplotlib", "torchvision", "tensorboard", "torch.utils.tensorboard", "sklearn", "pandas", "optuna"]
+    heavy += ["schedulefree", "prodigyopt"]
     code = f"import sys, odeopt; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
