@@ -112,7 +112,7 @@ BROKEN = {
     "unknown task": (
         '"RandomQuadratic"',
         '"Rosenbrock"',
-        r"`class` in \[task\] should be one of ImageNetwork, .*, TeacherStudent, Mixture. Found `Rosenbrock`",
+        r"`class` in \[task\] should be one of Autoencoder, .*, VisionTransformer, Mixture. Found `Rosenbrock`",
     ),
     "unknown rule option": ("modes = 1", "mode = 1", r"\[rule\] should hold only .*modes.*. Found `mode`"),
     "unknown task option": ("dim = 3", "size = 3", r"\[task\] should hold only dim. Found `size`"),

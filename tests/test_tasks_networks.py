@@ -120,8 +120,10 @@ def test_adam_lowers_the_loss(task):
 
 def test_splits_have_no_image_in_common():
     train, evaluation = (images("normalised", split=split) for split in ("meta-train", "evaluation"))
-    assert len(train.images) + len(evaluation.images) > 1000
-    rows = {tuple(row) for row in train.images.tolist()} & {tuple(row) for row in evaluation.images.tolist()}
+    assert len(train.members) + len(evaluation.members) == len(train.images)
+    assert not set(train.members.tolist()) & set(evaluation.members.tolist())
+    rows = {tuple(row) for row in train.images[train.members].tolist()}
+    rows &= {tuple(row) for row in evaluation.images[evaluation.members].tolist()}
     # a few of the digits come twice in the data set itself
     assert len(rows) < 5
     assert not torch.equal(train.sample_batch(INDICES, 0, 0)[0], evaluation.sample_batch(INDICES, 0, 0)[0])
@@ -260,7 +262,7 @@ def test_pictures_have_the_pixels_of_their_image_where_those_lie():
     rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
     x = torch.stack((columns, rows), -1).flatten(0, 1) / 7  # the first coordinate runs along a row
     values = task.picture(x.expand(3, -1, -1), INDICES, 0)
-    images = task.images.flatten(1)
+    images = task.images[task.members].flatten(1)
     for k in range(3):
         assert (images == (255 * values[k, :, 0]).round()).all(1).any()
     assert not torch.equal(values[0], values[1])

@@ -80,8 +80,8 @@ class CoordinateNetwork(ModuleTask):
         require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
         self.images = None
         if dataset is not None:
-            dataset, members = load_split(dataset, split)
-            self.images = dataset.train_images[members].unflatten(1, (1, *dataset.image_shape))
+            dataset, self.members = load_split(dataset, split)
+            self.images = dataset.train_images.unflatten(1, (1, *dataset.image_shape))
         self.n_features, self.bandwidth, self.detail = n_features, bandwidth, 1.5 if detail is None else detail
         self.n_channels, self.n_drawn, self.n_points, self.stream = n_channels, batch_size, n_points, f"picture/{split}"
 
@@ -143,8 +143,8 @@ class CoordinateNetwork(ModuleTask):
             Shape ``(n_tasks, n_points, n_channels)``.
         """
         if self.images is not None:
-            which = integers(indices, (), len(self.images), seed=seed, stream=f"{self.stream}/image")
-            images = self.images[which].to(self.dtype) / 255
+            which = integers(indices, (), len(self.members), seed=seed, stream=f"{self.stream}/image")
+            images = self.images[self.members[which]].to(self.dtype) / 255
             return F.grid_sample(images, (2 * x - 1).unsqueeze(2), align_corners=True).flatten(2).mT
 
         def draw(*shape: int, of: str) -> Tensor:

@@ -147,7 +147,8 @@ class ImageTask(ModuleTask):
     ) -> None:
         require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "positive")
         dataset, members = load_split(dataset, split)
-        self.images, self.labels = dataset.train_images[members], dataset.train_labels[members]
+        # all images, which tasks share, and not a copy of the split, of which a mixture would hold dozens
+        self.images, self.labels, self.members = dataset.train_images, dataset.train_labels, members
         self.examples = Examples(len(members), count_of(n_examples, len(members)), f"image-network/{split}")
         self.n_images = batch_size
         super().__init__(lambda: make_module(dataset), self._batch, loss_fn=loss_fn, device=device)
@@ -161,7 +162,7 @@ class ImageTask(ModuleTask):
 
     def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and labels."""
-        members = self.examples.draw(indices, self.n_images, step=step, seed=seed, held_out=held_out)
+        members = self.members[self.examples.draw(indices, self.n_images, step=step, seed=seed, held_out=held_out)]
         images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
         return images.to(self.dtype).div_(255), self.labels[members]
 
