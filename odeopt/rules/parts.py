@@ -29,9 +29,11 @@ _CHOICES = {
     "backend": ("auto", "odeopt", "torchdiffeq"),
     "output": ("sum", "spectral"),
     "matrix_normalization": ("coordinate", "tensor"),
+    "matrix_scale": ("transfer", "muon"),
     "schedule": ("none", "power"),
 }
 _ENERGIES = ("quadratic", "relativistic", "spectral")
+_OF_MATRICES = ("matrix_normalization", "matrix_scale", "initial_matrix_kappa", "initial_lookahead", "initial_decay")
 
 
 class Modulation(NamedTuple):
@@ -137,11 +139,12 @@ class HeldPort(MatrixPart):
         return z.gain if self.network is None else z.gain * self.network(q).exp().unsqueeze(-1)
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
+def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Check the constructor arguments of the rule, by name; the solver by what it has to solve.
 
     Raises:
-        ValueError: If one is out of range, or there is no such solver under the backend.
+        ValueError: If one is out of range, has no effect beside the others, or there is no such solver under the
+            backend.
     """
 
     def check(name: str, is_right: bool, wanted: str) -> None:
@@ -177,6 +180,13 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     is_spectral = "spectral" in names or given["output"] == "spectral"
     if given["output"] == "spectral":
         check("kinetic", set(names) == {"quadratic"} and is_closed, "'quadratic' where `output = 'spectral'`")
+    unused = {"speed_limit": "no mode is relativistic"} if "relativistic" not in names else {}
+    if not is_spectral:
+        unused |= dict.fromkeys(_OF_MATRICES, "no energy is spectral")
+    elif given["output"] == "spectral":
+        unused["initial_lookahead"] = "`output = 'spectral'`"
+    for name, reason in unused.items():
+        check(name, given[name] == defaults[name], f"{defaults[name]!r} where {reason}")
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)
