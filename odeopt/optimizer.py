@@ -62,7 +62,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     The parameters of a group are stepped in a few calls: large ones where they lie, all others (under 2**16
     coordinates on a CPU, 2**24 on a GPU) of one device and dtype side by side in a buffer. There each is padded to a
-    multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less. Rules
+    multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
+    Matrices that a rule steps by their singular values are stacked by shapes, and stepped without compiling. Rules
     that look across a tensor otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
@@ -75,7 +76,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either with their own ``lr``,
-            ``weight_decay``, ``maximize`` and ``total_steps``.
+            ``weight_decay``, ``maximize``, ``total_steps`` and ``is_table`` (whether the parameters of the group are
+            lookup tables, the rows of which are vectors of their own: rules that step matrices by their singular values
+            step tables by coordinates; False by default). :func:`odeopt.param_groups` makes such groups.
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
@@ -205,8 +208,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             param_group: ``params`` and the options that differ from the defaults; it is not changed.
 
         Raises:
-            ValueError: If an option is out of range, or a parameter is complex, sparse, there already, or sharded
-                otherwise than as a ``DTensor``.
+            ValueError: If an option is out of range, or a parameter is complex, sparse, there already, sharded
+                otherwise than as a ``DTensor``, or sharded where the rule steps it as a whole.
         """
         # a copy, because the base class fills it in: two optimizers given one dict would share its counters
         super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
@@ -217,6 +220,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._place_counters()
         try:
             check_options(group)
+            rule = self.rule.for_tables() if group["is_table"] else self.rule
             for param in group["params"]:
                 check_sharding(param, self._name(param))
                 if not is_supported(param):
@@ -225,6 +229,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     raise ValueError(
                         f"Parameter `rule` should look across a tensor by sums only (StagedRule), or not at all, where "
                         f"parameters are sharded. Found `rule = {type(self.rule).__name__}`."
+                    )
+                if rule.is_whole(param.shape) and Shard.of(param).n_shards > 1:
+                    raise ValueError(
+                        f"Parameter `{self._name(param)}` should be whole on each process, because the rule steps "
+                        "matrices by their singular values: replicate it (`DistributedDataParallel`), or step it by "
+                        f"coordinates (`is_table=True` in its group). Found `placements = {param.placements}`."
                     )
         except ValueError:
             self.param_groups.pop()
@@ -370,7 +380,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
-        groups = [[id(group), *map(id, group["params"])] for group in self.param_groups]
+        groups = [[id(group), group["is_table"], *map(id, group["params"])] for group in self.param_groups]
         if groups != self._placed_groups or not all(placed.is_current(self.state) for placed in self._placed):
             self._fetch_skipped()
             self._forget_buckets()

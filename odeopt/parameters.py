@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from odeopt.checks import is_number, require
+from odeopt.rules.matrices import is_matrix
 
 
 def param_groups(module: nn.Module, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -14,7 +15,7 @@ def param_groups(module: nn.Module, *, weight_decay: float = 0.0) -> list[dict[s
 
     Lookup tables (``nn.Embedding``, ``nn.EmbeddingBag``), also where a head shares their weight, are stepped coordinate
     by coordinate: their rows are vectors of their own. Matrices and convolutions are decayed, where that is asked for;
-    vectors (biases, gains of norms) and tables are not.
+    vectors (biases, gains of norms, one row that is added, of shape ``(1, ..., n)``) and tables are not.
 
     Args:
         module: The module. A parameter that it holds twice is given once.
@@ -36,10 +37,11 @@ def param_groups(module: nn.Module, *, weight_decay: float = 0.0) -> list[dict[s
         raise TypeError(f"Parameter `module` should be an nn.Module. Found `module = {module!r}`.")
     is_right = is_number(weight_decay) and weight_decay >= 0
     require(is_right, "weight_decay", weight_decay, "a non-negative number")
-    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
+    embeddings = (part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag))
+    tables = {id(param) for part in embeddings for param in part.parameters()}  # by whatever parametrization
     matrices, vectors, looked_up = [], [], []
     for name, param in module.named_parameters():
-        kind = looked_up if id(param) in tables else matrices if param.ndim >= 2 else vectors
+        kind = looked_up if id(param) in tables else matrices if is_matrix(tuple(param.shape)) else vectors
         kind.append((name, param))
     groups = (
         {"params": matrices, "weight_decay": weight_decay},

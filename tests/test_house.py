@@ -34,7 +34,7 @@ ARROWS = {
     "meta": {"checks", "files", "physics", "ode", "rules", "stepping", "tasks"},
     "stepping": {"checks", "physics", "ode", "rules"},
     "optimizer": {"checks", "physics", "ode", "rules", "stepping", "artifacts"},
-    "parameters": {"checks"},
+    "parameters": {"checks", "rules"},
     "artifacts": {"checks", "physics", "ode", "rules", "_version"},
     "evaluation": {"checks", "physics", "ode", "rules", "stepping", "tasks", "meta"},
     "baselines": {"checks", "files", "physics", "ode", "rules", "tasks", "meta", "evaluation", "_version"},

@@ -27,10 +27,11 @@ class Separate:
 
     Args:
         shapes: Shape of each parameter, ``(n_tasks, *shape)``.
+        tables: Names of the parameters that are looked up row by row.
     """
 
-    def __init__(self, shapes: dict[str, torch.Size]) -> None:
-        self.shapes = shapes
+    def __init__(self, shapes: dict[str, torch.Size], tables: Collection[str] = ()) -> None:
+        self.shapes, self.tables = shapes, tables
 
     def pack(self, params: Params, states: States) -> tuple[Params, States]:
         """Bring flat parameters ``(n_tasks, n)`` and their states into the form that the steps take."""
@@ -46,6 +47,8 @@ class Separate:
 
     def step(self, rule: UpdateRule, name: str, grad: Tensor, state: NamedTuple, param: Tensor, progress) -> tuple:
         """Update and next state of one packed parameter."""
+        rule = rule.rule if isinstance(rule, CompiledSteps) else rule
+        rule = rule.for_tables() if name in self.tables else rule
         return rule(grad, state, param=param, shape=self.shapes[name][1:], progress=progress)
 
 
@@ -64,7 +67,7 @@ class SideBySide(Separate):
     def __init__(
         self, shapes: dict[str, torch.Size], rule: StagedRule, like: Tensor, tables: Collection[str] = ()
     ) -> None:
-        super().__init__(shapes)
+        super().__init__(shapes, tables)
         self.type, self.axes, _ = state_fields(rule, like.new_zeros(3), None)
         sizes = [shape[1:].numel() for shape in shapes.values()]
         self.n_columns = min(_ROW, max(sizes)) if len(sizes) > 1 else sizes[0]
@@ -153,7 +156,6 @@ class Stacked(Separate):
         return {name: x.view(self.shapes[name]) for name, x in zip(self.shapes, packed[""].unbind(1), strict=True)}
 
     def step(self, rule, name, grad, state, param, progress):
-        rule = rule.rule if isinstance(rule, CompiledSteps) else rule
         return super().step(rule, next(iter(self.shapes)), grad, state, param, progress)
 
 
@@ -266,16 +268,18 @@ def layout_for(
     """
     staged = rule.rule if isinstance(rule, CompiledSteps) else rule
     if not (isinstance(staged, StagedRule) and staged.is_staged):
-        return Separate(shapes)
+        return Separate(shapes, tables)
     alike: dict[torch.Size, dict[str, torch.Size]] = defaultdict(dict)
-    others = {}
+    others, empty = {}, {}
     for name, shape in shapes.items():
-        is_whole = name not in tables and staged.is_whole(shape[1:])
-        (alike[shape] if is_whole else others)[name] = shape
-    if not alike and len(shapes) == 1 and not tables and staged is rule:
-        return Separate(shapes)
-    if not alike and not all(shape[1:].numel() > 0 for shape in shapes.values()):
-        return Separate(shapes)
+        if shape[1:].numel() == 0:  # without rows of its own, so that it cannot lie beside others
+            empty[name] = shape
+        else:
+            is_whole = name not in tables and staged.is_whole(shape[1:])
+            (alike[shape] if is_whole else others)[name] = shape
+    if not alike and (empty or (len(shapes) == 1 and staged is rule)):
+        return Separate(shapes, tables)
     layouts: list[Separate] = [SideBySide(others, staged, like, tables)] if others else []
     layouts += map(Stacked, alike.values())
+    layouts += [Separate(empty)] if empty else []
     return layouts[0] if not alike else Grouped(layouts)

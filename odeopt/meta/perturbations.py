@@ -67,6 +67,12 @@ class Perturbed:
         self.rule, self.weights = _Methods(rule), {f"rule.{name}": value for name, value in weights.items()}
         self.n = len(next(iter(weights.values())))
 
+    def for_tables(self) -> Perturbed:
+        """As :meth:`odeopt.UpdateRule.for_tables`."""
+        tables = copy.copy(self)
+        tables.rule = _Methods(self.rule.rule.for_tables())
+        return tables
+
     def init_state(self, param: Tensor) -> NamedTuple:
         """As :meth:`odeopt.UpdateRule.init_state`, for all perturbations."""
 

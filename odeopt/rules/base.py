@@ -92,8 +92,11 @@ class UpdateRule(nn.Module, ABC):
         """Whether the rule looks across coordinates only through the sums of :class:`StagedRule`."""
         return False
 
-    def is_whole(self, shape: torch.Size | tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape has to be stepped as a whole although the rule is staged."""
+    def is_whole(self, shape: torch.Size | tuple[int, ...] | None) -> bool:
+        """Whether a tensor of this shape has to be stepped as a whole although the rule is staged.
+
+        Such a tensor is stepped by :meth:`forward`, with all others of its shape as one more axis of the batch.
+        """
         return False
 
     def for_tables(self) -> Self:
@@ -172,6 +175,10 @@ class StagedRule(UpdateRule):
     Sums add up over pieces, so the same methods serve one tensor, the tensors of a model laid side by side, and a
     tensor of which each process holds a shard. Coordinates that pad a piece have gradient, parameter and state zero;
     they must contribute zero to every sum and keep a zero state.
+
+    A tensor that sums are not enough for (:meth:`UpdateRule.is_whole`: a matrix that is stepped by its singular values)
+    never comes to these methods, and may not be sharded; :meth:`UpdateRule.for_tables` is the rule to take for the
+    tensors that a caller knows to be lookup tables, here too.
 
     In the methods below ``features`` and the fields of ``shared`` have one row per tensor, ``(*batch, k)``. Of
     ``state``, :meth:`coefficients` may read the fields that a tensor holds once, :meth:`statistics` and

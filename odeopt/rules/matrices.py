@@ -18,13 +18,19 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return math.prod(shape) > 1 and (len(shape) == 2 or (len(shape) > 2 and shape[0] > 1))
 
 
-def operator_scale(shape: tuple[int, ...]) -> float:
-    """Operator norm of a step that changes the output of a layer alike at any width: sqrt(out / rest).
+def operator_scale(shape: tuple[int, ...], kind: str = "transfer") -> float:
+    """Operator norm of the step of a matrix (out, rest), in units of that of a square one.
+
+    Args:
+        shape: Shape of the parameter tensor.
+        kind: ``"transfer"`` for sqrt(out / rest), with which a step changes the output of a layer alike at any width;
+            ``"muon"`` for sqrt(max(1, out / rest)), as in ``torch.optim.Muon``.
 
     References:
         Yang, Simon, Bernstein (2023), A spectral condition for feature learning, Condition 1.
     """
-    return math.sqrt(shape[0] / math.prod(shape[1:]))
+    aspect = shape[0] / math.prod(shape[1:])
+    return math.sqrt(aspect if kind == "transfer" else max(1.0, aspect))
 
 
 def velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:

@@ -29,9 +29,18 @@ _CHOICES = {
     "backend": ("auto", "odeopt", "torchdiffeq"),
     "output": ("sum", "spectral"),
     "matrix_normalization": ("coordinate", "tensor"),
+    "matrix_scale": ("transfer", "muon"),
     "schedule": ("none", "power"),
 }
 _ENERGIES = ("quadratic", "relativistic", "spectral")
+_OF_MATRICES = (
+    "matrix_normalization",
+    "matrix_scale",
+    "initial_matrix_kappa",
+    "initial_lookahead",
+    "initial_coherence",
+    "initial_decay",
+)
 
 
 class Modulation(NamedTuple):
@@ -64,6 +73,7 @@ class Shared(NamedTuple):
     memory: Tensor | None = None  # of the network, after the step
     matrix_kappa: Tensor | None = None  # step size of a square matrix, as an operator norm
     lookahead: Tensor | None = None  # where the velocity of a matrix is evaluated, in steps from the start
+    coherence: Tensor | None = None  # power of the coherence of a matrix's momenta in the size of its step
     matrix_decay: Tensor | None = None  # decoupled decay of a matrix, per unit of its kappa
     log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
 
@@ -137,11 +147,12 @@ class HeldPort(MatrixPart):
         return z.gain if self.network is None else z.gain * self.network(q).exp().unsqueeze(-1)
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
+def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Check the constructor arguments of the rule, by name; the solver by what it has to solve.
 
     Raises:
-        ValueError: If one is out of range, or there is no such solver under the backend.
+        ValueError: If one is out of range, has no effect beside the others, or there is no such solver under the
+            backend.
     """
 
     def check(name: str, is_right: bool, wanted: str) -> None:
@@ -168,7 +179,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
     for name in ("speed_limit", "initial_matrix_kappa", "initial_lookahead"):
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
-    check("initial_decay", is_number(given["initial_decay"]) and given["initial_decay"] >= 0, "a non-negative number")
+    for name in ("initial_coherence", "initial_decay"):
+        check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
     is_closed = given["solver"] in LINEAR_METHODS and not depends_on_q and given["backend"] != "torchdiffeq"
     if not is_closed:
@@ -177,6 +189,13 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     is_spectral = "spectral" in names or given["output"] == "spectral"
     if given["output"] == "spectral":
         check("kinetic", set(names) == {"quadratic"} and is_closed, "'quadratic' where `output = 'spectral'`")
+    unused = {"speed_limit": "no mode is relativistic"} if "relativistic" not in names else {}
+    if not is_spectral:
+        unused |= dict.fromkeys(_OF_MATRICES, "no energy is spectral")
+    elif given["output"] == "spectral":
+        unused |= dict.fromkeys(("initial_lookahead", "initial_coherence"), "`output = 'spectral'`")
+    for name, reason in unused.items():
+        check(name, given[name] == defaults[name], f"{defaults[name]!r} where {reason}")
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)

@@ -80,6 +80,19 @@ class PortHamiltonianUpdate(StagedRule):
     weights, so each system is passive for any weights. The untrained rule is two heavy balls with a
     normalised gradient. The update does not change when the loss is multiplied by a constant.
 
+    The kinetic energy K of a mode is what tells the great optimizers apart (``kinetic``). A spectral energy is one of
+    the singular values of a whole matrix, so it is driven and damped by one number g and one rate per tensor:
+
+    .. math::
+        \dot P = -\phi P + g\, u, \qquad \dot\theta = \kappa \sqrt{\text{out} / \text{rest}}\; g\,
+        \frac{\partial K}{\partial P}, \qquad \frac{\partial K}{\partial P} = U k'(\Sigma) V^\top, \quad k' \ge 0
+
+    The momentum's equation is solved by ``solver``; the output has a quadrature of one node, at the lookahead point. A
+    matrix is a tensor of two axes, or of more with several rows (out, rest), unless it is a lookup table; all other
+    tensors have the quadratic energy in place of a spectral one. With ``matrix_normalization="tensor"``, s one number
+    per matrix, the loss plus :math:`\sum_k (\kappa_k / s) K_k` never rises along the flow while all that is held over
+    a step is held, for any weights; :meth:`energy` and :meth:`power_balance` account for it.
+
     Args:
         modes: Degrees of freedom of each coordinate's system.
         solver: A method of :func:`odeopt.ode.integrate`, or ``"exponential"``, which solves the friction exactly
@@ -110,12 +123,46 @@ class PortHamiltonianUpdate(StagedRule):
             of its minimum. Ratios are not told apart below about a hundredth anyway.
         backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods, which
             give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
+        kinetic: Kinetic energy of each mode, or one for all: ``"quadratic"`` (heavy ball); ``"relativistic"``, with
+            bounded velocities (sign momentum in the limit of a small ``speed_limit``); or ``"spectral"``
+            (orthogonalised momentum: Muon). All but the quadratic one need momenta that are stepped in closed form: a
+            ``solver`` of this library and no networks of q.
+        speed_limit: Bound of the velocity of a relativistic mode, in units of its momentum, which a steady effort of
+            one brings to ``gain / friction``.
+        output: ``"sum"`` of the modes' outputs; or ``"spectral"``: of a matrix the sum of the outputs of quadratic
+            modes is orthogonalised, by its own norm. That is the gradient of no energy of the momenta, and nothing is
+            claimed of the loss plus the stored energy.
+        matrix_normalization: Efforts of matrices under spectral energies: ``"tensor"``, ``u = -g / a`` as above; or
+            ``"coordinate"``, ``u = -g / sqrt(v)``, with which a spectral mode stays passive, but the loss plus the
+            stored energy may rise.
+        matrix_scale: How the operator norm of a matrix's steps follows its shape: ``"transfer"``, sqrt(out / rest), for
+            changes of a layer's output that are alike at any width; or ``"muon"``, sqrt(max(1, out / rest)).
+        initial_matrix_kappa: Step size of the untrained rule for square matrices under spectral energies: about the
+            operator norm of a step, in units of the parameter.
+        initial_lookahead: Where the untrained rule evaluates the velocity of a spectral mode, in steps from the start
+            of the step along the momentum's chord: 1 is its end (Muon without Nesterov momentum), ``1 + mu`` the
+            Nesterov point of a momentum that decays by ``mu`` per step.
+        initial_coherence: Power of the momentum's coherence in the size of a spectral step under the untrained rule:
+            the momentum over what it would be if all gradients had been like the present one. With 1 (and the norm
+            of the momentum in place of that of its orthogonalised form) steps shrink where gradients are mostly noise,
+            and begin small. 0 is none, and stays none in training.
+        initial_decay: Decoupled decay of matrices of the untrained rule, per step and unit of the matrix's step size:
+            :math:`\dot\theta = \kappa (c\, y - \lambda\theta)`, c the scale of the shape. Not part of the effort: the
+            closed loop of a spectral mode minimises about the loss under a bound of the operator norm, not the loss
+            plus a square; the decay of :class:`odeopt.LearnedOptimizer` comes on top. 0 is none, and stays none in
+            training.
+        schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
+            ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
+            the run in place of the progress. ``"none"`` leaves the schedule to the network.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
 
     References:
         Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, Eq. (8): the system.
+        Maddison et al. (2018), Hamiltonian descent methods: kinetic energies other than the quadratic one.
+        Jordan et al. (2024), Muon: An optimizer for hidden layers in neural networks.
+        Chen et al. (2024), Lion secretly solves constrained optimization: as Lyapunov predicts: decoupled decay.
         van der Schaft, Jeltsema (2014), Port-Hamiltonian systems theory, Ch. 2: passivity.
     """
 
@@ -144,8 +191,10 @@ class PortHamiltonianUpdate(StagedRule):
         speed_limit: float = 1.0,
         output: str = "sum",
         matrix_normalization: str = "tensor",
+        matrix_scale: str = "transfer",
         initial_matrix_kappa: float = 0.03,
         initial_lookahead: float = 1.0,
+        initial_coherence: float = 0.0,
         initial_decay: float = 0.0,
         schedule: str = "none",
     ) -> None:
@@ -170,29 +219,34 @@ class PortHamiltonianUpdate(StagedRule):
             "speed_limit": speed_limit,
             "output": output,
             "matrix_normalization": matrix_normalization,
+            "matrix_scale": matrix_scale,
             "initial_matrix_kappa": initial_matrix_kappa,
             "initial_lookahead": initial_lookahead,
+            "initial_coherence": initial_coherence,
             "initial_decay": initial_decay,
             "schedule": schedule,
         }
-        check_arguments(config | options | {"normalization": normalization, "ratio_floor": ratio_floor})
+        starts = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
+        check_arguments(config | options | {"normalization": normalization, "ratio_floor": ratio_floor}, starts)
         # left out by default: what tells runs and matrices apart by the configuration is older than the options
         newer = {} if normalization == "coordinate" else {"normalization": normalization}
         newer |= {} if ratio_floor == 0 else {"ratio_floor": ratio_floor}
         kinetic = kinetic if isinstance(kinetic, str) else list(kinetic)
-        starts = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
         newer |= {name: value for name, value in (options | {"kinetic": kinetic}).items() if value != starts[name]}
         super().__init__(**config | newer | {"hidden": list(hidden), "time_scales": list(time_scales)})
         self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
         self.memory, self.normalization = memory, normalization
         self.ratio_floor = ratio_floor
         self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
-        self.output, self.schedule, self.matrix_normalization = output, schedule, matrix_normalization
+        self.output, self.schedule = output, schedule
+        self.matrix_normalization, self.matrix_scale = matrix_normalization, matrix_scale
         self.initial_matrix_kappa, self.initial_lookahead = initial_matrix_kappa, initial_lookahead
-        self.initial_decay = initial_decay
+        self.initial_coherence, self.initial_decay = initial_coherence, initial_decay
         self.is_spectral = output == "spectral" or "spectral" in self.kinetic
         # without weights, and so no modules of the rule
-        self._energies = {"quadratic": QuadraticEnergy(), "relativistic": RelativisticEnergy(speed_limit)}
+        quadratic, relativistic = QuadraticEnergy(), RelativisticEnergy(speed_limit)
+        # of coordinates; those of what is no matrix have the quadratic energy in spectral modes
+        self._energies = {"quadratic": quadratic, "relativistic": relativistic, "spectral": quadratic}
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
         self.steps_tables = False
@@ -226,8 +280,8 @@ class PortHamiltonianUpdate(StagedRule):
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        # then log kappa, how the memory moves, the schedule's log exponent; of matrices log kappa, lookahead, decay
-        self.n_extra = (schedule == "power") + 3 * self.is_spectral
+        # then log kappa, how the memory moves, the schedule's log exponent; of matrices log kappa, lookahead, decay, coherence
+        self.n_extra = (schedule == "power") + 4 * self.is_spectral
         head = nn.Linear(widths[-1], self.n_numbers * modes + 1 + memory + self.n_extra)
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
         nn.init.zeros_(head.bias)
@@ -292,14 +346,17 @@ class PortHamiltonianUpdate(StagedRule):
         friction, gain = self._matrix_modulation(observation, state, shared)
         p, u, spectral = state.p, observation.u.unsqueeze(-2), self.spectral_modes
         new_p, integral = linear_step(p, gain * u, friction, self.solver)
-        kappa = shared.matrix_kappa * matrices.operator_scale(shape)
+        kappa = shared.matrix_kappa * matrices.operator_scale(shape, self.matrix_scale)
         if self.output == "spectral":
             update = kappa * matrices.velocity((gain * integral).sum(-2), shape)
         else:
             before, after = p[..., spectral, :], new_p[..., spectral, :]
             ahead = self._ahead(before, after, shared)
             velocity = matrices.velocity(ahead, shape, before, after)
-            update = kappa / _START_GAIN * (gain[..., spectral, :1] * velocity).sum(-2)
+            rates = friction[..., spectral, :1], gain[..., spectral, :1]
+            if self.initial_coherence > 0:
+                velocity = velocity * (_coherence(after, u, *rates).log() * shared.coherence.unsqueeze(-1)).exp()
+            update = kappa / _START_GAIN * (rates[1] * velocity).sum(-2)
             if self._other_modes:
                 outputs = gain * self._coordinate_integral(new_p, integral, self.is_relativistic_mode.unsqueeze(-1))
                 update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)
@@ -446,13 +503,14 @@ class PortHamiltonianUpdate(StagedRule):
         )
         if not self.is_spectral:
             return shared
-        log_matrix_kappa, log_lookahead, log_decay = extra.split(1, dim=-1)
+        log_matrix_kappa, log_lookahead, log_decay, log_coherence = extra.split(1, dim=-1)
         if self.memory > 0:
             log_matrix_kappa = log_matrix_kappa + memory[..., :1]
         return shared._replace(
             matrix_kappa=self.initial_matrix_kappa * log_matrix_kappa.exp() * scheduled,
             lookahead=self.initial_lookahead * log_lookahead.exp(),
             matrix_decay=self.initial_decay * log_decay.exp(),
+            coherence=self.initial_coherence * log_coherence.exp(),
         )
 
     def advance(self, grad, state, shared):
@@ -619,6 +677,18 @@ class PortHamiltonianUpdate(StagedRule):
     def _has_spectral_balance(self, shape) -> bool:
         # the energy of a summed output is no energy of the momenta; theirs are the quadratic ones then
         return self.output == "sum" and self.is_whole(shape)
+
+
+def _coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
+    """Momenta over what they would be if all efforts had been like the present one, in (0, 1], per mode.
+
+    Gradients that agree give one, pure noise sqrt(friction / (2 - friction)). It is held over the step, as a factor of
+    the energy, which is an energy again. The mean magnitude of efforts is one, so a gradient that vanishes for a moment
+    does not count as disagreement of those before it.
+    """
+    rms = (p.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+    effort = u.square().mean(-1, keepdim=True).clamp(min=1.0).sqrt()
+    return (rms * friction / (gain * effort)).clamp(max=1.0)
 
 
 def _horizon(step: Tensor, progress: Tensor) -> Tensor:

@@ -168,9 +168,8 @@ def _trained(module: nn.Module) -> Params:
 
 def _tables(module: nn.Module) -> frozenset[str]:
     """Names of the trained parameters that an embedding looks up."""
-    weights = {
-        id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)
-    }  # which a layer before it may share, and give its name
+    embeddings = (m for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    weights = {id(p) for m in embeddings for p in m.parameters()}  # a layer before may share one, and give its name
     return frozenset(name for name, p in module.named_parameters() if p.requires_grad and id(p) in weights)
 
 
