@@ -280,7 +280,8 @@ class PortHamiltonianUpdate(StagedRule):
         layers: list[nn.Module] = []
         for n_in, n_out in itertools.pairwise(widths):
             layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        # then log kappa, how the memory moves, the schedule's log exponent; of matrices log kappa, lookahead, decay, coherence
+        # then log kappa, how the memory moves, the schedule's log exponent; of matrices log kappa, lookahead, decay and
+        # coherence
         self.n_extra = (schedule == "power") + 4 * self.is_spectral
         head = nn.Linear(widths[-1], self.n_numbers * modes + 1 + memory + self.n_extra)
         nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
