@@ -20,6 +20,7 @@ from odeopt.evaluation import Comparison, student_interval, trailing_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito (2008), Color universal design; yellow is left out, which white paper swallows
@@ -86,6 +87,15 @@ def use_logarithms(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(base=100, numticks=20))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
+
+
+def use_plain_numbers(axis: Axis, subs: Sequence[float] = (1, 2, 3, 5)) -> None:
+    """Write plain numbers at a logarithmic axis, also between powers of ten, of which there are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
@@ -159,7 +169,8 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike, *, title: s
         axes.set_yscale("log")
         axes.set_xlim(0, comparison.n_steps)
         axes.set_ylim(bottom, top)
-        _set_ticks(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        use_plain_numbers(axes.yaxis)
         unit = f" [{comparison.loss_unit}]" if comparison.loss_unit else ""
         axes.set_xlabel(f"optimizer step{'; losses over the last 5 % of steps so far' if is_noisy else ''}")
         axes.set_ylabel(f"loss{unit}, mean and its 95 % interval")
@@ -211,16 +222,6 @@ def plot_escape(
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
         return save_figure(figure, path)
-
-
-def _set_ticks(axes: Axes) -> None:
-    """Whole steps; losses as plain numbers, also between powers of ten, of which there are few."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _label_ends(figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Mapping[str, Mapping[str, Any]]) -> None:
@@ -348,7 +349,6 @@ def plot_step_cost(
     Returns:
         The path.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     def quartiles(samples: Mapping[Any, Tensor]) -> Tensor:
         return torch.stack([x.double().quantile(x.new_tensor((0.25, 0.5, 0.75)).double()) for x in samples.values()])
@@ -377,9 +377,7 @@ def plot_step_cost(
         right.set_xlabel(f"time of a step over that of {reference}")
         right.legend(frameon=False, loc="upper right")
         for axis in (left.yaxis, right.xaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
+            use_plain_numbers(axis, (1, 2, 5))
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)

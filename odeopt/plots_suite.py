@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from odeopt.plots import line_styles, new_figure, save_figure, style
+from odeopt.plots import line_styles, new_figure, save_figure, style, use_plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,16 +80,12 @@ def plot_suite(
 
 def _zoom(axes: Axes, means: list[Tensor]) -> None:
     """Show what lies between the least loss and the worst end, or somewhat more; plain numbers at the ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     finite = torch.cat([mean[mean.isfinite()] for mean in means])
     ends = [mean[-1].item() for mean in means if mean[-1].isfinite()]
     if ends:
         lowest = finite.min().item()
         axes.set_ylim(0.93 * lowest, max(1.3 * max(ends), lowest * (finite.max().item() / lowest) ** 0.5))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    use_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
 
 
 def _draw_ratios(
@@ -99,8 +95,6 @@ def _draw_ratios(
     marks: Mapping[str, str],
 ) -> None:
     """Draw a mark and an interval per problem and optimizer, on a logarithmic axis; what lies beyond is at its edge."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     finite = [ratio.mean for ratios in by_problem.values() for ratio in ratios.values() if 0 < ratio.mean < math.inf]
     reach = min(_WIDEST, 1.15 * max(max(ratio, 1 / ratio) for ratio in [1.05, *finite]))
     axes.set_xscale("log")
@@ -116,6 +110,4 @@ def _draw_ratios(
     axes.set_ylim(-len(by_problem) + 0.5, 0.5)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    use_plain_numbers(axes.xaxis, (1, 1.5, 2, 3, 5, 7))

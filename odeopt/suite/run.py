@@ -36,7 +36,8 @@ class Run(NamedTuple):
         losses: Training loss of each step's batch before its update, float64, shape ``(n_steps,)``; infinite from the
             first on that is not finite, where the run stopped.
         held_out: Loss on the held-out examples after the last step; infinite if a run stopped.
-        seconds: Time of the loop, without the held-out loss.
+        seconds: Time of the loop, without the held-out loss. On a CPU it is processor time, of all threads, which does
+            not depend on what else the machine does.
     """
 
     losses: Tensor
@@ -68,17 +69,18 @@ def run(problem: Problem, make_optimizer: MakeOptimizer, seed: int, *, device: t
     optimizer = make_optimizer(model, problem.n_steps)
     _set_mode(optimizer, "train")
     losses = torch.full((problem.n_steps,), math.inf, dtype=torch.float64)
-    began = time.perf_counter()
+    clock = time.process_time if torch.device(device).type == "cpu" else time.perf_counter
+    began = clock()
     for step in range(problem.n_steps):
         loss = problem.loss(model, to_device(problem.batch(step, seed), device))
         value = loss.item()
         if not math.isfinite(value):
-            return Run(losses, math.inf, time.perf_counter() - began)
+            return Run(losses, math.inf, clock() - began)
         losses[step] = value
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     if _set_mode(optimizer, "eval"):
         _refresh_norms(problem, model, seed, device)
     held_out = problem.held_out_loss(model, seed, device)
