@@ -18,7 +18,6 @@ from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
 
 from odeopt.ode.checks import (
-    ROUNDINGS_PER_STEP,
     State,
     check_choice,
     check_options,
@@ -39,6 +38,9 @@ _ASSERTED = {
     "non-finite values in state": Status.NON_FINITE_STATE,
     "max_num_steps exceeded": Status.MAX_STEPS_REACHED,
 }
+
+# An adaptive method takes the rounding of times for an error where its steps have fewer roundings than this.
+_ROUNDINGS_OF_ESTIMATES = 100
 
 _NO_GRADIENT = "Set `adjoint=True`, choose another method or use `torch.no_grad`."
 _SCIPY_STOPPED = "SciPy returned before the last time."
@@ -96,30 +98,39 @@ def solved(
     t: Tensor,
     method: str,
     check_leaves: Callable[[list[Tensor]], None] | None = None,
+    span: float | None = None,
 ) -> Solution:
-    """Let torchdiffeq solve, and account for it; what requires grad and the field depends on is checked if asked for.
+    """Let torchdiffeq solve, and account for it.
 
     It calls fields with times in the dtype of the state. Where that is too coarse for the steps, or for the error
     estimates of an adaptive method, the solver gets the state in a finer one; the field never does.
+
+    Args:
+        solve: torchdiffeq's solver, with its keywords.
+        field: As in :func:`odeopt.ode.integrate`.
+        x0: The first state.
+        t: Output times.
+        method: Name of the method.
+        check_leaves: Called with the leaves that the field depends on and that require grad, if gradients are on.
+        span: From the first time to the last one, where ``t`` is a part of them.
     """
-    like = tensors_of(x0)[0]
+    like, options = tensors_of(x0)[0], solve.keywords["options"] or {}
     numbers, callbacks = t.detach().tolist(), SOLVERS[method].valid_callbacks()
     interval = min(abs(end - start) for start, end in pairwise(numbers))
-    step = min(interval, float((solve.keywords["options"] or {}).get("step_size") or interval))
-    clock = clock_dtype(like, max(map(abs, numbers)), step)
-    work = like.dtype
-    if is_external(method):  # computes in double precision anyway
-        work = torch.promote_types(work, torch.float64)
-    elif not is_fixed_step(method):
-        work = torch.promote_types(work, torch.float32)
+    step = min(interval, float(options.get("step_size") or interval))
+    clock = clock_dtype(like, max(map(abs, numbers)), step, span or abs(numbers[-1] - numbers[0]))
+    is_steady, work, origin = is_fixed_step(method), like.dtype, None
     outputs, t = t, t.clone()  # a field may write to what it is called with
+    if is_external(method):
+        # computes in double precision anyway, and takes the size of times for that of steps
+        work, origin = torch.promote_types(work, torch.float64), t[0].double()
+        t = t.double() - origin
+    elif not is_steady:
+        work = torch.promote_types(work, torch.float32)
     n_evals, start = 0, time.perf_counter()
     while True:
         if clock is torch.float64:
             work, t = torch.promote_types(work, torch.float64), t.double()
-        # the steps of an adaptive method are not known before
-        is_final = is_fixed_step(method) or is_external(method) or clock is torch.float64
-        coarsest = 0.0 if is_final else ROUNDINGS_PER_STEP * torch.finfo(like.dtype).eps
         recorder = Recorder(
             field,
             x0,
@@ -128,7 +139,9 @@ def solved(
             is_external=is_external(method),
             work=work,
             clock=clock,
-            coarsest=coarsest,
+            origin=origin,
+            # the steps of an adaptive method are not known before
+            coarsest=0.0 if is_steady or clock is torch.float64 else _ROUNDINGS_OF_ESTIMATES * torch.finfo(clock).eps,
             check_leaves=check_leaves if torch.is_grad_enabled() else None,
         )
         try:
@@ -142,7 +155,7 @@ def solved(
     account = n_evals + recorder.n_evals, recorder.n_steps, time.perf_counter() - start
     if states is None:
         states = _reached_states(solve, recorder, t)
-    detail = message_of(status, detail, t, len(states[0]))
+    detail = message_of(status, detail, outputs, len(states[0]))
     states = [fill(x, len(t)) for x in recorder.settled(states)]
     states = restore(x0, states) if isinstance(x0, tuple) else states[0]
     return Solution(outputs, states, *account, status, detail, method)

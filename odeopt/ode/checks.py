@@ -12,8 +12,10 @@ from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...]
 
-# Steps of fewer roundings of the time than this blur the stages of a field that depends on time.
-ROUNDINGS_PER_STEP = 100
+# Steps of fewer roundings of the time than this blur the stages of a field that depends on time,
+_ROUNDINGS_PER_STEP = 8
+# and times larger than so many spans of time carry more rounding than the state does.
+_SPANS_FROM_ZERO = 16
 
 
 def tensors_of(x: Any) -> tuple[Tensor, ...]:
@@ -31,15 +33,16 @@ def real_dtype(x: Tensor) -> torch.dtype:
     return x.real.dtype if x.is_complex() else x.dtype
 
 
-def clock_dtype(x: Tensor, reach: float, step: float) -> torch.dtype:
+def clock_dtype(x: Tensor, reach: float, step: float, span: float = math.inf) -> torch.dtype:
     """Type of the times that a field is called with: that of the state, unless it is too coarse for the steps.
 
     Args:
         x: The state.
         reach: Largest absolute time.
         step: Shortest step.
+        span: From the first time to the last one.
     """
-    is_fine = ROUNDINGS_PER_STEP * torch.finfo(x.dtype).eps * reach <= step
+    is_fine = _ROUNDINGS_PER_STEP * torch.finfo(x.dtype).eps * reach <= step and reach <= _SPANS_FROM_ZERO * span
     return real_dtype(x) if is_fine else torch.float64
 
 

@@ -206,8 +206,9 @@ def system_steps(
 
 
 def _clock_of(pieces: Sequence[Piece], x: Tensor) -> torch.dtype:
-    reach = max(max(abs(piece.start), abs(piece.end)) for piece in pieces)
-    return clock_dtype(x, reach, min(abs(piece.end - piece.start) / piece.n_steps for piece in pieces))
+    first, last = pieces[0].start, pieces[-1].end
+    step = min(abs(piece.end - piece.start) / piece.n_steps for piece in pieces)
+    return clock_dtype(x, max(abs(first), abs(last)), step, abs(last - first))
 
 
 def _steps_of(piece: Piece, times: Times, clock: torch.dtype, x: Tensor) -> tuple[Tensor | float, Sequence[Tensor]]:

@@ -205,28 +205,37 @@ def integrate(
             for_adjoint |= {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
         keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
         if system is None:
-            solution = _by_torchdiffeq(field, x0, t, keywords, for_adjoint if adjoint else None)
+            solution = _by_torchdiffeq(field, x0, t, keywords, for_adjoint if adjoint else None, adjoint_params)
         else:
             if adjoint and adjoint_params is None:
                 for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
-            solution = _by_pieces(system, x0, t, times, u, z, keywords, for_adjoint if adjoint else None)
+            for_adjoint = for_adjoint if adjoint else None
+            solution = _by_pieces(system, x0, t, times, u, z, keywords, for_adjoint, adjoint_params)
     if throw:
         solution.raise_for_status()
     return solution
 
 
-def _by_torchdiffeq(field: Field, x0: State, t: Tensor, keywords: dict, for_adjoint: dict | None) -> Solution:
-    """Let torchdiffeq solve, with the gradients that are asked for."""
+def _by_torchdiffeq(
+    field: Field,
+    x0: State,
+    t: Tensor,
+    keywords: dict,
+    for_adjoint: dict | None,
+    given_params: Any,
+    span: float | None = None,
+) -> Solution:
+    """Let torchdiffeq solve, with the gradients that are asked for: no more than those of parameters that are given."""
     method, options = keywords["method"], keywords["options"]
     if for_adjoint is None:
         check_gradients(x0, t, method, options)
         check_leaves = refuse_gradients if is_external(method) else None
-        return solved(partial(odeint, **keywords), field, x0, t, method, check_leaves)
+        return solved(partial(odeint, **keywords), field, x0, t, method, check_leaves, span)
     names = ("adjoint_params", "adjoint_method", "adjoint_options")
     params = check_adjoint(field, method, options, *(for_adjoint[name] for name in names))
     solve = partial(odeint_adjoint, **keywords, **(for_adjoint | {"adjoint_params": params}))
-    is_given = for_adjoint["adjoint_params"] is not None
-    return solved(solve, field, x0, t, method, None if is_given else partial(refuse_left_out, params))
+    check_leaves = partial(refuse_left_out, params) if given_params is None else None
+    return solved(solve, field, x0, t, method, check_leaves, span)
 
 
 def _trainable(values: Any) -> list[Tensor]:
@@ -339,9 +348,11 @@ def _by_pieces(
     z: Any,
     keywords: dict,
     for_adjoint: dict | None,
+    given_params: Any,
 ) -> Solution:
     """Let torchdiffeq solve a system from knot to knot of its input."""
     n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
+    span = abs(times.numbers[-1] - times.numbers[0])
     outputs = dict(zip(times.numbers, t.unbind(), strict=True))  # with their gradients, which knots have none of
     for piece in pieces_of(times, None, knots_of(u)):
         effort = piece_of(u, piece.start, piece.end, x0.p.dtype)
@@ -354,7 +365,7 @@ def _by_pieces(
                 setattr(field, name, getattr(system, name))
         ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (piece.start, piece.end)]
         ends = torch.stack([end.to(time_dtype(t.device)) for end in ends])
-        part = _by_torchdiffeq(field, x0, ends, keywords, for_adjoint)
+        part = _by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
         n_evals, seconds, message = n_evals + part.n_field_evals, seconds + part.seconds, part.message
         n_steps = None if n_steps is None or part.n_steps is None else n_steps + part.n_steps
         if part.status not in (Status.SUCCESS, Status.NOT_CONVERGED):

@@ -40,7 +40,7 @@ class Recorder:
     Attributes:
         n_evals: Evaluations of the field so far.
         user_error: The AssertionError that the field or a callback of the user raised, if any.
-        time: How far the solver has come, in the time of the field; None before the first step.
+        time: How far the solver has come, by its own clock; None before the first step.
         is_reusing_memory: Whether the field returned the same memory twice, so that derivatives are copied.
     """
 
@@ -54,6 +54,7 @@ class Recorder:
         is_external: bool,
         work: torch.dtype | None = None,
         clock: torch.dtype | None = None,
+        origin: Tensor | None = None,
         coarsest: float = 0.0,
         check_leaves: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
@@ -65,6 +66,7 @@ class Recorder:
         self._n_callbacks = dict.fromkeys(callbacks, 0)
         self._t = t
         self._clock = clock  # dtype of the times of the field; None for those of the solver
+        self._origin = origin  # time of the field at which the solver's clock is at zero
         self._coarsest = coarsest  # steps shorter than this share of the time are not resolved
         self._check_leaves = check_leaves  # called once, with what requires grad and the field depends on
         self._leaves: dict[int, Tensor] = {}
@@ -107,13 +109,19 @@ class Recorder:
     def __call__(self, t: Tensor, x: State) -> Any:
         self.n_evals += 1
         x = self._given(x)
-        parts = [part for part in tensors_of(x) if not part.is_inference()] if self._is_watched else ()
+        parts = tensors_of(x) if self._is_watched else ()
+        if any(part.is_inference() for part in parts):  # which do not count who writes to them
+            parts, x = (), restore(self.x0, [part.clone() for part in x]) if isinstance(x, tuple) else x.clone()
         versions = [part._version for part in parts]
-        t = t if self._clock is None else t.to(self._clock)
+        now = t if self._origin is None else self._origin + t
+        now = now if self._clock is None else now.to(self._clock)
         if self._check_leaves is not None:
-            t, x = t.detach(), restore(self.x0, [part.detach() for part in x]) if isinstance(x, tuple) else x.detach()
+            now, x = (
+                now.detach(),
+                restore(self.x0, [part.detach() for part in x]) if isinstance(x, tuple) else x.detach(),
+            )
         with nullcontext() if self._check_leaves is None else torch.enable_grad():
-            dx = self._call_user(self.field, t, x)
+            dx = self._call_user(self.field, now, x)
         if self.n_evals == 1:
             check_derivative(dx, self.x0)
         derivatives = tensors_of(dx)
