@@ -10,7 +10,7 @@ from odeopt.ode.ledger import DampingReport, EnergyLedger, diagnose_damping, ene
 from odeopt.ode.methods import Method, comparable_methods
 from odeopt.ode.problem import Problem
 from odeopt.ode.problems import available_problems, select_problems
-from odeopt.ode.solution import Solution, Status
+from odeopt.ode.solution import IntegrationError, Solution, Status
 from odeopt.ode.steps import EXPLICIT_METHODS, LINEAR_METHODS, explicit_step, linear_step
 from odeopt.ode.structured import STRUCTURE_METHODS, STRUCTURE_ORDER, StructureStep, discrete_gradient, structure_step
 
@@ -24,6 +24,7 @@ __all__ = [
     "DampingReport",
     "EnergyLedger",
     "FirstOrderHold",
+    "IntegrationError",
     "Method",
     "Newton",
     "OrderRun",

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,8 +17,16 @@ from torchdiffeq import odeint_event
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
 
-from odeopt.ode.checks import State, check_choice, check_options, tensors_of
-from odeopt.ode.recorder import Field, Recorder, SolverFailureError, restore
+from odeopt.ode.checks import (
+    State,
+    check_choice,
+    check_options,
+    clock_dtype,
+    digits_of,
+    tensors_of,
+    time_dtype,
+)
+from odeopt.ode.recorder import Field, Recorder, SolverFailureError, UnresolvedTimesError, restore
 from odeopt.ode.solution import ADVICE, Solution, Status
 
 # torchdiffeq's own defaults, passed explicitly because the solver classes have others.
@@ -30,6 +39,10 @@ _ASSERTED = {
     "max_num_steps exceeded": Status.MAX_STEPS_REACHED,
 }
 
+# An adaptive method takes the rounding of times for an error where its steps have fewer roundings than this.
+_ROUNDINGS_OF_ESTIMATES = 100
+
+_NO_GRADIENT = "Set `adjoint=True`, choose another method or use `torch.no_grad`."
 _SCIPY_STOPPED = "SciPy returned before the last time."
 
 
@@ -78,22 +91,122 @@ ORDER: dict[str, int] = {
 }
 
 
-def solved(solve: partial, field: Field, x0: State, t: Tensor, method: str) -> Solution:
-    """Let torchdiffeq solve, and account for it."""
-    callbacks = SOLVERS[method].valid_callbacks()
-    recorder = Recorder(field, x0, t, callbacks=callbacks, is_external=is_external(method))
-    start = time.perf_counter()
-    try:
-        states, status, detail = _attempt(solve, recorder, x0, t)
-        account = recorder.n_evals, recorder.n_steps, time.perf_counter() - start
-    except SolverFailureError as failure:
-        status, detail = failure.status, str(failure)
-        account = recorder.n_evals, recorder.n_steps, time.perf_counter() - start
-        states = _reached_states(solve, recorder, x0, t)
-    detail = message_of(status, detail, t, len(states[0]))
-    states = [fill(x, len(t)) for x in states]
+def solved(
+    solve: partial,
+    field: Field,
+    x0: State,
+    t: Tensor,
+    method: str,
+    check_leaves: Callable[[list[Tensor]], None] | None = None,
+    span: float | None = None,
+) -> Solution:
+    """Let torchdiffeq solve, and account for it.
+
+    It calls fields with times in the dtype of the state. Where that is too coarse for the steps, or for the error
+    estimates of an adaptive method, the solver gets the state in a finer one; the field never does.
+
+    Args:
+        solve: torchdiffeq's solver, with its keywords.
+        field: As in :func:`odeopt.ode.integrate`.
+        x0: The first state.
+        t: Output times.
+        method: Name of the method.
+        check_leaves: Called with the leaves that the field depends on and that require grad, if gradients are on.
+        span: From the first time to the last one, where ``t`` is a part of them.
+    """
+    like, options = tensors_of(x0)[0], solve.keywords["options"] or {}
+    numbers, callbacks = t.detach().tolist(), SOLVERS[method].valid_callbacks()
+    interval = min(abs(end - start) for start, end in pairwise(numbers))
+    step = min(interval, float(options.get("step_size") or interval))
+    clock = clock_dtype(like, max(map(abs, numbers)), step, span or abs(numbers[-1] - numbers[0]))
+    is_steady, work, origin = is_fixed_step(method), like.dtype, None
+    outputs, t = t, t.clone()  # a field may write to what it is called with
+    if is_external(method):
+        # computes in double precision anyway, and takes the size of times for that of steps
+        work, origin = torch.promote_types(work, torch.float64), t[0].double()
+        t = t.double() - origin
+    elif not is_steady:
+        work = torch.promote_types(work, torch.float32)
+    n_evals, start = 0, time.perf_counter()
+    while True:
+        if clock is torch.float64:
+            work, t = torch.promote_types(work, torch.float64), t.double()
+        recorder = Recorder(
+            field,
+            x0,
+            t,
+            callbacks=callbacks,
+            is_external=is_external(method),
+            work=work,
+            clock=clock,
+            origin=origin,
+            # the steps of an adaptive method are not known before
+            coarsest=0.0 if is_steady or clock is torch.float64 else _ROUNDINGS_OF_ESTIMATES * torch.finfo(clock).eps,
+            check_leaves=check_leaves if torch.is_grad_enabled() else None,
+        )
+        try:
+            states, status, detail = _attempt(solve, recorder, t)
+            break
+        except UnresolvedTimesError:
+            n_evals, clock = n_evals + recorder.n_evals, torch.float64
+        except SolverFailureError as failure:
+            status, detail, states = failure.status, str(failure), None
+            break
+    account = n_evals + recorder.n_evals, recorder.n_steps, time.perf_counter() - start
+    if states is None:
+        states = _reached_states(solve, recorder, t)
+    detail = message_of(status, detail, outputs, len(states[0]))
+    states = [fill(x, len(t)) for x in recorder.settled(states)]
     states = restore(x0, states) if isinstance(x0, tuple) else states[0]
-    return Solution(t, states, *account, status, detail, method)
+    return Solution(outputs, states, *account, status, detail, method)
+
+
+def reachable(
+    rtol: Any, atol: Any, x0: State, names: tuple[str, str] = ("rtol", "atol"), *, has_zeros: bool = False
+) -> tuple[Any, Any]:
+    """Raise tolerances that a state cannot resolve to what it can, with a warning.
+
+    Under half a rounding of the state steps become too short to change it, and the solver stands still. No tolerance at
+    all for entries that are zero makes the error estimate 0/0.
+
+    Args:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        x0: The state; its largest entry is the scale.
+        names: Names of the parameters.
+        has_zeros: Whether entries of what is solved are zero whatever ``x0`` is.
+    """
+    tensors = tensors_of(x0)
+    eps = torch.finfo(tensors[0].dtype).eps
+    scale = max((x.detach().abs().max().item() for x in tensors if x.numel()), default=0.0)
+    has_zeros = has_zeros or any(bool((x == 0).any()) for x in tensors)
+    relative, absolute = (
+        [torch.as_tensor(v, dtype=torch.float64).cpu() for v in tensors_of(tol)] for tol in (rtol, atol)
+    )
+    n = max(len(relative), len(absolute))
+    pairs = zip(relative * (n // len(relative)), absolute * (n // len(absolute)), strict=True)
+    if not any(bool(((r < eps / 2) & (a < eps / 2 * scale) | (a == 0) & has_zeros).any()) for r, a in pairs):
+        return rtol, atol
+    floors = eps, eps / 128 * (scale or 1.0)
+    raised = tuple(_at_least(tol, floor) for tol, floor in zip((rtol, atol), floors, strict=True))
+    warnings.warn(
+        f"Parameters `{names[0]}` and `{names[1]}` are raised to what {tensors[0].dtype} resolves, {floors[0]:.2g} and "
+        f"{floors[1]:.2g} at least. Found `{names[0]} = {rtol}`, `{names[1]} = {atol}`.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return raised
+
+
+def _at_least(tolerance: Any, floor: float) -> Any:
+    if isinstance(tolerance, tuple | list):
+        return tuple(_at_least(each, floor) for each in tolerance)
+    return tolerance.clamp(min=floor) if isinstance(tolerance, Tensor) else max(tolerance, floor)
+
+
+def reads_tolerances(method: str) -> bool:
+    """Whether a method of torchdiffeq depends on its tolerances: an adaptive one, or one that iterates."""
+    return not is_fixed_step(method) or ("max_iters" in accepted_options(method) and method != "explicit_adams")
 
 
 def message_of(status: Status, detail: str, t: Tensor, n_reached: int) -> str:
@@ -102,19 +215,19 @@ def message_of(status: Status, detail: str, t: Tensor, n_reached: int) -> str:
         return detail
     if status is Status.NOT_CHECKED:  # nor can a compiler trace much of what strings do
         return f"Not checked: {detail} {ADVICE[Status.NOT_CHECKED]}"
-    reached = f"reached t = {t[n_reached - 1].item():g} of {t[-1].item():g}"
+    reached = f"reached t = {digits_of(t[n_reached - 1])} of {digits_of(t[-1])}"
     return f"{status.capitalize()} ({reached}): {detail} {ADVICE[status]}"
 
 
 def _attempt(
-    solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, x0: State, t: Tensor
+    solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, t: Tensor
 ) -> tuple[list[Tensor], Status, str]:
     """Solve once. Return the finite states, the status and its detail; raise if no states came back."""
     method, options = solve.keywords["method"], solve.keywords["options"]
     warns = is_external(method) or "max_iters" in accepted_options(method)
     with _held_warnings() if warns else nullcontext([]) as held:
         try:
-            states = list(tensors_of(solve(recorder, x0, t)))
+            states = list(tensors_of(solve(recorder, recorder.lifted(), t)))
         except AssertionError as error:
             if error is recorder.user_error:
                 raise
@@ -137,7 +250,7 @@ def _attempt(
     is_finite = torch.stack([x.detach().unsqueeze(-1).flatten(1).isfinite().all(1) for x in states]).all(0)
     n_finite = int(is_finite.cumprod(0).sum())
     if n_finite == 0:  # SciPy gives the initial state back wrong, or not at all, when its first step fails
-        states, n_finite = [x[None] for x in tensors_of(x0)], 1
+        states, n_finite = [x[None] for x in tensors_of(recorder.lifted())], 1
     elif n_finite < len(is_finite):
         return [x[:n_finite] for x in states], Status.NON_FINITE_STATE, "the next output has NaN or inf."
     if n_finite < len(t):
@@ -147,15 +260,13 @@ def _attempt(
     return states, Status.SUCCESS, "Reached the last time."
 
 
-def _reached_states(
-    solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, x0: State, t: Tensor
-) -> list[Tensor]:
+def _reached_states(solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, t: Tensor) -> list[Tensor]:
     """Repeat the part before a failure; steps do not depend on later outputs, so it comes out the same."""
     for n_times in range(recorder.n_reached(t), 1, -1):
         # A second failure means that the last of these outputs lies within rounding of the first one.
         with suppress(SolverFailureError):
-            return _attempt(solve, recorder, x0, t[:n_times])[0]
-    return [x[None] for x in tensors_of(x0)]
+            return _attempt(solve, recorder, t[:n_times])[0]
+    return [x[None] for x in tensors_of(recorder.lifted())]
 
 
 @contextmanager
@@ -223,6 +334,46 @@ def check_adjoint(
     return tuple(field.parameters())
 
 
+def check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any] | None) -> None:
+    """Refuse to drop a gradient that is recorded, where no adjoint is solved."""
+    if not torch.is_grad_enabled():
+        return
+    if is_external(method):
+        for name, tensors in (("x0", tensors_of(x0)), ("t", (t,))):
+            if any(x.requires_grad for x in tensors):
+                raise ValueError(
+                    f"Parameter `{name}` should not require grad with method {method!r}, which passes no gradient on. "
+                    f"Found `{name}.requires_grad = True`. {_NO_GRADIENT}"
+                )
+    has_own_grid = is_fixed_step(method) and any((options or {}).get(x) for x in ("step_size", "grid_constructor"))
+    if t.requires_grad and has_own_grid:
+        raise ValueError(
+            f"Parameter `t` should not require grad where {', '.join(map(repr, options))} decide where the steps of "
+            "torchdiffeq lie, which then passes no gradient on to the times between. Found `t.requires_grad = True`. "
+            "Leave these options out, or set `backend='odeopt'`, which has euler, midpoint, heun2, heun3 and rk4."
+        )
+
+
+def refuse_gradients(leaves: list[Tensor]) -> None:
+    """Refuse a field that depends on what requires grad, where the method passes no gradient on."""
+    if leaves:
+        raise ValueError(
+            "Parameter `field` should not depend on what requires grad with method 'scipy_solver', which passes no "
+            f"gradient on. Found a tensor of shape {tuple(leaves[0].shape)} that does. {_NO_GRADIENT}"
+        )
+
+
+def refuse_left_out(adjoint_params: Iterable[Tensor], leaves: list[Tensor]) -> None:
+    """Refuse an adjoint whose parameters, which were not given, leave out what the field depends on."""
+    known = {id(x) for x in adjoint_params}
+    left_out = [tuple(x.shape) for x in leaves if id(x) not in known]
+    if left_out:
+        raise ValueError(
+            "Parameter `adjoint_params` should name all tensors that `field` depends on where not all of them are "
+            f"parameters of the module. Found {len(left_out)} more that require grad, of shapes {left_out[:3]}."
+        )
+
+
 @torch.no_grad()
 def time_of_event(
     field: Field,
@@ -253,16 +404,18 @@ def time_of_event(
         The time; ``start`` where the event has happened already, None where it does not happen before ``end``.
     """
     like = tensors_of(x0)[0]
-    t0 = like.new_tensor(start)
-    if event(t0, x0) <= 0:
+    origin = torch.tensor(start, dtype=time_dtype(like.device), device=like.device)
+    if event(origin, x0) <= 0:
         return start
 
+    # counted from the start, as the solver rounds times to the dtype of the state
     def either(t: Tensor, x: State) -> Tensor:
-        return torch.minimum(event(t, restore(x0, x)), (end - t).to(like.dtype))
+        return torch.minimum(event(origin + t, restore(x0, x)), (end - start - t).to(like.dtype))
 
     def plain(t: Tensor, x: State) -> Any:
-        return field(t, restore(x0, x))
+        return field(origin + t, restore(x0, x))
 
     keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
-    found, _ = odeint_event(plain, x0 if isinstance(x0, Tensor) else tuple(x0), t0, event_fn=either, **keywords)
-    return found.item() if found.item() < end - 2 * max(atol, torch.finfo(like.dtype).eps * abs(end)) else None
+    x0 = x0.clone() if isinstance(x0, Tensor) else tuple(x0)
+    found = odeint_event(plain, x0, torch.zeros_like(origin), event_fn=either, **keywords)[0].item()
+    return start + found if found < end - start - 2 * max(atol, torch.finfo(like.dtype).eps * (end - start)) else None

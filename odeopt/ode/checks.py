@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,10 +12,38 @@ from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...]
 
+# Steps of fewer roundings of the time than this blur the stages of a field that depends on time,
+_ROUNDINGS_PER_STEP = 8
+# and times larger than so many spans of time carry more rounding than the state does.
+_SPANS_FROM_ZERO = 16
+
 
 def tensors_of(x: Any) -> tuple[Tensor, ...]:
     """Return the tensors of a state, whether it is one or a tuple of them."""
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def time_dtype(device: torch.device) -> torch.dtype:
+    """Type in which times are kept: double precision where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def real_dtype(x: Tensor) -> torch.dtype:
+    """Type of the parts of the numbers of a tensor."""
+    return x.real.dtype if x.is_complex() else x.dtype
+
+
+def clock_dtype(x: Tensor, reach: float, step: float, span: float = math.inf) -> torch.dtype:
+    """Type of the times that a field is called with: that of the state, unless it is too coarse for the steps.
+
+    Args:
+        x: The state.
+        reach: Largest absolute time.
+        step: Shortest step.
+        span: From the first time to the last one.
+    """
+    is_fine = _ROUNDINGS_PER_STEP * torch.finfo(x.dtype).eps * reach <= step and reach <= _SPANS_FROM_ZERO * span
+    return real_dtype(x) if is_fine else torch.float64
 
 
 def check_choice(name: str, found: Any, known: Collection[str]) -> None:
@@ -37,6 +66,11 @@ def check_options(name: str, options: dict[str, Any] | None, method: str, accept
                 f"Found `{name}[{key!r}] = {value!r}`." + _suggestion(key, accepted)
             )
     step_size = (options or {}).get("step_size")
+    if isinstance(step_size, Tensor) and step_size.requires_grad:
+        raise ValueError(
+            f"Parameter `{name}['step_size']` should not require grad; differentiate with respect to `t` instead. "
+            f"Found `step_size = {step_size!r}`."
+        )
     if step_size is not None and not (isinstance(step_size, int | float | Tensor) and step_size > 0):
         raise ValueError(f"Parameter `{name}['step_size']` should be positive. Found `step_size = {step_size!r}`.")
 
@@ -64,7 +98,7 @@ def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
     """Check output times and return them as a tensor on the device of the state."""
     if not isinstance(t, Tensor):
         try:
-            t = torch.tensor(t, dtype=like.real.dtype)
+            t = torch.tensor(t, dtype=time_dtype(like.device))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"Parameter `t` should be a tensor or a sequence of numbers. Found `t = {t!r}`."
@@ -81,9 +115,14 @@ def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
         i = int(is_bad.nonzero()[0])
         raise ValueError(
             "Parameter `t` should be finite and strictly increasing or decreasing. "
-            f"Found `t[{i}] = {t[i].item():g}` before `t[{i + 1}] = {t[i + 1].item():g}`."
+            f"Found `t[{i}] = {digits_of(t[i])}` before `t[{i + 1}] = {digits_of(t[i + 1])}`."
         )
     return t.to(like.device, non_blocking=like.device.type == "cuda")  # nothing waits for a handful of numbers
+
+
+def digits_of(t: Tensor) -> str:
+    """A time with the digits that its type holds."""
+    return f"{t.item():.{int(-math.log10(torch.finfo(t.dtype).eps))}g}"
 
 
 def check_tolerances(**tolerances: Any) -> None:
@@ -104,6 +143,9 @@ def check_derivative(dx: Any, x0: State) -> None:
             f"Parameter `field` should return {'a tuple' if isinstance(x0, tuple) else 'a tensor'} with the "
             f"shapes of the state, {expected}. Found a {type(dx).__name__} with {found}."
         )
+    for d, x in zip(tensors_of(dx), tensors_of(x0), strict=True):
+        if d.is_complex() and not x.is_complex():
+            raise ValueError(f"Parameter `field` should return real derivatives of a real state. Found `{d.dtype}`.")
 
 
 def _suggestion(found: Any, known: Collection[str]) -> str:

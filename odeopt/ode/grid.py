@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as fwAD
 
-from odeopt.ode.checks import State, tensors_of
+from odeopt.ode.checks import State, clock_dtype, real_dtype, tensors_of, time_dtype
 from odeopt.ode.implicit import Newton, takes_no_looks
 from odeopt.ode.inputs import knots_of, piece_of
-from odeopt.ode.recorder import Recorder, restore
+from odeopt.ode.recorder import Recorder, can_watch, own, raise_written, restore
 from odeopt.ode.solution import Status
 from odeopt.ode.steps import TABLEAUX, checked_explicit_step
 from odeopt.ode.structured import structure_step
@@ -29,10 +30,12 @@ class Times(NamedTuple):
     Attributes:
         numbers: The times, as precise as they were given.
         rounding: What their differences may be off by.
+        tensors: The times as 0-d tensors, where a derivative with respect to them is wanted; None otherwise.
     """
 
     numbers: list[float]
     rounding: float
+    tensors: tuple[Tensor, ...] | None = None
 
     def slack(self, step_size: float) -> float:
         """Share of a step by which intervals may be longer than steps of ``step_size`` without one step more."""
@@ -41,12 +44,30 @@ class Times(NamedTuple):
 
 def times_of(t: Any) -> Times | None:
     """Output times as numbers; None where they are none."""
+    plain, dtype, tensors = t, torch.float64, None
+    if isinstance(t, Tensor):
+        dtype = t.dtype
+        if not torch.compiler.is_compiling():
+            plain = _unwrapped(t)
+            is_differentiated = plain is not t or t.requires_grad or fwAD.unpack_dual(t).tangent is not None
+            plain, tensors = plain.detach(), t.unbind() if is_differentiated and t.dim() else None
     try:
-        numbers = t.tolist() if isinstance(t, Tensor) else [float(time) for time in t]
-        eps = torch.finfo(t.dtype if isinstance(t, Tensor) else torch.float64).eps
-        return Times(numbers, eps * max(map(abs, numbers)))
+        numbers = plain.tolist() if isinstance(t, Tensor) else [float(time) for time in t]
+        return Times(numbers, torch.finfo(dtype).eps * max(map(abs, numbers)), tensors)
     except (TypeError, ValueError):
         return None
+
+
+def _unwrapped(t: Tensor) -> Tensor:
+    """The values of a tensor that ``torch.func`` differentiates."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            raise ValueError(
+                "Parameter `t` should be the same for all that `torch.func.vmap` maps over, as it decides how many "
+                "steps are taken. Found a mapped tensor: scale the field instead."
+            )
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 class Piece(NamedTuple):
@@ -107,16 +128,22 @@ def explicit_steps(
     """Take explicit steps with any field; shapes and devices as in :func:`odeopt.ode.integrate`."""
     recorder = Recorder(field, x0, torch.tensor(times.numbers[:2]), callbacks={"callback_step"}, is_external=False)
     is_tuple = isinstance(x0, tuple)
-    flat, vector_field = _flattened(recorder, x0) if is_tuple else (x0, recorder)
+    flat, vector_field = _flattened(recorder, x0) if is_tuple else (own(x0), recorder)
     has_callback = hasattr(field, "callback_step")
     states, n_steps = [flat], 0
-    for piece in pieces_of(times, step_size):
-        x, dt = states[-1], (piece.end - piece.start) / piece.n_steps
-        for start in _starts(piece, dt, x):
+    pieces = pieces_of(times, step_size)
+    clock, is_watched = _clock_of(pieces, flat), can_watch() and not torch.is_inference_mode_enabled()
+    for piece in pieces:
+        x = states[-1]
+        dt, starts = _steps_of(piece, times, clock, x)
+        for start in starts:
             if has_callback:
                 recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)
+            before, version = x, x._version if is_watched else 0
             x = checked_explicit_step(vector_field, start, dt, x, method)
-            if not is_tuple:
+            if is_watched and before._version != version:
+                raise_written()
+            if not (is_tuple or recorder.is_reusing_memory):
                 vector_field = field  # once its derivatives are known to fit
         states.append(x)
         n_steps += piece.n_steps
@@ -138,20 +165,25 @@ def system_steps(
 ) -> tuple[PhaseState, Account]:
     """Take steps with a port-Hamiltonian system: structure-preserving ones, explicit ones where ``newton`` is None."""
     dof, n_evals, n_steps = system.dof, 0, 0
-    x, flags, n_iters = torch.cat(x0, -1), [], []
+    x, flags, n_iters, sums = torch.cat(x0, -1), [], [], []
     states = [x]
-    for piece in pieces_of(times, step_size, knots_of(u)):
-        dt = (piece.end - piece.start) / piece.n_steps
-        effort = piece_of(u, piece.start, piece.end)
+    pieces = pieces_of(times, step_size, knots_of(u))
+    clock, callback = _clock_of(pieces, x), getattr(system, "callback_step", None)
+    for piece in pieces:
+        effort = piece_of(u, piece.start, piece.end, x.dtype)
 
         def rates(t: Tensor, y: Tensor, effort: Callable = effort) -> Tensor:
             return torch.cat(system.vector_field(PhaseState(y[..., :dof], y[..., dof:]), effort(t), z), -1)
 
-        for start in _starts(piece, dt, x):
+        dt, starts = _steps_of(piece, times, clock, x)
+        for start in starts:
+            if callback is not None:
+                callback(start, PhaseState(x[..., :dof], x[..., dof:]), dt)
             if newton is None:
                 x = checked_explicit_step(rates, start, dt, x, method)
                 n_evals += len(TABLEAUX[method].b)
                 continue
+            sums.append(x.detach().sum(-1))
             step = structure_step(
                 system,
                 dt,
@@ -169,40 +201,59 @@ def system_steps(
         if piece.ends_at_output:
             states.append(x)
     stacked = torch.stack(states)
-    account = _account(stacked, n_evals, n_steps, flags, n_iters)
+    account = _account(stacked, n_evals, n_steps, flags, n_iters, sums)
     return PhaseState(stacked[..., :dof], stacked[..., dof:]), account
 
 
-def _starts(piece: Piece, dt: float, x: Tensor) -> Sequence[Tensor]:
-    """Times at which the steps of a piece begin, as 0-d tensors."""
-    dtype = x.real.dtype if x.is_complex() else x.dtype
-    if piece.n_steps == 1:
-        return [torch.full((), piece.start, dtype=dtype, device=x.device)]
-    steps = torch.arange(piece.n_steps, dtype=dtype, device=x.device)
-    return torch.add(torch.full_like(steps, piece.start), steps, alpha=dt).unbind()
+def _clock_of(pieces: Sequence[Piece], x: Tensor) -> torch.dtype:
+    first, last = pieces[0].start, pieces[-1].end
+    step = min(abs(piece.end - piece.start) / piece.n_steps for piece in pieces)
+    return clock_dtype(x, max(abs(first), abs(last)), step, abs(last - first))
 
 
-def _account(states: Tensor, n_evals: int, n_steps: int, flags: Sequence[Tensor] = (), n_iters: Sequence[Tensor] = ()
-             ) -> Account:  # fmt: skip
-    """Look at the values, once and at the end, where that is allowed."""
+def _steps_of(piece: Piece, times: Times, clock: torch.dtype, x: Tensor) -> tuple[Tensor | float, Sequence[Tensor]]:
+    """Length of the steps of a piece, and the times at which they begin, as 0-d tensors."""
+    n, dt = piece.n_steps, (piece.end - piece.start) / piece.n_steps
+    if n == 1 and times.tensors is None:
+        return dt, [torch.full((), piece.start, dtype=clock, device=x.device)]
+    fine = time_dtype(x.device)
+    start = torch.full((), piece.start, dtype=fine, device=x.device)
+    if times.tensors is not None:
+        ends = dict(zip(times.numbers, times.tensors, strict=True))  # a knot is a number
+        start = ends[piece.start].to(start) if piece.start in ends else start
+        end = ends[piece.end].to(start) if piece.end in ends else torch.full_like(start, piece.end)
+        dt = (end - start) / n
+    starts = start + torch.arange(n, dtype=fine, device=x.device) * dt
+    dt = dt.to(real_dtype(x)) if isinstance(dt, Tensor) else dt
+    return dt, starts.to(clock).unbind()
+
+
+def _account(
+    states: Tensor,
+    n_evals: int,
+    n_steps: int,
+    flags: Sequence[Tensor] = (),
+    n_iters: Sequence[Tensor] = (),
+    sums: Sequence[Tensor] = (),
+) -> Account:
+    """Look at the values, once and at the end, where that is allowed; sums are those of the states steps began at."""
     if takes_no_looks(states):
         text = "the steps were mapped, compiled or captured, where no value can be looked at."
         return Account(n_evals, n_steps, None, Status.NOT_CHECKED, text, len(states))
     total = torch.stack(list(n_iters)).sum(0).double().mean().item() if n_iters else None
-    is_finite = states.detach().isfinite().flatten(1).all(1)
+    is_finite = states.detach().reshape(len(states), -1).isfinite().all(1)
     n_finite = int(is_finite.cumprod(0).sum())
-    is_open = torch.stack([~flag.all() for flag in flags]) if flags else torch.zeros(0, dtype=torch.bool)
-    where = (
-        f"in {int(is_open.sum())} of {len(is_open)} steps, first in step {int(is_open.int().argmax()) + 1}."
-        if flags
-        else ""
-    )
+    n_open, where = 0, ""
+    if flags:  # an equation that begins at NaN has no solution to be missed
+        is_open = (~torch.stack(list(flags)) & torch.stack(list(sums)).isfinite()).reshape(len(flags), -1).any(1)
+        n_open = int(is_open.sum())
+        where = f"in {n_open} of {len(flags)} steps, first in step {int(is_open.int().argmax()) + 1}."
     if n_finite < len(states):
         text = "the next output has NaN or inf."
-        if is_open.any():  # which is rather the cause than the step that is blamed
+        if n_open:  # which is rather the cause than the step that is blamed
             text = f"{text[:-1]}, and the implicit iteration did not converge {where}"
         return Account(n_evals, n_steps, total, Status.NON_FINITE_STATE, text, max(1, n_finite))
-    if is_open.any():
+    if n_open:
         return Account(n_evals, n_steps, total, Status.NOT_CONVERGED, where, n_finite)
     return Account(n_evals, n_steps, total, Status.SUCCESS, "Reached the last time.", n_finite)
 
@@ -219,4 +270,4 @@ def _flattened(field: Recorder, x0: tuple[Tensor, ...]) -> tuple[Tensor, Callabl
 
 def _unflattened(x: Tensor, x0: tuple[Tensor, ...], n_leading: int) -> State:
     parts = x.split([part.numel() for part in x0], dim=-1)
-    return restore(x0, [p.reshape(*x.shape[:n_leading], *part.shape) for p, part in zip(parts, x0, strict=True)])
+    return restore(x0, [p.reshape((*x.shape[:n_leading], *part.shape)) for p, part in zip(parts, x0, strict=True)])

@@ -12,10 +12,11 @@ from odeopt.checks import is_integer, is_number, require
 
 Residual = Callable[[Tensor], Tensor]
 
-# Where nothing may look at a value (mapped, compiled or captured) every sample takes so many iterations, of which the
-# last ones change nothing: from an Euler predictor Newton's method needs three to five.
-_N_MASKED = 8
-# A step of Newton's that makes the residual larger is halved at most so often; where values may be looked at.
+# So many iterations of whole steps every sample takes where nothing may look at a value (mapped, compiled or captured),
+# of which the last ones change nothing, and at most elsewhere: from an Euler predictor Newton's method needs three to
+# five, and what it has not solved by then has run away.
+_N_WHOLE = 8
+# A step of the second try that makes the residual larger is halved at most so often.
 _N_HALVINGS = 8
 
 
@@ -25,7 +26,8 @@ class Newton(NamedTuple):
     Attributes:
         tol: Largest entry of the residual that counts as zero, in units of one plus the largest entry of the state;
             None for the three quarters power of the dtype's rounding, 2e-12 in double and 6e-6 in single precision.
-        max_iters: Iterations at most; None for 20, or for 8 where every sample has to take as many.
+        max_iters: Iterations at most of each try: of the first one, in whole steps, None for 8; of the second one, in
+            halved steps, None for 20.
     """
 
     tol: float | None = None
@@ -59,14 +61,15 @@ class Root(NamedTuple):
 def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton()) -> Root:  # noqa: B008
     r"""Solve :math:`F(x) = 0` for each sample of a batch.
 
-    Newton's method without a graph, its steps halved while they make the residual larger; samples that have converged
-    stand still. Then two steps with the Jacobian held,
+    Newton's method without a graph, in whole steps, which may pass through larger residuals; samples that have
+    converged stand still. Those that have not are tried again from the start, their steps halved while they make the
+    residual larger. Then two steps with the Jacobian held,
     :math:`x \leftarrow x - J^{-1} F(x)`, are recorded: at a root, where J is the derivative of F, the first one has the
     derivative that the implicit function theorem gives, and the second one makes the second derivative right, too.
     So the iterations are not differentiated, and cost no memory.
 
     Eagerly, iterations go on until all samples have converged, which waits for the device; mapped (``torch.func``),
-    compiled or captured by a CUDA graph, a fixed number is taken, of whole steps.
+    compiled or captured by a CUDA graph, a fixed number of whole steps is taken, and there is no second try.
 
     Args:
         residual: Function of ``(*batch, n)`` with values of that shape, each sample by itself, that ``torch.func.vjp``
@@ -81,26 +84,21 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
         Bai, Kolter, Koltun (2019), Deep equilibrium models, Thm. 1: the derivative.
     """
     is_masked = takes_no_looks(guess)
-    max_iters = newton.max_iters or (_N_MASKED if is_masked else 20)
     tol = torch.finfo(guess.dtype).eps ** 0.75 if newton.tol is None else newton.tol
+    n_whole = newton.max_iters or _N_WHOLE
+    if not is_masked:
+        n_whole = min(n_whole, _N_WHOLE)
     with torch.no_grad():
-        x = guess.detach()
-        r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-        n_evals = 1
-        for _ in range(max_iters):
-            is_open = ~_is_small(r, x, tol)
-            if not is_masked and not is_open.any():
-                break
-            step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)
-            new, n_evals = residual(x - step), n_evals + x.shape[-1] + 1
-            for _ in range(0 if is_masked else _N_HALVINGS):
-                is_worse = is_open & ~(new.abs().amax(-1) < r.abs().amax(-1))  # NaN is not below anything
-                if not is_worse.any():
-                    break
-                step = torch.where(is_worse.unsqueeze(-1), step / 2, step)
-                new, n_evals = residual(x - step), n_evals + 1
-            x, r, n_iters = x - step, new, n_iters + is_open
-        is_converged = _is_small(r, x, tol)
+        x, n_iters, is_converged, n_evals = _iterated(residual, guess.detach(), tol, n_whole, looks=not is_masked)
+        if not is_masked and not is_converged.all():
+            start = torch.where(is_converged.unsqueeze(-1), x, guess.detach())
+            again = _iterated(residual, start, tol, newton.max_iters or 20, n_halvings=_N_HALVINGS)
+            x, n_iters, is_converged, n_evals = (
+                again.x,
+                n_iters + again.n_iters,
+                again.is_converged,
+                n_evals + again.n_evals,
+            )
         x = x.detach()
     if torch.is_grad_enabled():
         attached = residual(x)
@@ -110,6 +108,28 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
             x = x - _solved(held, attached)
             x = x - _solved(held, residual(x))
     return Root(x, n_iters, is_converged, n_evals)
+
+
+def _iterated(
+    residual: Residual, x: Tensor, tol: float, max_iters: int, *, looks: bool = True, n_halvings: int = 0
+) -> Root:
+    """Take steps of Newton's method until all samples have converged or left all bounds, if one may look."""
+    r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+    n_evals = 1
+    for _ in range(max_iters):
+        is_open = ~_is_small(r, x, tol)
+        if looks and not (is_open & x.isfinite().all(-1)).any():
+            break
+        step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)
+        new, n_evals = residual(x - step), n_evals + x.shape[-1] + 1
+        for _ in range(n_halvings):
+            is_worse = is_open & ~(new.abs().amax(-1) < r.abs().amax(-1))  # NaN is not below anything
+            if not is_worse.any():
+                break
+            step = torch.where(is_worse.unsqueeze(-1), step / 2, step)
+            new, n_evals = residual(x - step), n_evals + 1
+        x, r, n_iters = x - step, new, n_iters + is_open
+    return Root(x, n_iters, _is_small(r, x, tol), n_evals)
 
 
 def jacobian(function: Residual, x: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ class _Sampled:
     """Samples at rising times, the knots."""
 
     def __init__(self, t: Tensor | Sequence[float], values: Tensor) -> None:
+        if isinstance(t, Tensor) and t.requires_grad:
+            raise ValueError(
+                "Parameter `t` should not require grad, as no gradient is passed on to knots. "
+                f"Found a tensor of shape {tuple(t.shape)} that does."
+            )
         t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
         is_rising = t.dim() == 1 and len(t) >= 1 and bool(t.isfinite().all()) and bool((t.diff() > 0).all())
         require(is_rising, "t", t.tolist(), "finite, one-dimensional and strictly increasing")
@@ -118,8 +123,19 @@ def knots_of(u: Any) -> tuple[float, ...]:
     return u.knots if isinstance(u, _Sampled) else ()
 
 
-def piece_of(u: Tensor | Input | None, start: float, end: float) -> Callable[[Tensor], Tensor | None]:
-    """Return an input as a function of time between two times, neighbouring knots at most."""
-    if isinstance(u, _Sampled):
-        return u.piece(start, end)
-    return u if callable(u) else lambda t: u
+def piece_of(
+    u: Tensor | Input | None, start: float, end: float, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor | None]:
+    """Return an input as a function of time between two times, neighbouring knots at most; in the dtype of a state."""
+    if u is None:
+        return lambda t: None
+    if isinstance(u, Tensor):
+        u = u.to(dtype)
+        return lambda t: u
+    piece = u.piece(start, end) if isinstance(u, _Sampled) else u
+
+    def in_dtype(t: Tensor) -> Tensor | None:
+        value = piece(t)
+        return value.to(dtype) if isinstance(value, Tensor) else value  # what is no tensor, the system refuses
+
+    return in_dtype

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import FixedGridODESolver
@@ -20,16 +21,30 @@ from odeopt.ode.adapter import (
     RTOL,
     accepted_options,
     check_adjoint,
+    check_gradients,
     fill,
     is_external,
     message_of,
+    reachable,
+    reads_tolerances,
+    refuse_gradients,
+    refuse_left_out,
     solved,
     solver_class,
 )
-from odeopt.ode.checks import State, check_choice, check_options, check_state, check_times, check_tolerances, tensors_of
+from odeopt.ode.checks import (
+    State,
+    check_choice,
+    check_options,
+    check_state,
+    check_times,
+    check_tolerances,
+    tensors_of,
+    time_dtype,
+)
 from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, pieces_of, system_steps, times_of
 from odeopt.ode.implicit import Newton, takes_no_looks
-from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
+from odeopt.ode.inputs import FirstOrderHold, Input, ZeroOrderHold, checked_input, knots_of, piece_of
 from odeopt.ode.recorder import Field, restore
 from odeopt.ode.solution import Solution, Status
 from odeopt.ode.steps import EXPLICIT_METHODS, check_explicit, explicit_step
@@ -38,6 +53,7 @@ from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 _UNIT_TIMES: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 BACKENDS = ("auto", "odeopt", "torchdiffeq")
 
 
@@ -59,14 +75,21 @@ def integrate(
     adjoint_options: dict[str, Any] | None = None,
     adjoint_rtol: float | Tensor | Sequence[float] | None = None,
     adjoint_atol: float | Tensor | Sequence[float] | None = None,
+    event_fn: None = None,
+    throw: bool = False,
 ) -> Solution:
     r"""Integrate an ordinary differential equation, or a port-Hamiltonian system with inputs.
 
     .. math:: \dot x = f(t, x), \quad x(t_0) = x_0 \qquad\text{or}\qquad
               \dot x = (J - R(x))\,\nabla H(x) + B(x)\,u(t)
 
-    A solver that fails does not raise: the :class:`Solution` says how far it came, why it stopped and what
-    to do. Errors raised by the field itself pass through unchanged.
+    A solver that fails does not raise unless ``throw=True``: the :class:`Solution` says how far it came, why it stopped
+    and what to do. So read ``solution.status``, or call ``solution.raise_for_status()``. Errors raised by the field
+    itself pass through unchanged.
+
+    Times are kept in double precision, whatever the state is in: the solution does not depend on where the clock
+    starts. States keep their dtype, whatever the field returns. Gradients reach the state, the times, the parameters of
+    the field and inputs; a method that would drop one which is recorded is refused.
 
     There are the methods of the installed torchdiffeq, and :data:`~odeopt.ode.STRUCTURE_METHODS` for systems, see
     :func:`~odeopt.ode.structure_step`. The explicit fixed-step ones are written here, too. Our own steps end at the
@@ -82,8 +105,10 @@ def integrate(
     give it ``options={"max_order": 5}``.
 
     Args:
-        field: Module or function ``(t, x) -> dx/dt`` with the structure of ``x``; ``t`` is a 0-d tensor.
-            torchdiffeq's callbacks (``field.callback_step`` and so on) are honoured. Or a system.
+        field: Module or function ``(t, x) -> dx/dt`` with the structure of ``x``, which it must not write to; ``t`` is
+            a 0-d tensor in the dtype of ``x``, or in double precision where that cannot tell the steps apart.
+            torchdiffeq's callbacks (``field.callback_step`` and so on) are honoured; those that a method does not
+            have are warned of. Or a system.
         x0: State at ``t[0]``: a tensor of any shape, or a (named) tuple of tensors of one dtype. That of a system is a
             ``PhaseState`` of ``q`` and ``p``, each of shape ``(*batch, dof)``.
         t: Output times, shape ``(n_times,)``, strictly increasing or decreasing, at least two.
@@ -94,7 +119,8 @@ def integrate(
         options: Options of the method, such as ``step_size`` for the fixed-step ones (without it they take
             one step per output time) or ``max_num_steps`` (between two outputs) for the adaptive ones; ``tol`` and
             ``max_iters`` of the Newton iterations of structure-preserving ones, see :class:`~odeopt.ode.Newton`.
-        rtol: Relative tolerance of the adaptive methods; one per tensor if ``x0`` is a tuple.
+        rtol: Relative tolerance of the adaptive methods; one per tensor if ``x0`` is a tuple. Tolerances under the
+            rounding of ``x0`` are raised to it, with a warning.
         atol: Absolute tolerance, likewise.
         u: Input of a system: held all the time, shape ``(*batch, n_inputs)``; a :class:`~odeopt.ode.ZeroOrderHold` or
             :class:`~odeopt.ode.FirstOrderHold` of samples, whose knots no step reaches across; or a function of time.
@@ -103,11 +129,13 @@ def integrate(
             derivatives only, and for fixed-step methods not the gradient of the discrete solution. A solver
             that fails in the backward pass raises there.
         adjoint_params: Tensors that the adjoint differentiates with respect to. Default:
-            ``field.parameters()``.
+            ``field.parameters()``, and for a system what ``u`` and ``z`` hold; refused if ``field`` depends on more.
         adjoint_method: Method of the backward pass. Default: ``method``.
         adjoint_options: Options of the backward pass. Default: ``options``.
         adjoint_rtol: Relative tolerance of the backward pass. Default: ``rtol``.
         adjoint_atol: Absolute tolerance of the backward pass. Default: ``atol``.
+        event_fn: Not supported; the error says what to use.
+        throw: Whether to raise a failure instead of returning it.
 
     Returns:
         States at every output time, with evaluations, steps, seconds and status.
@@ -115,6 +143,7 @@ def integrate(
     Raises:
         ValueError: If a parameter is wrong; the message names it and the value found. Also if a structure-preserving
             method is given a bare field.
+        IntegrationError: With ``throw=True``, if any status but success would be returned.
 
     References:
         Chen, Rubanova, Bettencourt, Duvenaud (2018), Neural Ordinary Differential Equations.
@@ -139,44 +168,93 @@ def integrate(
     given = [name for name, value in for_adjoint.items() if value is not None]
     if given and not adjoint:
         raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
+    if event_fn is not None:
+        raise ValueError(
+            "Parameter `event_fn` should be None, as the last time is the end: `torchdiffeq.odeint_event` takes the "
+            "same field, and `odeopt.gradient_flow(..., until_norm=...)` ends where gradients are small. "
+            f"Found `event_fn = {event_fn!r}`."
+        )
     x0 = _check_problem(system, x0, u, z, method)
+    if isinstance(t, list | tuple) and any(isinstance(time, Tensor) for time in t):  # numbers would drop gradients
+        like = next(time for time in t if isinstance(time, Tensor))
+        t = torch.stack([torch.as_tensor(time, dtype=torch.float64, device=like.device) for time in t])
     times = times_of(t)
-    is_ours = _is_ours(method, backend, options, times, adjoint=adjoint)
+    is_ours = _is_ours(system, method, backend, options, times, adjoint=adjoint)
     check_options("options", options, method, _own_options(method) if is_ours else accepted_options(method))
     tensors = tensors_of(x0)
     is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
-    if is_ours and is_given and takes_no_looks(tensors[0]):
-        return _own_steps(field, x0, t, times, method, options, u, z)
-    check_state(x0)
-    check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
-    t = check_times(t, tensors_of(x0)[0])
+    looks = not (is_ours and is_given and takes_no_looks(tensors[0]))
+    if looks:
+        check_state(x0)
+        check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
+        t = check_times(t, tensors_of(x0)[0])
     if is_ours:
-        return _own_steps(field, x0, t, times, method, options, u, z)
-    keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
-    if system is not None:
-        keywords |= {"adjoint": adjoint, **for_adjoint}
-        if adjoint and adjoint_params is None:
-            keywords["adjoint_params"] = tuple(system.parameters())
-        return _by_pieces(system, x0, t, u, z, keywords)
-    if adjoint:
-        for_adjoint["adjoint_params"] = check_adjoint(
-            field, method, options, adjoint_params, adjoint_method, adjoint_options
-        )
-        solve = partial(odeint_adjoint, **keywords, **for_adjoint)
+        solution = _own_steps(field, x0, t, times, method, options, u, z)
     else:
-        solve = partial(odeint, **keywords)
-        if is_external(method) and torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(x0)):
-            raise ValueError(
-                f"Parameter `x0` should not require grad with method {method!r}, which passes no gradient on. "
-                "Found `x0.requires_grad = True`. Set `adjoint=True`, or choose another method."
+        if reads_tolerances(method):
+            rtol, atol = reachable(rtol, atol, x0)
+        if adjoint and reads_tolerances(adjoint_method or method):
+            # the adjoint begins at zero
+            adjoint_rtol, adjoint_atol = reachable(
+                rtol if adjoint_rtol is None else adjoint_rtol,
+                atol if adjoint_atol is None else adjoint_atol,
+                x0,
+                ("adjoint_rtol", "adjoint_atol"),
+                has_zeros=True,
             )
-    return solved(solve, field, x0, t, method)
+            for_adjoint |= {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
+        keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+        if system is None:
+            solution = _by_torchdiffeq(field, x0, t, keywords, for_adjoint if adjoint else None, adjoint_params)
+        else:
+            if adjoint and adjoint_params is None:
+                for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
+            for_adjoint = for_adjoint if adjoint else None
+            solution = _by_pieces(system, x0, t, times, u, z, keywords, for_adjoint, adjoint_params)
+    if throw:
+        solution.raise_for_status()
+    return solution
+
+
+def _by_torchdiffeq(
+    field: Field,
+    x0: State,
+    t: Tensor,
+    keywords: dict,
+    for_adjoint: dict | None,
+    given_params: Any,
+    span: float | None = None,
+) -> Solution:
+    """Let torchdiffeq solve, with the gradients that are asked for: no more than those of parameters that are given."""
+    method, options = keywords["method"], keywords["options"]
+    if for_adjoint is None:
+        check_gradients(x0, t, method, options)
+        check_leaves = refuse_gradients if is_external(method) else None
+        return solved(partial(odeint, **keywords), field, x0, t, method, check_leaves, span)
+    names = ("adjoint_params", "adjoint_method", "adjoint_options")
+    params = check_adjoint(field, method, options, *(for_adjoint[name] for name in names))
+    solve = partial(odeint_adjoint, **keywords, **(for_adjoint | {"adjoint_params": params}))
+    check_leaves = partial(refuse_left_out, params) if given_params is None else None
+    return solved(solve, field, x0, t, method, check_leaves, span)
+
+
+def _trainable(values: Any) -> list[Tensor]:
+    """The tensors that require grad in an input or a signal."""
+    if isinstance(values, Tensor):
+        return [values] if values.requires_grad else []
+    if isinstance(values, nn.Module):
+        return _trainable(tuple(values.parameters()))
+    if isinstance(values, dict):
+        values = tuple(values.values())
+    if isinstance(values, tuple | list):
+        return [x for value in values for x in _trainable(value)]
+    return _trainable(values.values) if isinstance(values, ZeroOrderHold | FirstOrderHold) else []
 
 
 def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: Any, method: str) -> State:
     """Check what only a system has: its state, its input, its methods."""
     if system is None:
-        if method in STRUCTURE_METHODS:
+        if method in STRUCTURE_METHODS and method not in SOLVERS:
             raise ValueError(
                 f"Parameter `field` should be a `PortHamiltonianSystem` with method {method!r}, which takes its energy "
                 "and its matrices apart. Found a bare field."
@@ -192,14 +270,18 @@ def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: A
     return PhaseState(*x0)
 
 
-def _is_ours(method: str, backend: str, options: Any, times: Times | None, *, adjoint: bool) -> bool:
-    """Whether our own steps are taken."""
-    if method in STRUCTURE_METHODS:
-        if backend == "torchdiffeq" or adjoint:
+def _is_ours(
+    system: PortHamiltonianSystem | None, method: str, backend: str, options: Any, times: Times | None, *, adjoint: bool
+) -> bool:
+    """Whether our own steps are taken; of a name that torchdiffeq has too, those for systems."""
+    if method in STRUCTURE_METHODS and system is not None:
+        if backend != "torchdiffeq" and not adjoint:
+            return True
+        if method not in SOLVERS:
             found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
             raise ValueError(f"Parameter `method` should be one of torchdiffeq's with `{found}`. "
                              f"Found `method = {method!r}`.")  # fmt: skip
-        return True
+        return False
     if backend == "odeopt":
         check_explicit(method)
         if adjoint:
@@ -229,10 +311,13 @@ def _own_steps(
     field: Field, x0: State, t: Any, times: Times, method: str, options: dict[str, Any] | None, u: Any, z: Any
 ) -> Solution:
     """Take our own steps, and account for them."""
-    options = dict(options or {})
+    options, has_newton = dict(options or {}), method in STRUCTURE_METHODS
+    ignored = {name for name in CALLBACKS if hasattr(field, name)} - {"callback_step"}
+    if ignored:  # in torchdiffeq's words
+        warnings.warn(f"Solver '{method}' does not support callbacks {ignored}", UserWarning, stacklevel=3)
     step_size = options.pop("step_size", None)
     step_size = None if step_size is None else float(step_size)
-    newton = Newton(**options).checked() if method in STRUCTURE_METHODS else None
+    newton = Newton(**options).checked() if has_newton else None
     now = (lambda: math.nan) if torch.compiler.is_compiling() else time.perf_counter  # a trace has no clock
     start = now()
     if isinstance(field, PortHamiltonianSystem):
@@ -244,7 +329,8 @@ def _own_steps(
     if not isinstance(t, Tensor):
         like = tensors_of(x0)[0]
         # filled, as a graph that is being captured can copy nothing from the host
-        t = torch.stack([torch.full((), x, dtype=like.real.dtype, device=like.device) for x in times.numbers])
+        kind = {"dtype": time_dtype(like.device), "device": like.device}
+        t = torch.stack([torch.full((), x, **kind) for x in times.numbers])
     if account.n_finite < n:
         kept = [fill(x[: account.n_finite], n) for x in tensors_of(states)]
         states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
@@ -253,16 +339,33 @@ def _own_steps(
     return Solution(t, states, *numbers, account.status, message, method, account.n_iters)
 
 
-def _by_pieces(system: PortHamiltonianSystem, x0: PhaseState, t: Tensor, u: Any, z: Any, keywords: dict) -> Solution:
+def _by_pieces(
+    system: PortHamiltonianSystem,
+    x0: PhaseState,
+    t: Tensor,
+    times: Times,
+    u: Any,
+    z: Any,
+    keywords: dict,
+    for_adjoint: dict | None,
+    given_params: Any,
+) -> Solution:
     """Let torchdiffeq solve a system from knot to knot of its input."""
     n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
-    for piece in pieces_of(times_of(t), None, knots_of(u)):
-        effort = piece_of(u, piece.start, piece.end)
+    span = abs(times.numbers[-1] - times.numbers[0])
+    outputs = dict(zip(times.numbers, t.unbind(), strict=True))  # with their gradients, which knots have none of
+    for piece in pieces_of(times, None, knots_of(u)):
+        effort = piece_of(u, piece.start, piece.end, x0.p.dtype)
 
         def field(time: Tensor, x: State, effort: Callable = effort) -> PhaseState:
             return system.vector_field(PhaseState(*x), effort(time), z)
 
-        part = integrate(field, x0, t.new_tensor([piece.start, piece.end]), backend="torchdiffeq", **keywords)
+        for name in CALLBACKS:
+            if hasattr(system, name):
+                setattr(field, name, getattr(system, name))
+        ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (piece.start, piece.end)]
+        ends = torch.stack([end.to(time_dtype(t.device)) for end in ends])
+        part = _by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
         n_evals, seconds, message = n_evals + part.n_field_evals, seconds + part.seconds, part.message
         n_steps = None if n_steps is None or part.n_steps is None else n_steps + part.n_steps
         if part.status not in (Status.SUCCESS, Status.NOT_CONVERGED):

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
+from odeopt.ode.checks import clock_dtype, time_dtype
 from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
 from odeopt.ode.integrate import integrate
 from odeopt.ode.solution import Solution
@@ -102,20 +104,33 @@ def energy_ledger(
         )
     energy = system.energy(states)
     account = _of_discrete_gradients if is_discrete else _along_cubics
+    step = min(abs(end - start) for start, end in itertools.pairwise(times))
+    clock = clock_dtype(states.p, max(abs(low), abs(high)), step, high - low)
     rows = []
+
+    def effort_at(piece: Callable, t: float) -> Tensor | None:
+        return piece(states.p.new_tensor(t, dtype=clock))
+
     for k, (start, end) in enumerate(itertools.pairwise(times)):
         ends = [PhaseState(*(part[i] for part in states)) for i in (k, k + 1)]
-        rows.append(account(system, *ends, start, end, piece_of(u, start, end), z))
+        rows.append(account(system, *ends, start, end, partial(effort_at, piece_of(u, start, end, states.p.dtype)), z))
     dissipated, supplied = (torch.stack(column) for column in zip(*rows, strict=True))
     change = energy.diff(dim=0)
     return EnergyLedger(solution.t, energy, change, dissipated, supplied, change + dissipated - supplied)
 
 
 def _along_cubics(
-    system: PortHamiltonianSystem, x0: PhaseState, x1: PhaseState, t0: float, t1: float, effort: Callable, z: Any
+    system: PortHamiltonianSystem,
+    x0: PhaseState,
+    x1: PhaseState,
+    t0: float,
+    t1: float,
+    at: Callable,
+    effort: Callable,
+    z: Any,
 ) -> tuple[Tensor, Tensor]:
-    h, at = t1 - t0, x0.p.new_tensor
-    slopes = [system.vector_field(x, effort(at(t)), z) for x, t in ((x0, t0), (x1, t1))]
+    h = t1 - t0
+    slopes = [system.vector_field(x, effort(t), z) for x, t in ((x0, t0), (x1, t1))]
     dissipated = supplied = torch.zeros_like(x0.p[..., 0])
     for node, weight in zip(_NODES, _WEIGHTS, strict=True):
         # Hermite's cubic
@@ -123,16 +138,23 @@ def _along_cubics(
         c, d = h * node * (1 - node) ** 2, h * node**2 * (node - 1)
         parts = zip(x0, x1, *slopes, strict=True)
         x = PhaseState(*(a * left + b * right + c * first + d * last for left, right, first, last in parts))
-        balance = system.power_balance(x, effort(at(t0 + node * h)), z)
+        balance = system.power_balance(x, effort(t0 + node * h), z)
         dissipated = dissipated + weight * h * balance.dissipated
         supplied = supplied + weight * h * balance.supplied
     return dissipated, supplied
 
 
 def _of_discrete_gradients(
-    system: PortHamiltonianSystem, x0: PhaseState, x1: PhaseState, t0: float, t1: float, effort: Callable, z: Any
+    system: PortHamiltonianSystem,
+    x0: PhaseState,
+    x1: PhaseState,
+    t0: float,
+    t1: float,
+    at: Callable,
+    effort: Callable,
+    z: Any,
 ) -> tuple[Tensor, Tensor]:
-    h, u = t1 - t0, effort(x0.p.new_tensor(t0 + 0.5 * (t1 - t0)))
+    h, u = t1 - t0, effort(t0 + 0.5 * (t1 - t0))
     e, q = discrete_gradient(system, x0, x1), (x0.q + x1.q) / 2
     # the power of a force is e_p times the force, which tells friction and ports apart
     free = system.rates_under(q, e, None, z).p
@@ -218,7 +240,7 @@ def diagnose_damping(
     require(is_integer(refinement) and refinement >= 2, "refinement", refinement, "an integer of at least 2")
     require(is_number(tolerance) and tolerance > 0, "tolerance", tolerance, "a positive number")
     require(other != method, "other", other, f"another method than {method!r}")
-    t = torch.as_tensor(t, dtype=x0[1].dtype)
+    t = torch.as_tensor(t, dtype=time_dtype(x0[1].device))
     steps = t.diff().abs().min().item() if step_size is None else step_size
     settings = {"trained": (method, steps), "finer": (method, steps / refinement), "other": (other, steps / refinement)}
     lost, statuses = {}, {}

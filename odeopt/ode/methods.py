@@ -53,7 +53,8 @@ def comparable_methods() -> dict[str, Method]:
                 methods[key] = Method(key, name, "adaptive", None, {"solver": solver}, is_external=True)
         elif is_fixed_step(name):
             options = {"max_order": 5} if name == "explicit_adams" else {}
-            methods[name] = Method(name, name, "fixed", ORDER.get(name), options)
+            key = f"torchdiffeq-{name}" if name in STRUCTURE_ORDER else name  # theirs takes bare fields, ours systems
+            methods[key] = Method(key, name, "fixed", ORDER.get(name), options)
         else:
             methods[name] = Method(name, name, "adaptive", ORDER.get(name), {}, is_external(name))
     for name, order in STRUCTURE_ORDER.items():

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from odeopt.ode.checks import State, check_derivative, tensors_of
 from odeopt.ode.solution import Status
 
 Field = Callable[[Tensor, Any], Any]
+
+# Evaluations that tell whether a field uses memory again: no step of fixed size that holds its stages has more.
+_N_LOOKS = 4
 
 
 class SolverFailureError(Exception):
@@ -22,16 +27,37 @@ class SolverFailureError(Exception):
         self.status = status
 
 
+class UnresolvedTimesError(Exception):
+    """Steps are so short that the times in the solver's precision do not tell them apart."""
+
+
 class Recorder:
     """A field that counts its evaluations and steps, and tells the field's own errors from the solver's.
+
+    It stands between the state of a solver, which may have another dtype and an axis where the caller's has none, and
+    the state of the caller: what the field is called with has the structure, shapes and dtype of ``x0``.
 
     Attributes:
         n_evals: Evaluations of the field so far.
         user_error: The AssertionError that the field or a callback of the user raised, if any.
-        time: How far the solver has come, in the time of the field; None before the first step.
+        time: How far the solver has come, by its own clock; None before the first step.
+        is_reusing_memory: Whether the field returned the same memory twice, so that derivatives are copied.
     """
 
-    def __init__(self, field: Field, x0: State, t: Tensor, *, callbacks: Collection[str], is_external: bool) -> None:
+    def __init__(
+        self,
+        field: Field,
+        x0: State,
+        t: Tensor,
+        *,
+        callbacks: Collection[str],
+        is_external: bool,
+        work: torch.dtype | None = None,
+        clock: torch.dtype | None = None,
+        origin: Tensor | None = None,
+        coarsest: float = 0.0,
+        check_leaves: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
         self.field = field
         self.x0 = x0
         self.n_evals = 0
@@ -39,7 +65,23 @@ class Recorder:
         self.time: Tensor | None = None
         self._n_callbacks = dict.fromkeys(callbacks, 0)
         self._t = t
+        self._clock = clock  # dtype of the times of the field; None for those of the solver
+        self._origin = origin  # time of the field at which the solver's clock is at zero
+        self._coarsest = coarsest  # steps shorter than this share of the time are not resolved
+        self._check_leaves = check_leaves  # called once, with what requires grad and the field depends on
+        self._leaves: dict[int, Tensor] = {}
         self._last_dx: Any = ()
+        self._dtype = tensors_of(x0)[0].dtype
+        self._work = work or self._dtype  # dtype of the state of the solver
+        self._has_axis = work is None or (isinstance(x0, Tensor) and x0.dim() > 0)
+        self._is_watched = can_watch()
+        # Derivatives of one step are held by the solver together. The first ones are copied until it is known whether
+        # they lie in memory of their own; a compiler, which sees no memory, does without a copy where it can.
+        self.is_reusing_memory = torch.compiler.is_compiling()
+        self._seen: list[Tensor] | None = (
+            [] if self._is_watched else None
+        )  # alive, so that no memory is given out twice
+        self._seen_places: set[int] = set()
         # SciPy's solvers may evaluate at one time for ever once values overflow (LSODA on dx/dt = x^2). Their
         # one good reason to stay, a Jacobian by differences, takes an evaluation per number of the state.
         self._patience = 1000 + 10 * sum(x.numel() for x in tensors_of(x0)) if is_external else None
@@ -54,15 +96,77 @@ class Recorder:
         """Steps so far: accepted ones where the solver tells, None where it tells nothing."""
         return self._n_callbacks.get("callback_accept_step", self._n_callbacks.get("callback_step"))
 
+    def lifted(self) -> State:
+        """The first state as the solver's: in the dtype that it works in, with an axis, in memory of its own."""
+        parts = [own(x.to(self._work)) for x in tensors_of(self.x0)]
+        return tuple(parts) if isinstance(self.x0, tuple) else parts[0].reshape(self.x0.shape or 1)
+
+    def settled(self, states: Iterable[Tensor]) -> list[Tensor]:
+        """Solutions of the solver, time first, as those of the caller."""
+        pairs = zip(states, tensors_of(self.x0), strict=True)
+        return [x.to(self._dtype).reshape((len(x), *like.shape)) for x, like in pairs]
+
     def __call__(self, t: Tensor, x: State) -> Any:
         self.n_evals += 1
-        dx = self._call_user(self.field, t, restore(self.x0, x))
+        x = self._given(x)
+        parts = tensors_of(x) if self._is_watched else ()
+        if any(part.is_inference() for part in parts):  # which do not count who writes to them
+            parts, x = (), restore(self.x0, [part.clone() for part in x]) if isinstance(x, tuple) else x.clone()
+        versions = [part._version for part in parts]
+        now = t if self._origin is None else self._origin + t
+        now = now if self._clock is None else now.to(self._clock)
+        if self._check_leaves is not None:
+            now, x = (
+                now.detach(),
+                restore(self.x0, [part.detach() for part in x]) if isinstance(x, tuple) else x.detach(),
+            )
+        with nullcontext() if self._check_leaves is None else torch.enable_grad():
+            dx = self._call_user(self.field, now, x)
         if self.n_evals == 1:
             check_derivative(dx, self.x0)
+        derivatives = tensors_of(dx)
+        if self._check_leaves is not None:
+            self._look_at_leaves(derivatives)
+            derivatives = [d.detach() for d in derivatives]
+        if any(part._version != version for part, version in zip(parts, versions, strict=True)):
+            raise_written()
+        dx = self._answered(derivatives)
         self._last_dx = dx
         if self._patience is not None:
             self._check_progress(t)
         return dx
+
+    def _look_at_leaves(self, derivatives: Iterable[Tensor]) -> None:
+        """Compare the graphs of two calls: a field may make leaves of its own, which are other ones in each."""
+        leaves = leaves_of(derivatives)
+        if self.n_evals == 1:
+            self._leaves = leaves
+        else:
+            check, self._check_leaves = self._check_leaves, None
+            check([leaf for key, leaf in leaves.items() if key in self._leaves])
+            self._leaves = {}
+
+    def _given(self, x: State) -> State:
+        """A state of the solver as the caller's."""
+        if isinstance(x, Tensor):
+            return (x if self._has_axis else x.reshape(())).to(self._dtype)
+        return restore(self.x0, [part.to(self._dtype) for part in x])
+
+    def _answered(self, derivatives: Sequence[Tensor]) -> State:
+        """Derivatives in the dtype and shape of the solver's state, and in memory that nobody fills again."""
+        is_copied = self.is_reusing_memory
+        if self._seen is not None:
+            places = [d.untyped_storage()._cdata for d in derivatives if type(d) is Tensor and not d.is_sparse]
+            is_copied = True
+            self.is_reusing_memory |= not self._seen_places.isdisjoint(places)
+            self._seen_places.update(places)
+            self._seen += derivatives
+            if self.n_evals >= _N_LOOKS:
+                self._seen = None
+        derivatives = [(d.clone() if is_copied else d).to(self._work) for d in derivatives]
+        if isinstance(self.x0, tuple):
+            return tuple(derivatives)
+        return derivatives[0] if self._has_axis else derivatives[0].reshape(1)
 
     def __getattr__(self, name: str) -> Any:
         # torchdiffeq looks its callbacks up on the field; ours are there for the solvers that call them.
@@ -72,13 +176,15 @@ class Recorder:
 
     def _on_step(self, name: str, t0: Tensor, x: State, dt: Tensor) -> None:
         self._n_callbacks[name] += 1
+        if name == "callback_step" and self._coarsest and abs(t0.item()) * self._coarsest > abs(dt.item()):
+            raise UnresolvedTimesError
         if name == "callback_step":
             self.time = t0.detach()
         elif name == "callback_accept_step":
             self.time = (t0 + self._direction * dt).detach()
         callback = getattr(self.field, name, None)
         if callback is not None:
-            self._call_user(callback, t0, restore(self.x0, x), dt)
+            self._call_user(callback, t0, self._given(x), dt)
 
     def _call_user(self, function: Callable, *arguments: Any) -> Any:
         try:
@@ -107,6 +213,44 @@ class Recorder:
         if self.time is None:
             return 1
         return max(1, int(((self.time - t) * self._direction >= 0).sum()))
+
+
+def leaves_of(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """The leaves of a graph, by their identity."""
+    stack, seen, leaves = (
+        [torch.autograd.graph.get_gradient_edge(x).node for x in tensors if x.requires_grad],
+        set(),
+        {},
+    )
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [other for other, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                leaves[id(node.variable)] = node.variable
+    return leaves
+
+
+def can_watch() -> bool:
+    """Whether tensors tell who wrote to them and where they lie: not while they are mapped or compiled."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def own(x: Tensor) -> Tensor:
+    """Copy a state for a solver, so that no field writes to the caller's; such that it counts who writes to it."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return x.clone()
+    with torch.inference_mode(False):
+        return x.detach().clone()
+
+
+def raise_written() -> None:
+    """Refuse a field that writes to the state it is called with."""
+    raise ValueError(
+        "Parameter `field` should not write to the state that it is called with, which the solver still needs. "
+        "Found a state that was changed in place: compute on a copy."
+    )
 
 
 def restore(x0: State, x: Iterable[Tensor]) -> State:

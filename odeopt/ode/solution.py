@@ -38,9 +38,23 @@ ADVICE = {
 }
 
 
+class IntegrationError(RuntimeError):
+    """An integration that failed.
+
+    Attributes:
+        solution: What it would have returned, with the states that it reached.
+    """
+
+    def __init__(self, solution: Solution) -> None:
+        super().__init__(solution.message)
+        self.solution = solution
+
+
 @dataclass(frozen=True, eq=False)
 class Solution:
     """The states at the output times, and the integration's own account.
+
+    An integration that failed is a solution, too: read ``status``, or call :meth:`raise_for_status`.
 
     Attributes:
         t: Output times, shape ``(n_times,)``.
@@ -71,3 +85,12 @@ class Solution:
     def is_success(self) -> bool:
         """Whether every output time was reached with a finite, converged state."""
         return self.status is Status.SUCCESS
+
+    def raise_for_status(self) -> None:
+        """Raise an error unless every output time was reached with a finite, converged state.
+
+        Raises:
+            IntegrationError: With the message, if the status is not success; also where nothing could be checked.
+        """
+        if not self.is_success:
+            raise IntegrationError(self)

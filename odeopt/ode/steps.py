@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.ode.checks import check_choice
+from odeopt.ode.checks import check_choice, clock_dtype, real_dtype
 from odeopt.ode.recorder import Field
 
 
@@ -95,7 +95,7 @@ def explicit_step(field: Field, t0: Tensor | float, dt: Tensor | float, x: Tenso
 
     Args:
         field: Function ``(t, x) -> dx/dt`` with the shape of ``x``; ``t`` is a 0-d tensor in the (real) dtype of
-            ``x``, to be read only.
+            ``x``, or in double precision where that is too coarse for a step from the number ``t0``; to be read only.
         t0: Time at the start of the step, a number or a 0-d tensor.
         dt: Length of the step, a number (cheaper) or a 0-d tensor; negative to go back in time.
         x: State at ``t0``, any shape.
@@ -112,10 +112,11 @@ def explicit_step(field: Field, t0: Tensor | float, dt: Tensor | float, x: Tenso
         tensor([0.6250, 0.6250])
     """
     check_explicit(method)
-    dtype = x.real.dtype if x.is_complex() else x.dtype
+    dtype = real_dtype(x)
     if not isinstance(t0, Tensor):
-        t0 = torch.full((), t0, dtype=dtype, device=x.device)
-    if isinstance(dt, Tensor) or t0.dtype != dtype:
+        clock = dtype if isinstance(dt, Tensor) else clock_dtype(x, max(abs(t0), abs(t0 + dt)), abs(dt))
+        t0 = torch.full((), t0, dtype=clock, device=x.device)
+    elif isinstance(dt, Tensor) or t0.dtype != dtype:
         given, field = field, lambda t, x: given(t.to(dtype), x)
     return checked_explicit_step(field, t0, dt, x, method)
 
@@ -125,7 +126,8 @@ def checked_explicit_step(field: Field, t0: Tensor, dt: Tensor | float, x: Tenso
     nodes, last = _PLANS[method]
     stages: list[Tensor] = []
     for c, weights in nodes:
-        stages.append(field(t0 + c * dt if c else t0, x if weights is None else _moved(x, dt, weights, stages)))
+        k = field(t0 + c * dt if c else t0, x if weights is None else _moved(x, dt, weights, stages))
+        stages.append(k if k.dtype is x.dtype else k.to(x.dtype))
     return _moved(x, dt, last, stages)
 
 
