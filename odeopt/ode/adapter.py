@@ -166,8 +166,9 @@ def reachable(
 ) -> tuple[Any, Any]:
     """Raise tolerances that a state cannot resolve to what it can, with a warning.
 
-    Under half a rounding of the state steps become too short to change it, and the solver stands still. No tolerance at
-    all for entries that are zero makes the error estimate 0/0.
+    The rounding of the field passes for an error of the step, of about a rounding of what the step adds. Under a
+    sixteenth of a rounding of the state steps become too short to change it, and the solver stands still. No tolerance
+    at all for entries that are zero makes the error estimate 0/0.
 
     Args:
         rtol: Relative tolerance.
@@ -177,7 +178,7 @@ def reachable(
         has_zeros: Whether entries of what is solved are zero whatever ``x0`` is.
     """
     tensors = tensors_of(x0)
-    eps = torch.finfo(tensors[0].dtype).eps
+    floor = torch.finfo(tensors[0].dtype).eps / 16
     scale = max((x.detach().abs().max().item() for x in tensors if x.numel()), default=0.0)
     has_zeros = has_zeros or any(bool((x == 0).any()) for x in tensors)
     relative, absolute = (
@@ -185,9 +186,9 @@ def reachable(
     )
     n = max(len(relative), len(absolute))
     pairs = zip(relative * (n // len(relative)), absolute * (n // len(absolute)), strict=True)
-    if not any(bool(((r < eps / 2) & (a < eps / 2 * scale) | (a == 0) & has_zeros).any()) for r, a in pairs):
+    if not any(bool(((r < floor) & (a < floor * scale) | (a == 0) & has_zeros).any()) for r, a in pairs):
         return rtol, atol
-    floors = eps, eps / 128 * (scale or 1.0)
+    floors = floor, floor / 128 * (scale or 1.0)
     raised = tuple(_at_least(tol, floor) for tol, floor in zip((rtol, atol), floors, strict=True))
     warnings.warn(
         f"Parameters `{names[0]}` and `{names[1]}` are raised to what {tensors[0].dtype} resolves, {floors[0]:.2g} and "

@@ -18,6 +18,8 @@ Residual = Callable[[Tensor], Tensor]
 _N_WHOLE = 8
 # A step of the second try that makes the residual larger is halved at most so often.
 _N_HALVINGS = 8
+# An iterate may be larger than the guess by this factor; beyond, its size no longer excuses a residual.
+_GROWTH = 10
 
 
 class Newton(NamedTuple):
@@ -115,9 +117,9 @@ def _iterated(
 ) -> Root:
     """Take steps of Newton's method until all samples have converged or left all bounds, if one may look."""
     r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    n_evals = 1
+    n_evals, limit = 1, _GROWTH * (1 + x.abs().amax(-1))
     for _ in range(max_iters):
-        is_open = ~_is_small(r, x, tol)
+        is_open = ~_is_small(r, x, tol, limit)
         if looks and not (is_open & x.isfinite().all(-1)).any():
             break
         step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)
@@ -129,7 +131,7 @@ def _iterated(
             step = torch.where(is_worse.unsqueeze(-1), step / 2, step)
             new, n_evals = residual(x - step), n_evals + 1
         x, r, n_iters = x - step, new, n_iters + is_open
-    return Root(x, n_iters, _is_small(r, x, tol), n_evals)
+    return Root(x, n_iters, _is_small(r, x, tol, limit), n_evals)
 
 
 def jacobian(function: Residual, x: Tensor) -> Tensor:
@@ -147,9 +149,9 @@ def takes_no_looks(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _is_small(r: Tensor, x: Tensor, tol: float) -> Tensor:
-    size = x.abs().amax(-1)
-    return (r.abs().amax(-1) <= tol * (1 + size)) & size.isfinite()  # NaN is not below anything, but inf is below inf
+def _is_small(r: Tensor, x: Tensor, tol: float, limit: Tensor) -> Tensor:
+    size = x.abs().amax(-1)  # NaN is not below anything, but inf is below inf
+    return (r.abs().amax(-1) <= tol * (1 + torch.minimum(size, limit))) & size.isfinite()
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
