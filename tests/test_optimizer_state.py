@@ -313,18 +313,21 @@ def test_pre_hook_of_the_user_edits_what_is_loaded():
 
 
 @pytest.mark.parametrize(
-    ("rule", "shape", "found"),
-    [(AdamUpdate(), (3,), "exp_avg"), (LeakySum(), (4,), r"\(4,\)")],
+    ("rule", "shape", "message"),
+    [
+        (AdamUpdate(), (3,), r"Parameter `rule` should be the one that `state_dict` was saved with.*Found LeakySum"),
+        (LeakySum(), (4,), r"Parameter `w` should have a state of .*'total': \(3,\).* Found .*'total': \(4,\)"),
+    ],
     ids=["rule", "shape"],
 )
-def test_state_of_another_rule_or_shape_is_refused_by_name_and_loads_nothing(rule, shape, found):
+def test_state_of_another_rule_or_shape_is_refused_by_name_and_loads_nothing(rule, shape, message):
     other = LearnedOptimizer([parameter(torch.ones(shape), torch.ones(shape))], rule)
     other.step()
     param = parameter(torch.ones(3), torch.ones(3))
     optimizer = LearnedOptimizer([("w", param)], LeakySum())
     optimizer.step()
     before = dict(optimizer.state[param])
-    with pytest.raises(ValueError, match=rf"Parameter `w` should have a state of .*total.* Found .*{found}"):
+    with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(other.state_dict())
     assert optimizer.state[param] == before
 
