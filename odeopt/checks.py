@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 
 
@@ -18,8 +18,9 @@ def is_integer(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite real number and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite real number, also as a float, and not a truth value."""
+    largest = sys.float_info.max  # integers beyond it have no float; NaN is not below anything
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def is_list(value: object, kind: type | tuple[type, ...] = object) -> bool:
