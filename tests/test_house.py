@@ -40,7 +40,18 @@ ARROWS = {
     "baselines": {"checks", "files", "physics", "ode", "rules", "tasks", "meta", "evaluation", "_version"},
     "matrix": {"checks", "files", "rules", "tasks", "evaluation", "baselines", "tables", "_version"},
     "generalisation": {"checks", "files", "rules", "tasks", "meta", "evaluation", "tables"},
-    "suite": {"checks", "files", "rules", "tasks", "optimizer", "evaluation", "matrix", "tables", "_version"},
+    "suite": {
+        "checks",
+        "files",
+        "rules",
+        "tasks",
+        "optimizer",
+        "parameters",
+        "evaluation",
+        "matrix",
+        "tables",
+        "_version",
+    },
     "ablation": {"checks", "rules", "tasks", "meta", "evaluation", "artifacts"},
     "arguments": set(),
     "tables": set(),
@@ -58,7 +69,7 @@ LAZY = {
     "evaluation": {"plots", "tables"},
     "matrix": {"plots"},
     "ode": {"plots_solvers", "tables_solvers"},
-    "suite": {"plots_suite", "__init__"},
+    "suite": {"plots_suite"},
 }
 TOP = {"__init__", "__main__"}  # may import everything
 

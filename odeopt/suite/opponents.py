@@ -16,6 +16,7 @@ from torch import nn
 from odeopt._version import __version__
 from odeopt.matrix import fingerprint
 from odeopt.optimizer import LearnedOptimizer
+from odeopt.parameters import param_groups
 from odeopt.rules.base import UpdateRule
 from odeopt.suite.run import Steps
 
@@ -68,7 +69,7 @@ def learned(rule: UpdateRule, name: str, *, is_told: bool = True) -> Contender:
     """
 
     def make(model: nn.Module, n_steps: int, lr: float) -> LearnedOptimizer:
-        return LearnedOptimizer(_groups(model), rule, lr=lr, total_steps=n_steps if is_told else None)
+        return LearnedOptimizer(param_groups(model), rule, lr=lr, total_steps=n_steps if is_told else None)
 
     name = name if is_told else f"{name}, not told"
     settings = {"rule": fingerprint(rule), "is_told": is_told, "library_version": __version__}
@@ -80,14 +81,6 @@ def untrained(rule: UpdateRule) -> UpdateRule:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return type(rule)(**rule.config)
-
-
-def _groups(model: nn.Module) -> Any:
-    """Parameters as a learned rule takes them: in the groups that fit the module, where the library makes them."""
-    import odeopt
-
-    make_groups = getattr(odeopt, "param_groups", nn.Module.parameters)
-    return make_groups(model)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
