@@ -25,6 +25,8 @@ TINY = {
     "estimators": ["--steps", "2", "--runs", "2"],
     "generalisation": ["--quick", "--runs", "2", "--tuning-runs", "1", "--steps", "60"],
     "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1"],
+    "kinetic": ["--dataset", "digits", "--steps", "1", "--runs", "2", "--problems", "perceptron", "--variants",
+                "quadratic", "spectral, coherent"],
     "meta_seeds": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--problems", "3", "--tuning-runs", "1",
                    *(str(Path(odeopt.__file__).parent / "pretrained" / f"{name}.safetensors")
                      for name in ("hamiltonian-mnist", "port-hamiltonian-mnist", "lstm-quadratic"))],
@@ -226,6 +228,14 @@ def test_quadratic_reports_mean_and_median_of_the_final_loss(tmp_path, capsys):
     assert list(rows)[:5] == ["port-hamiltonian", *(f"{name}-quadratic" for name in rules)]
     assert "committed table" in text
     assert (tmp_path / "quadratic.png").exists()
+
+
+def test_kinetic_compares_energies_with_tuned_adamw(tmp_path, capsys):
+    run("kinetic", *TINY["kinetic"], "--out", str(tmp_path))
+    table = capsys.readouterr().out
+    assert all(name in table for name in ("AdamW", "quadratic", "spectral, coherent"))
+    assert (tmp_path / "kinetic.png").is_file()
+    assert (tmp_path / "kinetic.json").is_file()
 
 
 def test_saddle_reports_quartiles_and_runs_that_stay(tmp_path, capsys):
