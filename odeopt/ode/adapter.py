@@ -316,13 +316,11 @@ def check_adjoint(
     adjoint_options: dict[str, Any] | None,
 ) -> tuple[Tensor, ...]:
     """Check the adjoint's parameters and return the tensors to differentiate with respect to."""
-    if adjoint_method is not None:
-        check_choice("adjoint_method", adjoint_method, SOLVERS)
-        if adjoint_method != method and options and adjoint_options is None:
-            raise ValueError(
-                "Parameter `adjoint_options` should be given when `options` are and `adjoint_method` differs "
-                f"from `method = {method!r}`. Found `adjoint_method = {adjoint_method!r}`."
-            )
+    if adjoint_method not in (None, method) and options and adjoint_options is None:
+        raise ValueError(
+            "Parameter `adjoint_options` should be given when `options` are and `adjoint_method` differs "
+            f"from `method = {method!r}`. Found `adjoint_method = {adjoint_method!r}`."
+        )
     name = adjoint_method or method
     check_options("adjoint_options", adjoint_options, name, accepted_options(name))
     if adjoint_params is not None:

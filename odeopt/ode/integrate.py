@@ -168,6 +168,8 @@ def integrate(
     given = [name for name, value in for_adjoint.items() if value is not None]
     if given and not adjoint:
         raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
+    if adjoint_method is not None:
+        check_choice("adjoint_method", adjoint_method, SOLVERS)
     if event_fn is not None:
         raise ValueError(
             "Parameter `event_fn` should be None, as the last time is the end: `torchdiffeq.odeint_event` takes the "
