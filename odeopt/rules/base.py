@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.checks import require
@@ -270,7 +271,7 @@ def adopt_weights(rule: UpdateRule, weights: Mapping[str, Tensor]) -> None:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers; on the meta device, or under ``FakeTensorMode``, it has only a shape."""
-    return tensor.device.type != "meta" and not torch._subclasses.fake_tensor.is_fake(tensor)
+    return tensor.device.type != "meta" and not is_fake(tensor)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
