@@ -163,11 +163,12 @@ class Grouped(Separate):
     """Parameters in several layouts, each with some of them.
 
     Args:
+        shapes: Shape of each parameter, ``(n_tasks, *shape)``, in the order of the task, which its loss may rely on.
         layouts: The layouts.
     """
 
-    def __init__(self, layouts: Sequence[Separate]) -> None:
-        super().__init__({name: shape for layout in layouts for name, shape in layout.shapes.items()})
+    def __init__(self, shapes: dict[str, torch.Size], layouts: Sequence[Separate]) -> None:
+        super().__init__(shapes)
         self.layouts = {f"{number}/": layout for number, layout in enumerate(layouts)}
 
     def pack(self, params, states):
@@ -184,14 +185,13 @@ class Grouped(Separate):
             own = layout.unpack(_without(packed, prefix), _without(states, prefix))
             for whole, part in zip((params, unpacked), own, strict=True):
                 whole.update(part)
-        # in the order that the task gave them
         return {name: params[name] for name in self.shapes}, {name: unpacked[name] for name in self.shapes}
 
     def views(self, packed):
         views = {}
         for prefix, layout in self.layouts.items():
             views.update(layout.views(_without(packed, prefix)))
-        return views
+        return {name: views[name] for name in self.shapes}
 
     def step(self, rule, name, grad, state, param, progress):
         prefix, rest = name[: name.index("/") + 1], name[name.index("/") + 1 :]
@@ -282,4 +282,4 @@ def layout_for(
     layouts: list[Separate] = [SideBySide(others, staged, like, tables)] if others else []
     layouts += map(Stacked, alike.values())
     layouts += [Separate(empty)] if empty else []
-    return layouts[0] if not alike else Grouped(layouts)
+    return layouts[0] if not alike else Grouped(shapes, layouts)

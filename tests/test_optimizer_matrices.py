@@ -1,0 +1,383 @@
+"""Matrices that a rule steps as a whole: by LearnedOptimizer, in meta-training's layouts and tensor by tensor."""
+
+import copy
+import importlib
+import math
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from rule_toys import draws, port_hamiltonian
+from torch import nn
+
+from odeopt.meta import unroll
+from odeopt.meta.layouts import CompiledSteps, Grouped, Separate, SideBySide, Stacked, layout_for
+from odeopt.meta.perturbations import Perturbed, perturbed
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.rules import AdamUpdate, PortHamiltonianUpdate
+from odeopt.tasks import Rescaled, Task
+from odeopt.tasks.random import normal
+
+f64 = torch.float64
+# in this order: alike ones apart, a table of the shape of others, one row, scalars, nothing
+SHAPES = {
+    "first": (3, 4), "bias": (4,), "table": (3, 4), "wide": (2, 30), "second": (3, 4), "kernel": (4, 3, 1, 2),
+    "row": (1, 3, 4), "scalar": (), "empty": (0, 4), "third": (3, 4),
+}  # fmt: skip
+VARIANTS = {
+    "spectral": {"kinetic": "spectral"},
+    "everything": {
+        "kinetic": ("relativistic", "spectral"), "schedule": "power", "uses_progress": True, "memory": 2,
+        "initial_decay": 0.1, "ratio_floor": 0.3,
+    },
+    "efforts by coordinates": {"kinetic": ("spectral", "quadratic"), "matrix_normalization": "coordinate"},
+    "output": {"output": "spectral", "normalization": "tensor", "uses_progress": True},
+}  # fmt: skip
+over_variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+class Tensors(Task):
+    """Parameters of all kinds, coupled by one number that noise is added to."""
+
+    tables = frozenset(["table"])
+
+    def __init__(self, shapes=SHAPES):
+        super().__init__(dtype=f64)
+        self.shapes = shapes
+
+    def init_params(self, indices, seed):
+        return {
+            name: normal(indices, shape, seed=seed, stream=f"test/{name}", dtype=f64)
+            for name, shape in self.shapes.items()
+        }
+
+    def sample_batch(self, indices, step, seed):
+        return (normal(indices, (1,), seed=seed, stream="test/noise", step=step, dtype=f64),)
+
+    def loss(self, params, batch):
+        x = torch.cat([param.reshape(len(param), param[0].numel()) for param in params.values()], 1)
+        total = x.sin() @ torch.linspace(1, 2, x.shape[1], dtype=f64)
+        return 0.1 * x.square().sum(1) + (0.3 * total + batch[0].squeeze(1)).sin()
+
+
+N_STEPS, INDICES = 6, torch.tensor([5, 1, 2])
+
+
+def spectral(variant, **options):
+    return port_hamiltonian(**(VARIANTS[variant] | options))
+
+
+def one_by_one(rule, step_of):
+    """Losses and parameters of each task, the steps of which ``step_of(rule, params)`` takes."""
+    task, losses, last = Tensors(), [], []
+    for index in INDICES:
+        index = index.reshape(1)
+        params = {name: nn.Parameter(x[0].clone()) for name, x in task.init_params(index, 0).items()}
+        step, own = step_of(rule, params), []
+        for number in range(N_STEPS + 1):
+            batch = task.sample_batch(index, number, 0)
+            loss = task.loss({name: x.unsqueeze(0) for name, x in params.items()}, batch).sum()
+            own.append(loss.detach())
+            for param, grad in zip(params.values(), torch.autograd.grad(loss, list(params.values())), strict=True):
+                param.grad = grad
+            if number < N_STEPS:
+                step(number)
+        losses.append(torch.stack(own))
+        last.append({name: x.detach() for name, x in params.items()})
+    return torch.stack(losses, 1), {name: torch.stack([x[name] for x in last]) for name in SHAPES}
+
+
+def by_optimizer(rule, params):
+    tables = [(name, x) for name, x in params.items() if name in Tensors.tables]
+    others = [(name, x) for name, x in params.items() if name not in Tensors.tables]
+    groups = [{"params": others}, {"params": tables, "is_table": True}]
+    optimizer = LearnedOptimizer(groups, rule, total_steps=N_STEPS)
+    return lambda number: optimizer.step()
+
+
+def by_rule(rule, params):
+    states = {name: rule.init_state(x.detach().flatten()) for name, x in params.items()}
+
+    @torch.no_grad()
+    def step(number):
+        progress = torch.tensor(number / N_STEPS, dtype=f64)
+        for name, param in params.items():
+            own = rule.for_tables() if name in Tensors.tables else rule
+            signals = {"param": param.flatten(), "shape": param.shape, "progress": progress}
+            update, states[name] = own(param.grad.flatten(), states[name], **signals)
+            param += update.view(param.shape)
+
+    return step
+
+
+@over_variants
+def test_rule_optimizer_and_unrolled_run_give_one_trajectory(variant):
+    rule = spectral(variant)
+    with torch.no_grad():
+        run = unroll(rule, Tensors(), indices=INDICES, n_steps=N_STEPS, total_steps=N_STEPS)
+    for step_of in (by_optimizer, by_rule):
+        losses, params = one_by_one(rule, step_of)
+        # float64: sums in another order, and products of matrices in batches, grown over six steps
+        torch.testing.assert_close(run.losses, losses, rtol=1e-9, atol=1e-10)
+        for name, param in params.items():
+            torch.testing.assert_close(run.params[name], param, rtol=1e-9, atol=1e-10)
+
+
+# -------------------- layouts
+
+
+def gradient(rule, task, **options):
+    owner = rule.rule if isinstance(rule, CompiledSteps) else rule
+    owner.zero_grad()
+    run = unroll(rule, task, indices=INDICES, n_steps=5, total_steps=5, **options)
+    (run.losses + 10).log().mean().backward()
+    return run, nn.utils.parameters_to_vector([weight.grad for weight in owner.parameters()])
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": 2}, {"detach": True}], ids=str)
+@over_variants
+def test_groups_of_layouts_are_the_run_of_each_parameter_by_itself(variant, options, monkeypatch):
+    rule, task = spectral(variant), Tensors()
+    found, found_gradient = gradient(rule, task, **options)
+    module = importlib.import_module("odeopt.meta.unroll")
+    monkeypatch.setattr(module, "layout_for", lambda rule, shapes, like, tables: Separate(shapes, tables))
+    wanted, wanted_gradient = gradient(rule, task, **options)
+    torch.testing.assert_close(found.losses, wanted.losses, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found_gradient, wanted_gradient, rtol=1e-7, atol=1e-9)
+    assert found_gradient.isfinite().all()
+    for name, states in wanted.states.items():
+        for ours, theirs in zip(found.states[name], states, strict=True):
+            assert ours.shape == theirs.shape
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
+def test_a_run_goes_on_from_the_states_of_its_groups():
+    rule, options = spectral("everything"), {"task": Tensors(), "indices": INDICES, "total_steps": 7}
+    with torch.no_grad():
+        whole, first = unroll(rule, n_steps=7, **options), unroll(rule, n_steps=3, **options)
+        rest = unroll(rule, n_steps=4, start=3, params=first.params, states=first.states, **options)
+    assert torch.equal(whole.losses[3:], rest.losses)
+
+
+def test_matrices_are_stacked_by_shapes_and_the_rest_lies_side_by_side():
+    rule, like = spectral("spectral"), torch.zeros(2, 3, dtype=f64)
+    shapes = {name: torch.Size((2, *shape)) for name, shape in SHAPES.items()}
+
+    def parts(shapes, tables=("table",)):
+        layout = layout_for(rule, {name: shapes[name] for name in shapes}, like, tables)
+        if type(layout) is not Grouped:
+            return type(layout)
+        return {tuple(part.shapes): type(part) for part in layout.layouts.values()}
+
+    assert parts(shapes) == {
+        ("bias", "table", "row", "scalar"): SideBySide,
+        ("first", "second", "third"): Stacked,
+        ("wide",): Stacked,
+        ("kernel",): Stacked,
+        ("empty",): Separate,
+    }
+    assert parts({"first": shapes["first"]}) == {("first",): Stacked}
+    assert parts({name: shapes[name] for name in ("bias", "table")}) is SideBySide
+    assert parts({name: shapes[name] for name in ("table", "empty")}) is Separate
+
+
+def test_loss_sees_the_parameters_in_the_order_of_the_task():
+    """Other units are numbered in it."""
+    rule, options = spectral("spectral"), {"indices": INDICES, "n_steps": 1}
+    with torch.no_grad():
+        plain, rescaled = (unroll(rule, task, **options) for task in (Tensors(), Rescaled(Tensors())))
+    torch.testing.assert_close(rescaled.losses[0], plain.losses[0], rtol=1e-12, atol=1e-12)
+    assert (rescaled.losses[1] - plain.losses[1]).abs().min() > 1e-3
+    assert list(plain.params) == list(plain.states) == list(SHAPES)
+
+
+def test_number_of_rule_calls_does_not_grow_with_the_number_of_matrices():
+    calls = []
+    for n in (1, 4):
+        rule = spectral("spectral")
+        rule.coefficient_network.register_forward_hook(lambda *_: calls.append(1))
+        shapes = {"bias": (3,), **{f"matrix {k}": (3, 4) for k in range(n)}}
+        with torch.no_grad():
+            unroll(rule, Tensors(shapes), indices=INDICES, n_steps=2)
+        assert len(calls) == 4
+        calls.clear()
+
+
+@pytest.mark.parametrize("kind", [perturbed, Perturbed], ids=["layers", "vmap"])
+@pytest.mark.parametrize("variant", ["everything", "output"])
+def test_perturbed_rules_step_matrices_and_tables_each_by_its_own_weights(variant, kind):
+    rule, task = spectral(variant), Tensors({name: SHAPES[name] for name in SHAPES if name != "empty"})
+    stacks = {name: w + 0.1 * draws(2, *w.shape, seed=k) for k, (name, w) in enumerate(rule.named_parameters())}
+    options = {"n_steps": 4, "total_steps": 4}
+    with torch.no_grad():
+        found = unroll(kind(rule, stacks), task, indices=INDICES.repeat(2), **options).losses.unflatten(1, (2, 3))
+        for k in range(2):
+            own = {name: stack[k] for name, stack in stacks.items()}
+            rule.load_state_dict(own)
+            wanted = unroll(rule, task, indices=INDICES, **options).losses
+            torch.testing.assert_close(found[:, k], wanted, rtol=1e-9, atol=1e-10)
+    assert (found[-1, 0] - found[-1, 1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("names", [list(SHAPES), ["table", "empty"]], ids=["all", "table and nothing"])
+def test_compiled_steps_leave_matrices_as_they_are(names, monkeypatch):
+    # what compiling does is tested with the layouts and takes half a minute
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    rule, task = spectral("everything"), Tensors({name: SHAPES[name] for name in names})
+    wanted, wanted_gradient = gradient(rule, task)
+    found, found_gradient = gradient(CompiledSteps(rule), task)
+    torch.testing.assert_close(found.losses, wanted.losses, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found_gradient, wanted_gradient, rtol=1e-7, atol=1e-9)
+
+
+# -------------------- the optimizer
+
+
+def parameter(*shape, seed=0, dtype=f64):
+    return nn.Parameter(draws(*shape, seed=seed).to(dtype))
+
+
+def step(params, optimizer, n_steps=1, start=0):
+    for number in range(start, start + n_steps):
+        for k, param in enumerate(params):
+            param.grad = draws(*param.shape, seed=100 * number + k).to(param.dtype)
+        optimizer.step()
+
+
+def test_matrices_of_one_shape_are_stepped_by_one_call():
+    rule, calls = spectral("spectral"), []
+    params = [parameter(3, 4, seed=k) for k in range(5)] + [parameter(4, 3)]
+    optimizer = LearnedOptimizer(params, rule)
+    optimizer._rule_for(params[0].device).register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape))
+    step(params, optimizer, 2)
+    assert sorted(calls) == sorted([(5, 12), (1, 12)] * 2)
+
+
+def test_in_a_stack_each_matrix_keeps_its_own_time_and_trouble():
+    """One is without a gradient at first, one has a broken one later; the others do not notice."""
+    rule = spectral("everything")
+    stack, alone = ([parameter(3, 4, seed=k) for k in range(3)] for _ in range(2))
+    optimizers = [LearnedOptimizer(stack, rule)] + [LearnedOptimizer([param], rule) for param in alone]
+    for number in range(5):
+        for k, (param, twin) in enumerate(zip(stack, alone, strict=True)):
+            grad = draws(3, 4, seed=10 * number + k)
+            if (number, k) == (3, 1):
+                grad[1, 2] = math.inf
+            param.grad, twin.grad = (None, None) if number < 2 and k == 2 else (grad, grad.clone())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for optimizer in optimizers:
+                optimizer.step()
+    assert [optimizer.n_skipped for optimizer in optimizers] == [1, 0, 1, 0]
+    for k, (param, twin) in enumerate(zip(stack, alone, strict=True)):
+        torch.testing.assert_close(param, twin, rtol=1e-11, atol=1e-12)
+        taken = (5, 4, 3)[k]
+        assert optimizers[0].state[param]["step"].item() == optimizers[k + 1].state[twin]["step"].item() == taken
+
+
+@pytest.mark.parametrize("variant", ["everything", "output"])
+def test_checkpoint_continues_stacks_bit_for_bit(variant):
+    rule = spectral(variant)
+    shapes = [(3, 4), (3, 4), (5,), (2, 3, 1, 2)]
+    params, twins = ([parameter(*shape, seed=k) for k, shape in enumerate(shapes)] for _ in range(2))
+    options = {"rule": rule, "total_steps": 9}
+    optimizer = LearnedOptimizer(params, **options)
+    step(params, optimizer, 3)
+    for param, twin in zip(params, twins, strict=True):
+        twin.data.copy_(param.detach())
+    other = LearnedOptimizer(twins[:1], **options)
+    other.add_param_group({"params": twins[1:]})
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"][1]["p"].shape == (2, 3, 4)
+    own = other.state_dict()
+    own["state"] = saved["state"]
+    for group in own["param_groups"]:
+        group["n_steps"] = 3
+    other.load_state_dict(own)
+    for each, tensors in ((optimizer, params), (other, twins)):
+        step(tensors, each, 4, start=3)
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-11, atol=1e-12)  # other stacks, other roundings
+
+
+def test_matrix_that_is_not_contiguous_is_stepped_as_its_copy_is():
+    rule = spectral("everything")
+    turned, plain = nn.Parameter(draws(4, 3).t()), parameter(3, 4)
+    plain.data.copy_(turned.detach())
+    assert not turned.is_contiguous()
+    for param in (turned, plain):
+        step([param], LearnedOptimizer([param], rule), 3)
+    assert torch.equal(turned, plain)
+    assert not turned.is_contiguous()
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_bfloat16_matrices_follow_float32(state_dtype):
+    rule = PortHamiltonianUpdate(**VARIANTS["everything"])
+    narrow, wide = ([parameter(8, 6, seed=k, dtype=dtype) for k in (1, 2)] for dtype in (torch.bfloat16, torch.float32))
+    for params in (narrow, wide):
+        step(params, LearnedOptimizer(params, rule, state_dtype=state_dtype), 4)
+    for a, b, start in zip(narrow, wide, (1, 2), strict=True):
+        assert a.dtype == torch.bfloat16
+        # the parameter is rounded to 2^-8 of itself each step, and the gradient was
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2)
+        assert (b - draws(8, 6, seed=start).float()).abs().max() > 0.05
+
+
+def test_a_group_that_turns_out_to_be_a_table_is_stepped_so_from_then_on():
+    rule = spectral("spectral")
+    param, twin = parameter(3, 4), parameter(3, 4)
+    optimizer, other = LearnedOptimizer([param], rule), LearnedOptimizer([twin], rule)
+    step([param], optimizer, 2)
+    optimizer.param_groups[0]["is_table"] = True
+    step([param], optimizer, 1, start=2)
+    step([twin], other, 2)
+    tables = LearnedOptimizer([{"params": [twin], "is_table": True}], rule)
+    saved = other.state_dict()
+    saved["param_groups"][0]["is_table"] = True
+    tables.load_state_dict(saved)
+    step([twin], tables, 1, start=2)
+    assert torch.equal(param, twin)
+    optimizer.param_groups[0]["is_table"] = False
+    step([param], optimizer, 1, start=3)
+    step([twin], tables, 1, start=3)
+    assert not torch.equal(param, twin)
+
+
+@pytest.mark.parametrize("is_table", [None, 1, "yes"])
+def test_is_table_is_true_or_false(is_table):
+    with pytest.raises(ValueError, match=r"`is_table` should be True or False. Found `is_table = "):
+        LearnedOptimizer([{"params": [parameter(2, 3)], "is_table": is_table}], AdamUpdate())
+
+
+# -------------------- shards
+
+
+@pytest.fixture
+def mesh():
+    """Of two processes, the other one of which is not there."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_sharded_matrix_is_refused_by_name_with_a_way_out(mesh):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def distributed(placement, *shape):
+        return nn.Parameter(DTensor.from_local(draws(*shape), mesh, [placement], run_check=False))
+
+    rule, shard = spectral("spectral"), distributed(Shard(0), 2, 4)
+    message = r"`weight` should be whole on each process.*`is_table=True` in its group\). Found `placements = \(Shard"
+    with pytest.raises(ValueError, match=message):
+        LearnedOptimizer([("weight", shard)], rule)
+    optimizer = LearnedOptimizer([("copy", distributed(Replicate(), 4, 4)), ("bias", distributed(Shard(0), 2))], rule)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [("weight", shard)]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [("weight", shard)], "is_table": True})
+    LearnedOptimizer([("weight", shard)], port_hamiltonian())

@@ -1,0 +1,82 @@
+"""Parameter groups that fit a module."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from odeopt import LearnedOptimizer, param_groups
+from odeopt.rules import PortHamiltonianUpdate
+
+
+class Network(nn.Module):
+    """A head that shares the weight of a table, positions as one row, a bag, a parametrized table, a frozen matrix."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.words = nn.Embedding(7, 4)
+        self.words.weight = self.head.weight
+        self.bag = nn.EmbeddingBag(5, 4)
+        self.scaled = weight_norm(nn.Embedding(6, 4))
+        self.positions = nn.Parameter(torch.zeros(1, 3, 4))
+        self.body = nn.Sequential(nn.Conv1d(3, 2, 1), nn.LayerNorm(4), nn.Linear(4, 4))
+        self.body[2].weight.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.words(x) + self.scaled(x % 6) + self.bag(x % 5).unsqueeze(1) + self.positions
+        return self.head(self.body(x))
+
+
+def names(groups):
+    return [[name for name, _ in group["params"]] for group in groups]
+
+
+def test_every_parameter_is_in_the_group_of_its_kind_once():
+    matrices, vectors, tables = names(param_groups(Network()))
+    assert sorted(matrices) == ["body.0.weight", "body.2.weight"]
+    assert sorted(vectors) == ["body.0.bias", "body.1.bias", "body.1.weight", "body.2.bias", "positions"]
+    scaled = [f"scaled.parametrizations.weight.original{k}" for k in range(2)]
+    assert sorted(tables) == ["bag.weight", "head.weight", *scaled]
+    assert sorted(matrices + vectors + tables) == sorted(name for name, _ in Network().named_parameters())
+
+
+def test_matrices_alone_are_decayed():
+    groups = param_groups(Network(), weight_decay=0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+    assert [group.get("is_table", False) for group in groups] == [False, False, True]
+
+
+def test_kinds_that_there_are_not_have_no_group():
+    assert names(param_groups(nn.Linear(3, 2, bias=False))) == [["weight"]]
+    assert names(param_groups(nn.LayerNorm(3))) == [["weight", "bias"]]
+    assert param_groups(nn.ReLU()) == []
+
+
+def test_groups_tell_the_rule_which_parameters_are_tables():
+    model, rule = Network(), PortHamiltonianUpdate(kinetic="spectral")
+    optimizer = LearnedOptimizer(param_groups(model), rule)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    loss = model(torch.arange(6).view(2, 3)).square().mean()
+    loss.backward()
+    optimizer.step()
+    moved = {name: (param - before[name]).detach() for name, param in model.named_parameters()}
+    assert not moved.pop("body.2.weight").any()
+    assert all(x.any() for x in moved.values())
+    # a table is stepped by coordinates: one that has no gradient does not move, where an orthogonal step moves all rows
+    assert not moved["bag.weight"].view(5, 4)[model.bag.weight.grad.abs().sum(-1) == 0].any()
+
+
+@pytest.mark.parametrize("module", [[nn.Parameter(torch.zeros(2))], nn.Linear, None])
+def test_what_is_no_module_is_refused(module):
+    with pytest.raises(TypeError, match=r"`module` should be an nn.Module. Found `module = "):
+        param_groups(module)
+
+
+@pytest.mark.parametrize("decay", [-0.1, math.inf, "0.1", None, True])
+def test_wrong_decays_are_refused(decay):
+    with pytest.raises(ValueError, match=r"`weight_decay` should be a non-negative number. Found `weight_decay = "):
+        param_groups(nn.Linear(2, 2), weight_decay=decay)
