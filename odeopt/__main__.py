@@ -229,7 +229,9 @@ def _train_with(world: World, config: Config, folder: Path, out: Path, args: arg
             )
         if n_done < n_wanted:
             if world.is_first:
-                print(f"stopped early; the same command continues from {folder}")
+                best = folder / "best.safetensors"
+                artifacts.save(rule, best, trained_for=config.trained_for(*results), overwrite=True)
+                print(f"stopped early with the best rule so far in {best}; the same command continues from {folder}")
             return 0
     if world.is_first:
         artifacts.save(rule, out, trained_for=config.trained_for(*results), overwrite=args.overwrite)

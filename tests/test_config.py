@@ -305,7 +305,7 @@ def test_training_with_a_start_is_continued_in_either(tmp_path, capsys):
         seen.append(re.findall(r"(\d) of \d meta-steps", printed))
         if "saved" in printed:
             break
-        assert f"stopped early; the same command continues from {tmp_path / 'run'}" in printed
+        assert f"best.safetensors; the same command continues from {tmp_path / 'run'}" in printed
     # the end of the start is a stop like any other
     assert seen == [["2"], ["4", "2"], ["4", "4"]]
     for a, b in zip(
