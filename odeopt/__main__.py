@@ -153,7 +153,7 @@ def _add_suite(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--rule", action="append", metavar="NAME", help="a .safetensors file, or one of "
                         f"{', '.join(artifacts.available_pretrained())}; may be given several times (default: "
-                        "port-hamiltonian)")  # fmt: skip
+                        "port-hamiltonian-spectral)")  # fmt: skip
     parser.add_argument("--untold", action="store_true", help="also run the rules without the number of steps")
     parser.add_argument("--untrained", action="store_true", help="also run the rules with their initial weights")
     parser.add_argument("--problems", nargs="+", choices=problems, default=problems, metavar="NAME", help="problems, "
@@ -337,7 +337,7 @@ def _named_rule(text: str) -> tuple[str, UpdateRule]:
 def _suite(args: argparse.Namespace) -> int:
     found, notes = opponents()
     contenders = {name: found[name] for name in found if name in (REFERENCE, *args.contenders)}
-    for text in args.rule or ["port-hamiltonian"]:
+    for text in args.rule or ["port-hamiltonian-spectral"]:
         name, rule = _named_rule(text)
         entries = [learned(rule, name)]
         entries += [learned(rule, name, is_told=False)] * args.untold

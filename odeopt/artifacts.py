@@ -165,8 +165,9 @@ def load_pretrained(name: str) -> UpdateRule:
     """Load a rule that ships with the library.
 
     Args:
-        name: One of :func:`available_pretrained`. ``port-hamiltonian`` is the general rule, trained on a mixture of
-            tasks; the bare names ``lstm`` and ``hamiltonian`` stand for the rules trained on MNIST.
+        name: One of :func:`available_pretrained`. ``port-hamiltonian-spectral`` is the rule for today's
+            architectures, the default of :class:`odeopt.LearnedOptimizer`; ``port-hamiltonian`` was trained on a
+            mixture of small tasks; the bare names ``lstm`` and ``hamiltonian`` stand for the rules trained on MNIST.
 
     Returns:
         The rule, on the CPU.

@@ -113,7 +113,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        rule: UpdateRule | str = "port-hamiltonian",
+        rule: UpdateRule | str = "port-hamiltonian-spectral",
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         *,

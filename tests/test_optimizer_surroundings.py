@@ -180,9 +180,9 @@ def test_rule_may_be_the_name_of_a_shipped_one(name):
 
 def test_rule_is_the_general_one_by_default():
     optimizer = LearnedOptimizer([parameter([1.0], [1.0])])
-    named = LearnedOptimizer([parameter([1.0], [1.0])], "port-hamiltonian", lr=0.5)
+    named = LearnedOptimizer([parameter([1.0], [1.0])], "port-hamiltonian-spectral", lr=0.5)
     assert optimizer.defaults["rule_digest"] == named.defaults["rule_digest"]
-    assert optimizer.rule.config == load_pretrained("port-hamiltonian").config
+    assert optimizer.rule.config == load_pretrained("port-hamiltonian-spectral").config
 
 
 def test_unknown_name_is_refused_by_the_parameter_it_was_given_for():
