@@ -69,7 +69,8 @@ def test_options_that_decide_new_weights_alone_are_refused_and_draws_do_not_coun
 
 def test_other_options_leave_the_precision_of_buffers_alone():
     rule = PortHamiltonianUpdate()
-    assert {x.dtype for x in rule.buffers() if x.is_floating_point()} == {f32, f64}  # decays are in float64 for parameters in float64
+    # decays are in float64 for parameters in float64; masks hold no numbers
+    assert {x.dtype for x in rule.buffers() if x.is_floating_point()} == {f32, f64}
     for before, after in zip(rule.buffers(), rule.with_options(solver="euler").buffers(), strict=True):
         assert before.dtype == after.dtype
         assert torch.equal(before, after)
