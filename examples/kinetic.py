@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
     for name in args.variants:
         contenders[name] = learned(PortHamiltonianUpdate(**COMMON | VARIANTS[name]), name)
-    suite = evaluate_suite(problems, contenders, path=args.out / "kinetic.json", n_runs=args.runs)
+    suite = evaluate_suite(problems, contenders, path=args.out / "kinetic.json", n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
     print(f"Figure: {suite.plot(args.out / 'kinetic.png')}")
 
@@ -51,12 +51,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="NAME",
                         help=f"of {', '.join(VARIANTS)} (default: all)")  # fmt: skip
     parser.add_argument("--runs", type=arguments.positive, default=2, help="paired runs (default: %(default)s)")
-    parser.add_argument("--steps", type=arguments.positive, help="length of a run, in place of each problem's own")
+    parser.add_argument("--steps", type=arguments.positive, help="length of a run (default: each problem's own)")
     parser.add_argument("--dataset", choices=DATASETS, default="mnist", help="images (default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, help="where images lie (default: ODEOPT_DATA or a cache folder)")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--out", type=arguments.folder, default="runs/kinetic", help="folder of kinetic.json and "
                         "kinetic.png (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown (default: as text)")
     return parser.parse_args(argv)
 
 

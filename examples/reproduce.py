@@ -42,6 +42,8 @@ STAGES = (
     ("physics", 120, "physics.py --out {out}", "--quick"),
     ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
     ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),
+    ("suite", 150, "-m odeopt suite --out {out}", "--quick"),
+    ("kinetic", 90, "kinetic.py --out {out}", "--dataset digits --steps 20 --problems perceptron vit"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

@@ -409,9 +409,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             key = (param.device, has_values(param), param.dtype, shard.group_key)
             alone = param if is_alone or is_large else None
             alike[(*key, alone, param.shape if is_whole else None)].append(param)
-        for (*_, alone, shape), together in alike.items():
+        for (*_, shape), together in alike.items():
             rule = self._rule_for(together[0], group["is_table"])
-            is_whole = shape is not None or (alone is not None and not rule.is_staged)
+            is_whole = shape is not None or (rule.crosses_coordinates and not rule.is_staged)
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole)
             for index, param in enumerate(together):
                 held = self.state.get(param, {})  # others may keep something of theirs there too

@@ -178,7 +178,7 @@ def test_zero_gradients_give_zero_steps_with_finite_derivatives(variant):
 
 @pytest.mark.parametrize("variant", ["with relativistic", "all"])
 def test_every_weight_is_trained(variant):
-    rule = spectral(variant, initial_decay=0.1)
+    rule = spectral(variant, initial_decay=0.1, initial_coherence=0.5)
     progress = torch.tensor(0.5, dtype=f64)
     for shape in ((3, 5), (15,)):  # the slopes of spectral modes are those of vectors
         run(rule, draws(4, 15), shape=shape, progress=progress)[0].square().sum().backward()
@@ -309,7 +309,7 @@ def test_power_balance_closes_and_friction_dissipates_for_any_weights(variant, s
     assert energy.max() > 0
 
 
-def held_flow(rule, shape, seed, gain_in_output=True):
+def held_flow(rule, shape, seed):
     """W = loss + sum kappa_k / s K_k along the flow on a loss; what a step holds is held at the rule's values."""
     n, (rows, columns) = n_of(shape), (shape[0], n_of(shape) // shape[0])
     A, target = draws(4, rows, seed=seed), draws(4, columns, seed=seed + 1)
@@ -322,7 +322,8 @@ def held_flow(rule, shape, seed, gain_in_output=True):
     theta, state = draws(n, seed=seed + 2), some_state(rule, shape, seed=seed)
     friction, gain, kappas, divisor, _ = held(rule, slope(theta), state, shape)
     energies = {"relativistic": RelativisticEnergy(0.3), "spectral": SpectralEnergy()}
-    norms = 10 * frobenius_norm(state.p.unflatten(-1, (rows, columns)))
+    # bounds that the driven momenta keep
+    norms = 10 * frobenius_norm((state.p.abs() + (slope(theta) / divisor).abs()).unflatten(-1, (rows, columns)))
 
     def velocity_and_energy(k, p):
         kinetic = rule.kinetic[k]
@@ -336,8 +337,7 @@ def held_flow(rule, shape, seed, gain_in_output=True):
     def field(t, x):
         theta, p = x
         velocities = torch.stack([velocity_and_energy(k, p[k])[0] for k in range(rule.modes)])
-        output = (gain if gain_in_output else 1.0) * velocities
-        return (kappas * output).sum(0), -friction * p - gain * slope(theta) / divisor
+        return (kappas * gain * velocities).sum(0), -friction * p - gain * slope(theta) / divisor
 
     with torch.no_grad():
         solution = integrate(field, (theta, state.p), torch.linspace(0, 2, 21, dtype=f64), options={"step_size": 0.02})
@@ -354,14 +354,6 @@ def test_loss_plus_stored_energy_never_rises_along_the_held_flow(variant, seed):
     # rk4 at steps of .02 leaves errors of 1e-7 times the time scale of the flow, which falls by far more
     assert (W.diff() <= 0).all()
     assert W[0] - W[-1] > 1e-3
-
-
-def test_the_descent_needs_the_gain_in_the_output():
-    rises = [
-        held_flow(spectral("spectral", seed=seed), (3, 5), 10 * seed, gain_in_output=False).diff().max()
-        for seed in range(6)
-    ]
-    assert max(rises) > 1e-4
 
 
 # -------------------- scales

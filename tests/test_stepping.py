@@ -188,7 +188,7 @@ def test_padding_stays_zero():
     rule, params = port_hamiltonian(), parameters([(5,), (1030,)])
     optimizer = LearnedOptimizer(params, rule)
     follow(params, optimizer, gradients([p.shape for p in params], 5))
-    ((bucket, _, _),) = optimizer._placed
+    bucket = optimizer._placed[0].bucket
     for field in (*bucket.state.p, bucket.state.second_moment, bucket.theta):
         assert field[0, 5:].eq(0).all()
         assert field[2, 6:].eq(0).all()

@@ -464,8 +464,8 @@ def test_command_prints_tables_and_writes_a_file_and_a_figure(tmp_path, capsys):
     words += ["--untold", "--untrained", "--out", str(tmp_path)]
     assert main(words) == 0
     first = capsys.readouterr().out
-    names = ["AdamW, warm-up and cosine", "Prodigy, cosine", *(f"port-hamiltonian{x}" for x in ("", ", not told"))]
-    for name in (*names, "port-hamiltonian, untrained"):
+    rules = (f"port-hamiltonian-spectral{suffix}" for suffix in ("", ", not told", ", untrained"))
+    for name in ("AdamW, warm-up and cosine", "Prodigy, cosine", *rules):
         assert sum(line.startswith(f"{name}  ") for line in first.splitlines()) == 2, name
     assert "Adam, 1e-3" not in first
     assert (tmp_path / "suite.png").stat().st_size > 10_000

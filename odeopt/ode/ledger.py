@@ -125,7 +125,6 @@ def _along_cubics(
     x1: PhaseState,
     t0: float,
     t1: float,
-    at: Callable,
     effort: Callable,
     z: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -150,7 +149,6 @@ def _of_discrete_gradients(
     x1: PhaseState,
     t0: float,
     t1: float,
-    at: Callable,
     effort: Callable,
     z: Any,
 ) -> tuple[Tensor, Tensor]:

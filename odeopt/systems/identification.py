@@ -303,10 +303,12 @@ def energy_rises(
     with torch.no_grad():
         x0 = PhaseState(*model.encode(data.x[0]).chunk(2, dim=-1))
         solution = integrate(model.system, x0, t, method=method, options=options)
-        energy = model.system.energy(solution.states)
-    change, size = energy.diff(dim=0), energy.abs()
-    # of the energies and, three quarters of the digits, of what solves the equations of a step
-    rounding = torch.finfo(energy.dtype).eps ** 0.75 * torch.maximum(size[1:], size[:-1])
+        energy, gradient = model.system.energy(solution.states), model.system.energy_gradient(solution.states)
+    change, size = energy.diff(dim=0), torch.cat(solution.states, dim=-1).abs().amax(-1)
+    # of the energies, and of the equations of a step, which are solved to three quarters of the digits
+    eps, slope = torch.finfo(energy.dtype).eps, torch.cat(gradient, dim=-1).abs().sum(-1)
+    rounding = 16 * eps * energy.abs() + eps**0.75 * (1 + size) * slope
+    rounding = rounding[1:] + rounding[:-1]
     is_lost = ~energy[1:].isfinite()
     n = int(((change > rounding) | is_lost).sum())
     known = energy[energy.isfinite()]
