@@ -166,7 +166,8 @@ def test_gradients_of_times_are_those_of_the_solution(method, backend, step_size
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if method == "dopri8" else 1e-7)
 
 
-@pytest.mark.parametrize("method", ["midpoint", "bosh3", *STRUCTURE_METHODS])
+# methods of fixed steps: those that choose theirs interpolate their outputs, and a difference quotient sees the steps jump
+@pytest.mark.parametrize("method", ["midpoint", *STRUCTURE_METHODS])
 def test_gradients_of_times_reach_systems_across_knots(method):
     system = PortHamiltonianSystem(1, potential=lambda q: q.pow(4).sum(-1), dissipation=0.2).to(F64)
     x0 = PhaseState(torch.tensor([0.8], dtype=F64), torch.tensor([0.1], dtype=F64))
@@ -179,8 +180,7 @@ def test_gradients_of_times_reach_systems_across_knots(method):
         return states[1].sum() + 2 * states[2].sum()
 
     expected = torch.stack([(total(t + h * e) - total(t - h * e)) / (2 * h) for e in torch.eye(3, dtype=F64)])
-    # adaptive steps are held where they are, outputs interpolated between them
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 if method == "bosh3" else 1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_gradients_of_times_in_a_list_and_of_torch_func_arrive():
