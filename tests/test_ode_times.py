@@ -166,7 +166,7 @@ def test_gradients_of_times_are_those_of_the_solution(method, backend, step_size
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if method == "dopri8" else 1e-7)
 
 
-# methods of fixed steps: those that choose theirs interpolate their outputs, and a difference quotient sees the steps jump
+# methods of fixed steps: the others interpolate their outputs, and a difference quotient sees their steps jump
 @pytest.mark.parametrize("method", ["midpoint", *STRUCTURE_METHODS])
 def test_gradients_of_times_reach_systems_across_knots(method):
     system = PortHamiltonianSystem(1, potential=lambda q: q.pow(4).sum(-1), dissipation=0.2).to(F64)
