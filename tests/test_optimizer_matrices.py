@@ -325,23 +325,24 @@ def test_bfloat16_matrices_follow_float32(state_dtype):
         assert (b - draws(8, 6, seed=start).float()).abs().max() > 0.05
 
 
-def test_a_group_that_turns_out_to_be_a_table_is_stepped_so_from_then_on():
+@pytest.mark.parametrize("is_table", [False, True])
+def test_what_a_group_says_of_tables_counts_from_the_next_step_on(is_table):
     rule = spectral("spectral")
     param, twin = parameter(3, 4), parameter(3, 4)
-    optimizer, other = LearnedOptimizer([param], rule), LearnedOptimizer([twin], rule)
+    optimizer, other = (LearnedOptimizer([{"params": [x], "is_table": is_table}], rule) for x in (param, twin))
     step([param], optimizer, 2)
-    optimizer.param_groups[0]["is_table"] = True
+    optimizer.param_groups[0]["is_table"] = not is_table
     step([param], optimizer, 1, start=2)
     step([twin], other, 2)
-    tables = LearnedOptimizer([{"params": [twin], "is_table": True}], rule)
     saved = other.state_dict()
-    saved["param_groups"][0]["is_table"] = True
-    tables.load_state_dict(saved)
-    step([twin], tables, 1, start=2)
+    saved["param_groups"][0]["is_table"] = not is_table
+    other = LearnedOptimizer([twin], rule)
+    other.load_state_dict(saved)
+    step([twin], other, 1, start=2)
     assert torch.equal(param, twin)
-    optimizer.param_groups[0]["is_table"] = False
+    optimizer.param_groups[0]["is_table"] = is_table
     step([param], optimizer, 1, start=3)
-    step([twin], tables, 1, start=3)
+    step([twin], other, 1, start=3)
     assert not torch.equal(param, twin)
 
 

@@ -106,9 +106,12 @@ def test_step_of_a_matrix_is_the_closed_formula(variant, shape):
     grad, state = draws(n_of(shape), seed=4), some_state(rule, shape)
     update, after = rule(grad, state, shape=shape)
     friction, gain, kappas, divisor, lookahead = held(rule, grad, state, shape)
+    spectral_modes = [k for k, kinetic in enumerate(rule.kinetic) if kinetic == "spectral"]
     limit, decay = -gain * grad / divisor / friction, torch.exp(-friction)
     p = limit + decay * (state.p - limit)
     torch.testing.assert_close(after.p, p)
+    # one number per tensor: elementwise ones would leave the sign of the dissipated power open
+    assert all(torch.equal(x, x[:, :1].expand_as(x)) for x in (friction[spectral_modes], gain[spectral_modes]))
     wanted = 0.0
     for k, kinetic in enumerate(rule.kinetic):
         integral = (limit + (state.p - limit) * (1 - decay) / friction)[k]
