@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -108,27 +107,28 @@ class Recorder:
 
     def __call__(self, t: Tensor, x: State) -> Any:
         self.n_evals += 1
-        x = self._given(x)
-        parts = tensors_of(x) if self._is_watched else ()
-        if any(part.is_inference() for part in parts):  # which do not count who writes to them
-            parts, x = (), restore(self.x0, [part.clone() for part in x]) if isinstance(x, tuple) else x.clone()
-        versions = [part._version for part in parts]
+        x, parts, versions = self._given(x), (), []
+        if self._is_watched:
+            parts = tensors_of(x)
+            if parts[0].is_inference():  # such tensors do not count who writes to them
+                parts, x = (), restore(self.x0, [part.clone() for part in x]) if isinstance(x, tuple) else x.clone()
+            versions = [part._version for part in parts]
         now = t if self._origin is None else self._origin + t
-        now = now if self._clock is None else now.to(self._clock)
-        if self._check_leaves is not None:
-            now, x = (
-                now.detach(),
-                restore(self.x0, [part.detach() for part in x]) if isinstance(x, tuple) else x.detach(),
-            )
-        with nullcontext() if self._check_leaves is None else torch.enable_grad():
+        if self._clock is not None and now.dtype is not self._clock:
+            now = now.to(self._clock)
+        if self._check_leaves is None:
             dx = self._call_user(self.field, now, x)
+        else:
+            x = restore(self.x0, [part.detach() for part in x]) if isinstance(x, tuple) else x.detach()
+            with torch.enable_grad():
+                dx = self._call_user(self.field, now.detach(), x)
         if self.n_evals == 1:
             check_derivative(dx, self.x0)
         derivatives = tensors_of(dx)
         if self._check_leaves is not None:
             self._look_at_leaves(derivatives)
             derivatives = [d.detach() for d in derivatives]
-        if any(part._version != version for part, version in zip(parts, versions, strict=True)):
+        if versions != [part._version for part in parts]:
             raise_written()
         dx = self._answered(derivatives)
         self._last_dx = dx
@@ -149,12 +149,15 @@ class Recorder:
     def _given(self, x: State) -> State:
         """A state of the solver as the caller's."""
         if isinstance(x, Tensor):
-            return (x if self._has_axis else x.reshape(())).to(self._dtype)
+            x = x if self._has_axis else x.reshape(())
+            return x if x.dtype is self._dtype else x.to(self._dtype)
         return restore(self.x0, [part.to(self._dtype) for part in x])
 
     def _answered(self, derivatives: Sequence[Tensor]) -> State:
         """Derivatives in the dtype and shape of the solver's state, and in memory that nobody fills again."""
         is_copied = self.is_reusing_memory
+        if not is_copied and self._seen is None and self._has_axis and isinstance(self.x0, Tensor):  # the usual case
+            return derivatives[0] if derivatives[0].dtype is self._work else derivatives[0].to(self._work)
         if self._seen is not None:
             places = [d.untyped_storage()._cdata for d in derivatives if type(d) is Tensor and not d.is_sparse]
             is_copied = True
