@@ -366,13 +366,15 @@ class PortHamiltonianUpdate(StagedRule):
         return update, self._next_state(new_p, state.q, observation, state, shared)
 
     def _matrix_modulation(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Tensor]:
-        """Friction and gain of each mode of a matrix, shape ``(*batch, modes, n)``."""
-        u, log_ratio = observation.u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
+        """Friction and gain of each mode, ``(*batch, modes, n)``; ``(*batch, modes, 1)`` if all modes are spectral."""
         by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
-        friction, gain = self._modulation(state.p, u, log_ratio, by_kind)
-        is_spectral = self.is_spectral_mode.unsqueeze(-1)
-        friction = torch.where(is_spectral, 2 * torch.sigmoid(by_kind[self.n_gain]), friction)
-        return friction, torch.where(is_spectral, by_kind[0].exp(), gain)
+        held = 2 * torch.sigmoid(by_kind[self.n_gain]), by_kind[0].exp()
+        if not self._other_modes:
+            return held
+        u, log_ratio = observation.u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
+        modulated, is_spectral = self._modulation(state.p, u, log_ratio, by_kind), self.is_spectral_mode.unsqueeze(-1)
+        friction, gain = (torch.where(is_spectral, x, y) for x, y in zip(held, modulated, strict=True))
+        return friction, gain
 
     def _ahead(self, before: Tensor, after: Tensor, shared: Shared) -> Tensor:
         """Momenta at the lookahead point, on the line through the ends of the step."""
@@ -477,8 +479,8 @@ class PortHamiltonianUpdate(StagedRule):
         step, network, is_told = shared.step, self.coefficient_network, progress is not None
         times = [torch.tanh(step / self.time_scales.to(step.dtype))]
         if self.uses_progress:
-            known = torch.ones_like(step) if progress is not None else torch.zeros_like(step)
-            progress = known * (0.0 if progress is None else progress)
+            known = torch.ones_like(step) if is_told else torch.zeros_like(step)
+            progress = known * (progress if is_told else 0.0)
             # under a schedule of its own the rule sees the length of the run, from the second step on, not its place
             times += [known, _horizon(step, progress) if self.schedule == "power" else progress]
         out = network(torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)).to(
