@@ -1,10 +1,21 @@
 """LearnedOptimizer inside of torch.compile, FakeTensorMode and other devices, under schedulers, and by name."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from optimizer_toys import RULES, LeakySum, assert_same, loss_of, over_rules, parameter, small_model, train
+from optimizer_toys import (
+    RULES,
+    LeakySum,
+    assert_same,
+    loss_of,
+    over_rules,
+    parameter,
+    port_hamiltonian,
+    small_model,
+    train,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import lr_scheduler
@@ -12,6 +23,7 @@ from torch.optim import lr_scheduler
 from odeopt.artifacts import available_pretrained, load_pretrained
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, SGDUpdate
+from odeopt.rules.features import shape_features
 
 # -------------------- torch.compile
 
@@ -75,6 +87,14 @@ def test_fake_parameters_are_stepped_as_by_torch_optim(rule, device):
     # the rule itself keeps its numbers
     for kept, given in zip(optimizer.rule.parameters(), rule.parameters(), strict=True):
         assert torch.equal(kept, given)
+
+
+def test_nothing_kept_is_of_fake_tensors():
+    rule, shape = port_hamiltonian(), (11, 13)  # a shape that no other test has had features kept for
+    for mode in (FakeTensorMode, contextlib.nullcontext):
+        with mode():
+            features = shape_features(rule, shape, torch.float32, torch.device("cpu"))
+        assert isinstance(features, FakeTensor) == (mode is FakeTensorMode)
 
 
 def test_shipped_rules_are_loaded_with_their_numbers_under_fake_tensors():

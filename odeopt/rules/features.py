@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def log_sign(x: Tensor, factor: float = 10.0) -> Tensor:
@@ -131,7 +132,8 @@ def transferring_numbers(shape: tuple[int, ...], *, is_table: bool) -> tuple[flo
 def shape_features(rule, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Features of a shape under a rule, as a tensor."""
     numbers = rule.features(shape)
-    if torch.compiler.is_compiling():
+    # what is made under a mode may be of it: a fake tensor, kept, would reach the steps that come after
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return torch.tensor(numbers, dtype=dtype, device=device)
     return _kept_features(numbers, dtype, device)
 
