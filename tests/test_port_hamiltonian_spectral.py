@@ -457,6 +457,30 @@ def test_step_size_is_a_power_of_what_remains_of_the_run(variant, shape):
         torch.testing.assert_close(at(untrained, progress, shape), (1 - progress) ** 1.7 * start)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (6,)])
+def test_step_sizes_fall_with_the_length_of_the_run(shape):
+    options = {**VARIANTS["all"], "schedule": "power"}
+    plain, rule = (PortHamiltonianUpdate(**options, horizon_power=power).double() for power in (0.0, 0.4))
+
+    def ratio(step, progress):
+        state = some_state(plain, shape)
+        state = state._replace(step=torch.full_like(state.step, step - 1.0))
+        progress = None if progress is None else torch.tensor(progress, dtype=f64)
+        updates = [r(draws(n_of(shape), seed=9), state, shape=shape, progress=progress)[0] for r in (rule, plain)]
+        quotient = updates[0] / updates[1]
+        torch.testing.assert_close(quotient, quotient[:1].expand_as(quotient))
+        return quotient[0].item()
+
+    for step, length in [(2, 100), (51, 100), (2, 500), (400, 500), (3001, 10_000)]:
+        assert ratio(step, (step - 1) / length) == pytest.approx((length / 500) ** -0.4)
+    assert ratio(1, 0.0) == 1.0  # nothing tells the length yet
+    assert ratio(2, 0.5) == pytest.approx((30 / 500) ** -0.4)  # a late start: bounded
+    # not told, a run counts as long as it has been
+    for step in (1, 50, 100):
+        assert ratio(step, None) == pytest.approx(0.2**-0.4)
+    assert ratio(4000, None) == pytest.approx(8**-0.4)
+
+
 @pytest.mark.parametrize("variant", ["all", "output"])
 def test_a_run_that_is_over_stands_still(variant):
     param = nn.Parameter(draws(3, 5))
@@ -531,6 +555,8 @@ def test_default_configuration_is_that_of_older_files():
         ({"kinetic": "relativistic", "speed_limit": 0}, "`speed_limit` should be a positive number. Found .* = 0`"),
         # options without effect
         ({"kinetic": "spectral", "speed_limit": 2.0}, "`speed_limit` should be 1.0 where no mode is relativistic"),
+        ({"horizon_power": 0.4}, "`horizon_power` should be 0.0 where `schedule = 'none'`. Found .* = 0.4`"),
+        ({"schedule": "power", "horizon_power": -1}, "`horizon_power` should be a non-negative number"),
         ({"initial_decay": 0.1}, "`initial_decay` should be 0.0 where no energy is spectral. Found .* = 0.1`"),
         ({"matrix_scale": "muon"}, "`matrix_scale` should be 'transfer' where no energy is spectral"),
         ({"output": "spectral", "initial_lookahead": 2.0}, "`initial_lookahead` should be 1.0 where `output = "),

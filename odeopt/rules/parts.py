@@ -179,7 +179,7 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
     for name in ("speed_limit", "initial_matrix_kappa", "initial_lookahead"):
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
-    for name in ("initial_coherence", "initial_decay"):
+    for name in ("initial_coherence", "initial_decay", "horizon_power"):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
     is_closed = given["solver"] in LINEAR_METHODS and not depends_on_q and given["backend"] != "torchdiffeq"
@@ -194,6 +194,8 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         unused |= dict.fromkeys(_OF_MATRICES, "no energy is spectral")
     elif given["output"] == "spectral":
         unused |= dict.fromkeys(("initial_lookahead", "initial_coherence"), "`output = 'spectral'`")
+    if given["schedule"] == "none":
+        unused["horizon_power"] = "`schedule = 'none'`"
     for name, reason in unused.items():
         check(name, given[name] == defaults[name], f"{defaults[name]!r} where {reason}")
     if given["coordinatewise"]:

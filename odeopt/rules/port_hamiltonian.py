@@ -39,6 +39,7 @@ _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor'
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
 _START_GAIN = 0.35
+_REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
 _MEMORY_WARMUP = 10  # steps after which the memory moves in logarithmic time
 
 
@@ -154,6 +155,9 @@ class PortHamiltonianUpdate(StagedRule):
         schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
             ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
             the run in place of the progress. ``"none"`` leaves the schedule to the network.
+        horizon_power: With ``schedule="power"``, how fast step sizes fall with the length of the run: those of T steps
+            are :math:`(T / 500)^{-\text{power}}` times as large, from the second step on. Where the length is not told
+            it counts as the number of steps so far, at least 100.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -197,6 +201,7 @@ class PortHamiltonianUpdate(StagedRule):
         initial_coherence: float = 0.0,
         initial_decay: float = 0.0,
         schedule: str = "none",
+        horizon_power: float = 0.0,
     ) -> None:
         config = {
             "modes": modes,
@@ -225,6 +230,7 @@ class PortHamiltonianUpdate(StagedRule):
             "initial_coherence": initial_coherence,
             "initial_decay": initial_decay,
             "schedule": schedule,
+            "horizon_power": horizon_power,
         }
         starts = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
         check_arguments(config | options | {"normalization": normalization, "ratio_floor": ratio_floor}, starts)
@@ -238,7 +244,7 @@ class PortHamiltonianUpdate(StagedRule):
         self.memory, self.normalization = memory, normalization
         self.ratio_floor = ratio_floor
         self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
-        self.output, self.schedule = output, schedule
+        self.output, self.schedule, self.horizon_power = output, schedule, horizon_power
         self.matrix_normalization, self.matrix_scale = matrix_normalization, matrix_scale
         self.initial_matrix_kappa, self.initial_lookahead = initial_matrix_kappa, initial_lookahead
         self.initial_coherence, self.initial_decay = initial_coherence, initial_decay
@@ -482,7 +488,7 @@ class PortHamiltonianUpdate(StagedRule):
             known = torch.ones_like(step) if is_told else torch.zeros_like(step)
             progress = known * (progress if is_told else 0.0)
             # under a schedule of its own the rule sees the length of the run, from the second step on, not its place
-            times += [known, _horizon(step, progress) if self.schedule == "power" else progress]
+            times += [known, _horizon_signal(step, progress) if self.schedule == "power" else progress]
         out = network(torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)).to(
             step.dtype
         )
@@ -501,6 +507,8 @@ class PortHamiltonianUpdate(StagedRule):
                 # the last step has some of the run before it, so what remains is zero only beyond the end
                 remaining = ((1 - progress).clamp(min=1e-6).log() * log_exponent.exp()).exp()
         scheduled = 1.0 if remaining is None else remaining
+        if self.horizon_power > 0:
+            scheduled = scheduled * self._horizon_factor(step, progress if is_told else None)
         shared = shared._replace(
             per_mode=per_mode, kappa=start * log_kappa.exp() * scheduled, memory=memory, log_rms=log_rms
         )
@@ -515,6 +523,12 @@ class PortHamiltonianUpdate(StagedRule):
             matrix_decay=self.initial_decay * log_decay.exp(),
             coherence=self.initial_coherence * log_coherence.exp(),
         )
+
+    def _horizon_factor(self, step: Tensor, progress: Tensor | None) -> Tensor:
+        """What the length of the run does to its step sizes."""
+        steps = step.clamp(min=_ANYTIME) if progress is None else _horizon(step, progress)
+        # a tensor that got its first gradient in the midst of a run takes it for a shorter one, which is bounded
+        return (steps.clamp(min=_SHORTEST) / _REFERENCE).pow(-self.horizon_power).nan_to_num(1.0)
 
     def advance(self, grad, state, shared):
         return self._advance(self.observe(grad, state, shared), state, shared)
@@ -695,10 +709,13 @@ def _coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
 
 
 def _horizon(step: Tensor, progress: Tensor) -> Tensor:
-    """Bounded signal of the length of the run, in steps; zero at 100, and while it is not known."""
-    is_known = progress > 0
-    steps = (step - 1).clamp(min=1) / torch.where(is_known, progress, 1.0)
-    return torch.where(is_known, torch.tanh((steps / 100).log() / 4), 0.0)
+    """Length of the run, in steps; not a number before the second one, when nothing tells it yet."""
+    return (step - 1).clamp(min=1) / torch.where(progress > 0, progress, math.nan)
+
+
+def _horizon_signal(step: Tensor, progress: Tensor) -> Tensor:
+    """Bounded signal of the length of the run; zero at 100 steps, and while it is not known."""
+    return torch.tanh((_horizon(step, progress) / 100).log() / 4).nan_to_num(0.0)
 
 
 def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:
