@@ -477,8 +477,8 @@ def test_step_sizes_fall_with_the_length_of_the_run(shape):
     assert ratio(2, 0.5) == pytest.approx((30 / 500) ** -0.4)  # a late start: bounded
     # not told, a run counts as long as it has been
     for step in (1, 50, 100):
-        assert ratio(step, None) == pytest.approx(0.2**-0.4)
-    assert ratio(4000, None) == pytest.approx(8**-0.4)
+        assert ratio(step, None) == pytest.approx(0.5 * 0.2**-0.4)
+    assert ratio(4000, None) == pytest.approx(0.5 * 8**-0.4)
 
 
 @pytest.mark.parametrize("variant", ["all", "output"])

@@ -157,7 +157,8 @@ class PortHamiltonianUpdate(StagedRule):
             the run in place of the progress. ``"none"`` leaves the schedule to the network.
         horizon_power: With ``schedule="power"``, how fast step sizes fall with the length of the run: those of T steps
             are :math:`(T / 500)^{-\text{power}}` times as large, from the second step on. Where the length is not told
-            it counts as the number of steps so far, at least 100.
+            it counts as the number of steps so far, at least 100, and step sizes are half as large: the mean of what
+            falls linearly to zero.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -526,9 +527,11 @@ class PortHamiltonianUpdate(StagedRule):
 
     def _horizon_factor(self, step: Tensor, progress: Tensor | None) -> Tensor:
         """What the length of the run does to its step sizes."""
-        steps = step.clamp(min=_ANYTIME) if progress is None else _horizon(step, progress)
+        if progress is None:
+            return 0.5 * (step.clamp(min=_ANYTIME) / _REFERENCE).pow(-self.horizon_power)
         # a tensor that got its first gradient in the midst of a run takes it for a shorter one, which is bounded
-        return (steps.clamp(min=_SHORTEST) / _REFERENCE).pow(-self.horizon_power).nan_to_num(1.0)
+        steps = _horizon(step, progress).clamp(min=_SHORTEST)
+        return (steps / _REFERENCE).pow(-self.horizon_power).nan_to_num(1.0)
 
     def advance(self, grad, state, shared):
         return self._advance(self.observe(grad, state, shared), state, shared)
