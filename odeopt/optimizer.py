@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.artifacts import digest, find_pretrained
-from odeopt.checks import require
+from odeopt.checks import is_number, require
 from odeopt.rules.base import UpdateRule, has_values
+from odeopt.stepping import averages
 from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.checks import check_options, check_sharding, is_supported, warn_caller
 from odeopt.stepping.copies import copied, copy_beside, frozen_copy
@@ -96,6 +97,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
             A number given as ``lr`` is frozen into the graph; a tensor is not.
+        averaging: Power r of an average of the weights over the run, :math:`\bar\theta_t \propto \sum_{s \le t} s^r
+            \theta_s` (about; see the reference), in place of a schedule where the length of the run is not known: 8 is
+            a good value. :meth:`eval` puts the averages into the parameters, :meth:`train` the weights back. None
+            keeps none. Statistics of BatchNorm belong to the weights: refresh them by
+            :func:`torch.optim.swa_utils.update_bn` after :meth:`eval`.
 
     Raises:
         TypeError: If ``rule`` is neither a name nor an instance of :class:`odeopt.rules.base.UpdateRule`.
@@ -104,6 +110,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
+        Shamir, Zhang (2013), Stochastic gradient descent for non-smooth optimization, Sec. 4: polynomial-decay
+        averaging.
 
     Example:
         >>> optimizer = LearnedOptimizer(model.named_parameters())
@@ -122,6 +130,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         compile: bool | str = "auto",
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
+        averaging: float | None = None,
     ) -> None:
         if isinstance(rule, str):
             rule = find_pretrained(rule, "rule")
@@ -135,8 +144,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
         require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
+        is_power = averaging is None or (is_number(averaging) and averaging >= 0)
+        require(is_power, "averaging", averaging, "a non-negative number or None")
         self.rule = frozen_copy(rule)
-        self.compile, self.state_dtype, self.capturable = compile, state_dtype, capturable
+        self.compile, self.state_dtype, self.capturable, self.averaging = compile, state_dtype, capturable, averaging
         self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
         self._warned: set[str] = set()
         self._forget_buckets()
@@ -172,7 +183,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: If a gradient is sparse or complex, a learning rate out of range, or a state that was put into
                 :attr:`state` not the rule's; nothing has moved then.
+            RuntimeError: If the parameters hold averages (:meth:`eval`).
         """
+        if averages.are_shown(self.state):
+            raise RuntimeError("The parameters hold the averaged weights: call `optimizer.train()` before a step.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -197,9 +211,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     "A scheduler cycles `momentum`, which the rule does not have: only `lr` follows the schedule. "
                     "`cycle_momentum=False` does the same without a warning.",
                 )
+            if self.averaging is not None:
+                weight = (self.averaging + 1) / (group["n_steps"] + self.averaging)
+                averages.follow(filter(self._is_placed.__contains__, group["params"]), self.state, weight)
         if may_warn:
             self._fetch_skipped(is_on_host=True)
         return loss
+
+    def eval(self) -> None:
+        """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
+        averages.show(self.state)
+
+    def train(self) -> None:
+        """Put the weights that are trained back into the parameters."""
+        averages.hide(self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, also in the middle of a run.
@@ -302,7 +327,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
         state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of what lies side by side
-        names = ("rule", "compile", "state_dtype", "capturable")
+        names = ("rule", "compile", "state_dtype", "capturable", "averaging")
         return super().__getstate__() | {"state": state} | {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ REFERENCE = "adamw"
 _WARM_UP = 0.05  # part of the run
 _DECAY = 0.01
 _LR_BESIDE_MUON = 3e-3
+_AVERAGING = 8  # power of the averages of rules that are not told the number of steps
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,19 @@ def learned(rule: UpdateRule, name: str, *, is_told: bool = True) -> Contender:
     Args:
         rule: The rule.
         name: Its name.
-        is_told: Whether it is told the number of steps.
+        is_told: Whether it is told the number of steps. Where not, its weights are averaged, as those of Schedule-Free.
 
     Returns:
         The contender; a rule that is not told has "not told" behind its name.
     """
+    averaging = None if is_told else _AVERAGING
 
     def make(model: nn.Module, n_steps: int, lr: float) -> LearnedOptimizer:
-        return LearnedOptimizer(param_groups(model), rule, lr=lr, total_steps=n_steps if is_told else None)
+        total_steps = n_steps if is_told else None
+        return LearnedOptimizer(param_groups(model), rule, lr=lr, total_steps=total_steps, averaging=averaging)
 
     name = name if is_told else f"{name}, not told"
-    settings = {"rule": fingerprint(rule), "is_told": is_told, "library_version": __version__}
+    settings = {"rule": fingerprint(rule), "is_told": is_told, "averaging": averaging, "library_version": __version__}
     return Contender(name, name, make, (1.0,), settings, is_learned=True)
 
 

@@ -103,8 +103,9 @@ def smoothed(losses: Tensor) -> Tensor:
 
 
 def _set_mode(optimizer: Steps, mode: str) -> bool:
-    """Call ``optimizer.train()`` or ``optimizer.eval()`` where there is one."""
-    method = getattr(optimizer, mode, None)
+    """Call ``optimizer.train()`` or ``optimizer.eval()`` where there is one, and averages of the weights to show."""
+    has_averages = getattr(optimizer, "averaging", True) is not None
+    method = getattr(optimizer, mode, None) if has_averages else None
     if method is not None:
         method()
     return method is not None

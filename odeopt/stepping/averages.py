@@ -1,0 +1,52 @@
+"""Averages of the weights over a run, kept beside the rule's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odeopt.rules.base import state_dtype
+
+_AVERAGE, _WEIGHTS = "average", "weights"  # names in the state of a parameter
+
+
+def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], weight: float | Tensor) -> None:
+    """Move the average of each parameter towards its present weights; it begins with the first that it sees.
+
+    Args:
+        params: Parameters that have been stepped at least once.
+        state: Their states, in which the averages are kept, in float32 or better.
+        weight: Part of the way that the averages move.
+    """
+    for param in params:
+        held, dtype = state[param], state_dtype(param.dtype)
+        if _AVERAGE not in held:
+            held[_AVERAGE] = param.detach().to(dtype, copy=True)
+        else:
+            weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+            held[_AVERAGE].lerp_(param.detach().to(dtype), weight)
+
+
+def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Put the averages into the parameters, and keep the weights; parameters that show theirs stay so."""
+    with torch.no_grad():
+        for param, held in state.items():
+            if _AVERAGE in held and _WEIGHTS not in held:
+                held[_WEIGHTS] = param.detach().clone()
+                param.copy_(held[_AVERAGE])
+
+
+def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Put the weights back into the parameters that show averages."""
+    with torch.no_grad():
+        for param, held in state.items():
+            if _WEIGHTS in held:
+                param.copy_(held.pop(_WEIGHTS))
+
+
+def are_shown(state: Mapping[Tensor, dict[str, Any]]) -> bool:
+    """Whether any parameter shows its average."""
+    return any(_WEIGHTS in held for held in state.values())

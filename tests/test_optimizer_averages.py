@@ -1,0 +1,167 @@
+"""LearnedOptimizer keeps averages of the weights, shows them on request, and loses neither."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from optimizer_toys import DTYPES, assert_same, loss_of, parameter, small_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.swa_utils import AveragedModel
+
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.rules import AdamUpdate
+
+POWER = 3
+
+
+def averaging(model, **options):
+    return LearnedOptimizer(model.parameters(), AdamUpdate(0.1), averaging=POWER, **options)
+
+
+def step(model, optimizer, number):
+    optimizer.zero_grad()
+    loss_of(model, number).backward()
+    optimizer.step()
+
+
+def run(n_steps, dtype=torch.float32):
+    model = small_model(dtype)
+    optimizer = averaging(model)
+    for number in range(n_steps):
+        step(model, optimizer, number)
+    return model, optimizer
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_averages_are_those_of_torch_with_weights_that_rise_with_the_power(dtype):
+    model = small_model(dtype)
+    optimizer = averaging(model)
+
+    def fold(average, now, n):
+        return average + (now - average) * (POWER + 1) / (n + 1 + POWER)
+
+    reference = AveragedModel(small_model(torch.float64), avg_fn=fold)
+    for number in range(12):
+        step(model, optimizer, number)
+        reference.update_parameters(copy.deepcopy(model).double())
+    trained = values(model)
+    optimizer.eval()
+    for found, wanted, other in zip(values(model), reference.parameters(), trained, strict=True):
+        torch.testing.assert_close(found, wanted.to(dtype))
+        assert not torch.equal(found, other)
+    optimizer.train()
+    assert all(map(torch.equal, values(model), trained))
+
+
+def test_sums_are_of_powers_of_the_step():
+    """With r = 1 the weights are proportional to t: 1 x 1, 2 x 2, 3 x 3, ..."""
+    param = parameter([0.0], [1.0], torch.float64)
+    optimizer = LearnedOptimizer([param], AdamUpdate(0.1), averaging=1)
+    seen = []
+    for _ in range(5):
+        optimizer.step()
+        seen.append(param.item())
+    optimizer.eval()
+    assert param.item() == pytest.approx(sum(t * x for t, x in enumerate(seen, 1)) / 15)
+
+
+def test_modes_may_be_asked_for_again_and_again():
+    model, optimizer = run(4)
+    trained = values(model)
+    for _ in range(2):
+        optimizer.eval()
+        shown = values(model)
+        optimizer.eval()
+        assert all(map(torch.equal, values(model), shown))
+        optimizer.train()
+        optimizer.train()
+        assert all(map(torch.equal, values(model), trained))
+
+
+def test_showing_changes_nothing_of_the_run():
+    wanted, _ = run(6)
+    model, optimizer = run(3)
+    for number in range(3, 6):
+        optimizer.eval()
+        optimizer.train()
+        step(model, optimizer, number)
+    assert_same(model, wanted)
+
+
+def test_step_on_averages_is_refused_and_moves_nothing():
+    model, optimizer = run(2)
+    optimizer.eval()
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"hold the averaged weights: call `optimizer.train\(\)`"):
+        optimizer.step()
+    assert all(map(torch.equal, values(model), before))
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+def test_run_continues_bit_for_bit(how, shown):
+    wanted, at_end = run(8)
+    model, optimizer = run(4)
+    if shown:
+        optimizer.eval()
+    if how == "state_dict":
+        fresh = small_model()
+        fresh.load_state_dict(model.state_dict())
+        other = averaging(fresh)
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        both = (model, optimizer)
+        fresh, other = pickle.loads(pickle.dumps(both)) if how == "pickle" else copy.deepcopy(both)
+    other.train()
+    for number in range(4, 8):
+        step(fresh, other, number)
+    assert_same(fresh, wanted)
+    at_end.eval()
+    other.eval()
+    assert_same(fresh, wanted)
+
+
+def test_parameter_that_begins_late_is_averaged_from_then_on():
+    first, late = parameter([1.0], [1.0]), parameter([5.0], [1.0])
+    late.grad = None
+    optimizer = LearnedOptimizer([first, late], AdamUpdate(0.1), averaging=POWER)
+    optimizer.step()
+    late.grad = torch.ones(1)
+    optimizer.step()
+    moved = late.item()
+    optimizer.eval()
+    assert late.item() == moved
+
+
+def test_nothing_is_averaged_unless_asked_for():
+    model = small_model()
+    optimizer = LearnedOptimizer(model.parameters(), AdamUpdate(0.1))
+    step(model, optimizer, 0)
+    before = values(model)
+    optimizer.eval()
+    assert all(map(torch.equal, values(model), before))
+    step(model, optimizer, 1)  # nothing is shown, so that nothing is refused
+    assert not any("average" in held for held in optimizer.state.values())
+
+
+def test_fake_tensors_are_averaged():
+    with FakeTensorMode():
+        model = nn.Linear(3, 2)
+        optimizer = averaging(model)
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        optimizer.eval()
+        optimizer.train()
+
+
+@pytest.mark.parametrize("bad", [-1, float("nan"), True, "8"])
+def test_powers_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=r"`averaging` should be a non-negative number or None. Found `averaging = "):
+        LearnedOptimizer([parameter([1.0], [1.0])], averaging=bad)
