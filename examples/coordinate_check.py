@@ -29,14 +29,14 @@ OPTIMIZERS = {
     "untrained rule": lambda model: odeopt.LearnedOptimizer(odeopt.param_groups(model), _untrained()),
     "Adam(1e-3)": lambda model: torch.optim.Adam(model.parameters()),
 }
-_N_INPUTS, _N_OUTPUTS, _BATCH, _N_SEEDS = 64, 10, 64, 3
+_N_INPUTS, _N_OUTPUTS, _BATCH = 64, 10, 64
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and draw the figure."""
     args = parse(argv)
     changes = {
-        name: torch.stack([mean_changes(make, width, args.steps) for width in args.widths])
+        name: torch.stack([mean_changes(make, width, args) for width in args.widths])
         for name, make in OPTIMIZERS.items()
     }
     rows = [
@@ -54,12 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Figure: {plot(args.widths, args.steps, changes, args.out / 'coordinate_check.png')}")
 
 
-def mean_changes(make_optimizer, width: int, at_steps: list[int]) -> Tensor:
+def mean_changes(make_optimizer, width: int, args: argparse.Namespace) -> Tensor:
     """Geometric mean over seeds of :func:`changes`."""
-    return torch.stack([changes(make_optimizer, width, at_steps, seed).log() for seed in range(_N_SEEDS)]).mean(0).exp()
+    runs = [changes(make_optimizer, width, args.steps, seed, args.device) for seed in range(args.runs)]
+    return torch.stack(runs).log().mean(0).exp()
 
 
-def changes(make_optimizer, width: int, at_steps: list[int], seed: int) -> Tensor:
+def changes(make_optimizer, width: int, at_steps: list[int], seed: int, device: torch.device) -> Tensor:
     """Train a perceptron on noisy labels of Gaussian inputs; return the rms change of each layer's output.
 
     Args:
@@ -67,9 +68,10 @@ def changes(make_optimizer, width: int, at_steps: list[int], seed: int) -> Tenso
         width: Of both hidden layers.
         at_steps: Numbers of steps, rising, after which to measure.
         seed: Of network and data.
+        device: Where to train.
 
     Returns:
-        Changes on the first batch against the start, float32, shape ``(len(at_steps), n_layers)``.
+        Changes on a batch against the start, on the CPU, float32, shape ``(len(at_steps), n_layers)``.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = (_N_INPUTS, width, width, _N_OUTPUTS)
@@ -78,18 +80,19 @@ def changes(make_optimizer, width: int, at_steps: list[int], seed: int) -> Tenso
         torch.manual_seed(seed)
         for k, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
             model.extend([nn.ReLU()] * (k > 0) + [nn.Linear(n_in, n_out)])
-    probe = torch.randn(_BATCH, _N_INPUTS, generator=generator)
-    teacher = torch.randn(_N_INPUTS, _N_OUTPUTS, generator=generator) / math.sqrt(_N_INPUTS)
+    model.to(device)
+    probe = torch.randn(_BATCH, _N_INPUTS, generator=generator).to(device)
+    teacher = torch.randn(_N_INPUTS, _N_OUTPUTS, generator=generator).to(device) / math.sqrt(_N_INPUTS)
     begun, optimizer, found = outputs(copy.deepcopy(model), probe), make_optimizer(model), []
     for step in range(1, at_steps[-1] + 1):
-        x = torch.randn(_BATCH, _N_INPUTS, generator=generator)
+        x = torch.randn(_BATCH, _N_INPUTS, generator=generator).to(device)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), (x @ teacher).argmax(1)).backward()
         optimizer.step()
         if step in at_steps:
             now = outputs(model, probe)
             found.append(torch.stack([(a - b).square().mean().sqrt() for a, b in zip(now, begun, strict=True)]))
-    return torch.stack(found)
+    return torch.stack(found).cpu()
 
 
 @torch.no_grad()
@@ -122,9 +125,12 @@ def plot(widths: list[int], steps: list[int], changes: dict[str, Tensor], path: 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=arguments.positive, default=[32, 64, 128, 256, 512, 1024])
+    parser.add_argument("--widths", nargs="+", type=arguments.positive, default=[32, 64, 128, 256, 512, 1024],
+                        help="widths of the hidden layers (default: 32 64 128 256 512 1024)")  # fmt: skip
     parser.add_argument("--steps", nargs="+", type=arguments.positive, default=[1, 10, 100],
                         help="when to measure, rising (default: 1 10 100)")  # fmt: skip
+    parser.add_argument("--runs", type=arguments.positive, default=3, help="seeds (default: %(default)s)")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--out", type=arguments.folder, default="runs/coordinate-check", help="folder of "
                         "coordinate_check.json and coordinate_check.png (default: %(default)s)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown (default: as text)")

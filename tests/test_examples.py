@@ -22,7 +22,7 @@ from odeopt.meta.validation import validation_score
 FOLDER = Path(__file__).parents[1] / "examples"
 TINY = {
     "ablation": ["--quick", "--steps", "1", "--horizon", "2", "--runs", "2", "--rows", "one mode"],
-    "coordinate_check": ["--widths", "8", "16", "--steps", "1", "2"],
+    "coordinate_check": ["--widths", "8", "16", "--steps", "1", "2", "--runs", "2"],
     "estimators": ["--steps", "2", "--runs", "2"],
     "generalisation": ["--quick", "--runs", "2", "--tuning-runs", "1", "--steps", "60"],
     "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1"],
