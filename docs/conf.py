@@ -1,0 +1,28 @@
+"""Settings of Sphinx; build with ``sphinx-build -W docs docs/build``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tables
+
+import odeopt
+
+project, author, version = "odeopt", "the authors of odeopt", odeopt.__version__
+project_copyright = author
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+exclude_patterns = ["build"]
+
+html_theme = "furo"
+html_title = f"odeopt {version}"
+html_copy_source = False
+
+myst_enable_extensions = ["dollarmath", "substitution"]
+myst_heading_anchors = 3
+myst_substitutions = {name: make() for name, make in tables.TABLES.items()}
+
+autodoc_default_options = {"show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the signatures show them
+napoleon_use_ivar = True  # attributes of tuples and dataclasses are documented once
