@@ -26,3 +26,19 @@ autodoc_default_options = {"show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures show them
 napoleon_use_ivar = True  # attributes of tuples and dataclasses are documented once
+
+
+def list_references(app, what, name, obj, options, lines):
+    """Make a list of the references of a docstring, which has them line by line."""
+    if "References:" in lines:
+        start = lines.index("References:") + 1
+        for i, line in enumerate(lines[start:], start):
+            if line and not line.startswith(" "):
+                break
+            if line and not line.startswith("     "):
+                lines[i] = f"    - {line.strip()}"
+
+
+def setup(app):
+    """Take part in the reading of docstrings, before their sections are understood."""
+    app.connect("autodoc-process-docstring", list_references, priority=100)

@@ -204,9 +204,9 @@ def suite() -> str:
 
 
 def suite_in_full() -> str:
-    """All that the suite's runs came to."""
+    """The same, and all else that the suite's runs came to."""
     found = read_suite()
-    return NO_SUITE if found is None else found.table(markdown=True)
+    return NO_SUITE if found is None else f"{suite()}\n\nAll numbers:\n\n{found.table(markdown=True)}"
 
 
 def with_suite(readme: str) -> str:
@@ -234,8 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
-    "suite": suite,
-    "suite_in_full": suite_in_full,
+    "suite": suite_in_full,
 }
 
 if __name__ == "__main__":

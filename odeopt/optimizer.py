@@ -106,8 +106,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
 
     Example:
-        >>> optimizer = LearnedOptimizer(model.named_parameters())
-        >>> loss(model).backward(); optimizer.step(); optimizer.zero_grad()
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = LearnedOptimizer(model.parameters(), total_steps=100)
+        >>> model(torch.ones(8, 3)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
     """
 
     def __init__(
