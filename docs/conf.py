@@ -17,6 +17,7 @@ exclude_patterns = ["build"]
 html_theme = "furo"
 html_title = f"odeopt {version}"
 html_copy_source = False
+html_static_path, html_css_files = ["static"], ["wide.css"]
 
 myst_enable_extensions = ["dollarmath", "substitution"]
 myst_heading_anchors = 3
