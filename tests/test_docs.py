@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import operator
+import pkgutil
 import re
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import odeopt
 from odeopt.rules import SGDUpdate
 from odeopt.suite import evaluate_suite, learned, make_problem
 from odeopt.suite.opponents import OPPONENTS
@@ -114,6 +116,13 @@ def test_readme_is_a_front_page():
 def test_commands_of_a_page_name_files_that_there_are(page):
     for path in re.findall(r"(?:python|nproc-per-node \d) ((?:examples|docs)/[\w/]+\.py)", PAGES[page]):
         assert (ROOT / path).is_file(), path
+
+
+def test_every_package_has_its_page_of_the_api():
+    packages = {module.name for module in pkgutil.iter_modules(odeopt.__path__) if module.ispkg}
+    public = {name for name in packages if getattr(importlib.import_module(f"odeopt.{name}"), "__all__", ())}
+    assert "rules" in public
+    assert public <= {name for page in PAGES for name in re.findall(r"automodule:: odeopt\.(\w+)\n", PAGES[page])}
 
 
 # --------------------------------------------------------------------------------------- tables
