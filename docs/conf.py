@@ -25,6 +25,7 @@ myst_substitutions = {name: make() for name, make in tables.TABLES.items()}
 
 autodoc_default_options = {"show-inheritance": True}
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # what a class does like its base is documented there
 autodoc_typehints = "none"  # the signatures show them
 napoleon_use_ivar = True  # attributes of tuples and dataclasses are documented once
 
@@ -40,6 +41,12 @@ def list_references(app, what, name, obj, options, lines):
                 lines[i] = f"    - {line.strip()}"
 
 
+def skip_fields(app, what, name, obj, skip, options):
+    """Leave out the fields of named tuples, which the docstring of the class explains."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app):
     """Take part in the reading of docstrings, before their sections are understood."""
     app.connect("autodoc-process-docstring", list_references, priority=100)
+    app.connect("autodoc-skip-member", skip_fields)
