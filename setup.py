@@ -13,6 +13,7 @@ version = next(
 
 search_requires = ["optuna>=4.0"]
 opponents_requires = ["schedulefree>=1.4", "prodigyopt>=1.1.2"]
+docs_requires = ["sphinx>=8.1", "myst-parser>=4.0.1", "furo>=2024.8.6"]
 
 setup(
     name="odeopt",
@@ -41,6 +42,7 @@ setup(
     extras_require={
         "search": search_requires,
         "opponents": opponents_requires,
+        "docs": docs_requires,
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",

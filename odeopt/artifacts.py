@@ -176,7 +176,9 @@ def load_pretrained(name: str) -> UpdateRule:
         ValueError: If there is no rule of that name.
 
     Example:
-        >>> optimizer = odeopt.LearnedOptimizer(model.parameters(), odeopt.load_pretrained("lstm"))
+        >>> rule = load_pretrained("lstm")
+        >>> rule.trained_for["horizon"]
+        100
     """
     return find_pretrained(name, "name")
 

@@ -114,8 +114,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         averaging.
 
     Example:
-        >>> optimizer = LearnedOptimizer(model.named_parameters())
-        >>> loss(model).backward(); optimizer.step(); optimizer.zero_grad()
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = LearnedOptimizer(model.parameters(), total_steps=100)
+        >>> model(torch.ones(8, 3)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
     """
 
     def __init__(

@@ -101,11 +101,13 @@ class Mixture:
         ValueError: If an argument is out of range.
 
     Example:
+        >>> from odeopt.tasks import MLPClassification, RandomQuadratic
         >>> mixture = Mixture([
         ...     Family(RandomQuadratic, choices={"dim": [5, 10, 20]}),
         ...     Family(MLPClassification, {"dataset": "digits"}, {"activation": ["tanh", "relu"]}),
         ... ])
-        >>> mixture.draw(0, seed=0).task
+        >>> mixture.draw(0, seed=0).horizon
+        218
     """
 
     def __init__(

@@ -24,7 +24,10 @@ class ScaledTask(Task):
         ValueError: If a factor is not a positive number.
 
     Example:
-        >>> task = ScaledTask(MLPClassification("digits"), loss_scale=1e3)
+        >>> from odeopt.tasks import RandomQuadratic
+        >>> task = ScaledTask(RandomQuadratic(dim=5), loss_scale=1e3, init_scale=0.1)
+        >>> task.init_params(torch.arange(4), seed=0)["theta"].shape
+        torch.Size([4, 5])
     """
 
     def __init__(self, task: Task, *, loss_scale: float = 1.0, init_scale: float = 1.0) -> None:

@@ -1,0 +1,249 @@
+"""Tables of the documentation, from the numbers in ``figs/``; each takes the place of its name in a page.
+
+``python docs/tables.py`` writes the table of README.md anew, from ``figs/suite.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from odeopt.generalisation import read_columns, summary_tables
+from odeopt.matrix import ratio_interval, ratio_text
+from odeopt.ode import SolverComparison
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.suite import Contender, Suite
+from odeopt.suite.evaluate import TUNING_SEED, steps_of
+from odeopt.suite.opponents import OPPONENTS, REFERENCE
+from odeopt.suite.report import Outcome
+from odeopt.tables import draw_table
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGS = ROOT / "figs"
+MARKS = "<!-- table of figs/suite.json -->", "<!-- end of the table -->"
+NO_SUITE = (
+    "The suite has not been run with the rule that ships; `python -m odeopt suite --out figs` makes its numbers, and "
+    "this page then has the table."
+)
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read a file of numbers."""
+    return json.loads((FIGS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Draw a markdown table."""
+    return draw_table([(title, "") for title in titles], rows, markdown=True)
+
+
+def score(entry: Mapping[str, Any], *, with_difference: bool = True) -> str:
+    """Mean score ± half the range over meta-seeds [interval of the difference], and the runs that diverged."""
+    by_seed, (difference, low, high) = entry["by_seed"], entry["difference"]
+    words = [f"{entry['score']:.3f}"]
+    if len(by_seed) > 1:
+        words.append(f"± {(max(by_seed) - min(by_seed)) / 2:.3f}")
+    if with_difference and difference != 0:
+        words.append(f"[{low:+.3f}, {high:+.3f}]")
+    if entry["n_diverged"]:
+        words.append(f"({entry['n_diverged']} of {entry['n_runs']} runs diverged)")
+    return " ".join(words)
+
+
+def ablation() -> str:
+    """Variants of the rule, meta-trained alike."""
+    columns = read("ablation")["columns"]
+    first = next(iter(columns.values()))
+    rows = [
+        [name, *(score(c[name]) for c in columns.values()), str(x["n_parameters"]), f"{x['ms_per_step']:.2f}"]
+        for name, x in first.items()
+    ]
+    return table(["variant", *columns, "parameters", "milliseconds per step"], rows)
+
+
+def generalisation() -> str:
+    """Held-out losses at equal training loss, and after the last step."""
+    header = {key: value for key, value in read("generalisation").items() if key != "columns"}
+    return summary_tables(read_columns(FIGS / "generalisation.json", header), markdown=True)
+
+
+def matrix() -> str:
+    """Ratios of the general rule's loss to that of tuned Adam in every cell."""
+    rows = []
+    for cell, outcomes in read("matrix")["cells"].items():
+        scores = {name: tensor(outcome["scores"]) for name, outcome in outcomes.items()}
+        mine = scores.pop("rule")
+        rows.append([cell, *(ratio_text(ratio_interval(mine, theirs)) for theirs in scores.values())])
+    return table(["cell", *(f"to {name}, tuned" for name in scores)], rows)
+
+
+def meta_seeds() -> str:
+    """Three meta-trainings of each rule; those of one kind, each trained on the task of its column, share a row."""
+    content = read("meta_seeds")
+    columns = content["mnist"] | content["quadratic"]
+    kinds: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        kinds.setdefault(re.sub("-(mnist|quadratic)$", "-", name), []).append(name)
+    rows = []
+    for kind, names in kinds.items():
+        found = [[column[name] for name in names if name in column] for column in columns.values()]
+        title = " / ".join([names[0], *(name.removeprefix(kind[:-1]) for name in names[1:])])
+        rows.append([title, *(score(x[0], with_difference=False) if x else "" for x in found)])
+    return table(["rule", *columns], rows)
+
+
+def optimizers_view() -> str:
+    """The same rule trained with one solver and run with another."""
+    content = read("optimizers_view")
+    rules, costs = content["rules"], content["costs"]
+    rows = [
+        [
+            name,
+            *(score(ran[name] | {"by_seed": []}) for ran in rules.values()),
+            f"{cost['field evaluations']:.0f}" if "field evaluations" in cost else "exact",
+            f"{cost['ms']:.2f}",
+        ]
+        for name, cost in costs.items()
+    ]
+    titles = ["run with", *(f"trained with {name}" for name in rules), "evaluations", "milliseconds per step"]
+    return table(titles, rows)
+
+
+def physics(measure: Callable[[Mapping[str, Any]], str], only: str = "") -> str:
+    """One number of each model of each mechanical system."""
+    systems = read("physics")["systems"]
+    names = [name for name in dict.fromkeys(n for s in systems.values() for n in s) if name.startswith(only)]
+    rows = [[name, *(measure(s[name]) if name in s else "" for s in systems.values())] for name in names]
+    return table(["model", *systems], rows)
+
+
+def parts(entry: Mapping[str, Any]) -> str:
+    """Relative errors of the four parts in percent."""
+    return ", ".join(f"{100 * error:.1f}" for error in entry["parts"].values())
+
+
+def rises(entry: Mapping[str, Any]) -> str:
+    """Steps in which the energy rises, by the discrete gradient and by rk4."""
+    found = entry["rises"]
+    return " / ".join(str(found[f"{method}, 10 x"]["n"]) for method in ("discrete_gradient", "rk4"))
+
+
+@cache
+def solver_tables() -> tuple[str, ...]:
+    """Titles and tables of the comparison of solvers, one after the other."""
+    return tuple(SolverComparison.load(FIGS / "solvers.json").table(markdown=True).split("\n\n"))
+
+
+def solvers(title: str) -> str:
+    """One of the tables of the comparison of solvers, by the words with which its title begins."""
+    blocks = solver_tables()
+    index = next(i for i, block in enumerate(blocks) if block.startswith(title))
+    return f"{blocks[index]}:\n\n{blocks[index + 1]}"
+
+
+def read_suite() -> Suite | None:
+    """Read the runs of the suite; None where there are none, or not those of all problems."""
+    if not (FIGS / "suite.json").exists():
+        return None
+    found: dict[str, dict[str, dict[tuple[str, str], Mapping[str, Any]]]] = {}
+    for key, record in read("suite")["runs"].items():
+        problem, contender, lr, seed, _ = key.split(" | ")
+        runs, place = found.setdefault(problem, {}).setdefault(contender, {}), (lr[3:], seed[5:])
+        if place in runs:
+            raise ValueError(f"figs/suite.json has two runs like {key!r}, of which one is older. Make it anew.")
+        runs[place] = record
+    outcomes = {problem: {name: outcome(runs) for name, runs in by_name.items()} for problem, by_name in found.items()}
+    contenders = {
+        name: OPPONENTS.get(name) or Contender(name, name, LearnedOptimizer, (1.0,), is_learned=True)
+        for name in dict.fromkeys(name for by_name in outcomes.values() for name in by_name)
+    }
+    n_runs = {len(x.train) for by_name in outcomes.values() for x in by_name.values()}
+    if len(n_runs) > 1 or any(by_name.keys() != contenders.keys() for by_name in outcomes.values()):
+        return None
+    contenders = dict(sorted(contenders.items(), key=lambda item: not item[1].is_learned))
+    return Suite({name: SimpleNamespace(title=name) for name in outcomes}, contenders, outcomes, n_runs.pop())
+
+
+def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
+    """Paired runs of one contender on one problem, beside those by which its learning rate was chosen."""
+    compared = sorted((int(seed), lr) for lr, seed in runs if int(seed) < TUNING_SEED)
+    rates = {float(lr) for lr, _ in runs}
+    records = [runs[lr, str(seed)] for seed, lr in compared]
+    numbers = [tensor([record[name] for record in records]) for name in ("train", "held_out", "seconds")]
+    curves = torch.stack([tensor(record["curve"]) for record in records], 1)
+    lr = float(compared[0][1])
+    is_edge = len(rates) > 1 and lr in (min(rates), max(rates))
+    return Outcome(lr, is_edge, *numbers, curves, steps_of(records[0]["settings"]["n_steps"]))
+
+
+def suite() -> str:
+    """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them."""
+    found = read_suite()
+    if found is None:
+        return NO_SUITE
+    learned = [name for name, contender in found.contenders.items() if contender.is_learned]
+    others = [name for name in found.contenders if name not in (*learned, REFERENCE)]
+    titles = ["problem", *(f"{name}, {of} loss" for name in learned for of in ("training", "held-out"))]
+    titles += [found.contenders[name].title for name in others]
+    rows = [
+        [
+            problem,
+            *(ratio_text(found.ratio(problem, name, of)) for name in learned for of in ("train", "held_out")),
+            *(f"{found.ratio(problem, name).mean:.3f}" for name in others),
+        ]
+        for problem in found.problems
+    ]
+    caption = (
+        f"Losses over those of tuned AdamW with warm-up and cosine decay: geometric means of {found.n_runs} paired\n"
+        "runs [95 % Student interval], below one is better; of the opponents the training loss. Learned rules are\n"
+        "used as they are, the opponents' learning rates chosen by grid for each problem, but for Adam's and\n"
+        "Prodigy's (`python -m odeopt suite --out figs`)."
+    )
+    return "\n\n".join([caption, table(titles, rows), *map(found.summary, learned)])
+
+
+def suite_in_full() -> str:
+    """The same, and all else that the suite's runs came to."""
+    found = read_suite()
+    return NO_SUITE if found is None else f"{suite()}\n\nAll numbers:\n\n{found.table(markdown=True)}"
+
+
+def with_suite(readme: str) -> str:
+    """Put the table of the suite between its marks, or leave what is there where there is none."""
+    before, rest = readme.split(MARKS[0])
+    now, after = rest.split(MARKS[1])
+    ratios = suite()
+    return MARKS[0].join([before, MARKS[1].join([now if ratios == NO_SUITE else f"\n\n{ratios}\n\n", after])])
+
+
+def tensor(values: Sequence[float | None]) -> torch.Tensor:
+    """Losses in double precision; JSON has null for those that are not finite."""
+    return torch.tensor([math.inf if value is None else value for value in values], dtype=torch.float64)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ablation": ablation,
+    "generalisation": generalisation,
+    "matrix": matrix,
+    "meta_seeds": meta_seeds,
+    "optimizers_view": optimizers_view,
+    "physics": lambda: physics(lambda entry: entry["prediction"]["text"]),
+    "physics_parts": lambda: physics(parts, "port-Hamiltonian"),
+    "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
+    "solvers": lambda: solvers("Evaluations"),
+    "solvers_errors": lambda: solvers("Relative errors"),
+    "solvers_orders": lambda: solvers("Orders"),
+    "suite": suite_in_full,
+}
+
+if __name__ == "__main__":
+    README = ROOT / "README.md"
+    README.write_text(with_suite(README.read_text(encoding="utf-8")), encoding="utf-8")
