@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 
 import odeopt
-from odeopt import arguments
 from odeopt.ablation import compare_variants, train_variants
-from odeopt.baselines import FAMILIES, build, tune_all
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
+from odeopt.evaluation.baselines import FAMILIES, build, tune_all
 from odeopt.files import write_json
 from odeopt.meta.config import Config, load_config
 from odeopt.plots_ablation import plot_ablation
-from odeopt.tables import draw_table
+from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
 
 DEFAULT, WIDTHS = "default", (20,)

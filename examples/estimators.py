@@ -13,10 +13,11 @@ import time
 import torch
 from torch import Tensor
 
-from odeopt import arguments, meta
+from odeopt import meta
+from odeopt.cli import arguments
 from odeopt.plots_estimators import plot_estimators
+from odeopt.report import draw_table
 from odeopt.rules import PortHamiltonianUpdate
-from odeopt.tables import draw_table
 from odeopt.tasks import RandomQuadratic
 
 DIM, N_TASKS, HORIZON, TRUNCATION, DAMPING = 5, 8, 40, 10, 0.9

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import odeopt
-from odeopt import arguments
-from odeopt.baselines import FAMILIES, Family, build, tune_all
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, compare
+from odeopt.evaluation.baselines import FAMILIES, Family, build, tune_all
+from odeopt.report import draw_table
 from odeopt.rules import AdamUpdate
-from odeopt.tables import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
 
 RULES = ("port-hamiltonian", "port-hamiltonian-mnist")

@@ -17,9 +17,10 @@ from pathlib import Path
 from torch import Tensor
 
 import odeopt
-from odeopt import arguments
-from odeopt.baselines import TUNING_SEED, Family, build, tune_all
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
+from odeopt.evaluation.baselines import TUNING_SEED, Family, build, tune_all
+from odeopt.evaluation.matrix import fingerprint
 from odeopt.generalisation import (
     by_level,
     family_of,
@@ -29,7 +30,6 @@ from odeopt.generalisation import (
     summary_tables,
     write_columns,
 )
-from odeopt.matrix import fingerprint
 from odeopt.plots_generalisation import plot_generalisation
 from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits

@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 
 import odeopt
-from odeopt import arguments
 from odeopt.ablation import Row, by_configuration, compare_variants, validate
-from odeopt.baselines import FAMILIES, build, tune_all
 from odeopt.checks import require
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
+from odeopt.evaluation.baselines import FAMILIES, build, tune_all
 from odeopt.files import write_json
 from odeopt.plots_ablation import plot_ablation
+from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
-from odeopt.tables import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
 
 FOLDER = Path(__file__).with_suffix("")

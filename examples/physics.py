@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 import odeopt
-from odeopt import arguments, systems
+from odeopt import systems
+from odeopt.cli import arguments
 from odeopt.files import write_json
 from odeopt.plots_physics import plot_physics
+from odeopt.report import draw_table
 from odeopt.systems import MECHANISMS, MODELS, FitConfig, Sine
-from odeopt.tables import draw_table
 
 OURS = "port-Hamiltonian"
 # kind of model, and what differs: of the data, or the letters by which positions are read

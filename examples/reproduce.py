@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import odeopt
-from odeopt import arguments
+from odeopt.cli import arguments
 from odeopt.files import write_json
 
 EXAMPLES = Path(__file__).resolve().parent

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 import odeopt
-from odeopt import arguments
 from odeopt.ablation import Row, compare_variants, train_variants
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.files import write_json
 from odeopt.meta.config import load_config
 from odeopt.ode import available_methods, is_fixed_step
 from odeopt.plots_ablation import plot_ablation
+from odeopt.report import draw_table
 from odeopt.rules import PortHamiltonianUpdate, UpdateRule
-from odeopt.tables import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, Task, load_dataset_or_digits
 
 TRAINED = ("euler", "midpoint", "heun3", "rk4", "exponential")

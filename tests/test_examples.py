@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import odeopt
-from odeopt import baselines
+from odeopt.evaluation import baselines
 from odeopt.meta import MetaConfig, MetaResult
 from odeopt.meta import config as meta_config
 from odeopt.meta.config import load_config

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import odeopt
-from odeopt import baselines, generalisation
+from odeopt import generalisation
+from odeopt.evaluation import baselines
 from odeopt.generalisation import (
     Curves,
     at_equal_training_loss,

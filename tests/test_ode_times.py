@@ -17,7 +17,7 @@ from odeopt.ode import (
     integrate,
     is_fixed_step,
 )
-from odeopt.ode.adapter import time_of_event
+from odeopt.ode.torchdiffeq import time_of_event
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 # a mass on a spring with friction, q'' = -q - .2 q' + u

@@ -9,9 +9,9 @@ from typing import Any
 
 import scipy.integrate
 
-from odeopt.ode.adapter import ORDER, accepted_options, available_methods, is_external, is_fixed_step
 from odeopt.ode.checks import check_choice
 from odeopt.ode.structured import STRUCTURE_ORDER
+from odeopt.ode.torchdiffeq import ORDER, accepted_options, available_methods, is_external, is_fixed_step
 
 KINDS = ("fixed", "adaptive", "structure")
 

@@ -3,204 +3,23 @@
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from odeopt.checks import is_number, require
+from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 
 EVALUATION_SEED = 3_000_017  # streams that neither meta-training, its validation nor tuning draws from
 BEST_HAND_DESIGNED = "best hand-designed"
-SCORES = {
-    "last ten": "the mean of the last ten losses before the last update",
-    "final": "the loss after the last update",
-}
-Score = Callable[[Tensor], Tensor]
 _BATCH_BYTES = {"cpu": 16e6, "cuda": 2e9}  # on a CPU about what its cache holds: larger batches are slower
-
-
-class Interval(NamedTuple):
-    """A mean and the bounds of its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def student_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
-    r"""Student's interval of the mean of independent samples.
-
-    .. math:: \bar x \pm t_{n-1,\,(1 + c)/2}\; s / \sqrt{n}
-
-    Args:
-        samples: Shape ``(n,)``.
-        confidence: Probability ``c`` that the interval covers the expectation, in (0, 1).
-
-    Returns:
-        Mean and bounds in the unit of the samples; infinite bounds for one sample, NaN where a sample is
-        not finite.
-
-    Raises:
-        ValueError: If there is no sample or ``confidence`` is out of range.
-
-    References:
-        Student (1908), The probable error of a mean, Biometrika 6.
-    """
-    if samples.ndim != 1 or len(samples) == 0:
-        raise ValueError(f"Parameter `samples` should have one, non-empty axis. Found shape {tuple(samples.shape)}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Parameter `confidence` should lie in (0, 1). Found `confidence = {confidence}`.")
-    samples = samples.double()
-    n, mean = len(samples), samples.mean().item()
-    if not samples.isfinite().all():
-        return Interval(float("nan"), float("nan"), float("nan"))
-    if n == 1:
-        return Interval(mean, float("-inf"), float("inf"))
-    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * samples.std().item() / n**0.5
-    return Interval(mean, mean - half, mean + half)
-
-
-def scores_of(losses: Tensor, score: str | Score) -> Tensor:
-    """One number per run, the smaller the better.
-
-    Args:
-        losses: ``f_t(theta_t)`` for t = 0 ... n_steps, shape ``(n_steps + 1, n_runs)``.
-        score: A name in :data:`SCORES`, or a function of the losses. The last ten losses are those at
-            t = n_steps - 10 ... n_steps - 1.
-
-    Returns:
-        Shape ``(n_runs,)``; not finite where a loss that enters is not.
-
-    Raises:
-        ValueError: If there is no score of this name.
-    """
-    if callable(score):
-        return score(losses)
-    _check_score(score)
-    return losses[-1] if score == "final" else losses[:-1][-10:].mean(0)
-
-
-def _check_score(score: str) -> None:
-    if score not in SCORES:
-        raise ValueError(f"Parameter `score` should be one of {', '.join(SCORES)}. Found `score = {score!r}`.")
-
-
-@dataclass(frozen=True, eq=False)
-class RuleResult:
-    """What one rule did.
-
-    Attributes:
-        losses: ``f_t(theta_t)`` for t = 0 ... n_steps, float64 on the CPU, shape ``(n_steps + 1, n_runs)``.
-        accuracies: Fraction of held-out examples classified right after the last update, shape ``(n_runs,)``;
-            NaN where the final loss is not finite; None where the task has no accuracy.
-        is_learned: Whether the rule has learned parameters.
-        crosses_coordinates: Whether the update of a coordinate depends on other coordinates.
-        ms_per_step: Median time of one optimizer step on one task, gradient excluded, in milliseconds.
-        state_bytes: Bytes of state per parameter.
-    """
-
-    losses: Tensor
-    accuracies: Tensor | None
-    is_learned: bool
-    crosses_coordinates: bool
-    ms_per_step: float
-    state_bytes: float
-
-    @property
-    def is_diverged(self) -> Tensor:
-        """Whether a run's final loss is not finite, or above its first; shape ``(n_runs,)``."""
-        return ~(self.losses[-1] <= self.losses[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """Rules on common tasks, initialisations and batches.
-
-    Attributes:
-        results: What each rule did, by name.
-        reference: Name of the rule that the others are compared with; None if there is none.
-        score: Which number judges a run, a name in :data:`SCORES`.
-        task: Description of the task.
-        seed: Seed of initialisations and batches.
-        loss_unit: Unit of the losses, for headers and axes.
-    """
-
-    results: Mapping[str, RuleResult]
-    reference: str | None
-    score: str
-    task: Mapping[str, Any]
-    seed: int
-    loss_unit: str = ""
-
-    @property
-    def n_steps(self) -> int:
-        """Updates per run."""
-        return len(self._any.losses) - 1
-
-    @property
-    def n_runs(self) -> int:
-        """Runs per rule."""
-        return self._any.losses.shape[1]
-
-    @property
-    def score_meaning(self) -> str:
-        """The score in words."""
-        n_last = "ten" if self.n_steps >= 10 else str(self.n_steps)
-        return SCORES[self.score].replace("last ten", f"last {n_last}")
-
-    @property
-    def _any(self) -> RuleResult:
-        return next(iter(self.results.values()))
-
-    def scores(self, name: str) -> Tensor:
-        """Score of each run of a rule, shape ``(n_runs,)``; see :func:`scores_of`."""
-        return scores_of(self.results[name].losses, self.score)
-
-    def difference(self, name: str, reference: str | None = None) -> Interval:
-        """Mean and 95 % Student interval of the paired difference of two rules' scores.
-
-        Args:
-            name: The rule; a negative difference means that it does better.
-            reference: The rule it is compared with; :attr:`reference` by default.
-
-        Returns:
-            NaN where a run of either did not stay finite.
-
-        Raises:
-            KeyError: If there is no such rule.
-        """
-        return student_interval(self.scores(name) - self.scores(reference or self.reference))
-
-    def table(self, *, markdown: bool = False) -> str:
-        """One line per rule, units in the header, followed by a caption.
-
-        Args:
-            markdown: Whether to write a markdown table rather than an aligned plain one.
-
-        Returns:
-            Lines of text. A number that is not finite is shown as ``diverged``.
-        """
-        from odeopt.tables import comparison_table
-
-        return comparison_table(self, markdown=markdown)
-
-    def plot(self, path: str | os.PathLike, *, title: str | None = None) -> Path:
-        """Draw loss against step for every rule; see :func:`odeopt.plots.plot_comparison`."""
-        from odeopt.plots import plot_comparison
-
-        return plot_comparison(self, path, title=title)
 
 
 def compare(
@@ -249,7 +68,7 @@ def compare(
             f"Parameter `reference` should be {BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}. "
             f"Found `reference = {reference!r}`."
         )
-    _check_score(score)
+    check_score(score)
     if device is not None:
         task.to(device)
     results = {}
@@ -387,25 +206,3 @@ def _best_hand_designed(results: Mapping[str, RuleResult], score: str) -> str | 
     means = {name: scores_of(result.losses, score).mean().item() for name, result in hand_designed.items()}
     finite = {name: mean for name, mean in means.items() if mean < float("inf")}
     return min(finite, key=finite.get, default=None)
-
-
-def trailing_mean(losses: Tensor, part: float = 0.05) -> Tensor:
-    """Average losses over the last steps, a part of those so far: the longer a run, the finer the differences shown.
-
-    Args:
-        losses: Shape ``(n_steps, n_runs)``.
-        part: Part of the steps so far; less than a step is one.
-
-    Returns:
-        The means, of the shape of ``losses``, double precision.
-
-    Raises:
-        ValueError: If there is no step, or ``part`` is not in (0, 1].
-    """
-    is_table = isinstance(losses, Tensor) and losses.ndim == 2 and len(losses) > 0
-    found = tuple(losses.shape) if isinstance(losses, Tensor) else losses
-    require(is_table, "losses", found, "a tensor of shape (n_steps, n_runs), of at least one step")
-    require(is_number(part) and 0 < part <= 1, "part", part, "a number in (0, 1]")
-    # no differences of running sums: a loss that once was huge would be missing from all that follow
-    ends = range(1, len(losses) + 1)
-    return torch.stack([losses[end - max(1, int(part * end)) : end].double().mean(0) for end in ends])

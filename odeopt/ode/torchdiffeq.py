@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq import odeint_event
+from torchdiffeq import odeint, odeint_adjoint, odeint_event
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
 
@@ -91,7 +91,29 @@ ORDER: dict[str, int] = {
 }
 
 
-def solved(
+def by_torchdiffeq(
+    field: Field,
+    x0: State,
+    t: Tensor,
+    keywords: dict,
+    for_adjoint: dict | None,
+    given_params: Any,
+    span: float | None = None,
+) -> Solution:
+    """Let torchdiffeq solve, with the gradients that are asked for: no more than those of parameters that are given."""
+    method, options = keywords["method"], keywords["options"]
+    if for_adjoint is None:
+        _check_gradients(x0, t, method, options)
+        check_leaves = _refuse_gradients if is_external(method) else None
+        return _solved(partial(odeint, **keywords), field, x0, t, method, check_leaves, span)
+    names = ("adjoint_params", "adjoint_method", "adjoint_options")
+    params = _check_adjoint(field, method, options, *(for_adjoint[name] for name in names))
+    solve = partial(odeint_adjoint, **keywords, **(for_adjoint | {"adjoint_params": params}))
+    check_leaves = partial(_refuse_left_out, params) if given_params is None else None
+    return _solved(solve, field, x0, t, method, check_leaves, span)
+
+
+def _solved(
     solve: partial,
     field: Field,
     x0: State,
@@ -307,7 +329,7 @@ def fill(x: Tensor, n_times: int) -> Tensor:
     return torch.cat([x, x.new_full((n_times - len(x), *x.shape[1:]), torch.nan)])
 
 
-def check_adjoint(
+def _check_adjoint(
     field: Field,
     method: str,
     options: dict[str, Any] | None,
@@ -333,7 +355,7 @@ def check_adjoint(
     return tuple(field.parameters())
 
 
-def check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any] | None) -> None:
+def _check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any] | None) -> None:
     """Refuse to drop a gradient that is recorded, where no adjoint is solved."""
     if not torch.is_grad_enabled():
         return
@@ -353,7 +375,7 @@ def check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any] |
         )
 
 
-def refuse_gradients(leaves: list[Tensor]) -> None:
+def _refuse_gradients(leaves: list[Tensor]) -> None:
     """Refuse a field that depends on what requires grad, where the method passes no gradient on."""
     if leaves:
         raise ValueError(
@@ -362,7 +384,7 @@ def refuse_gradients(leaves: list[Tensor]) -> None:
         )
 
 
-def refuse_left_out(adjoint_params: Iterable[Tensor], leaves: list[Tensor]) -> None:
+def _refuse_left_out(adjoint_params: Iterable[Tensor], leaves: list[Tensor]) -> None:
     """Refuse an adjoint whose parameters, which were not given, leave out what the field depends on."""
     known = {id(x) for x in adjoint_params}
     left_out = [tuple(x.shape) for x in leaves if id(x) not in known]
@@ -371,6 +393,25 @@ def refuse_left_out(adjoint_params: Iterable[Tensor], leaves: list[Tensor]) -> N
             "Parameter `adjoint_params` should name all tensors that `field` depends on where not all of them are "
             f"parameters of the module. Found {len(left_out)} more that require grad, of shapes {left_out[:3]}."
         )
+
+
+def unit_step(field: Field, x0: Tensor, t0: Tensor, t1: Tensor, method: str) -> Tensor:
+    """Integrate from one time to another in one step; see :func:`odeopt.ode.integrate_unit`."""
+    solver = solver_class(method)
+    if is_external(method) and torch.is_grad_enabled() and field(t0, x0).requires_grad:
+        # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
+        raise ValueError(
+            "Parameter `method` should pass gradients on where they are recorded; use `torch.no_grad`, or another "
+            f"method. Found `method = {method!r}`."
+        )
+    if not issubclass(solver, FixedGridODESolver):
+        return odeint(field, x0, torch.stack((t0, t1)), rtol=RTOL, atol=ATOL, method=method)[-1]
+
+    def stage(t: Tensor, x: Tensor, perturb: Any = None) -> Tensor:
+        return field(t, x)
+
+    step = solver(func=stage, y0=x0, rtol=RTOL, atol=ATOL)._step_func
+    return x0 + step(stage, t0, t1, t1, x0)[0]
 
 
 @torch.no_grad()

@@ -1,24 +1,21 @@
-"""Comparisons of solvers as text."""
+"""Rows of the tables of a comparison of solvers."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from odeopt.tables import draw_table
-
-if TYPE_CHECKING:
-    from odeopt.ode.comparison import SolverComparison, SolverRun
+from odeopt.report import draw_table
+from odeopt.solvers.runs import Runs, SolverRun
 
 NOT_APPLICABLE = "n/a"
 _NEVER = "-"
 Table = tuple[list[tuple[str, str]], list[list[str]]]
 
 
-def solvers_table(comparison: SolverComparison, *, target: float, n_evals: int, markdown: bool) -> str:
-    """Draw the tables of a comparison; see :meth:`odeopt.ode.comparison.SolverComparison.table`."""
+def draw_tables(comparison: Runs, *, target: float, n_evals: int, markdown: bool) -> str:
+    """Draw the tables of a comparison; see :meth:`odeopt.solvers.SolverComparison.table`."""
     parts = []
     for dtype in comparison.dtypes:
         at = f"to a relative error of {target:g}, {dtype}"
@@ -36,7 +33,7 @@ def solvers_table(comparison: SolverComparison, *, target: float, n_evals: int, 
     return "\n\n".join([*drawn, separator.join(_caption(comparison))])
 
 
-def _work(comparison: SolverComparison, target: float, dtype: str, unit: str) -> Table:
+def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
     """Median over the problems of each group, with how many of them reach the error."""
     in_group = {g: list(dict.fromkeys(r.problem for r in comparison.runs if r.group == g)) for g in comparison.groups}
     headers = [
@@ -58,7 +55,7 @@ def _work(comparison: SolverComparison, target: float, dtype: str, unit: str) ->
     return headers, rows
 
 
-def _errors(comparison: SolverComparison, n_evals: int, dtype: str) -> Table:
+def _errors(comparison: Runs, n_evals: int, dtype: str) -> Table:
     """Errors of the run of most evaluations within a limit; of several problems the median."""
     systems = list(dict.fromkeys(run.problem for run in comparison.runs if run.group == "mechanics"))
     headers = [("method", ""), ("state", "median"), ("gradient", "median"), ("energy", "median")]
@@ -82,12 +79,12 @@ def _best(runs: Sequence[SolverRun], problem: str, measure: str) -> float | None
     return getattr(max(known, key=lambda run: run.n_evals), measure) if known else None
 
 
-def _applicable(comparison: SolverComparison, method: str, dtype: str) -> list[str]:
+def _applicable(comparison: Runs, method: str, dtype: str) -> list[str]:
     runs = comparison.select(method=method, dtype=dtype)
     return list(dict.fromkeys(run.problem for run in runs if not _is_not_applicable([run])))
 
 
-def _is_measured(comparison: SolverComparison, problem: str, measure: str) -> bool:
+def _is_measured(comparison: Runs, problem: str, measure: str) -> bool:
     return any(getattr(run, measure) is not None for run in comparison.runs if run.problem == problem)
 
 
@@ -103,7 +100,7 @@ def _median(errors: Sequence[float | None]) -> str:
     return _NEVER if middle == math.inf else f"{middle:.1e}"
 
 
-def _orders(comparison: SolverComparison) -> Table:
+def _orders(comparison: Runs) -> Table:
     problems = {row.problem: row.is_autonomous for row in comparison.orders}
     headers = [("method", ""), ("nominal", "")]
     headers += [(name, "autonomous" if is_autonomous else "depends on t") for name, is_autonomous in problems.items()]
@@ -127,7 +124,7 @@ def _orders(comparison: SolverComparison) -> Table:
     return headers, rows
 
 
-def _failures(comparison: SolverComparison) -> Table:
+def _failures(comparison: Runs) -> Table:
     counts = comparison.failures()
     headers = [("method, reason", ""), *((group, "") for group in comparison.groups)]
     rows = []
@@ -139,7 +136,7 @@ def _failures(comparison: SolverComparison) -> Table:
     return headers, rows
 
 
-def _caption(comparison: SolverComparison) -> list[str]:
+def _caption(comparison: Runs) -> list[str]:
     settings = comparison.settings
     tolerances = ", ".join(f"{x:g}" for x in settings["tolerances"])
     return [

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.ode.checks import check_choice
-from odeopt.ode.detest import LinearField, columns, detest, exact_orbit
-from odeopt.ode.problem import Problem
 from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.solvers.detest import LinearField, columns, detest, exact_orbit
+from odeopt.solvers.initial_value import Problem
 
 _F64 = torch.float64
 

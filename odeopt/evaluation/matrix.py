@@ -19,13 +19,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from odeopt._version import __version__
-from odeopt.baselines import TUNING_SEED, Family, tune
 from odeopt.checks import require
-from odeopt.evaluation import EVALUATION_SEED, Interval, run, scores_of, student_interval
+from odeopt.evaluation.baselines import TUNING_SEED, Family, tune
+from odeopt.evaluation.compare import EVALUATION_SEED, run
+from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
+from odeopt.evaluation.result import scores_of
 from odeopt.files import write_json
+from odeopt.report import draw_table, plot_ratios
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
-from odeopt.tables import draw_table
 from odeopt.tasks import DATASETS, MLPClassification, ScaledTask, Task, load_dataset
 from odeopt.tasks.classification import SPLITS
 
@@ -33,7 +35,6 @@ REFERENCES = (Family("Adam", AdamUpdate), Family("Adam, cosine", partial(AdamUpd
 TARGET_SHARE, TARGET_WORST = 0.9, 1.1  # of cells no worse than tuned Adam; of the ratio to it in any cell
 _RULE = "rule"
 _SCORE = "last ten"
-_RESOLUTION = torch.finfo(torch.float32).eps  # of a cross-entropy; below it losses count as equal
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def grid(
 
 
 class Outcome(NamedTuple):
-    """What one optimizer did in a cell.
+    """Runs of one optimizer in a cell.
 
     Attributes:
         scores: Mean of the last ten losses before the last update, the loss scale divided out, infinite where one is
@@ -157,7 +158,7 @@ class Matrix:
     Attributes:
         rule: Name of the rule.
         cells: The cells by factor and value, as from :func:`grid`.
-        outcomes: What each optimizer did, by the name of the cell and its own: ``"rule"``, or a reference's.
+        outcomes: Runs of each optimizer, by the name of the cell and its own: ``"rule"``, or a reference's.
         settings: What the numbers depend on beside the cell.
     """
 
@@ -174,7 +175,7 @@ class Matrix:
             reference: Name of the reference.
 
         Returns:
-            As of :func:`ratio_interval`.
+            See :func:`odeopt.evaluation.intervals.ratio_interval`.
         """
         at_cell = self.outcomes[cell]
         return ratio_interval(at_cell[_RULE].scores, at_cell[reference].scores)
@@ -223,9 +224,7 @@ class Matrix:
         return draw_table(headers, rows, markdown=markdown) + "\n\n" + ("  \n" if markdown else "\n").join(caption)
 
     def plot(self, path: str | os.PathLike) -> Path:
-        """Draw the ratios as a heat map; see :func:`odeopt.plots.plot_ratios`."""
-        from odeopt.plots import plot_ratios
-
+        """Draw the ratios as a heat map; see :func:`odeopt.report.plot_ratios`."""
         ratios = {
             f"{self.rule} over {family.name}": {
                 factor: {value: self.ratio(cell.name, family.name).mean for value, cell in by_value.items()}
@@ -345,28 +344,3 @@ def _write(path: Path, header: Mapping[str, Any], done: Mapping[str, Mapping[str
 
     cells = {cell: {name: as_json(outcome) for name, outcome in outcomes.items()} for cell, outcomes in done.items()}
     write_json(path, {**header, "cells": cells}, sort_keys=True)
-
-
-def ratio_interval(scores: Tensor, reference: Tensor) -> Interval:
-    """Ratio of scores to those of paired runs: the geometric mean, with its 95 % interval.
-
-    Args:
-        scores: Positive losses, shape ``(n_runs,)``.
-        reference: Those of the reference in the same runs.
-
-    Returns:
-        Student's interval of the log ratio, taken back; infinite where a score is not finite, else zero where one of
-        the reference is not.
-    """
-    mine, theirs = (x.clamp_min(_RESOLUTION) for x in (scores, reference))
-    if not (mine.isfinite().all() and theirs.isfinite().all()):
-        return Interval(*3 * [0.0 if mine.isfinite().all() else math.inf])
-    return Interval(*torch.tensor(student_interval((mine / theirs).log()), dtype=torch.float64).exp().tolist())
-
-
-def ratio_text(ratio: Interval) -> str:
-    """Write a ratio and its bounds, e.g. ``"0.912 [0.874, 0.952]"``."""
-    if ratio.mean == math.inf:
-        return "diverged"
-    mean, low, high = (f"{bound:.3f}" if bound < 1e4 else f"{bound:.2e}" for bound in ratio)
-    return f"{mean} [{low}, {high}]" if ratio.high < math.inf else f"{mean} [one run]"

@@ -15,7 +15,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from odeopt._version import __version__
-from odeopt.evaluation import Score, run, scores_of
+from odeopt.evaluation.compare import run
+from odeopt.evaluation.result import Score, scores_of
 from odeopt.files import write_json
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate, RMSpropUpdate, SGDUpdate

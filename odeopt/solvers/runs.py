@@ -1,20 +1,16 @@
-"""What a comparison of solvers found: every run with its account, as rows, tables, figures and a file."""
+"""Runs of solvers: error, evaluations, seconds and status of each, and medians over problems."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import statistics
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from odeopt.checks import require
-from odeopt.files import write_json
 from odeopt.ode.solution import Status
 
 NOT_APPLICABLE, OVER_BUDGET, RAISED = "not applicable", "over the budget", "error"
@@ -32,7 +28,7 @@ class SolverRun:
         problem: Name of the problem.
         group: Its group.
         method: Name of the method.
-        kind: Its kind, see :class:`odeopt.ode.methods.Method`.
+        kind: Its kind, see :class:`odeopt.solvers.Method`.
         dtype: Precision of the run, ``"float64"``.
         level: Place of the setting in its sweep, from 0.
         setting: Relative and absolute tolerance, or size of the steps in the time of the problem.
@@ -103,7 +99,7 @@ class OrderRun:
 
 
 @dataclass(frozen=True, eq=False)
-class SolverComparison:
+class Runs:
     """Runs of solvers beside each other.
 
     Attributes:
@@ -211,103 +207,6 @@ class SolverComparison:
                 points.append((work, error))
         return points
 
-    def table(self, *, target: float = 1e-6, n_evals: int = 500, markdown: bool = False) -> str:
-        """Tables of the work that an accuracy takes, of orders, of energies and gradients, and of failures.
-
-        Args:
-            target: The accuracy, a relative error.
-            n_evals: Evaluations at which errors of state, energy and gradient stand beside each other.
-            markdown: Whether to write markdown tables rather than aligned plain ones.
-
-        Returns:
-            Lines of text.
-        """
-        from odeopt.tables_solvers import solvers_table
-
-        return solvers_table(self, target=target, n_evals=n_evals, markdown=markdown)
-
     def failures(self) -> Counter[tuple[str, str, str]]:
         """Count runs that did not come to the last output, by method, status and group."""
         return Counter((run.method, run.status, run.group) for run in self.runs if not run.is_success)
-
-    def plot(
-        self, path: str | os.PathLike, *, kind: str = "adaptive", unit: str = "n_evals", dtype: str | None = None
-    ) -> Path:
-        """Draw error against work; see :func:`odeopt.plots_solvers.plot_work_precision`.
-
-        Args:
-            path: The image file.
-            kind: ``"adaptive"``, or ``"fixed"`` with the structure-preserving methods beside.
-            unit: ``"n_evals"`` or ``"seconds"``.
-            dtype: Precision; the first one by default.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: If there is no such kind, unit or precision.
-        """
-        from odeopt.plots_solvers import plot_work_precision
-
-        dtype = self.dtypes[0] if dtype is None else dtype
-        require(kind in ("adaptive", "fixed"), "kind", kind, "adaptive or fixed")
-        require(unit in WORKS, "unit", unit, f"one of {', '.join(WORKS)}")
-        require(dtype in self.dtypes, "dtype", dtype, f"one of {', '.join(self.dtypes)}")
-        return plot_work_precision(self, path, kind=kind, unit=unit, dtype=dtype)
-
-    def figures(self, folder: str | os.PathLike) -> list[Path]:
-        """Draw everything into a folder: error against work, energies, gradients and orders, where there are some.
-
-        Args:
-            folder: The folder.
-
-        Returns:
-            The files, called ``solvers_*.png``.
-        """
-        from odeopt import plots_solvers
-
-        folder, paths = Path(folder), []
-        kinds = [kind for kind, of in (("fixed", ("fixed", "structure")), ("adaptive", ("adaptive",)))
-                 if any(run.kind in of for run in self.runs)]  # fmt: skip
-        for i, dtype in enumerate(self.dtypes):
-            suffix = f"_{dtype}" if i else ""
-            for kind in kinds:
-                for unit, word in WORKS.items():
-                    paths.append(
-                        self.plot(folder / f"solvers_{kind}_{word}{suffix}.png", kind=kind, unit=unit, dtype=dtype)
-                    )
-            if any(run.energy_error is not None for run in self.select(group="mechanics", dtype=dtype)):
-                paths.append(plots_solvers.plot_energies(self, folder / f"solvers_energies{suffix}.png", dtype=dtype))
-            if any(run.gradient_error is not None for run in self.select(dtype=dtype)):
-                paths.append(plots_solvers.plot_gradients(self, folder / f"solvers_gradients{suffix}.png", dtype=dtype))
-        if any(row.observed is not None for row in self.orders):
-            paths.append(plots_solvers.plot_orders(self.orders, folder / "solvers_orders.png"))
-        return paths
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write all as JSON; an interruption leaves the old file or the new one."""
-        names = [field.name for field in fields(SolverRun)]
-        runs = [[getattr(run, name) for name in names] for run in self.runs]
-        orders = [asdict(row) for row in self.orders]
-        content = {"settings": dict(self.settings), "orders": orders, "columns": names, "runs": runs}
-        write_json(path, content, is_by_row=True)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> SolverComparison:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ValueError: If the file holds something else.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            runs = [SolverRun(**dict(zip(content["columns"], row, strict=True))) for row in content["runs"]]
-            orders = [OrderRun(**_with_tuples(row)) for row in content["orders"]]
-            return cls(tuple(runs), tuple(orders), content["settings"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a comparison of solvers: {error!r}.") from error
-
-
-def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-            for name, value in row.items()}  # fmt: skip

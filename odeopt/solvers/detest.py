@@ -15,8 +15,8 @@ import torch
 from scipy.special import ellipj
 from torch import Tensor, nn
 
-from odeopt.ode.problem import Problem
 from odeopt.ode.recorder import Field
+from odeopt.solvers.initial_value import Problem
 
 Exact = Callable[[Tensor], Tensor]
 

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from odeopt.plots import line_styles, new_figure, save_figure, style, use_plain_numbers
+from odeopt.report.figure import line_styles, new_figure, save_figure, style, use_plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from odeopt.evaluation import Interval
-
 _MARKS = "osD^vP*Xd<>"
+Bounded = tuple[float, float, float]
 _WIDEST = 8.0  # ratio, and one over it, where the axis ends at the latest
 
 
 def plot_suite(
     curves: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
-    ratios: Mapping[str, Mapping[str, Mapping[str, Interval]]],
+    ratios: Mapping[str, Mapping[str, Mapping[str, Bounded]]],
     is_learned: Mapping[str, bool],
     path: str | os.PathLike,
     *,
@@ -36,7 +35,7 @@ def plot_suite(
     Args:
         curves: Steps of shape ``(n_points,)`` and losses of shape ``(n_points, n_runs)``, by problem and optimizer; the
             geometric mean over the runs is drawn.
-        ratios: Ratios with their intervals by title of the panel, problem and optimizer.
+        ratios: Mean ratios and the bounds of their intervals by title of the panel, problem and optimizer.
         is_learned: Whether each optimizer is a learned one, by name.
         path: The image file.
         title: Title of the figure.
@@ -90,12 +89,12 @@ def _zoom(axes: Axes, means: list[Tensor]) -> None:
 
 def _draw_ratios(
     axes: Axes,
-    by_problem: Mapping[str, Mapping[str, Interval]],
+    by_problem: Mapping[str, Mapping[str, Bounded]],
     styles: Mapping[str, Mapping[str, object]],
     marks: Mapping[str, str],
 ) -> None:
     """Draw a mark and an interval per problem and optimizer, on a logarithmic axis; what lies beyond is at its edge."""
-    finite = [ratio.mean for ratios in by_problem.values() for ratio in ratios.values() if 0 < ratio.mean < math.inf]
+    finite = [mean for ratios in by_problem.values() for mean, _, _ in ratios.values() if 0 < mean < math.inf]
     reach = min(_WIDEST, 1.15 * max(max(ratio, 1 / ratio) for ratio in [1.05, *finite]))
     axes.set_xscale("log")
     axes.set_xlim(1 / reach, reach)

@@ -18,28 +18,15 @@ from tqdm.auto import tqdm
 from odeopt._version import __version__
 from odeopt.checks import is_list, is_number, require
 from odeopt.ode.checks import State, tensors_of
-from odeopt.ode.comparison import (
-    NOT_APPLICABLE,
-    OVER_BUDGET,
-    RAISED,
-    OrderRun,
-    SolverComparison,
-    SolverRun,
-)
 from odeopt.ode.integrate import integrate
-from odeopt.ode.methods import Method, select_methods
-from odeopt.ode.problem import (
-    Problem,
-    flatten,
-    gradient_of,
-    loss_of,
-    map_state,
-    reference,
-    reference_gradient,
-)
-from odeopt.ode.problems import select_problems
 from odeopt.ode.recorder import Field
 from odeopt.ode.solution import Solution, Status
+from odeopt.solvers.initial_value import Problem, flatten, map_state
+from odeopt.solvers.methods import Method, select_methods
+from odeopt.solvers.problems import select_problems
+from odeopt.solvers.reference import gradient_of, loss_of, reference, reference_gradient
+from odeopt.solvers.result import SolverComparison
+from odeopt.solvers.runs import NOT_APPLICABLE, OVER_BUDGET, RAISED, OrderRun, SolverRun
 
 TOLERANCES = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)
 N_STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -69,7 +56,7 @@ class _Limited:
 
 @dataclass(frozen=True)
 class _Truth:
-    """What the runs on a problem are measured against, in float64 on the CPU."""
+    """Solution that the runs on a problem are measured against, in float64 on the CPU."""
 
     states: Tensor
     energies: Tensor | None
@@ -92,8 +79,8 @@ def compare_solvers(
 ) -> SolverComparison:
     """Run solvers on common problems, over tolerances or sizes of steps, and measure them against references.
 
-    A reference is the closed form, or a solution near rounding in float64 (see :func:`odeopt.ode.problem.reference`).
-    Runs in another precision, time and tolerances included, are measured against the same one. torchdiffeq's adaptive
+    References are closed forms, or solutions near rounding in float64 (see :func:`odeopt.solvers.reference.reference`).
+    Runs in another precision, time and tolerances included, are measured against the same ones. torchdiffeq's adaptive
     methods are given the output times, where they then end steps; SciPy's interpolate there. A run that fails is kept
     with its reason. Structure-preserving methods are not applicable where there is no system.
 
@@ -373,7 +360,7 @@ def observed_order(
         problem: The problem.
         method: The method, or its name.
         n_steps: Steps from one output time to the next, rising.
-        states: Reference, rows as from :func:`odeopt.ode.problem.flatten`; by default it is computed.
+        states: Reference, rows as from :func:`odeopt.solvers.initial_value.flatten`; by default it is computed.
 
     Returns:
         The order, from the two finest runs whose errors lie between a tenth and 2e-12; None where there are none.

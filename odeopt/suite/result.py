@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from odeopt.evaluation import Interval
-from odeopt.matrix import ratio_interval, ratio_text
+from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
+from odeopt.report import draw_table, plot_suite
 from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
-from odeopt.tables import draw_table
 
 TARGETS = {"train": 1.0, "held_out": 1.02}  # ratios to tuned AdamW that a learned rule may not exceed
 _TITLES = {"train": "train loss", "held_out": "held-out loss"}
@@ -86,7 +85,7 @@ class Suite:
             of: ``"train"`` or ``"held_out"``.
 
         Returns:
-            See :func:`odeopt.matrix.ratio_interval`.
+            See :func:`odeopt.evaluation.intervals.ratio_interval`.
         """
         at_problem = self.outcomes[problem]
         return ratio_interval(getattr(at_problem[contender], of), getattr(at_problem[REFERENCE], of))
@@ -144,9 +143,7 @@ class Suite:
         return headers, rows
 
     def plot(self, path: str | os.PathLike) -> Path:
-        """Draw losses and ratios; see :func:`odeopt.plots_suite.plot_suite`."""
-        from odeopt.plots_suite import plot_suite
-
+        """Draw losses and ratios; see :func:`odeopt.report.plot_suite`."""
         titles = {name: contender.title for name, contender in self.contenders.items()}
         curves = {
             problem.title: {titles[c]: (o.steps, o.curves) for c, o in self.outcomes[name].items()}
