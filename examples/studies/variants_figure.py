@@ -1,4 +1,4 @@
-"""The figure of an ablation."""
+"""The figure of variants: by how much each differs from a reference."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odeopt.checks import require
-from odeopt.plots import PALETTE, new_figure, save_figure, style
+from odeopt.report import PALETTE, new_figure, save_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from odeopt.ablation import Row
+    from variants import Row
 
 # colour is not all that tells worse from better, and both from neither
 _KINDS = {
@@ -41,7 +40,7 @@ def plot_ablation(
     of the reference. Axes span what most rows need, and what lies beyond is written at the edge.
 
     Args:
-        columns: Rows of :func:`odeopt.ablation.compare_variants` by the title of the column; the same in all.
+        columns: Rows of ``variants.compare_variants`` by the title of the column; the same in all.
         path: The image file.
         reference: The row that the others are compared with; by column where they differ.
         label: What the difference is of, for the axes.

@@ -16,8 +16,8 @@ from odeopt.checks import require
 from odeopt.evaluation import Interval, fast_batch, student_interval
 from odeopt.files import write_json
 from odeopt.meta.unroll import unroll
+from odeopt.report import draw_table
 from odeopt.rules.base import UpdateRule
-from odeopt.tables import draw_table
 from odeopt.tasks import MLPClassification
 
 _RESOLUTION = torch.finfo(torch.float32).eps  # of a cross-entropy; below it losses count as equal
@@ -25,7 +25,7 @@ _NONE = Interval(*3 * [float("nan")])
 
 
 class Curves(NamedTuple):
-    """What runs of one optimizer left along the way; float64 on the CPU.
+    """Losses and accuracies along the runs of one optimizer; float64 on the CPU.
 
     Attributes:
         training_loss: Over all images that a run trains on, in nats, shape ``(n_records, n_runs)``, from step 0 on.

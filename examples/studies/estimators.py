@@ -11,11 +11,11 @@ import argparse
 import time
 
 import torch
+from estimators_figure import plot_estimators
 from torch import Tensor
 
 from odeopt import meta
 from odeopt.cli import arguments
-from odeopt.plots_estimators import plot_estimators
 from odeopt.report import draw_table
 from odeopt.rules import PortHamiltonianUpdate
 from odeopt.tasks import RandomQuadratic

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from odeopt.plots import PALETTE, _label_ends, line_styles, new_figure, save_figure, style
+from odeopt.report import PALETTE, label_ends, line_styles, new_figure, save_figure, style
 
 
 def plot_estimators(
@@ -56,7 +56,7 @@ def plot_estimators(
         right.set_xlabel("meta-step")
         right.set_ylabel("validation loss, last tenth of the run")
         right.set_title("meta-training by them")
-        _label_ends(figure, right, {name: points[-1][1] for name, points in curves.items()}, styles)
+        label_ends(figure, right, {name: points[-1][1] for name, points in curves.items()}, styles)
         handles, labels = left.get_legend_handles_labels()
         order = [*range(0, len(labels), 2), 1]
         shown = [handles[i] for i in order], [labels[i] for i in order]

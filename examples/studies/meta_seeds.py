@@ -13,14 +13,15 @@ import time
 from functools import partial
 from pathlib import Path
 
+from variants import Row, by_configuration, compare_variants, validate
+from variants_figure import plot_ablation
+
 import odeopt
-from odeopt.ablation import Row, by_configuration, compare_variants, validate
 from odeopt.checks import require
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import FAMILIES, build, tune_all
 from odeopt.files import write_json
-from odeopt.plots_ablation import plot_ablation
 from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
@@ -92,7 +93,7 @@ def kind_of(rule: UpdateRule) -> str:
 
 
 def account(rule: UpdateRule, args: argparse.Namespace) -> dict[str, float]:
-    """What a meta-training came to, validated anew where that is asked for."""
+    """Account of a meta-training, validated anew where that is asked for."""
     made, where = rule.trained_for, {"data_dir": args.data_dir, "device": args.device}
     score = validate(rule, args.validate, **where) if args.validate else made["validation_loss"]
     return {"seed": made["training"]["seed"], "validation": score, "seconds": made["seconds"]}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from odeopt.plots import line_styles, new_figure, save_figure, style
+from odeopt.report import line_styles, new_figure, save_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def plot_generalisation(
 
     Args:
         panels: By the title of the panel and optimizer: levels of the training loss, mean held-out loss there and
-            the bounds of its interval, shape ``(4, n_levels)``, as from :func:`odeopt.generalisation.by_level`.
+            the bounds of its interval, shape ``(4, n_levels)``, as from ``held_out.by_level``.
         is_learned: Whether each optimizer is a learned one, by name.
         path: The image file.
         title: Title of the figure.

@@ -98,7 +98,7 @@ def _trained(config: Config, task: Task | Mixture, folder: Path, device: torch.d
 
 
 class Row(NamedTuple):
-    """What one variant's runs come to.
+    """Runs of one variant, summed up.
 
     Attributes:
         score: Mean score over runs and meta-seeds; NaN where a run did not stay finite.

@@ -14,14 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-import odeopt
-from odeopt.cli import arguments
-from odeopt.evaluation import EVALUATION_SEED
-from odeopt.evaluation.baselines import TUNING_SEED, Family, build, tune_all
-from odeopt.evaluation.matrix import fingerprint
-from odeopt.generalisation import (
+from held_out import (
     by_level,
     family_of,
     generalisation_table,
@@ -30,7 +23,14 @@ from odeopt.generalisation import (
     summary_tables,
     write_columns,
 )
-from odeopt.plots_generalisation import plot_generalisation
+from held_out_figure import plot_generalisation
+from torch import Tensor
+
+import odeopt
+from odeopt.cli import arguments
+from odeopt.evaluation import EVALUATION_SEED
+from odeopt.evaluation.baselines import TUNING_SEED, Family, build, tune_all
+from odeopt.evaluation.matrix import fingerprint
 from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
 from odeopt.tasks.classification import SPLITS

@@ -13,14 +13,15 @@ import re
 import sys
 from pathlib import Path
 
+from variants import compare_variants, train_variants
+from variants_figure import plot_ablation
+
 import odeopt
-from odeopt.ablation import compare_variants, train_variants
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import FAMILIES, build, tune_all
 from odeopt.files import write_json
 from odeopt.meta.config import Config, load_config
-from odeopt.plots_ablation import plot_ablation
 from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
 
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configured(args: argparse.Namespace, dataset: str) -> Config:
-    """What the default is trained by."""
+    """Configuration that the default is trained by."""
     config = load_config(Path(__file__).with_suffix(".toml")).with_dataset(dataset)
     horizon, n_steps = args.horizon or config.training.horizon, args.steps or config.training.n_meta_steps
     task = config.task | {"horizons": [horizon, horizon]}
