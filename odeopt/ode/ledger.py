@@ -1,4 +1,4 @@
-"""Where the energy of an integration went, whatever solved it; and whether a learned damping is real."""
+"""Ledger of the energy of an integration, whatever solved it; and a test whether a learned damping is real."""
 
 from __future__ import annotations
 
