@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,17 +17,20 @@ from typing import Any
 
 import torch
 
-from odeopt.generalisation import read_columns, summary_tables
-from odeopt.matrix import ratio_interval, ratio_text
-from odeopt.ode import SolverComparison
+from odeopt.evaluation.matrix import ratio_interval, ratio_text
 from odeopt.optimizer import LearnedOptimizer
+from odeopt.report import draw_table
+from odeopt.solvers import SolverComparison
 from odeopt.suite import Contender, Suite
 from odeopt.suite.evaluate import TUNING_SEED, steps_of
 from odeopt.suite.opponents import OPPONENTS, REFERENCE
-from odeopt.suite.report import Outcome
-from odeopt.tables import draw_table
+from odeopt.suite.result import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "studies"))
+
+from held_out import read_columns, summary_tables  # noqa: E402 (of a study, which the package does not hold)
+
 FIGS = ROOT / "figs"
 MARKS = "<!-- table of figs/suite.json -->", "<!-- end of the table -->"
 NO_SUITE = (

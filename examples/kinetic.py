@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from odeopt import PortHamiltonianUpdate, arguments
+from odeopt import PortHamiltonianUpdate
+from odeopt.cli import arguments
 from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
 from odeopt.suite.opponents import REFERENCE
 from odeopt.tasks import DATASETS

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import odeopt
-from odeopt import arguments
-from odeopt.baselines import baselines_for
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, compare
+from odeopt.evaluation.baselines import baselines_for
 from odeopt.meta import meta_train
 from odeopt.meta.config import load_config
 from odeopt.ode import available_methods

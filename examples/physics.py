@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 import torch
+from studies.portraits import plot_physics, portray
 
 import odeopt
-from odeopt import arguments, systems
+from odeopt import systems
+from odeopt.cli import arguments
 from odeopt.files import write_json
-from odeopt.plots_physics import plot_physics
+from odeopt.report import draw_table
 from odeopt.systems import MECHANISMS, MODELS, FitConfig, Sine
-from odeopt.tables import draw_table
 
 OURS = "port-Hamiltonian"
 # kind of model, and what differs: of the data, or the letters by which positions are read
@@ -45,8 +46,7 @@ discrete gradient / of rk4."""
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is not trained yet, judge, print and draw."""
-    args = parse(argv)
-    results, portraits = {}, {}
+    args, results, portraits = parse(argv), {}, {}
     for system in args.systems:
         mechanism = MECHANISMS[system]()
         truth, models, results[system] = mechanism.model, {}, {}
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
                 results[system][row] |= {"parts": systems.part_errors(model.cpu(), truth, q), "rises": rises}
         print(f"\n{system}\n\n{table(results[system], markdown=args.markdown)}", flush=True)
         if OURS in models:
-            portraits[system] = systems.portray(mechanism, models, clean.prediction.x[0, 0], q)
+            portraits[system] = portray(mechanism, models, clean.prediction.x[0, 0], q)
     print(f"\n{CAPTION}")
     path = args.out / f"physics{'-quick' if args.quick else ''}.json"
     content = {"library_version": odeopt.__version__, "torch_version": torch.__version__, "device": str(args.device)}

@@ -10,9 +10,9 @@ import argparse
 import time
 
 import odeopt
-from odeopt import arguments
-from odeopt.baselines import baselines_for
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, compare
+from odeopt.evaluation.baselines import baselines_for
 from odeopt.tasks import RandomQuadratic
 
 KINDS = ("port-hamiltonian", "port-hamiltonian-coordinatewise", "lstm", "hamiltonian")

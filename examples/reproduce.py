@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import odeopt
-from odeopt import arguments
+from odeopt.cli import arguments
 from odeopt.files import write_json
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -33,17 +33,18 @@ STAGES = (
     ("quadratic", 1, "quadratic.py --out {out}", "--runs 100"),
     ("mnist", 3, "mnist.py --out {out}", "--dataset digits --runs 2 --steps 20"),
     ("saddle", 1, "saddle.py --out {out}", "--runs 20 --steps 100"),
-    ("estimators", 2, "estimators.py --out {out}", "--quick"),
-    ("general", 8, "general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
-    ("meta-seeds", 45, "meta_seeds.py --validate 4 --out {out}", QUICK_SEEDS),
-    ("generalisation", 25, "generalisation.py --out {out}", "--quick"),
-    ("ablation", 40, "ablation.py --out {out}", "--quick"),
+    ("estimators", 2, "studies/estimators.py --out {out}", "--quick"),
+    ("general", 8, "studies/general.py --out {out}", "--dataset digits --runs 2 --steps 10 --tuning-runs 1"),
+    ("meta-seeds", 45, "studies/meta_seeds.py --validate 4 --out {out}", QUICK_SEEDS),
+    ("generalisation", 25, "studies/generalisation.py --out {out}", "--quick"),
+    ("ablation", 40, "studies/ablation.py --out {out}", "--quick"),
     ("optimizers-view", 15, "solvers.py --out {out}", QUICK_VIEW),
     ("physics", 120, "physics.py --out {out}", "--quick"),
     ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
     ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),
     ("suite", 150, "-m odeopt suite --out {out}", "--quick"),
     ("kinetic", 90, "kinetic.py --out {out}", "--dataset digits --steps 20 --problems perceptron vit"),
+    ("coordinate_check", 12, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

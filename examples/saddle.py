@@ -13,11 +13,10 @@ import time
 import torch
 
 import odeopt
-from odeopt import arguments
-from odeopt.baselines import FAMILIES, PLAIN_SGD, build, tune_all
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, Comparison, compare
-from odeopt.plots import plot_escape
-from odeopt.tables import draw_table
+from odeopt.evaluation.baselines import FAMILIES, PLAIN_SGD, build, tune_all
+from odeopt.report import draw_table, plot_escape
 from odeopt.tasks import HighDimSaddle, MonkeySaddle
 from odeopt.tasks.landscapes import Saddle
 

@@ -7,8 +7,8 @@ import math
 from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
-from odeopt import arguments
-from odeopt.plots import PALETTE, new_figure, style
+from odeopt.cli import arguments
+from odeopt.report import PALETTE, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

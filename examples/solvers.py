@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from studies.variants import Row, compare_variants, train_variants
+from studies.variants_figure import plot_ablation
 
 import odeopt
-from odeopt import arguments
-from odeopt.ablation import Row, compare_variants, train_variants
+from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.files import write_json
 from odeopt.meta.config import load_config
 from odeopt.ode import available_methods, is_fixed_step
-from odeopt.plots_ablation import plot_ablation
+from odeopt.report import draw_table
 from odeopt.rules import PortHamiltonianUpdate, UpdateRule
-from odeopt.tables import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, Task, load_dataset_or_digits
 
 TRAINED = ("euler", "midpoint", "heun3", "rk4", "exponential")
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
         print(notice or f"Data: {dataset.name}", flush=True)
-        config = load_config(Path(__file__).with_name("ablation.toml")).with_dataset(dataset.name)
+        config = load_config(Path(__file__).parent / "studies" / "ablation.toml").with_dataset(dataset.name)
         n_meta_steps = args.steps or config.training.n_meta_steps
         training = dataclasses.replace(config.training, horizon=args.horizon, n_meta_steps=n_meta_steps)
         task = config.task | {"horizons": [args.horizon, args.horizon]}

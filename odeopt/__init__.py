@@ -4,7 +4,7 @@ from odeopt._version import __version__
 from odeopt.artifacts import available_pretrained, load, load_pretrained, save
 from odeopt.evaluation import compare
 from odeopt.meta import MetaConfig, gradient_flow, meta_train, unroll
-from odeopt.ode import compare_solvers, integrate
+from odeopt.ode import integrate
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
 from odeopt.physics import PhaseState, PortHamiltonianSystem
@@ -17,6 +17,7 @@ from odeopt.rules import (
     SGDUpdate,
     UpdateRule,
 )
+from odeopt.solvers import compare_solvers
 
 __all__ = [
     "AdamUpdate",

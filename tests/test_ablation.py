@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import variants
+from variants import Row, compare_variants, train_variants
+from variants_figure import plot_ablation
 
 import odeopt
-from odeopt import ablation
-from odeopt.ablation import Row, compare_variants, train_variants
 from odeopt.evaluation import Interval, compare, student_interval
 from odeopt.meta import MetaConfig
 from odeopt.meta.config import Config, load_config
-from odeopt.plots_ablation import plot_ablation
 from odeopt.rules import PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ablation.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "studies" / "ablation.py"
 TINY = ["--quick", "--steps", "1", "--horizon", "3", "--runs", "2"]
 CONFIG = Config(
     "tiny",
@@ -60,7 +60,7 @@ def test_example_prints_a_table_leaves_figure_and_numbers_and_continues(tmp_path
     assert sorted(folder.name for folder in (tmp_path / "kept").iterdir()) == [
         "default-0", "default-1", "one-mode-0", "one-mode-1",
     ]  # fmt: skip
-    monkeypatch.setattr(ablation, "meta_train", None)  # nothing is left to train
+    monkeypatch.setattr(variants, "meta_train", None)  # nothing is left to train
     main(*options, "--markdown")
     assert "| one mode | " in capsys.readouterr().out
     again = json.loads((tmp_path / "ablation-quick.json").read_text())
@@ -107,7 +107,7 @@ def test_example_refuses_what_is_no_expression(capsys):
 
 def test_interrupted_training_continues_to_the_same_rules(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", "one mode", "euler", n_seeds=2)
-    meta_train, calls = ablation.meta_train, []
+    meta_train, calls = variants.meta_train, []
 
     def interrupted(*args, **options):
         calls.append(options["folder"].name)
@@ -115,7 +115,7 @@ def test_interrupted_training_continues_to_the_same_rules(tmp_path, monkeypatch)
             raise KeyboardInterrupt("in the third training")
         return meta_train(*args, **options)
 
-    monkeypatch.setattr(ablation, "meta_train", interrupted)
+    monkeypatch.setattr(variants, "meta_train", interrupted)
     with pytest.raises(KeyboardInterrupt, match="in the third"):
         train(tmp_path / "parts", "one mode", "euler", n_seeds=2)
     parts = train(tmp_path / "parts", "one mode", "euler", n_seeds=2)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import odeopt.tasks
-from odeopt import baselines
-from odeopt.baselines import (
+from odeopt.evaluation import baselines
+from odeopt.evaluation.baselines import (
     FAMILIES,
     PLAIN_SGD,
     Family,

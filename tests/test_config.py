@@ -8,10 +8,10 @@ import textwrap
 import pytest
 import torch
 from rule_toys import draws, run
+from variants import train_variants
 
 import odeopt
 from odeopt.__main__ import main
-from odeopt.ablation import train_variants
 from odeopt.artifacts import read_metadata
 from odeopt.meta import MetaConfig
 from odeopt.meta.config import available_configs, load_config

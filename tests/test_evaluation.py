@@ -16,8 +16,8 @@ from odeopt.evaluation import (
     time_step,
 )
 from odeopt.meta import unroll
+from odeopt.report import draw_table
 from odeopt.rules import AdamUpdate, LSTMUpdate, PortHamiltonianUpdate, RMSpropUpdate, SGDUpdate
-from odeopt.tables import draw_table
 from odeopt.tasks import MLPClassification, RandomQuadratic, Task
 
 
@@ -301,7 +301,7 @@ def test_nothing_to_compare():
 
 
 def test_evaluation_draws_from_streams_of_its_own():
-    from odeopt.baselines import TUNING_SEED
+    from odeopt.evaluation.baselines import TUNING_SEED
     from odeopt.meta import trainer
 
     used = {0, trainer.VALIDATION_SEED, TUNING_SEED}

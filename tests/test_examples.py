@@ -13,13 +13,19 @@ import pytest
 import torch
 
 import odeopt
-from odeopt import baselines
+from odeopt.evaluation import baselines
 from odeopt.meta import MetaConfig, MetaResult
 from odeopt.meta import config as meta_config
 from odeopt.meta.config import load_config
 from odeopt.meta.validation import validation_score
 
 FOLDER = Path(__file__).parents[1] / "examples"
+SCRIPTS = {
+    path.stem: path
+    for folder in (FOLDER, FOLDER / "studies")
+    for path in sorted(folder.glob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+}
 TINY = {
     "ablation": ["--quick", "--steps", "1", "--horizon", "2", "--runs", "2", "--rows", "one mode"],
     "coordinate_check": ["--widths", "8", "16", "--steps", "1", "2", "--runs", "2"],
@@ -59,7 +65,7 @@ def untuned(monkeypatch):
 
 def run(name, *argv):
     """Call an example's main, in this process."""
-    return runpy.run_path(str(FOLDER / f"{name}.py"))["main"](list(argv))
+    return runpy.run_path(str(SCRIPTS[name]))["main"](list(argv))
 
 
 def table_after(text, heading):
@@ -68,7 +74,7 @@ def table_after(text, heading):
     return block[0], {row.split("  ")[0]: row for row in block[3:]}
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in FOLDER.glob("*.py")} - {"reproduce"}))
+@pytest.mark.parametrize("name", sorted(SCRIPTS.keys() - {"reproduce"}))
 def test_every_example_runs_and_saves_a_figure(name, tmp_path, monkeypatch, untuned):
     monkeypatch.chdir(tmp_path)  # where runs are kept
     run(name, *TINY.get(name, []), "--out", str(tmp_path / "new" / "folder"))
@@ -79,7 +85,7 @@ def test_every_example_runs_and_saves_a_figure(name, tmp_path, monkeypatch, untu
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 def test_examples_that_compare_are_short(name):
-    assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 150
+    assert len(SCRIPTS[name].read_text().splitlines()) < 150
 
 
 def test_mnist_compares_all_rules_on_both_activations(tmp_path, capsys):
@@ -176,7 +182,7 @@ def test_meta_seeds_stand_together_and_the_best_validation_first(tmp_path, capsy
 
 
 def test_shipped_rules_that_have_company_stand_with_it(tmp_path, monkeypatch):
-    program = runpy.run_path(str(FOLDER / "meta_seeds.py"))
+    program = runpy.run_path(str(SCRIPTS["meta_seeds"]))
     grouped = program["grouped"]
     monkeypatch.setitem(grouped.__globals__, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"`rules` should be given, or lie in .*. Found `rules = \[\]`"):

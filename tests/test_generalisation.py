@@ -6,15 +6,10 @@ import os
 import runpy
 from pathlib import Path
 
+import held_out
 import pytest
 import torch
-from hypothesis import example as including
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import odeopt
-from odeopt import baselines, generalisation
-from odeopt.generalisation import (
+from held_out import (
     Curves,
     at_equal_training_loss,
     at_the_end,
@@ -25,12 +20,18 @@ from odeopt.generalisation import (
     summary_tables,
     write_columns,
 )
+from held_out_figure import _ticks, plot_generalisation
+from hypothesis import example as including
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import odeopt
+from odeopt.evaluation import baselines
 from odeopt.meta.unroll import unroll
-from odeopt.plots_generalisation import _ticks, plot_generalisation
 from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.tasks import MLPClassification
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "generalisation.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "studies" / "generalisation.py"
 NAN, INF = math.nan, math.inf
 losses = st.floats(1e-6, 10)
 
@@ -361,7 +362,7 @@ def example(monkeypatch, tmp_path):
 
     main.is_interrupted = False
     monkeypatch.setattr(baselines, "tune_all", tune_all)
-    monkeypatch.setattr(generalisation, "record", recorded)
+    monkeypatch.setattr(held_out, "record", recorded)
     return main
 
 

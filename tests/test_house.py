@@ -21,61 +21,32 @@ MODULES = sorted(
     }
 )
 
-# Which rooms each room may import; what is not listed is forbidden, the room itself is allowed.
+# Which rooms each room is built on; what those are built on may be imported too, and nothing else.
 ARROWS = {
-    "_version": set(),
-    "checks": set(),
-    "files": set(),
-    "physics": {"checks"},
-    "ode": {"checks", "files", "physics", "_version"},
-    "systems": {"checks", "physics", "ode"},
-    "rules": {"checks", "physics", "ode"},
-    "tasks": {"checks"},
-    "meta": {"checks", "files", "physics", "ode", "rules", "stepping", "tasks"},
-    "stepping": {"checks", "physics", "ode", "rules"},
-    "optimizer": {"checks", "physics", "ode", "rules", "stepping", "artifacts"},
-    "parameters": {"checks", "rules"},
-    "artifacts": {"checks", "physics", "ode", "rules", "_version"},
-    "evaluation": {"checks", "physics", "ode", "rules", "stepping", "tasks", "meta"},
-    "baselines": {"checks", "files", "physics", "ode", "rules", "tasks", "meta", "evaluation", "_version"},
-    "matrix": {"checks", "files", "rules", "tasks", "evaluation", "baselines", "tables", "_version"},
-    "generalisation": {"checks", "files", "rules", "tasks", "meta", "evaluation", "tables"},
-    "suite": {
-        "checks",
-        "files",
-        "rules",
-        "tasks",
-        "optimizer",
-        "parameters",
-        "evaluation",
-        "matrix",
-        "tables",
-        "_version",
-    },
-    "ablation": {"checks", "rules", "tasks", "meta", "evaluation", "artifacts"},
-    "arguments": set(),
-    "tables": set(),
-    "plots": {"evaluation"},
-    "plots_ablation": {"checks", "plots"},
-    "plots_estimators": {"plots"},
-    "plots_generalisation": {"plots"},
-    "plots_solvers": {"plots"},
-    "tables_solvers": {"tables"},
-    "plots_physics": {"plots"},
-    "plots_suite": {"plots"},
-}
-# Methods that draw and print do so by rooms above their own, which they import when they are called.
-LAZY = {
-    "evaluation": {"plots", "tables"},
-    "matrix": {"plots"},
-    "ode": {"plots_solvers", "tables_solvers"},
-    "suite": {"plots_suite"},
+    "_version": (),
+    "checks": (),
+    "files": (),
+    "report": ("checks",),
+    "physics": ("checks",),
+    "ode": ("physics", "report"),  # an energy ledger draws itself
+    "solvers": ("ode", "report", "files", "_version"),
+    "systems": ("ode",),
+    "rules": ("ode",),
+    "artifacts": ("rules", "_version"),
+    "parameters": ("rules",),
+    "stepping": ("rules",),
+    "optimizer": ("stepping", "artifacts"),
+    "tasks": ("checks",),
+    "meta": ("stepping", "tasks", "files"),
+    "evaluation": ("meta", "report", "_version"),
+    "suite": ("evaluation", "optimizer", "parameters"),
+    "cli": ("evaluation", "suite", "solvers", "artifacts"),
 }
 TOP = {"__init__", "__main__"}  # may import everything
 
 DOORS = {
-    "torchdiffeq": ["ode/"],
-    "matplotlib": ["plots.py"],
+    "torchdiffeq": ["ode/torchdiffeq.py"],
+    "matplotlib": ["report/"],
     "torchvision": ["tasks/datasets.py"],
     "sklearn": ["tasks/datasets.py"],
     "optuna": ["meta/study.py"],
@@ -89,6 +60,20 @@ DOORS = {
 def room_of(path):
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
+
+
+def reachable(room):
+    """The room and all that it is built on."""
+    return {room}.union(*map(reachable, ARROWS[room]))
+
+
+def circle_of(graph):
+    """Nodes that lie on circles, or above them; none if there is no circle."""
+    left = {node: set(others) for node, others in graph.items()}
+    while free := [node for node, others in left.items() if not others & left.keys()]:
+        for node in free:
+            del left[node]
+    return sorted(left)
 
 
 def imports(path, tree=None):
@@ -126,35 +111,66 @@ def imports(path, tree=None):
 
 
 def rooms_imported(path, tree=None):
-    for name, is_lazy in imports(path, tree):
+    """Rooms that a file imports, inside functions or not."""
+    for name, _ in imports(path, tree):
         parts = name.split(".")
         if parts[0] == "odeopt":
-            yield parts[1] if len(parts) > 1 else "__init__", is_lazy
+            yield parts[1] if len(parts) > 1 else "__init__"
+
+
+def files_imported(path):
+    """Files of the package that a file imports, inside functions or not; a name of a room is taken for its file."""
+    for name, _ in imports(path):
+        parts = name.split(".")[1:] if name.startswith("odeopt.") else []
+        while parts:
+            stem = PACKAGE.joinpath(*parts)
+            found = [file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.exists()]
+            if found:
+                yield found[0]
+                break
+            parts.pop()
 
 
 def test_every_room_has_its_arrows():
-    assert {room_of(path) for path in FILES} - TOP <= ARROWS.keys()
+    assert {room_of(path) for path in FILES} - TOP == ARROWS.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_one_way(path):
+def test_imports_follow_the_arrows(path):
     room = room_of(path)
     if room not in TOP:
-        allowed = ARROWS[room] | {room}
-        when_called = allowed | LAZY.get(room, set())
-        forbidden = {
-            other for other, is_lazy in rooms_imported(path) if other not in (when_called if is_lazy else allowed)
-        }
-        assert not forbidden
+        assert set(rooms_imported(path)) <= reachable(room)
 
 
-def test_arrows_have_no_circle():
-    left = dict(ARROWS)
-    while left:
-        free = [room for room, imported in left.items() if not imported & left.keys()]
-        assert free, left
-        for room in free:
-            del left[room]
+def test_imports_between_rooms_have_no_circle():
+    graph = {}
+    for path in FILES:
+        graph.setdefault(room_of(path), set()).update(rooms_imported(path))
+    assert circle_of({room: others - {room} for room, others in graph.items()}) == []
+
+
+def test_imports_between_files_have_no_circle():
+    assert circle_of({path: set(files_imported(path)) - {path} for path in FILES}) == []
+
+
+def test_circles_are_found():
+    assert circle_of({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle_of({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+def test_no_file_imports_an_example():
+    examples = PACKAGE.parent / "examples"
+    names = {"examples", "studies", "benchmarks", *(path.stem for path in examples.rglob("*.py"))}
+    for path in FILES:
+        assert not names & {name.split(".")[0] for name, _ in imports(path)}, path
+
+
+def test_studies_and_their_parts_import_only_the_library_and_each_other():
+    studies = PACKAGE.parent / "examples" / "studies"
+    names = {path.stem for path in (PACKAGE.parent / "examples").rglob("*.py")} - {p.stem for p in studies.glob("*.py")}
+    for path in studies.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not names & {name.split(".")[0] for name, _ in imports(PACKAGE / "some.py", tree)}, path
 
 
 def test_reader_of_imports_sees_every_form():
@@ -168,11 +184,10 @@ if TYPE_CHECKING:
     from odeopt import evaluation
 def plot():
     import matplotlib.pyplot
-    importlib.import_module("odeopt.plots")
+    importlib.import_module("odeopt.report")
 """
     path, tree = PACKAGE / "physics" / "some.py", ast.parse(source)
-    now = [("meta", False), ("tasks", False), ("physics", False), ("rules", False), ("ode", False)]
-    assert list(rooms_imported(path, tree)) == [*now, ("plots", True)]
+    assert list(rooms_imported(path, tree)) == ["meta", "tasks", "physics", "rules", "ode", "report"]
     assert ("matplotlib.pyplot", True) in list(imports(path, tree))
 
 
@@ -185,10 +200,11 @@ def test_dependency_has_one_door(dependency):
             assert dependency not in roots, name
 
 
-def test_plots_import_matplotlib_inside_functions_only():
-    found = [is_lazy for name, is_lazy in imports(PACKAGE / "plots.py") if name.startswith("matplotlib")]
-    assert found
-    assert all(found)
+def test_matplotlib_is_imported_inside_functions_only():
+    names = [found for path in (PACKAGE / "report").glob("*.py") for found in imports(path)]
+    is_lazy = [lazy for name, lazy in names if name.startswith("matplotlib")]
+    assert is_lazy
+    assert all(is_lazy)
 
 
 def test_import_is_light():

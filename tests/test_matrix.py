@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import odeopt.matrix
+import odeopt.evaluation.matrix
 from odeopt import load_pretrained
 from odeopt.__main__ import main
 from odeopt.artifacts import save
 from odeopt.evaluation import EVALUATION_SEED
-from odeopt.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, grid
+from odeopt.evaluation.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, grid
 from odeopt.meta.unroll import unroll
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
@@ -32,10 +32,10 @@ def two_rates(monkeypatch):
 
     def tune(family, task, *, n_steps, n_tasks, score):
         calls.append((family.name, task.task.split, n_steps, n_tasks, score))
-        return odeopt.baselines.Tuned(family.name, {"lr": 0.05}, 1.0, ())
+        return odeopt.evaluation.baselines.Tuned(family.name, {"lr": 0.05}, 1.0, ())
 
     calls = []
-    monkeypatch.setattr(odeopt.matrix, "tune", tune)
+    monkeypatch.setattr(odeopt.evaluation.matrix, "tune", tune)
     return calls
 
 

@@ -11,14 +11,14 @@ from odeopt.ode import (
     STRUCTURE_METHODS,
     FirstOrderHold,
     ZeroOrderHold,
-    comparable_methods,
     energy_ledger,
     explicit_step,
     integrate,
     is_fixed_step,
 )
-from odeopt.ode.adapter import time_of_event
+from odeopt.ode.torchdiffeq import time_of_event
 from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.solvers import comparable_methods
 
 # a mass on a spring with friction, q'' = -q - .2 q' + u
 SPRING = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1), dissipation=0.2)

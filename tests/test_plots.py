@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from odeopt.evaluation import compare, trailing_mean
-from odeopt.plots import _spread, line_styles, plot_comparison, plot_escape
+from odeopt.report import line_styles, plot_escape
+from odeopt.report.figure import _spread
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic
 
@@ -24,7 +25,7 @@ def comparison():
 
 
 def test_importing_the_library_does_not_import_matplotlib():
-    code = "import sys, odeopt, odeopt.plots, odeopt.baselines; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, odeopt, odeopt.report, odeopt.evaluation.baselines; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
 
 
@@ -40,7 +41,7 @@ def test_the_users_settings_and_figures_are_left_alone(comparison, tmp_path):
 
     with matplotlib.rc_context({"lines.linewidth": 7.0, "font.size": 20.0}):
         before = dict(matplotlib.rcParams)
-        plot_comparison(comparison, tmp_path / "figure.png")
+        comparison.plot(tmp_path / "figure.png")
         assert dict(matplotlib.rcParams) == before
 
 

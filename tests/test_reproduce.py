@@ -49,5 +49,7 @@ def test_quick_figures_stay_away_from_the_real_ones(program):
 
 def test_every_example_with_a_figure_is_a_stage():
     stages = runpy.run_path(str(ROOT / "examples" / "reproduce.py"))["STAGES"]
-    named = {Path(command.split()[0]).stem for _, _, command, _ in stages}
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} - {"reproduce"} <= named
+    named = {ROOT / "examples" / command.split()[0] for _, _, command, _ in stages}
+    folders = (ROOT / "examples", ROOT / "examples" / "studies")
+    scripts = {path for folder in folders for path in folder.glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert scripts - {ROOT / "examples" / "reproduce.py"} <= named

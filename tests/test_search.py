@@ -427,7 +427,7 @@ def test_command_prints_the_table_saves_the_best_rule_and_refuses_to_overwrite(t
     assert torch.equal(flat_weights(rule), flat_weights(whole.rule))
     assert (fields["horizon"], fields["trained_for"]["search"]["values"]) == (2, best.values)
     kept = out.read_bytes()
-    monkeypatch.setattr("odeopt.__main__.search", None)  # not even begun
+    monkeypatch.setattr("odeopt.cli.search.search", None)  # not even begun
     assert command(config, tmp_path) == 2
     assert f"--out` should be a new file, or --overwrite be given. Found `{out}`" in capsys.readouterr().err
     assert out.read_bytes() == kept

@@ -9,21 +9,21 @@ import torch
 
 from odeopt import compare_solvers
 from odeopt.__main__ import main
-from odeopt.ode import (
-    STRUCTURE_ORDER,
+from odeopt.ode import STRUCTURE_ORDER, available_methods
+from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.solvers import (
     Method,
     Problem,
     SolverComparison,
     SolverRun,
-    available_methods,
     comparable_methods,
     compare,
     observed_order,
     select_problems,
 )
-from odeopt.ode.compare import shortened
-from odeopt.ode.problem import flatten, map_state, reference
-from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.solvers.compare import shortened
+from odeopt.solvers.initial_value import flatten, map_state
+from odeopt.solvers.reference import reference
 
 F64 = torch.float64
 METHODS = comparable_methods()
@@ -255,7 +255,7 @@ def test_structure_preserving_methods_get_the_system_the_effort_and_the_step_siz
 
     problem = select_problems(["driven-pendulum"])[0]
     monkeypatch.setattr(compare, "integrate", ours)
-    monkeypatch.setattr("odeopt.ode.problem.integrate", integrate)
+    monkeypatch.setattr("odeopt.solvers.reference.integrate", integrate)
     (found,) = run([problem], [STRUCTURE], n_steps=(4,)).runs
     (system, x0, method, options, u) = calls[0]
     assert isinstance(system, PortHamiltonianSystem)

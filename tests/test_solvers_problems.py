@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from odeopt.ode import Problem, available_problems, integrate, select_problems
+from odeopt.ode import integrate
 from odeopt.ode.checks import tensors_of
-from odeopt.ode.problem import flatten, loss_of, map_state, reference, reference_gradient
 from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.solvers import Problem, available_problems, select_problems
+from odeopt.solvers.initial_value import flatten, map_state
+from odeopt.solvers.reference import loss_of, reference, reference_gradient
 
 F64 = torch.float64
 PROBLEMS = {problem.name: problem for problem in select_problems()}

@@ -18,7 +18,7 @@ from odeopt.suite import Contender, available_problems, evaluate_suite, learned,
 from odeopt.suite.evaluate import TUNING_SEED, neighbour, steps_of
 from odeopt.suite.opponents import OPPONENTS, REFERENCE, MuonAndAdamW, hidden_matrices
 from odeopt.suite.problems import english
-from odeopt.suite.report import Outcome
+from odeopt.suite.result import Outcome
 from odeopt.suite.run import Run, smoothed
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from portraits import portray
 
 from odeopt.ode import Status
 from odeopt.physics import GivenMatrix, PhaseState, PortHamiltonianSystem
@@ -27,7 +28,6 @@ from odeopt.systems import (
     part_errors,
     parts_at,
     pendulum,
-    portray,
     simulate,
     trajectory_errors,
 )

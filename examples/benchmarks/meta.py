@@ -18,17 +18,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from figures import plot_memory
 from measuring import clock, machine
 from torch import Tensor
 
 import odeopt
-from odeopt import arguments
+from odeopt.cli import arguments
 from odeopt.meta import Backpropagation, MetaConfig, MetaObjective, unroll
 from odeopt.meta.config import load_config
 from odeopt.meta.layouts import CompiledSteps
-from odeopt.plots import plot_memory
+from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
-from odeopt.tables import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
 
 RULES = ("port-hamiltonian", "lstm", "hamiltonian")

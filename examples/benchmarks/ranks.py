@@ -20,10 +20,10 @@ from torch import nn
 from workloads import n_parameters, shapes_of
 
 import odeopt
-from odeopt import arguments
+from odeopt.cli import arguments
 from odeopt.meta import Backpropagation, MetaObjective
 from odeopt.meta.distributed import current_world
-from odeopt.tables import draw_table
+from odeopt.report import draw_table
 from odeopt.tasks import RandomQuadratic
 
 MODEL = "gpt2"

@@ -6,10 +6,10 @@ import statistics
 from pathlib import Path
 
 import torch
+from figures import plot_step_cost
 from workloads import FOREACH, LEARNED, LOOP, LSTM, MODELS, REFERENCES
 
-from odeopt.plots import plot_step_cost
-from odeopt.tables import draw_table
+from odeopt.report import draw_table
 
 CAPTION = """Medians [quartiles] of interleaved repeats; x Adam and x SGD: ratio of times within a repeat.
 State: what lies in optimizer.state. Extra: peak of memory during a step beyond parameters, gradients and state.
@@ -33,7 +33,7 @@ def timing_table(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """How the cost grows, and the LSTM rule against its loop."""
+    """Growth of the cost, and the LSTM rule against its loop."""
     ms = {(row["workload"], row["optimizer"]): row["ms"] for row in rows}
     lines = []
     for workload, name in ms:

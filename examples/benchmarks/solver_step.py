@@ -18,11 +18,11 @@ from reporting import ratio, spread
 from torch import Tensor
 from torchdiffeq import odeint
 
-from odeopt import arguments
+from odeopt.cli import arguments
 from odeopt.ode import STRUCTURE_METHODS, integrate
 from odeopt.physics import PhaseState
+from odeopt.report import draw_table
 from odeopt.systems import pendulum
-from odeopt.tables import draw_table
 
 DT, FRICTION = 0.05, 0.1
 REFERENCE = "rk4, loop by hand"
@@ -78,7 +78,7 @@ def times(args: argparse.Namespace) -> list[float]:
 
 
 def of_field(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """What steps the bare field, by name."""
+    """Functions that step the bare field, by name."""
     x, t = first_states(args), times(args)
     in_torchdiffeq = torch.tensor(t, device=args.device)
     options = {"method": "rk4", "options": {"step_size": DT}}
@@ -93,7 +93,7 @@ def of_field(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
 
 def of_system(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """What steps the system, by name."""
+    """Functions that step the system, by name."""
     system = pendulum().model.system.float().to(args.device)
     x, t = first_states(args), times(args)
     state = PhaseState(x[:, :1], x[:, 1:])

@@ -20,9 +20,9 @@ from measuring import captured, clock, extra_bytes, interleaved, machine, scores
 from reporting import CAPTION, draw, summary, timing_table
 from workloads import LOOP, LSTM, MODELS, Make, contenders, n_parameters, parameters, workload
 
-from odeopt import arguments
+from odeopt.cli import arguments
 from odeopt.evaluation import student_interval
-from odeopt.tables import draw_table
+from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, MLPClassification, load_dataset_or_digits
 
 LARGE = 10**6  # parameters from which on memory is measured: less would not be seen

@@ -1,4 +1,4 @@
-"""What the benchmark of the step runs: shapes of real models, and the optimizers that step them."""
+"""Workloads of the benchmark of the step: shapes of real models, and the optimizers that step them."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class SearchResult:
         return first if first is not None and first.state == "complete" else None
 
     def rows(self) -> tuple[list[tuple[str, str]], list[list[str]]]:
-        """Headers and cells of a table, best trial first, for :func:`odeopt.tables.draw_table`."""
+        """Headers and cells of a table, best trial first, for :func:`odeopt.report.draw_table`."""
         names = list(self.config.space)
         headers = [("trial", ""), *((name, "") for name in names), ("score", ""), ("at", "[meta-step]"), ("state", "")]
         headers += [("meta-steps", ""), ("time", "[s]")]

@@ -1,4 +1,4 @@
-"""What an integration may be given: each check names the parameter and the value found."""
+"""Checks of the arguments of an integration: each names the parameter and the value found."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _unwrapped(t: Tensor) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """What lies between two neighbouring times that are outputs or knots: steps of one length.
+    """Piece between two neighbouring times that are outputs or knots: steps of one length.
 
     Attributes:
         start: Time at its start.
@@ -87,7 +87,7 @@ class Piece(NamedTuple):
 
 
 class Account(NamedTuple):
-    """What the steps came to.
+    """Status and counts of the steps.
 
     Attributes:
         n_evals: Evaluations of the field.

@@ -23,7 +23,7 @@ _GROWTH = 10
 
 
 class Newton(NamedTuple):
-    """How implicit equations are solved.
+    """Settings of the Newton iterations that solve implicit equations.
 
     Attributes:
         tol: Largest entry of the residual that counts as zero, in units of one plus the largest entry of the state;
@@ -45,7 +45,7 @@ class Newton(NamedTuple):
 
 
 class Root(NamedTuple):
-    """What a solve found.
+    """Result of a solve.
 
     Attributes:
         x: The root, shape ``(*batch, n)``.

@@ -7,31 +7,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq import odeint, odeint_adjoint
-from torchdiffeq._impl.odeint import SOLVERS
-from torchdiffeq._impl.solvers import FixedGridODESolver
 
-from odeopt.ode.adapter import (
-    ATOL,
-    RTOL,
-    accepted_options,
-    check_adjoint,
-    check_gradients,
-    fill,
-    is_external,
-    message_of,
-    reachable,
-    reads_tolerances,
-    refuse_gradients,
-    refuse_left_out,
-    solved,
-    solver_class,
-)
 from odeopt.ode.checks import (
     State,
     check_choice,
@@ -49,6 +29,18 @@ from odeopt.ode.recorder import Field, restore
 from odeopt.ode.solution import Solution, Status
 from odeopt.ode.steps import EXPLICIT_METHODS, check_explicit, explicit_step
 from odeopt.ode.structured import STRUCTURE_METHODS
+from odeopt.ode.torchdiffeq import (
+    ATOL,
+    RTOL,
+    SOLVERS,
+    accepted_options,
+    by_torchdiffeq,
+    fill,
+    message_of,
+    reachable,
+    reads_tolerances,
+    unit_step,
+)
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 _UNIT_TIMES: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
@@ -207,7 +199,7 @@ def integrate(
             for_adjoint |= {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
         keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
         if system is None:
-            solution = _by_torchdiffeq(field, x0, t, keywords, for_adjoint if adjoint else None, adjoint_params)
+            solution = by_torchdiffeq(field, x0, t, keywords, for_adjoint if adjoint else None, adjoint_params)
         else:
             if adjoint and adjoint_params is None:
                 for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
@@ -216,28 +208,6 @@ def integrate(
     if throw:
         solution.raise_for_status()
     return solution
-
-
-def _by_torchdiffeq(
-    field: Field,
-    x0: State,
-    t: Tensor,
-    keywords: dict,
-    for_adjoint: dict | None,
-    given_params: Any,
-    span: float | None = None,
-) -> Solution:
-    """Let torchdiffeq solve, with the gradients that are asked for: no more than those of parameters that are given."""
-    method, options = keywords["method"], keywords["options"]
-    if for_adjoint is None:
-        check_gradients(x0, t, method, options)
-        check_leaves = refuse_gradients if is_external(method) else None
-        return solved(partial(odeint, **keywords), field, x0, t, method, check_leaves, span)
-    names = ("adjoint_params", "adjoint_method", "adjoint_options")
-    params = check_adjoint(field, method, options, *(for_adjoint[name] for name in names))
-    solve = partial(odeint_adjoint, **keywords, **(for_adjoint | {"adjoint_params": params}))
-    check_leaves = partial(refuse_left_out, params) if given_params is None else None
-    return solved(solve, field, x0, t, method, check_leaves, span)
 
 
 def _trainable(values: Any) -> list[Tensor]:
@@ -367,7 +337,7 @@ def _by_pieces(
                 setattr(field, name, getattr(system, name))
         ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (piece.start, piece.end)]
         ends = torch.stack([end.to(time_dtype(t.device)) for end in ends])
-        part = _by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
+        part = by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
         n_evals, seconds, message = n_evals + part.n_field_evals, seconds + part.seconds, part.message
         n_steps = None if n_steps is None or part.n_steps is None else n_steps + part.n_steps
         if part.status not in (Status.SUCCESS, Status.NOT_CONVERGED):
@@ -410,22 +380,7 @@ def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: st
         check_explicit(method)
     if backend != "torchdiffeq" and method in EXPLICIT_METHODS:
         return explicit_step(field, _unit_times(x0)[0], 1.0, x0, method)
-    solver = solver_class(method)
-    t0, t1 = _unit_times(x0)
-    if is_external(method) and torch.is_grad_enabled() and field(t0, x0).requires_grad:
-        # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
-        raise ValueError(
-            "Parameter `method` should pass gradients on where they are recorded; use `torch.no_grad`, or another "
-            f"method. Found `method = {method!r}`."
-        )
-    if not issubclass(solver, FixedGridODESolver):
-        return odeint(field, x0, torch.stack((t0, t1)), rtol=RTOL, atol=ATOL, method=method)[-1]
-
-    def stage(t: Tensor, x: Tensor, perturb: Any = None) -> Tensor:
-        return field(t, x)
-
-    step = solver(func=stage, y0=x0, rtol=RTOL, atol=ATOL)._step_func
-    return x0 + step(stage, t0, t1, t1, x0)[0]
+    return unit_step(field, x0, *_unit_times(x0), method)
 
 
 def _unit_times(x0: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Where the energy of an integration went, whatever solved it; and whether a learned damping is real."""
+"""Ledger of the energy of an integration, whatever solved it; and a test whether a learned damping is real."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from odeopt.ode.integrate import integrate
 from odeopt.ode.solution import Solution
 from odeopt.ode.structured import discrete_gradient
 from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.report import plot_ledger
 
 # Nodes and weights of Gauss and Legendre on [0, 1]: exact for polynomials of degree 5, finer than the cubic in between.
 _NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
@@ -46,7 +47,7 @@ class EnergyLedger(NamedTuple):
     residual: Tensor
 
     def plot(self, path: str | os.PathLike, *, title: str = "") -> Path:
-        """Draw the account; see :func:`odeopt.plots_solvers.plot_ledger`.
+        """Draw the account; see :func:`odeopt.report.plot_ledger`.
 
         Args:
             path: The image file.
@@ -55,9 +56,8 @@ class EnergyLedger(NamedTuple):
         Returns:
             The path.
         """
-        from odeopt.plots_solvers import plot_ledger
-
-        return plot_ledger(self, path, title=title)
+        parts = {"gained by H": self.change, "dissipated": self.dissipated, "supplied": self.supplied}
+        return plot_ledger(self.t, parts, self.residual, path, title=title)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What an integration returns."""
+"""Results of an integration: states, counts, status and message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from odeopt.ode.checks import State
 
 
 class Status(StrEnum):
-    """How an integration ended."""
+    """Reason why an integration ended."""
 
     SUCCESS = "success"
     NON_FINITE_STATE = "non-finite state"

@@ -104,7 +104,7 @@ def structure_step(
 
 
 class _Problem(NamedTuple):
-    """What a step is about, and the solve that all of them share."""
+    """Equation of a step, and the solve that all methods share."""
 
     system: PortHamiltonianSystem
     dt: Tensor | float
@@ -116,7 +116,7 @@ class _Problem(NamedTuple):
         return self.system.vector_field(PhaseState(q, p), u, self.z)
 
     def kick(self, q: Tensor, p: Tensor, u: Tensor | None) -> Tensor:
-        """What moves p apart from friction."""
+        """Force on p apart from friction."""
         return self.system.conservative_field(PhaseState(q, p), u, self.z).p
 
     def velocity(self, q: Tensor, p: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from odeopt.suite.evaluate import evaluate_suite
 from odeopt.suite.opponents import Contender, learned, opponents, untrained
 from odeopt.suite.problems import Problem, available_problems, make_problem
-from odeopt.suite.report import Suite
+from odeopt.suite.result import Suite
 from odeopt.suite.run import Run, run
 
 __all__ = [

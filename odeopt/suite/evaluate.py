@@ -20,7 +20,7 @@ from odeopt.checks import require
 from odeopt.files import write_json
 from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
-from odeopt.suite.report import Outcome, Suite
+from odeopt.suite.result import Outcome, Suite
 from odeopt.suite.run import Run, run, smoothed
 
 TUNING_SEED = 1000  # learning rates are chosen by a run of it; comparisons are on the seeds 0, 1, ...
@@ -28,7 +28,7 @@ _N_POINTS = 200  # of a curve, at most
 
 
 class Record(NamedTuple):
-    """What is kept of a run.
+    """Numbers that are kept of a run.
 
     Attributes:
         train: Mean of the last twentieth of the training losses; infinite if the run diverged.

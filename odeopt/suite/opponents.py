@@ -1,4 +1,4 @@
-"""What trains the problems: hand-designed optimizers, each with a grid of learning rates, and learned rules."""
+"""Contenders on the problems: hand-designed optimizers, each with a grid of learning rates, and learned rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from odeopt._version import __version__
-from odeopt.matrix import fingerprint
+from odeopt.evaluation.matrix import fingerprint
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
 from odeopt.rules.base import UpdateRule

@@ -80,7 +80,7 @@ class Problem:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What a run depends on, beside its seed and its optimizer, in values that JSON can hold."""
+        """Describe all that a run depends on, beside its seed and its optimizer, in values that JSON can hold."""
         network = hashlib.sha256(repr(self.make_model(0)).encode()).hexdigest()[:16]
         settings = {"n_steps": self.n_steps, "data": self.data.description, "network": network}
         return {"problem": self.name, "version": _VERSION, **settings}

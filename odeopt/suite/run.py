@@ -30,7 +30,7 @@ MakeOptimizer = Callable[[nn.Module, int], Steps]  # of a model, and the number 
 
 
 class Run(NamedTuple):
-    """What a run came to.
+    """Losses and time of a run.
 
     Attributes:
         losses: Training loss of each step's batch before its update, float64, shape ``(n_steps,)``; infinite from the

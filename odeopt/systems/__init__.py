@@ -28,7 +28,6 @@ from odeopt.systems.models import (
     structured,
 )
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel
-from odeopt.systems.portraits import Portrait, portray
 
 __all__ = [
     "INPUTS",
@@ -46,7 +45,6 @@ __all__ = [
     "ObservedSystem",
     "Parts",
     "PortHamiltonianModel",
-    "Portrait",
     "Rises",
     "Sine",
     "Trajectories",
@@ -63,7 +61,6 @@ __all__ = [
     "part_errors",
     "parts_at",
     "pendulum",
-    "portray",
     "simulate",
     "structured",
     "trajectory_errors",

@@ -1,0 +1,34 @@
+"""Command line: ``python -m odeopt train``, ``search``, ``tune``, ``matrix``, ``suite`` and ``solvers``.
+
+Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its processes train one rule together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from odeopt.cli import matrix, search, solvers, suite, train, tune
+from odeopt.meta.distributed import LostRankError
+from odeopt.meta.study import MissingOptunaError
+from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m odeopt", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (train, search, tune, matrix, suite, solvers):
+        command.add(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable, MissingOptunaError) as error:
+        status, message = 2, error
+    except LostRankError as error:
+        status, message = 1, error
+    except train.Terminated as error:
+        status, message = 128 + signal.SIGTERM, error
+    print(f"{parser.prog} {args.command}: {message}", file=sys.stderr, flush=True)
+    return status

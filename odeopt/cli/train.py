@@ -1,0 +1,126 @@
+"""``python -m odeopt train``: meta-train a rule from a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from odeopt import artifacts
+from odeopt.cli import arguments
+from odeopt.cli.files import prepare
+from odeopt.meta.config import START, Config, available_configs, load_config
+from odeopt.meta.distributed import World, joined_world, local_rank
+from odeopt.meta.trainer import meta_train
+
+
+class Terminated(BaseException):
+    """The process was asked to stop; like KeyboardInterrupt, nothing that handles errors should take it for one."""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "train",
+        help="meta-train a rule from a configuration",
+        description="Meta-train a rule from a configuration. Under torchrun each rank works on tasks of its own: "
+        "two ranks equal one process with twice the tasks. An interrupted run continues, on any number of "
+        "ranks, with the same command.",
+    )
+    parser.add_argument("--config", required=True, help=f"a TOML file, or one of {', '.join(available_configs())}")
+    parser.add_argument("--seed", type=arguments.natural, help="meta-seed, in place of the configuration's; NAME below "
+                       "is then followed by -seedSEED")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="where the rule goes (default: runs/NAME.safetensors)")
+    parser.add_argument("--folder", type=Path, help="checkpoint and TensorBoard scalars; an interrupted run "
+                       "is continued from here (default: runs/NAME)")  # fmt: skip
+    parser.add_argument(
+        "--data-dir", type=Path, help="where image datasets lie (default: ODEOPT_DATA or a cache folder)"
+    )
+    parser.add_argument("--device", type=_device, default="cpu", help="where to train (default: %(default)s); under "
+                       "torchrun, cuda is one GPU for each rank")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="compile the rule's steps: a minute, then about twice "
+                       "as fast (port-Hamiltonian rules)")  # fmt: skip
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after "
+                       "so long; the same command continues")  # fmt: skip
+    parser.add_argument("--timeout", type=arguments.positive, default=1800, metavar="SECONDS", help="how long a rank "
+                       "waits for the others before it counts them as lost (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, on all ranks; return the exit status."""
+    config = load_config(args.config)
+    name = config.name
+    if args.seed is not None:
+        config, name = config.with_seed(args.seed), f"{name}-seed{args.seed}"
+    folder = args.folder or Path("runs") / name
+    out = args.out or Path("runs") / f"{name}.safetensors"
+    with _stoppable(folder), joined_world(args.device, timeout=args.timeout) as world:
+        return _run_with(world, config, folder, out, args)
+
+
+def _run_with(world: World, config: Config, folder: Path, out: Path, args: argparse.Namespace) -> int:
+    world.from_first(lambda: prepare(out, args.overwrite))
+    rule = config.build_rule().to(args.device)
+    task = world.in_turn(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
+    began, results = time.monotonic(), []
+    for stage in config.stages:
+        is_start = stage is config.start
+        # apart from the folder of a training without a start, whose checkpoint may not be taken for this one's
+        where = folder if config.start is None else folder / (START if is_start else "main")
+        what = f"{config.name}, start" if is_start else config.name
+        left = None if args.stop_after is None else max(0.0, args.stop_after - (time.monotonic() - began))
+        result = meta_train(rule, task, stage, folder=where, stop_after=left, compile=args.compile)
+        results.append(result)
+        n_done, n_wanted = len(result.meta_losses), stage.n_meta_steps
+        if world.is_first:
+            print(
+                f"{what}, meta-seed {stage.seed}: {n_done} of {n_wanted} meta-steps in {result.seconds:.0f} s; best "
+                f"validation loss {result.best_score:.4f} at meta-step {result.best_step}; skipped "
+                f"{result.n_skipped_outliers} outliers and {result.n_skipped_nonfinite} non-finite meta-gradients"
+            )
+        if n_done < n_wanted:
+            if world.is_first:
+                best = folder / "best.safetensors"
+                artifacts.save(rule, best, trained_for=config.trained_for(*results), overwrite=True)
+                print(f"stopped early with the best rule so far in {best}; the same command continues from {folder}")
+            return 0
+    if world.is_first:
+        artifacts.save(rule, out, trained_for=config.trained_for(*results), overwrite=args.overwrite)
+        print(f"saved {out}")
+    return 0
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Make SIGTERM, which torchrun sends to the ranks that are left when one fails, an exception with a message."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated(
+            f"Rank {os.environ.get('RANK', 0)} was told to stop (SIGTERM), as torchrun does when another rank has "
+            f"stopped; the same command continues from {folder}."
+        )
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, where alone signals arrive
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _device(text: str) -> torch.device:
+    """Read a device that is there; under torchrun, that of this rank."""
+    rank = local_rank()
+    is_cuda = text.startswith("cuda") or (text == "auto" and torch.cuda.is_available())
+    return arguments.device(f"cuda:{rank}" if is_cuda and rank is not None else text)

@@ -1,0 +1,208 @@
+"""compare(): update rules on common tasks, with intervals of paired differences."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
+from odeopt.meta.unroll import unroll
+from odeopt.rules.base import UpdateRule
+from odeopt.tasks.base import Task
+
+EVALUATION_SEED = 3_000_017  # streams that neither meta-training, its validation nor tuning draws from
+BEST_HAND_DESIGNED = "best hand-designed"
+_BATCH_BYTES = {"cpu": 16e6, "cuda": 2e9}  # on a CPU about what its cache holds: larger batches are slower
+
+
+def compare(
+    rules: Mapping[str, UpdateRule],
+    task: Task,
+    *,
+    n_steps: int,
+    n_runs: int = 20,
+    seed: int = EVALUATION_SEED,
+    score: str = "last ten",
+    reference: str = BEST_HAND_DESIGNED,
+    runs_per_batch: int | None = None,
+    device: torch.device | str | None = None,
+    loss_unit: str = "",
+    progress_bar: bool = True,
+) -> Comparison:
+    """Run every rule on the same tasks: equal initialisations, equal minibatches at equal steps.
+
+    Args:
+        rules: Rules by the name to show; those without learned parameters count as hand-designed.
+        task: Where losses come from; its held-out accuracy is measured where it has a method ``accuracy``.
+        n_steps: Updates per run; told to the rules as the horizon.
+        n_runs: Number of tasks, numbered from 0.
+        seed: Seed of initialisations and batches. Keep it apart from what rules were trained or tuned on.
+        score: What judges a run, a name in :data:`SCORES`.
+        reference: The rule that the others are compared with, or ``"best hand-designed"``: the hand-designed
+            rule with the least mean score on these very runs, a choice that favours the hand-designed side.
+        runs_per_batch: Runs computed at once; bounds the memory and changes results by rounding only.
+            By default as many as are fast.
+        device: Where to compute; the task is moved there. Where the task is, by default.
+        loss_unit: Unit of the losses, for headers and axes.
+        progress_bar: Whether to show one.
+
+    Returns:
+        The comparison, with its table and figure.
+
+    Raises:
+        ValueError: If an argument is out of range or names nothing.
+    """
+    if not rules:
+        raise ValueError("Parameter `rules` should hold at least one rule. Found none.")
+    if n_runs < 1:
+        raise ValueError(f"Parameter `n_runs` should be at least 1. Found `n_runs = {n_runs}`.")
+    if reference != BEST_HAND_DESIGNED and reference not in rules:
+        raise ValueError(
+            f"Parameter `reference` should be {BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}. "
+            f"Found `reference = {reference!r}`."
+        )
+    check_score(score)
+    if device is not None:
+        task.to(device)
+    results = {}
+    with tqdm(total=len(rules) * n_runs, disable=not progress_bar, desc="comparing", unit=" runs") as bar:
+        for name, rule in rules.items():
+            bar.set_postfix_str(name)
+            # a copy, so that the caller's rule stays where it is
+            rule = copy.deepcopy(rule).to(task.device)
+            losses, accuracies = run(
+                rule,
+                task,
+                n_steps=n_steps,
+                n_runs=n_runs,
+                seed=seed,
+                runs_per_batch=runs_per_batch,
+                on_runs=bar.update,
+            )
+            results[name] = RuleResult(
+                losses,
+                accuracies,
+                is_learned=rule.n_parameters() > 0,
+                crosses_coordinates=rule.crosses_coordinates,
+                ms_per_step=time_step(rule, task),
+                state_bytes=_state_bytes(rule, task),
+            )
+    if reference == BEST_HAND_DESIGNED:
+        reference = _best_hand_designed(results, score)
+    return Comparison(results, reference, score, task.describe(), seed, loss_unit)
+
+
+@torch.no_grad()
+def run(
+    rule: UpdateRule,
+    task: Task,
+    *,
+    n_steps: int,
+    n_runs: int,
+    seed: int,
+    runs_per_batch: int | None = None,
+    with_accuracy: bool = True,
+    on_runs: Callable[[int], Any] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Optimize the tasks 0 ... n_runs - 1 with one rule, a few at a time.
+
+    Args:
+        rule: The rule, on the device of the task.
+        task: Where losses come from.
+        n_steps: Updates per run.
+        n_runs: Number of tasks.
+        seed: Seed of initialisations and batches.
+        runs_per_batch: Runs computed at once; as many as are fast by default.
+        with_accuracy: Whether to measure the accuracy where the task has one.
+        on_runs: Called with the number of runs done, after each batch of them.
+
+    Returns:
+        Losses, float64 on the CPU, shape ``(n_steps + 1, n_runs)``; and accuracies ``(n_runs,)``, or None.
+
+    Raises:
+        ValueError: If ``runs_per_batch`` is not positive.
+    """
+    if runs_per_batch is not None and runs_per_batch < 1:
+        raise ValueError(f"Parameter `runs_per_batch` should be positive. Found `runs_per_batch = {runs_per_batch}`.")
+    losses, accuracies = [], []
+    for indices in torch.arange(n_runs).split(runs_per_batch or fast_batch(rule, task)):
+        trajectory = unroll(rule, task, indices=indices, n_steps=n_steps, seed=seed, total_steps=n_steps)
+        losses.append(trajectory.losses.double().cpu())
+        if with_accuracy and hasattr(task, "accuracy"):
+            accuracy = task.accuracy(trajectory.params).double().cpu()
+            accuracies.append(accuracy.where(losses[-1][-1].isfinite(), float("nan")))
+        if on_runs is not None:
+            on_runs(len(indices))
+    return torch.cat(losses, dim=1), torch.cat(accuracies) if accuracies else None
+
+
+@torch.no_grad()
+def time_step(rule: UpdateRule, task: Task, *, n_steps: int = 15, n_warmup: int = 3) -> float:
+    """Median time of one optimizer step on one task, its gradient's own time excluded.
+
+    Args:
+        rule: The rule, on the device of the task.
+        task: Gives the parameters and one gradient.
+        n_steps: Steps that are timed.
+        n_warmup: Steps before them that are not.
+
+    Returns:
+        Milliseconds.
+    """
+    params, states = _flat_start(rule, task)
+    with torch.enable_grad():
+        leaves = task.init_params(torch.arange(1), 0)
+        leaves = {name: param.requires_grad_() for name, param in leaves.items()}
+        loss = task.loss(leaves, task.sample_batch(torch.arange(1), 0, 0)).sum()
+        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    shapes = {name: grad.shape[1:] for name, grad in grads.items()}
+    grads = {name: grad.reshape(params[name].shape) for name, grad in grads.items()}
+    times = []
+    for step in range(n_warmup + n_steps):
+        progress = torch.tensor(step / (n_warmup + n_steps), device=task.device)
+        began = time.perf_counter()
+        for name, grad in grads.items():
+            update, states[name] = rule(grad, states[name], param=params[name], shape=shapes[name], progress=progress)
+            params[name] = params[name] + update
+        if task.device.type == "cuda":
+            torch.cuda.synchronize(task.device)
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times[n_warmup:])
+
+
+def _flat_start(rule: UpdateRule, task: Task) -> tuple[dict[str, Tensor], dict[str, NamedTuple]]:
+    """Flattened parameters of one task, and the rule's states beside them."""
+    params = {name: param.flatten(1) for name, param in task.init_params(torch.arange(1), 0).items()}
+    return params, {name: rule.init_state(param) for name, param in params.items()}
+
+
+def _n_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _state_bytes(rule: UpdateRule, task: Task) -> float:
+    params, states = _flat_start(rule, task)
+    n_params = sum(param.numel() for param in params.values())
+    return sum(_n_bytes(state) for state in states.values()) / n_params
+
+
+def fast_batch(rule: UpdateRule, task: Task) -> int:
+    """Number of runs whose parameters, states and data fill the bytes that suit the device."""
+    params, states = _flat_start(rule, task)
+    batch = task.sample_batch(torch.arange(1), 0, 0)
+    n_bytes = _n_bytes([*params.values(), *(part for state in states.values() for part in state), *batch])
+    return max(1, int(_BATCH_BYTES.get(task.device.type, _BATCH_BYTES["cpu"]) // max(n_bytes, 1)))
+
+
+def _best_hand_designed(results: Mapping[str, RuleResult], score: str) -> str | None:
+    hand_designed = {name: result for name, result in results.items() if not result.is_learned}
+    means = {name: scores_of(result.losses, score).mean().item() for name, result in hand_designed.items()}
+    finite = {name: mean for name, mean in means.items() if mean < float("inf")}
+    return min(finite, key=finite.get, default=None)

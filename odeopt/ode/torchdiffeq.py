@@ -1,0 +1,461 @@
+"""The one door to torchdiffeq: its methods, what they accept, and what became of an attempt to solve."""
+
+from __future__ import annotations
+
+import inspect
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdiffeq import odeint, odeint_adjoint, odeint_event
+from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
+
+from odeopt.ode.checks import (
+    State,
+    check_choice,
+    check_options,
+    clock_dtype,
+    digits_of,
+    tensors_of,
+    time_dtype,
+)
+from odeopt.ode.recorder import Field, Recorder, SolverFailureError, UnresolvedTimesError, restore
+from odeopt.ode.solution import ADVICE, Solution, Status
+
+# torchdiffeq's own defaults, passed explicitly because the solver classes have others.
+RTOL, ATOL = 1e-7, 1e-9
+
+# What the solvers of torchdiffeq say in their asserts. Anything else they assert is about the options.
+_ASSERTED = {
+    "underflow in dt": Status.STEP_SIZE_UNDERFLOW,
+    "non-finite values in state": Status.NON_FINITE_STATE,
+    "max_num_steps exceeded": Status.MAX_STEPS_REACHED,
+}
+
+# An adaptive method takes the rounding of times for an error where its steps have fewer roundings than this.
+_ROUNDINGS_OF_ESTIMATES = 100
+
+_NO_GRADIENT = "Set `adjoint=True`, choose another method or use `torch.no_grad`."
+_SCIPY_STOPPED = "SciPy returned before the last time."
+
+
+def available_methods() -> tuple[str, ...]:
+    """Return the names of the methods that the installed torchdiffeq offers."""
+    return tuple(SOLVERS)
+
+
+def is_fixed_step(method: str) -> bool:
+    """Return whether a method takes steps of a given size, rather than choosing them by an error estimate.
+
+    Args:
+        method: A name out of :func:`available_methods`.
+
+    Raises:
+        ValueError: If there is no such method.
+    """
+    return issubclass(solver_class(method), FixedGridODESolver)
+
+
+def solver_class(method: str) -> type:
+    """Return torchdiffeq's class of a method, or refuse the name."""
+    check_choice("method", method, SOLVERS)
+    return SOLVERS[method]
+
+
+@cache
+def accepted_options(method: str) -> frozenset[str]:
+    """Options that a solver reads: the named arguments of its constructor and of its bases' ones."""
+    names = {
+        parameter.name
+        for base in solver_class(method).__mro__
+        if "__init__" in vars(base)
+        for parameter in inspect.signature(base.__init__).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    # The last one is decided by the name of the method: implicit_adams or explicit_adams.
+    return frozenset(names - {"self", "func", "y0", "rtol", "atol", "implicit"})
+
+
+# Nominal orders of the Runge-Kutta methods; the Adams methods (known by `max_order`) have a variable one.
+ORDER: dict[str, int] = {
+    name: solver.order
+    for name, solver in SOLVERS.items()
+    if hasattr(solver, "order") and "max_order" not in accepted_options(name)
+}
+
+
+def by_torchdiffeq(
+    field: Field,
+    x0: State,
+    t: Tensor,
+    keywords: dict,
+    for_adjoint: dict | None,
+    given_params: Any,
+    span: float | None = None,
+) -> Solution:
+    """Let torchdiffeq solve, with the gradients that are asked for: no more than those of parameters that are given."""
+    method, options = keywords["method"], keywords["options"]
+    if for_adjoint is None:
+        _check_gradients(x0, t, method, options)
+        check_leaves = _refuse_gradients if is_external(method) else None
+        return _solved(partial(odeint, **keywords), field, x0, t, method, check_leaves, span)
+    names = ("adjoint_params", "adjoint_method", "adjoint_options")
+    params = _check_adjoint(field, method, options, *(for_adjoint[name] for name in names))
+    solve = partial(odeint_adjoint, **keywords, **(for_adjoint | {"adjoint_params": params}))
+    check_leaves = partial(_refuse_left_out, params) if given_params is None else None
+    return _solved(solve, field, x0, t, method, check_leaves, span)
+
+
+def _solved(
+    solve: partial,
+    field: Field,
+    x0: State,
+    t: Tensor,
+    method: str,
+    check_leaves: Callable[[list[Tensor]], None] | None = None,
+    span: float | None = None,
+) -> Solution:
+    """Let torchdiffeq solve, and account for it.
+
+    It calls fields with times in the dtype of the state. Where that is too coarse for the steps, or for the error
+    estimates of an adaptive method, the solver gets the state in a finer one; the field never does.
+
+    Args:
+        solve: torchdiffeq's solver, with its keywords.
+        field: As in :func:`odeopt.ode.integrate`.
+        x0: The first state.
+        t: Output times.
+        method: Name of the method.
+        check_leaves: Called with the leaves that the field depends on and that require grad, if gradients are on.
+        span: From the first time to the last one, where ``t`` is a part of them.
+    """
+    like, options = tensors_of(x0)[0], solve.keywords["options"] or {}
+    numbers, callbacks = t.detach().tolist(), SOLVERS[method].valid_callbacks()
+    interval = min(abs(end - start) for start, end in pairwise(numbers))
+    step = min(interval, float(options.get("step_size") or interval))
+    clock = clock_dtype(like, max(map(abs, numbers)), step, span or abs(numbers[-1] - numbers[0]))
+    is_steady, work, origin = is_fixed_step(method), like.dtype, None
+    outputs, t = t, t.clone()  # a field may write to what it is called with
+    if is_external(method):
+        # computes in double precision anyway, and takes the size of times for that of steps
+        work, origin = torch.promote_types(work, torch.float64), t[0].double()
+        t = t.double() - origin
+    elif not is_steady:
+        work = torch.promote_types(work, torch.float32)
+    n_evals, start = 0, time.perf_counter()
+    while True:
+        if clock is torch.float64:
+            work, t = torch.promote_types(work, torch.float64), t.double()
+        recorder = Recorder(
+            field,
+            x0,
+            t,
+            callbacks=callbacks,
+            is_external=is_external(method),
+            work=work,
+            clock=clock,
+            origin=origin,
+            # the steps of an adaptive method are not known before
+            coarsest=0.0 if is_steady or clock is torch.float64 else _ROUNDINGS_OF_ESTIMATES * torch.finfo(clock).eps,
+            check_leaves=check_leaves if torch.is_grad_enabled() else None,
+        )
+        try:
+            states, status, detail = _attempt(solve, recorder, t)
+            break
+        except UnresolvedTimesError:
+            n_evals, clock = n_evals + recorder.n_evals, torch.float64
+        except SolverFailureError as failure:
+            status, detail, states = failure.status, str(failure), None
+            break
+    account = n_evals + recorder.n_evals, recorder.n_steps, time.perf_counter() - start
+    if states is None:
+        states = _reached_states(solve, recorder, t)
+    detail = message_of(status, detail, outputs, len(states[0]))
+    states = [fill(x, len(t)) for x in recorder.settled(states)]
+    states = restore(x0, states) if isinstance(x0, tuple) else states[0]
+    return Solution(outputs, states, *account, status, detail, method)
+
+
+def reachable(
+    rtol: Any, atol: Any, x0: State, names: tuple[str, str] = ("rtol", "atol"), *, has_zeros: bool = False
+) -> tuple[Any, Any]:
+    """Raise tolerances that a state cannot resolve to what it can, with a warning.
+
+    The rounding of the field passes for an error of the step, of about a rounding of what the step adds. Under a
+    sixteenth of a rounding of the state steps become too short to change it, and the solver stands still. No tolerance
+    at all for entries that are zero makes the error estimate 0/0.
+
+    Args:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        x0: The state; its largest entry is the scale.
+        names: Names of the parameters.
+        has_zeros: Whether entries of what is solved are zero whatever ``x0`` is.
+    """
+    tensors = tensors_of(x0)
+    floor = torch.finfo(tensors[0].dtype).eps / 16
+    scale = max((x.detach().abs().max().item() for x in tensors if x.numel()), default=0.0)
+    has_zeros = has_zeros or any(bool((x == 0).any()) for x in tensors)
+    relative, absolute = (
+        [torch.as_tensor(v, dtype=torch.float64).cpu() for v in tensors_of(tol)] for tol in (rtol, atol)
+    )
+    n = max(len(relative), len(absolute))
+    pairs = zip(relative * (n // len(relative)), absolute * (n // len(absolute)), strict=True)
+    if not any(bool(((r < floor) & (a < floor * scale) | (a == 0) & has_zeros).any()) for r, a in pairs):
+        return rtol, atol
+    floors = floor, floor / 128 * (scale or 1.0)
+    raised = tuple(_at_least(tol, floor) for tol, floor in zip((rtol, atol), floors, strict=True))
+    warnings.warn(
+        f"Parameters `{names[0]}` and `{names[1]}` are raised to what {tensors[0].dtype} resolves, {floors[0]:.2g} and "
+        f"{floors[1]:.2g} at least. Found `{names[0]} = {rtol}`, `{names[1]} = {atol}`.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return raised
+
+
+def _at_least(tolerance: Any, floor: float) -> Any:
+    if isinstance(tolerance, tuple | list):
+        return tuple(_at_least(each, floor) for each in tolerance)
+    return tolerance.clamp(min=floor) if isinstance(tolerance, Tensor) else max(tolerance, floor)
+
+
+def reads_tolerances(method: str) -> bool:
+    """Whether a method of torchdiffeq depends on its tolerances: an adaptive one, or one that iterates."""
+    return not is_fixed_step(method) or ("max_iters" in accepted_options(method) and method != "explicit_adams")
+
+
+def message_of(status: Status, detail: str, t: Tensor, n_reached: int) -> str:
+    """Say what happened, how far it came and what to do about it."""
+    if status is Status.SUCCESS:
+        return detail
+    if status is Status.NOT_CHECKED:  # nor can a compiler trace much of what strings do
+        return f"Not checked: {detail} {ADVICE[Status.NOT_CHECKED]}"
+    reached = f"reached t = {digits_of(t[n_reached - 1])} of {digits_of(t[-1])}"
+    return f"{status.capitalize()} ({reached}): {detail} {ADVICE[status]}"
+
+
+def _attempt(
+    solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, t: Tensor
+) -> tuple[list[Tensor], Status, str]:
+    """Solve once. Return the finite states, the status and its detail; raise if no states came back."""
+    method, options = solve.keywords["method"], solve.keywords["options"]
+    warns = is_external(method) or "max_iters" in accepted_options(method)
+    with _held_warnings() if warns else nullcontext([]) as held:
+        try:
+            states = list(tensors_of(solve(recorder, recorder.lifted(), t)))
+        except AssertionError as error:
+            if error is recorder.user_error:
+                raise
+            status = next((status for text, status in _ASSERTED.items() if text in str(error)), None)
+            if status is None:
+                raise ValueError(
+                    f"Parameter `options` should suit method {method!r}. Found `options = {options}`: {error}"
+                ) from error
+            detail = f"{str(error).partition(':')[0]}."
+            raise SolverFailureError(*recorder.explain(status, detail)) from error
+        except RuntimeError as error:
+            # torchdiffeq gives what SciPy has of a tuple the shape of a whole solution
+            if not (is_external(method) and "is invalid for input of size" in str(error)):
+                raise
+            raise SolverFailureError(*recorder.explain(Status.STOPPED_EARLY, _SCIPY_STOPPED)) from error
+        except ValueError as error:
+            if "array must not contain infs or NaNs" not in str(error):
+                raise
+            raise SolverFailureError(Status.NON_FINITE_STATE, "found by SciPy's linear algebra.") from error
+    is_finite = torch.stack([x.detach().unsqueeze(-1).flatten(1).isfinite().all(1) for x in states]).all(0)
+    n_finite = int(is_finite.cumprod(0).sum())
+    if n_finite == 0:  # SciPy gives the initial state back wrong, or not at all, when its first step fails
+        states, n_finite = [x[None] for x in tensors_of(recorder.lifted())], 1
+    elif n_finite < len(is_finite):
+        return [x[:n_finite] for x in states], Status.NON_FINITE_STATE, "the next output has NaN or inf."
+    if n_finite < len(t):
+        return states, *recorder.explain(Status.STOPPED_EARLY, _SCIPY_STOPPED)
+    if any("did not converge" in text for text in held):
+        return states, Status.NOT_CONVERGED, "in at least one step."
+    return states, Status.SUCCESS, "Reached the last time."
+
+
+def _reached_states(solve: Callable[[Recorder, State, Tensor], State], recorder: Recorder, t: Tensor) -> list[Tensor]:
+    """Repeat the part before a failure; steps do not depend on later outputs, so it comes out the same."""
+    for n_times in range(recorder.n_reached(t), 1, -1):
+        # A second failure means that the last of these outputs lies within rounding of the first one.
+        with suppress(SolverFailureError):
+            return _attempt(solve, recorder, t[:n_times])[0]
+    return [x[None] for x in tensors_of(recorder.lifted())]
+
+
+@contextmanager
+def _held_warnings() -> Iterator[list[str]]:
+    """Hold back what a solver says of itself, which becomes a status; let the field's warnings through."""
+    solver_says = (
+        "did not converge",  # torchdiffeq's implicit methods
+        "for a chosen solver",  # torchdiffeq hands `min_step` to each method of SciPy; most do not read it
+        "lsoda",
+        "encountered in ",
+        "x.T` on tensors",  # torchdiffeq transposes SciPy's empty result
+    )
+    held: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield held
+    finally:
+        for warning in caught:
+            text = str(warning.message)
+            if any(words in text for words in solver_says):
+                held.append(text)
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def is_external(method: str) -> bool:
+    """Whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
+    return not issubclass(SOLVERS[method], (FixedGridODESolver, AdaptiveStepsizeODESolver))
+
+
+def fill(x: Tensor, n_times: int) -> Tensor:
+    """Fill up outputs that were not reached with NaN."""
+    if len(x) == n_times:
+        return x
+    return torch.cat([x, x.new_full((n_times - len(x), *x.shape[1:]), torch.nan)])
+
+
+def _check_adjoint(
+    field: Field,
+    method: str,
+    options: dict[str, Any] | None,
+    adjoint_params: Iterable[Tensor] | None,
+    adjoint_method: str | None,
+    adjoint_options: dict[str, Any] | None,
+) -> tuple[Tensor, ...]:
+    """Check the adjoint's parameters and return the tensors to differentiate with respect to."""
+    if adjoint_method not in (None, method) and options and adjoint_options is None:
+        raise ValueError(
+            "Parameter `adjoint_options` should be given when `options` are and `adjoint_method` differs "
+            f"from `method = {method!r}`. Found `adjoint_method = {adjoint_method!r}`."
+        )
+    name = adjoint_method or method
+    check_options("adjoint_options", adjoint_options, name, accepted_options(name))
+    if adjoint_params is not None:
+        return tuple(adjoint_params)
+    if not isinstance(field, nn.Module):
+        raise ValueError(
+            "Parameter `adjoint_params` should name the tensors that `field` depends on (`()` for none) when "
+            "`adjoint = True` and `field` is not a module. Found `adjoint_params = None`."
+        )
+    return tuple(field.parameters())
+
+
+def _check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any] | None) -> None:
+    """Refuse to drop a gradient that is recorded, where no adjoint is solved."""
+    if not torch.is_grad_enabled():
+        return
+    if is_external(method):
+        for name, tensors in (("x0", tensors_of(x0)), ("t", (t,))):
+            if any(x.requires_grad for x in tensors):
+                raise ValueError(
+                    f"Parameter `{name}` should not require grad with method {method!r}, which passes no gradient on. "
+                    f"Found `{name}.requires_grad = True`. {_NO_GRADIENT}"
+                )
+    has_own_grid = is_fixed_step(method) and any((options or {}).get(x) for x in ("step_size", "grid_constructor"))
+    if t.requires_grad and has_own_grid:
+        raise ValueError(
+            f"Parameter `t` should not require grad where {', '.join(map(repr, options))} decide where the steps of "
+            "torchdiffeq lie, which then passes no gradient on to the times between. Found `t.requires_grad = True`. "
+            "Leave these options out, or set `backend='odeopt'`, which has euler, midpoint, heun2, heun3 and rk4."
+        )
+
+
+def _refuse_gradients(leaves: list[Tensor]) -> None:
+    """Refuse a field that depends on what requires grad, where the method passes no gradient on."""
+    if leaves:
+        raise ValueError(
+            "Parameter `field` should not depend on what requires grad with method 'scipy_solver', which passes no "
+            f"gradient on. Found a tensor of shape {tuple(leaves[0].shape)} that does. {_NO_GRADIENT}"
+        )
+
+
+def _refuse_left_out(adjoint_params: Iterable[Tensor], leaves: list[Tensor]) -> None:
+    """Refuse an adjoint whose parameters, which were not given, leave out what the field depends on."""
+    known = {id(x) for x in adjoint_params}
+    left_out = [tuple(x.shape) for x in leaves if id(x) not in known]
+    if left_out:
+        raise ValueError(
+            "Parameter `adjoint_params` should name all tensors that `field` depends on where not all of them are "
+            f"parameters of the module. Found {len(left_out)} more that require grad, of shapes {left_out[:3]}."
+        )
+
+
+def unit_step(field: Field, x0: Tensor, t0: Tensor, t1: Tensor, method: str) -> Tensor:
+    """Integrate from one time to another in one step; see :func:`odeopt.ode.integrate_unit`."""
+    solver = solver_class(method)
+    if is_external(method) and torch.is_grad_enabled() and field(t0, x0).requires_grad:
+        # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
+        raise ValueError(
+            "Parameter `method` should pass gradients on where they are recorded; use `torch.no_grad`, or another "
+            f"method. Found `method = {method!r}`."
+        )
+    if not issubclass(solver, FixedGridODESolver):
+        return odeint(field, x0, torch.stack((t0, t1)), rtol=RTOL, atol=ATOL, method=method)[-1]
+
+    def stage(t: Tensor, x: Tensor, perturb: Any = None) -> Tensor:
+        return field(t, x)
+
+    step = solver(func=stage, y0=x0, rtol=RTOL, atol=ATOL)._step_func
+    return x0 + step(stage, t0, t1, t1, x0)[0]
+
+
+@torch.no_grad()
+def time_of_event(
+    field: Field,
+    x0: State,
+    start: float,
+    end: float,
+    event: Callable[[Tensor, State], Tensor],
+    *,
+    method: str,
+    options: dict[str, Any] | None = None,
+    rtol: float = RTOL,
+    atol: float = ATOL,
+) -> float | None:
+    """Find when an event happens first, by torchdiffeq's bisection on the interpolated solution.
+
+    Args:
+        field: As in :func:`odeopt.ode.integrate`.
+        x0: State at ``start``.
+        start: Time at which to begin.
+        end: Later time at which to give up.
+        event: Function of time and state, positive before the event and negative after it, a 0-d tensor.
+        method: One of torchdiffeq's own methods.
+        options: Options of the method; the fixed-step ones need a ``step_size``.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, of the time too.
+
+    Returns:
+        The time; ``start`` where the event has happened already, None where it does not happen before ``end``.
+    """
+    like = tensors_of(x0)[0]
+    origin = torch.tensor(start, dtype=time_dtype(like.device), device=like.device)
+    if event(origin, x0) <= 0:
+        return start
+
+    # counted from the start, as the solver rounds times to the dtype of the state
+    def either(t: Tensor, x: State) -> Tensor:
+        return torch.minimum(event(origin + t, restore(x0, x)), (end - start - t).to(like.dtype))
+
+    def plain(t: Tensor, x: State) -> Any:
+        return field(origin + t, restore(x0, x))
+
+    keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+    x0 = x0.clone() if isinstance(x0, Tensor) else tuple(x0)
+    found = odeint_event(plain, x0, torch.zeros_like(origin), event_fn=either, **keywords)[0].item()
+    return start + found if found < end - start - 2 * max(atol, torch.finfo(like.dtype).eps * (end - start)) else None

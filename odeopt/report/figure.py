@@ -1,0 +1,201 @@
+"""Style and parts of figures; the one door to matplotlib, which is imported inside the functions only.
+
+No display, no pyplot and no global state: figures are drawn by matplotlib's Agg canvas, and the style holds
+inside the functions here alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), Color universal design; yellow is left out, which white paper swallows
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LEARNED_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.2)), (0, (7, 2, 2, 2)))
+_HAND_DESIGNED_DASHES = (
+    "solid",
+    (0, (5, 2)),
+    (0, (1.2, 1.2)),
+    (0, (6, 2, 1.2, 2)),
+    (0, (6, 2, 1.2, 2, 1.2, 2)),
+)
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "savefig.dpi": 160,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the library's style inside the block; the caller's settings come back after it."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Make a figure without a window; call it inside :func:`style`.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        n_columns: Number of axes side by side.
+
+    Returns:
+        The figure and its axes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, n_columns, squeeze=False)[0])
+
+
+def use_logarithms(axes: Axes) -> None:
+    """Make both axes logarithmic, with a tick at every second power of ten of the vertical one."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(base=100, numticks=20))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+
+
+def use_plain_numbers(axis: Axis, subs: Sequence[float] = (1, 2, 3, 5)) -> None:
+    """Write plain numbers at a logarithmic axis, also between powers of ten, of which there are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
+    """Write a figure, making its folder where there is none; the suffix chooses the format.
+
+    Args:
+        figure: The figure.
+        path: The file.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def line_styles(is_learned: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+    """Colour, dashes and width per rule: learned rules thick and dark, no two alike in grey print.
+
+    Args:
+        is_learned: Whether each rule is learned, by name.
+
+    Returns:
+        Keyword arguments of ``Axes.plot``, by name.
+    """
+    styles, n_learned, n_hand_designed = {}, 0, 0
+    for i, (name, learned) in enumerate(is_learned.items()):
+        dashes = _LEARNED_DASHES if learned else _HAND_DESIGNED_DASHES
+        n = n_learned if learned else n_hand_designed
+        styles[name] = {
+            "color": PALETTE[i % len(PALETTE)],
+            "linestyle": dashes[n % len(dashes)],
+            "linewidth": 2.4 if learned else 1.1,
+            "zorder": 3 if learned else 2,
+        }
+        n_learned, n_hand_designed = n_learned + learned, n_hand_designed + (not learned)
+    return styles
+
+
+def label_ends(figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write each curve's name at its right end, none over another, joined by a line in the curve's style.
+
+    Args:
+        figure: The figure.
+        axes: Its axes, with their limits.
+        ends: Last value of each curve, by name; infinite where it diverged.
+        styles: Styles of the curves, as from :func:`line_styles`.
+    """
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height  # before the layout: it only changes by the axes' labels
+    wanted = {}
+    for name, value in ends.items():
+        is_inside = value < float("inf")
+        point = axes.transData.transform((0, min(max(value, low), high) if is_inside else high))
+        wanted[name] = axes.transAxes.inverted().transform(point)[1]
+    gap = 13 * figure.dpi / 72 / height
+    placed = _spread(wanted, gap)
+    for name, y in placed.items():
+        remark = "" if ends[name] < high else ", off the axis" if ends[name] < float("inf") else ", diverged"
+        axes.annotate(
+            name + remark,
+            (1, wanted[name]),
+            (1.09, y),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=8.5,
+            fontweight="bold" if styles[name]["linewidth"] > 2 else "normal",
+            annotation_clip=False,
+        )
+        axes.plot(
+            [1.0, 1.03, 1.08],
+            [wanted[name], y, y],
+            transform=axes.transAxes,
+            clip_on=False,
+            **{**styles[name], "linewidth": min(styles[name]["linewidth"], 1.8)},
+        )
+
+
+def _spread(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights in [0, 1] at least a gap apart, in the order of the wanted ones and close to them."""
+    names = sorted(wanted, key=wanted.get)
+    heights: list[float] = []
+    for name in names:
+        heights.append(max(wanted[name], heights[-1] + gap) if heights else max(wanted[name], 0.0))
+    ceiling = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    return _centred(names, heights, wanted, gap)
+
+
+def _centred(names: Sequence[str], heights: list[float], wanted: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Move each block of touching labels so that it sits around its curves rather than above them."""
+    start = 0
+    while start < len(names):
+        end = start + 1
+        while end < len(names) and heights[end] - heights[end - 1] <= gap * 1.001:
+            end += 1
+        offset = sum(heights[i] - wanted[names[i]] for i in range(start, end)) / (end - start)
+        floor = heights[start - 1] + gap if start else 0.0
+        ceiling = heights[end] - gap if end < len(names) else 1.0
+        offset = max(min(offset, heights[start] - floor), heights[end - 1] - ceiling)
+        heights[start:end] = [h - offset for h in heights[start:end]]
+        start = end
+    return dict(zip(names, heights, strict=True))

@@ -1,0 +1,111 @@
+"""The comparison of solvers: its runs, as tables, figures and a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from odeopt.checks import require
+from odeopt.files import write_json
+from odeopt.solvers.figures import draw_energies, draw_gradients, draw_orders, draw_work_precision
+from odeopt.solvers.runs import WORKS, OrderRun, Runs, SolverRun
+from odeopt.solvers.tables import draw_tables
+
+
+class SolverComparison(Runs):
+    """Runs of solvers beside each other, with their tables and figures."""
+
+    def table(self, *, target: float = 1e-6, n_evals: int = 500, markdown: bool = False) -> str:
+        """Tables of the work that an accuracy takes, of orders, of energies and gradients, and of failures.
+
+        Args:
+            target: The accuracy, a relative error.
+            n_evals: Evaluations at which errors of state, energy and gradient stand beside each other.
+            markdown: Whether to write markdown tables rather than aligned plain ones.
+
+        Returns:
+            Lines of text.
+        """
+        return draw_tables(self, target=target, n_evals=n_evals, markdown=markdown)
+
+    def plot(
+        self, path: str | os.PathLike, *, kind: str = "adaptive", unit: str = "n_evals", dtype: str | None = None
+    ) -> Path:
+        """Draw error against work; see :func:`odeopt.report.plot_panels`.
+
+        Args:
+            path: The image file.
+            kind: ``"adaptive"``, or ``"fixed"`` with the structure-preserving methods beside.
+            unit: ``"n_evals"`` or ``"seconds"``.
+            dtype: Precision; the first one by default.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: If there is no such kind, unit or precision.
+        """
+        dtype = self.dtypes[0] if dtype is None else dtype
+        require(kind in ("adaptive", "fixed"), "kind", kind, "adaptive or fixed")
+        require(unit in WORKS, "unit", unit, f"one of {', '.join(WORKS)}")
+        require(dtype in self.dtypes, "dtype", dtype, f"one of {', '.join(self.dtypes)}")
+        return draw_work_precision(self, path, kind=kind, unit=unit, dtype=dtype)
+
+    def figures(self, folder: str | os.PathLike) -> list[Path]:
+        """Draw everything into a folder: error against work, energies, gradients and orders, where there are some.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The files, called ``solvers_*.png``.
+        """
+        folder, paths = Path(folder), []
+        kinds = [kind for kind, of in (("fixed", ("fixed", "structure")), ("adaptive", ("adaptive",)))
+                 if any(run.kind in of for run in self.runs)]  # fmt: skip
+        for i, dtype in enumerate(self.dtypes):
+            suffix = f"_{dtype}" if i else ""
+            for kind in kinds:
+                for unit, word in WORKS.items():
+                    paths.append(
+                        self.plot(folder / f"solvers_{kind}_{word}{suffix}.png", kind=kind, unit=unit, dtype=dtype)
+                    )
+            if any(run.energy_error is not None for run in self.select(group="mechanics", dtype=dtype)):
+                paths.append(draw_energies(self, folder / f"solvers_energies{suffix}.png", dtype=dtype))
+            if any(run.gradient_error is not None for run in self.select(dtype=dtype)):
+                paths.append(draw_gradients(self, folder / f"solvers_gradients{suffix}.png", dtype=dtype))
+        if any(row.observed is not None for row in self.orders):
+            paths.append(draw_orders(self, folder / "solvers_orders.png"))
+        return paths
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all as JSON; an interruption leaves the old file or the new one."""
+        names = [field.name for field in fields(SolverRun)]
+        runs = [[getattr(run, name) for name in names] for run in self.runs]
+        orders = [asdict(row) for row in self.orders]
+        content = {"settings": dict(self.settings), "orders": orders, "columns": names, "runs": runs}
+        write_json(path, content, is_by_row=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SolverComparison:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            runs = [SolverRun(**dict(zip(content["columns"], row, strict=True))) for row in content["runs"]]
+            orders = [OrderRun(**_with_tuples(row)) for row in content["orders"]]
+            return cls(tuple(runs), tuple(orders), content["settings"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a comparison of solvers: {error!r}.") from error
+
+
+def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            for name, value in row.items()}  # fmt: skip

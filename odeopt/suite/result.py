@@ -1,0 +1,160 @@
+"""The suite's numbers: ratios of paired runs, steps and seconds to a loss, tables and the figure."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
+from odeopt.report import draw_table, plot_suite
+from odeopt.suite.opponents import REFERENCE, Contender
+from odeopt.suite.problems import Problem
+
+TARGETS = {"train": 1.0, "held_out": 1.02}  # ratios to tuned AdamW that a learned rule may not exceed
+_TITLES = {"train": "train loss", "held_out": "held-out loss"}
+
+
+class Outcome(NamedTuple):
+    """Runs of a contender on a problem.
+
+    Attributes:
+        lr: The learning rate that was chosen.
+        is_edge: Whether it is the least or the greatest of several that were tried.
+        train: Mean of the last twentieth of the training losses, infinite where a run diverged; shape ``(n_runs,)``.
+        held_out: Held-out loss at the end, infinite where a run diverged; shape ``(n_runs,)``.
+        seconds: Time of the training loop; shape ``(n_runs,)``.
+        curves: Training losses, each averaged over the twentieth of the run before it; shape ``(n_points, n_runs)``.
+        steps: Number of steps done at each point; shape ``(n_points,)``.
+    """
+
+    lr: float
+    is_edge: bool
+    train: Tensor
+    held_out: Tensor
+    seconds: Tensor
+    curves: Tensor
+    steps: Tensor
+
+    @property
+    def n_diverged(self) -> int:
+        """Number of runs that ended in a loss that is not finite."""
+        return int((~(self.train.isfinite() & self.held_out.isfinite())).sum())
+
+    def steps_to(self, levels: Tensor) -> Tensor:
+        """Find after how many steps each run's loss is at a level, or below it.
+
+        Args:
+            levels: Shape ``(n_runs,)``.
+
+        Returns:
+            Numbers of steps, of the same shape; infinite where a run does not come down to its level.
+        """
+        is_there = self.curves <= levels
+        steps = self.steps[is_there.int().argmax(0)].double()
+        return steps.where(is_there.any(0), math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """Contenders on problems.
+
+    Attributes:
+        problems: The problems, by name.
+        contenders: The contenders, by name; tuned AdamW is the reference.
+        outcomes: What each contender did, by the name of the problem and its own.
+        n_runs: Number of paired runs.
+    """
+
+    problems: Mapping[str, Problem]
+    contenders: Mapping[str, Contender]
+    outcomes: Mapping[str, Mapping[str, Outcome]]
+    n_runs: int
+
+    def ratio(self, problem: str, contender: str, of: str = "train") -> Interval:
+        """Ratio of a contender's loss to that of tuned AdamW: the geometric mean over paired runs, with its interval.
+
+        Args:
+            problem: Name of the problem.
+            contender: Name of the contender.
+            of: ``"train"`` or ``"held_out"``.
+
+        Returns:
+            See :func:`odeopt.evaluation.intervals.ratio_interval`.
+        """
+        at_problem = self.outcomes[problem]
+        return ratio_interval(getattr(at_problem[contender], of), getattr(at_problem[REFERENCE], of))
+
+    def summary(self, contender: str) -> str:
+        """Say in one line on how many problems a contender is no worse than tuned AdamW, and on which it is worst."""
+        words = []
+        for of, bound in TARGETS.items():
+            ratios = {problem: self.ratio(problem, contender, of) for problem in self.problems}
+            n_good = sum(ratio.mean <= bound for ratio in ratios.values())
+            worst = max(ratios, key=lambda problem: ratios[problem].mean)
+            words.append(
+                f"{_TITLES[of]} at most {bound:g} times AdamW's on {n_good} of {len(ratios)} problems, worst "
+                f"{ratio_text(ratios[worst])} ({worst})"
+            )
+        n_diverged = sum(by_name[contender].n_diverged for by_name in self.outcomes.values())
+        n_all = self.n_runs * len(self.problems)
+        return f"{self.contenders[contender].title}: {'; '.join(words)}; {n_diverged} of {n_all} runs diverged."
+
+    def table(self, *, markdown: bool = False) -> str:
+        """One table per problem, followed by a caption and a line on each learned rule.
+
+        Args:
+            markdown: Whether to write markdown tables rather than aligned plain ones.
+
+        Returns:
+            Lines of text.
+        """
+        tables = [draw_table(*self._rows(name), markdown=markdown) for name in self.problems]
+        caption = [
+            f"Train: mean of the last 5 % of the training losses; held out: loss at the end. Means of {self.n_runs} "
+            "runs, on common initialisations and batches.",
+            "Ratio: to tuned AdamW, geometric mean of paired runs [95 % Student interval].",
+            "To AdamW's loss: steps and seconds after which the mean of 5 % of the losses is what AdamW ends with, in "
+            "the median run.",
+            "Learning rates are chosen by one run on another seed; * is the edge of what was tried.",
+            *(self.summary(name) for name, contender in self.contenders.items() if contender.is_learned),
+        ]
+        return "\n\n".join([*tables, ("  \n" if markdown else "\n").join(caption)])
+
+    def _rows(self, problem: str) -> tuple[list[tuple[str, str]], list[list[str]]]:
+        headers = [(self.problems[problem].title, ""), ("lr", ""), ("train", ""), ("ratio", ""), ("held out", "")]
+        headers += [("ratio", ""), ("to AdamW's loss", "[steps]"), ("", "[s]"), ("run", "[s]"), ("diverged", "[runs]")]
+        rows = []
+        for name, contender in self.contenders.items():
+            outcome = self.outcomes[problem][name]
+            steps = outcome.steps_to(self.outcomes[problem][REFERENCE].train).quantile(0.5, interpolation="higher")
+            seconds = steps / outcome.steps[-1] * outcome.seconds.median()
+            ratios = {of: self.ratio(problem, name, of) for of in TARGETS}
+            row = [contender.title, f"{outcome.lr:g}{'*' * outcome.is_edge}"]
+            for of, ratio in ratios.items():
+                row += [f"{getattr(outcome, of).mean():.4g}", "" if name == REFERENCE else ratio_text(ratio)]
+            row += [f"{steps:.0f}", f"{seconds:.1f}"] if steps.isfinite() else ["never", ""]
+            rows.append([*row, f"{outcome.seconds.median():.1f}", str(outcome.n_diverged)])
+        return headers, rows
+
+    def plot(self, path: str | os.PathLike) -> Path:
+        """Draw losses and ratios; see :func:`odeopt.report.plot_suite`."""
+        titles = {name: contender.title for name, contender in self.contenders.items()}
+        curves = {
+            problem.title: {titles[c]: (o.steps, o.curves) for c, o in self.outcomes[name].items()}
+            for name, problem in self.problems.items()
+        }
+        ratios = {
+            f"{words} over tuned AdamW's": {
+                problem.title: {titles[c]: self.ratio(name, c, of) for c in titles if c != REFERENCE}
+                for name, problem in self.problems.items()
+            }
+            for of, words in _TITLES.items()
+        }
+        is_learned = {contender.title: contender.is_learned for contender in self.contenders.values()}
+        return plot_suite(curves, ratios, is_learned, path, title=f"The suite, {self.n_runs} paired runs")
