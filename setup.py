@@ -45,6 +45,7 @@ setup(
         "docs": docs_requires,
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "build>=1.2",

@@ -1,10 +1,15 @@
 """Fixtures that several files of tests use."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# The tensors of the tests are small: a second thread costs more than it gives, and many times more beside other work.
+# Set before torch is imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 

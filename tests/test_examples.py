@@ -38,7 +38,7 @@ TINY = {
                    *(str(Path(odeopt.__file__).parent / "pretrained" / f"{name}.safetensors")
                      for name in ("hamiltonian-mnist", "port-hamiltonian-mnist", "lstm-quadratic"))],
     "mnist": ["--dataset", "digits", "--steps", "2", "--runs", "2"],
-    "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive"],
+    "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "embedded pendulum", "--rows", "Ham.*n$|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",
@@ -301,7 +301,7 @@ def test_solvers_are_trained_with_and_run_with(tmp_path, capsys):
 
 def test_physics_continues_and_judges_parts_and_circles(tmp_path, capsys, monkeypatch):
     options = [*TINY["physics"], "--folder", str(tmp_path / "kept"), "--out", str(tmp_path)]
-    run("physics", *options)
+    run("physics", *options, "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive")
     first = capsys.readouterr()
     titles, rows = table_after(first.out, "\ncart-pole\n")
     for title in ("parameters", "training", "test", "prediction", "off circle", "V", "1/M", "D", "g"):
@@ -314,8 +314,10 @@ def test_physics_continues_and_judges_parts_and_circles(tmp_path, capsys, monkey
     assert set(results["port-Hamiltonian"]["parts"]) == {"V", "inverse_mass", "D", "g"}
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
     assert len(kept) == 9
+    options += ["--systems", "cart-pole", "--rows", "naive"]
     run("physics", *options)
-    assert capsys.readouterr().out == first.out
+    again = table_after(capsys.readouterr().out, "\ncart-pole\n")[1]["naive"]
+    assert again.split() == rows["naive"].split()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()} == kept
     with pytest.raises(SystemExit, match=r"hold a fit of the same settings.*which differs in n_passes; choose another"):
         run("physics", *options, "--steps", "2")
