@@ -22,10 +22,10 @@ import torch
 from odeopt import arguments, artifacts
 from odeopt.baselines import make_baselines_table
 from odeopt.matrix import evaluate_matrix, grid
-from odeopt.meta.config import START, Config, available_configs, load_config
 from odeopt.meta.distributed import LostRankError, World, joined_world, local_rank
+from odeopt.meta.files import START, Config, available_configs, load_config
 from odeopt.meta.search import search
-from odeopt.meta.search_config import load_search
+from odeopt.meta.search_files import load_search
 from odeopt.meta.study import MissingOptunaError
 from odeopt.meta.trainer import meta_train
 from odeopt.ode import available_problems, comparable_methods, compare_solvers

@@ -14,7 +14,7 @@ from odeopt import ablation
 from odeopt.ablation import Row, compare_variants, train_variants
 from odeopt.evaluation import Interval, compare, student_interval
 from odeopt.meta import MetaConfig
-from odeopt.meta.config import Config, load_config
+from odeopt.meta.files import Config, load_config
 from odeopt.plots_ablation import plot_ablation
 from odeopt.rules import PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic

@@ -7,7 +7,7 @@ import torch
 from rule_toys import flat_weights
 from torch import nn
 
-from odeopt.meta import MetaConfig, meta_train
+from odeopt.meta import Backpropagation, EvolutionStrategies, MetaConfig, meta_train
 from odeopt.meta.outliers import Outliers
 from odeopt.rules import PortHamiltonianUpdate
 from odeopt.tasks import Family, Mixture, ModuleTask, RandomQuadratic, Rescaled, ScaledTask
@@ -245,9 +245,9 @@ def test_what_is_usual_survives_an_interruption():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("meta_gradient", ["backpropagation", "es"])
-def test_disabled_gradients_are_told_of(mode, meta_gradient):
-    config = MetaConfig(n_meta_steps=1, n_tasks=1, horizon=2, meta_gradient=meta_gradient)
+@pytest.mark.parametrize("estimator", [Backpropagation(), EvolutionStrategies()])
+def test_disabled_gradients_are_told_of(mode, estimator):
+    config = MetaConfig(n_meta_steps=1, n_tasks=1, horizon=2, estimator=estimator)
     with mode(), pytest.raises(ValueError, match=r"weights of `rule`.* Found `torch.is_grad_enabled\(\) = False`"):
         meta_train(rule(), line(), config, progress_bar=False)
 

@@ -30,7 +30,8 @@ def test_draws_are_run_as_they_are_drawn_and_by_the_margin(monkeypatch):
         run = {"indices": indices, "n_steps": n_steps, "seed": seed}
         return unroll(rule, task, **run, total_steps=total_steps, update_scale=update_scale, **options)
 
-    monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
+    for module in ("backpropagation", "es"):
+        monkeypatch.setattr(f"odeopt.meta.estimators.{module}.unroll", recorded)
     train(gain_margin=1.5, threshold=1e-9, n_meta_steps=2, n_tasks=4, n_validation_tasks=1, seed=3)
     draws = [mixture().draw(number, seed=3) for number in range(8)]
     assert {draw.tells_horizon for draw in draws} == {True, False}

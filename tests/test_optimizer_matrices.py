@@ -12,8 +12,8 @@ from rule_toys import draws, port_hamiltonian
 from torch import nn
 
 from odeopt.meta import unroll
+from odeopt.meta.estimators.perturbations import Perturbed, perturbed
 from odeopt.meta.layouts import CompiledSteps, Grouped, Separate, SideBySide, Stacked, layout_for
-from odeopt.meta.perturbations import Perturbed, perturbed
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate
 from odeopt.tasks import Rescaled, Task
@@ -135,7 +135,7 @@ def gradient(rule, task, **options):
     return run, nn.utils.parameters_to_vector([weight.grad for weight in owner.parameters()])
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": 2}, {"detach": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}, {"detach": True}], ids=str)
 @over_variants
 def test_groups_of_layouts_are_the_run_of_each_parameter_by_itself(variant, options, monkeypatch):
     rule, task = spectral(variant), Tensors()

@@ -21,7 +21,7 @@ from odeopt.artifacts import read_metadata
 from odeopt.meta import meta_train
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.search import search
-from odeopt.meta.search_config import load_search
+from odeopt.meta.search_files import load_search
 from odeopt.meta.study import MissingOptunaError, OpenTrial, Study
 from odeopt.tasks import RandomQuadratic
 
@@ -149,8 +149,8 @@ def test_tpe_goes_where_scores_are_low_after_its_start(tmp_path, scores):
 
 
 def test_lists_and_truth_values_pass_through_the_study(tmp_path, scores):
-    scores(lambda config, step: float(config.detach))
-    space = 'rule.hidden = [[3], [4, 2]]\nrule.solver = ["rk4"]\ntraining.detach = [true, false]\n'
+    scores(lambda config, step: float(config.estimator.detach))
+    space = 'rule.hidden = [[3], [4, 2]]\nrule.solver = ["rk4"]\ntraining.estimator.detach = [true, false]\n'
     result = go(written(tmp_path, space=space), tmp_path / "study")
     tried = [tuple(trial.values.values()) for trial in result.trials]
     assert tried == [(hidden, "rk4", detach) for hidden in ([3], [4, 2]) for detach in (True, False)]
@@ -371,11 +371,12 @@ def test_untrained_rule_may_diverge_if_it_learns_not_to(tmp_path, scores):
 
 
 def test_values_that_do_not_go_together_are_a_row_with_the_reason(tmp_path):
-    space = 'training.meta_gradient = ["backpropagation", "es"]\ntraining.detach = [false, true]\n'
+    space = 'training.estimator.class = ["backpropagation", "es"]\ntraining.estimator.detach = [false, true]\n'
     result = go(written(tmp_path, "random", 8, space, seed=1), tmp_path / "study")
     failed = [trial for trial in result.trials if trial.state == "failed"]
-    assert {tuple(trial.values.values()) for trial in failed} == {("es", True)}
-    assert all("`detach` should be left out where `meta_gradient = 'es'`" in trial.reason for trial in failed)
+    assert {trial.values["training.estimator.class"] for trial in failed} == {"es"}  # which has no such option
+    assert all("[training.estimator] should hold only" in trial.reason for trial in failed)
+    assert all("Found `detach`" in trial.reason for trial in failed)
     assert {trial.state for trial in result.trials if trial not in failed} == {"complete"}
     assert result.best.state == "complete"
     assert told(go(written(tmp_path, "random", 8, space, seed=1), tmp_path / "study")) == told(result)

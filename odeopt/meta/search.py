@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from odeopt.files import write_json
-from odeopt.meta.config import Config
-from odeopt.meta.search_config import SearchConfig
-from odeopt.meta.settings import MetaResult
+from odeopt.meta.config import MetaResult
+from odeopt.meta.files import Config
+from odeopt.meta.search_files import SearchConfig
 from odeopt.meta.study import OpenTrial, Study, open_study
 from odeopt.meta.trainer import meta_train
 from odeopt.rules.base import UpdateRule
@@ -134,7 +134,7 @@ def search(
     that is continued makes the trials that it would have made, and goes on inside the one that was interrupted.
 
     Args:
-        config: The search, from :func:`odeopt.meta.search_config.load_search`.
+        config: The search, from :func:`odeopt.meta.search_files.load_search`.
         folder: Where the study goes (``study.db``, SQLite), the table (``trials.json``), the best weights
             (``best.pt``), and for each trial TensorBoard scalars and, until it ends, a checkpoint. A study found there
             is continued.

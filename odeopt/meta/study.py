@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from odeopt.meta.search_config import Choices, Range, SearchConfig
+from odeopt.meta.search_files import Choices, Range, SearchConfig
 from odeopt.tasks.fingerprint import are_alike
 
 if TYPE_CHECKING:

@@ -16,17 +16,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from odeopt.checks import is_number, require
+from odeopt.meta.config import MetaConfig, MetaResult
 from odeopt.meta.distributed import LostRankError, World, current_world
-from odeopt.meta.estimators import Backpropagation, DampedBackpropagation
 from odeopt.meta.identity import are_close, differences, identity_of
 from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.outliers import Outliers
-from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.validation import validation_score
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 
-_FORMAT = 3  # of checkpoints; version 0.1.0 of the library wrote none
+_FORMAT = 4  # of checkpoints
 # validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
 VALIDATION_SEED = 1_000_003
 
@@ -144,7 +143,7 @@ def _train(
         is_heard = on_validation is not None and run.world.is_first
         answers = [on_validation(step, score) for step, score in news] if is_heard else []
         # clocks differ between ranks: the first one's decides
-        return run.world.agree(is_late or any(answers))
+        return run.world.broadcast(is_late or any(answers))
 
     with tqdm(total=n_wanted, initial=n_done, disable=is_hidden, desc="meta-training") as bar:
         if not run.result.validation:
@@ -175,9 +174,9 @@ class _Run:
         self.rule, self.task, self.config, self.validation_task = rule, task, config, validation_task
         self.stepped: UpdateRule | CompiledSteps = rule
         self.world = world
-        self.objective, self.estimator = config.objective(), config.estimator()
+        self.objective, self.estimator = config.objective, config.estimator.fresh()
         is_fit = not (self.estimator.is_stateful and isinstance(task, Mixture))
-        require(is_fit, "task", task, f"no mixture where `meta_gradient = {config.meta_gradient!r}`")
+        require(is_fit, "task", task, f"no mixture where `estimator = {config.estimator}`, whose runs go on")
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
@@ -206,8 +205,8 @@ class _Run:
 
     def compile(self) -> None:
         """Let the steps of the rule be compiled; validation takes them as they are."""
-        is_known = isinstance(self.estimator, Backpropagation | DampedBackpropagation)
-        require(is_known, "compile", True, "False where the meta-gradient is not backpropagated")
+        wanted = f"False where `estimator = {self.config.estimator}`, which does not backpropagate only"
+        require(self.estimator.is_compilable, "compile", True, wanted)
         self.stepped = CompiledSteps(self.rule)
 
     def episode(self) -> Iterator[float]:
@@ -283,7 +282,7 @@ class _Run:
     def _update(self) -> None:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         # unlike ranks may round it differently, and part for good where one of them skips
-        norm = self.world.agree(torch.nn.utils.get_total_norm(grads).item())
+        norm = self.world.broadcast(torch.nn.utils.get_total_norm(grads).item())
         if not norm < float("inf"):
             self.result.n_skipped_nonfinite += 1
             self._skip()
@@ -336,7 +335,7 @@ class _Run:
             indices=torch.arange(config.n_validation_tasks),
             horizon=config.horizon,
             seed=VALIDATION_SEED,
-            held_out=config.held_out,
+            held_out=config.objective.held_out,
             world=self.world,
         )
         self.result.validation.append((step, score))
@@ -427,7 +426,7 @@ class _Run:
         if self.world.size == 1:
             return
         weights = {name: value.cpu() for name, value in self.rule.state_dict().items()}
-        identity, weights = self.world.agree((self.identity, weights))
+        identity, weights = self.world.broadcast((self.identity, weights))
         if changed := differences(identity, self.identity):
             raise ValueError(
                 f"Every rank should train the same rule in the same way. Found another {', '.join(changed)} on rank "
