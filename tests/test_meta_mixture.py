@@ -1,16 +1,19 @@
 """Training on a mixture: what reaches the runs, what is skipped and kept, and checkpoints of any families."""
 
+import copy
 import math
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from rank_toys import on_threads
 from rule_toys import flat_weights
 from test_meta_hybrid import mixture, rule_of, train
 from torch import nn
 
-from odeopt.meta import Hybrid, unroll
+from odeopt.meta import Hybrid, MetaConfig, unroll
+from odeopt.meta import trainer as trainer_module
 from odeopt.meta.validation import validation_score
 from odeopt.tasks import Family, Mixture, ModuleTask, RandomQuadratic, ScaledTask
 
@@ -60,6 +63,41 @@ def test_gradients_that_are_not_finite_are_left_out_and_counted(monkeypatch):
     # the others of the step moved the weights
     assert all(after.isfinite().all() for after in weights)
     assert all((before > after).all() for before, after in pairwise(weights))
+
+
+def long_draws(lengths):
+    """Meta-gradients of given lengths by number of the draw."""
+
+    def gradients(self, rule, task, objective, *, indices, **options):
+        weights = [p for p in rule.parameters() if p.requires_grad]
+        for p in weights:
+            p.grad = torch.zeros_like(p)
+        weights[0].grad.view(-1)[0] = lengths[int(indices[0]) // 2]  # two problems per draw
+        yield torch.tensor(1.0, dtype=f64)
+
+    return gradients
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_outliers_among_draws_are_left_out_alike_on_any_number_of_ranks(size, monkeypatch):
+    lengths = [1.0] * 12 + [1.0, 500.0, 2.0, 150.0, 1.0, 99.0] + [math.nan, 300.0, 400.0, 500.0, math.inf, 600.0]
+    monkeypatch.setattr(Hybrid, "gradients", long_draws(lengths))
+    rule = rule_of()  # built here: threads that draw weights share torch's generator
+
+    def moved(world):
+        own, task = copy.deepcopy(rule), mixture()
+        config = MetaConfig(n_meta_steps=4, n_tasks=6 // size, estimator=Hybrid(), clip=1.0, lr=0.1)
+        run = trainer_module._Run(own, task, config, task, None, world)
+        run.meta_optimizer, run.scheduler, moves = torch.optim.SGD(run.parameters, 1.0), None, []
+        for _ in range(4):
+            before = flat_weights(own)
+            list(run.episode())
+            moves.append((flat_weights(own) - before).norm().item())
+        return moves, run.result.n_skipped_outliers, run.result.n_skipped_nonfinite
+
+    _, got = on_threads(size, moved)
+    # of the third step's six draws two are outliers, of the fourth's none counts
+    assert got == [(pytest.approx([1.0, 1.0, 4 / 6, 0.0]), 6, 2)] * size
 
 
 def test_second_moments_decay_as_the_settings_say(monkeypatch):

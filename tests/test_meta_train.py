@@ -46,7 +46,7 @@ class Scripted(Estimator):
     def __init__(self, norms):
         self.norms = iter(norms)
 
-    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, world=None):
+    def gradients(self, rule, task, objective, **options):
         norm = next(self.norms)
         for p in rule.parameters():
             p.grad = torch.zeros_like(p)
@@ -59,10 +59,11 @@ def scripted(monkeypatch, norms, **options):
     weights = []
     rule, update = tiny_rule(), trainer_module._Run._update
 
-    def recorded(self):
+    def recorded(self, *args):
         before = flat_weights(rule)
-        update(self)
+        loss = update(self, *args)
         weights.append((flat_weights(rule) - before).norm().item())
+        return loss
 
     monkeypatch.setattr(trainer_module._Run, "_update", recorded)
     settings = {"n_meta_steps": len(norms), "schedule": "constant", "estimator": Scripted(norms)}

@@ -33,8 +33,8 @@ class MetaConfig:
         schedule: ``"one-cycle"`` or ``"constant"``.
         clip: Largest norm of a meta-gradient; longer ones are scaled down to it. With a mixture that of each draw,
             before they are averaged.
-        outlier_factor: A meta-gradient this many times longer than the running median is skipped (not with a mixture),
-            until such ones are the rule.
+        outlier_factor: A meta-gradient this many times longer than the running median is skipped, until such ones are
+            the rule; with a mixture that of a draw.
         validate_every: Meta-steps between validations.
         n_validation_tasks: Tasks per validation, on the full horizon; draws of a mixture.
         seed: Seed of everything but the validation tasks, which are the same for all seeds: their scores compare.
