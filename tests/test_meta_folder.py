@@ -10,7 +10,7 @@ from torch import nn
 from odeopt.meta import Backpropagation, EvolutionStrategies, MetaConfig, meta_train
 from odeopt.meta.outliers import Outliers
 from odeopt.rules import PortHamiltonianUpdate
-from odeopt.tasks import Family, Mixture, ModuleTask, RandomQuadratic, Rescaled, ScaledTask
+from odeopt.tasks import Mixture, ModuleTask, RandomQuadratic, ScaledTask, TaskFamily
 
 CONFIG = MetaConfig(n_meta_steps=4, n_tasks=2, horizon=3, validate_every=2, n_validation_tasks=2)
 ANOTHER = r"hold a checkpoint of the same run. Found `.*checkpoint.pt` with another "
@@ -93,15 +93,15 @@ OTHERS = {
         lambda: line(lambda: nn.Linear(2, 1).double(), data(dtype=torch.float64)),
     ),
     "an attribute": (lambda: Noted(1.0), lambda: Noted(1.0001)),
-    "a task inside": (lambda: Rescaled(Noted(1.0)), lambda: Rescaled(Noted(1.0001))),
-    "two deep": (lambda: ScaledTask(Rescaled(Noted(1.0))), lambda: ScaledTask(Rescaled(Noted(1.0001)))),
+    "a task inside": (lambda: ScaledTask(Noted(1.0)), lambda: ScaledTask(Noted(1.0001))),
+    "two deep": (lambda: ScaledTask(ScaledTask(Noted(1.0))), lambda: ScaledTask(ScaledTask(Noted(1.0001)))),
     "a family": (
-        lambda: Mixture([Family(lambda device: Noted(1.0), name="x")], horizons=(2, 3)),
-        lambda: Mixture([Family(lambda device: Noted(1.0001), name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device: Noted(1.0), name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device: Noted(1.0001), name="x")], horizons=(2, 3)),
     ),
     "a choice": (
-        lambda: Mixture([Family(lambda device, k: Noted(1.0), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
-        lambda: Mixture([Family(lambda device, k: Noted(1 + k), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device, k: Noted(1.0), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device, k: Noted(1 + k), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
     ),
 }
 

@@ -16,7 +16,7 @@ from odeopt.meta.estimators import (
 )
 from odeopt.meta.objective import MetaObjective
 from odeopt.meta.validation import validation_score
-from odeopt.tasks import Family, Mixture, NoisyQuadratic, Task
+from odeopt.tasks import Mixture, NoisyQuadratic, Task, TaskFamily
 
 f64 = torch.float64
 INDICES = torch.tensor([3, 0])
@@ -120,7 +120,7 @@ def test_validation_follows_the_share():
     options = {"indices": INDICES, "horizon": 4, "seed": 0}
     assert validation_score(port_hamiltonian(), Constant(), **options, held_out=1.0) == 7.0
     assert validation_score(port_hamiltonian(), Constant(), **options) < 5.0
-    mixture = Mixture([Family(lambda device: Constant(device=device))], horizons=(4, 4), n_problems=2)
+    mixture = Mixture([TaskFamily(lambda device: Constant(device=device))], horizons=(4, 4), n_problems=2)
     # of the loss over the first one, which is seven as well
     assert validation_score(port_hamiltonian(), mixture, **options, held_out=1.0) == pytest.approx(0.0, abs=2e-3)
     assert validation_score(port_hamiltonian(), mixture, **options) < -0.05

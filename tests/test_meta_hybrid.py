@@ -11,7 +11,7 @@ from rule_toys import flat_weights, port_hamiltonian
 from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaObjective, meta_train, unroll
 from odeopt.meta.files import load_config
 from odeopt.rules import PortHamiltonianUpdate
-from odeopt.tasks import Family, Mixture, NoisyQuadratic, RandomQuadratic
+from odeopt.tasks import Mixture, NoisyQuadratic, RandomQuadratic, TaskFamily
 
 f64 = torch.float64
 TASK = RandomQuadratic(3, dtype=f64)
@@ -261,8 +261,8 @@ def test_late_weights_are_half_linear_and_half_the_last_tenth():
 
 def mixture():
     families = [
-        Family(RandomQuadratic, {"dtype": f64}, {"dim": [2, 3]}),
-        Family(NoisyQuadratic, {"dtype": f64}, {"dim": [2, 4]}, log_range=0.5),
+        TaskFamily(RandomQuadratic, {"dtype": f64}, {"dim": [2, 3]}),
+        TaskFamily(NoisyQuadratic, {"dtype": f64}, {"dim": [2, 4]}, log_range=0.5),
     ]
     return Mixture(families, horizons=(4, 9), n_problems=2)
 

@@ -15,7 +15,7 @@ from torch import nn
 from odeopt.meta import Hybrid, MetaConfig, unroll
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.validation import validation_score
-from odeopt.tasks import Family, Mixture, ModuleTask, RandomQuadratic, ScaledTask
+from odeopt.tasks import Mixture, ModuleTask, RandomQuadratic, ScaledTask, TaskFamily
 
 f64 = torch.float64
 INPUTS = torch.linspace(-1, 1, 12, dtype=f64).unsqueeze(1)
@@ -132,7 +132,7 @@ def scaled(loss_scale):
     def make(dim, device):
         return ScaledTask(RandomQuadratic(dim, dtype=f64, device=device), loss_scale=loss_scale)
 
-    return Mixture([Family(make, choices={"dim": [2, 3]})], horizons=(8, 30), n_problems=2)
+    return Mixture([TaskFamily(make, choices={"dim": [2, 3]})], horizons=(8, 30), n_problems=2)
 
 
 def test_score_is_the_mean_log_of_the_last_losses_over_the_first_in_any_unit():
@@ -161,12 +161,12 @@ def fit(scale=1.0, make_module=network):
 
 
 FAMILIES = {
-    "function": lambda: Family(ModuleTask, fit()),
-    "lambda": lambda: Family(ModuleTask, fit(make_module=lambda: network())),
-    "partial": lambda: Family(partial(ModuleTask, network), {k: v for k, v in fit().items() if k != "make_module"}),
-    "module": lambda: Family(ModuleTask, fit() | {"loss_fn": nn.MSELoss()}),
-    "dtype": lambda: Family(RandomQuadratic, {"dtype": f64}, {"dim": (2, 3)}),
-    "choices": lambda: Family(RandomQuadratic, {"dim": 2}, {"dtype": [f64]}, name="quadratic"),
+    "function": lambda: TaskFamily(ModuleTask, fit()),
+    "lambda": lambda: TaskFamily(ModuleTask, fit(make_module=lambda: network())),
+    "partial": lambda: TaskFamily(partial(ModuleTask, network), {k: v for k, v in fit().items() if k != "make_module"}),
+    "module": lambda: TaskFamily(ModuleTask, fit() | {"loss_fn": nn.MSELoss()}),
+    "dtype": lambda: TaskFamily(RandomQuadratic, {"dtype": f64}, {"dim": (2, 3)}),
+    "choices": lambda: TaskFamily(RandomQuadratic, {"dim": 2}, {"dtype": [f64]}, name="quadratic"),
 }
 SHORT = {"n_meta_steps": 2, "n_tasks": 1, "validate_every": 1, "n_validation_tasks": 1}
 
@@ -185,9 +185,9 @@ def test_interrupted_run_on_any_family_is_continued(name, tmp_path):
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: Family(ModuleTask, fit(scale=2.0)),
-        lambda: Family(ModuleTask, fit(make_module=lambda: network())),
-        lambda: Family(ModuleTask, fit() | {"batch_size": 5}),
+        lambda: TaskFamily(ModuleTask, fit(scale=2.0)),
+        lambda: TaskFamily(ModuleTask, fit(make_module=lambda: network())),
+        lambda: TaskFamily(ModuleTask, fit() | {"batch_size": 5}),
     ],
     ids=["data", "function", "number"],
 )

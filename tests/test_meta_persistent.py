@@ -22,7 +22,7 @@ from odeopt.meta import (
 )
 from odeopt.meta.estimators import pes as pes_module
 from odeopt.meta.files import load_config
-from odeopt.tasks import Family, Mixture, RandomQuadratic
+from odeopt.tasks import Mixture, RandomQuadratic, TaskFamily
 
 INDICES = torch.arange(6, 9)
 HORIZON = 6
@@ -268,7 +268,7 @@ def test_estimators_without_state_keep_nothing():
 
 
 def test_mixtures_are_refused():
-    mixture = Mixture([Family(RandomQuadratic, {"dim": 3})])
+    mixture = Mixture([TaskFamily(RandomQuadratic, {"dim": 3})])
     with pytest.raises(ValueError, match=r"`task` should be no mixture where `estimator = Persis.*`, whose runs go on"):
         train(tiny_rule(), task=mixture)
 

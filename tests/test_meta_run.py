@@ -15,7 +15,7 @@ from odeopt.meta import Hybrid, MetaConfig, meta_train
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.distributed import ALONE
 from odeopt.meta.files import load_config
-from odeopt.tasks import Family, Mixture, RandomQuadratic
+from odeopt.tasks import Mixture, RandomQuadratic, TaskFamily
 
 f64 = torch.float64
 
@@ -63,7 +63,7 @@ def test_a_step_without_any_finite_estimate_moves_nothing(monkeypatch):
 @pytest.mark.parametrize("size", [2, 3])
 def test_truncated_draws_count_alike_on_any_number_of_ranks(size):
     def mixture():
-        return Mixture([Family(RandomQuadratic, {"dim": 2, "dtype": f64})], horizons=(4, 12), n_problems=2)
+        return Mixture([TaskFamily(RandomQuadratic, {"dim": 2, "dtype": f64})], horizons=(4, 12), n_problems=2)
 
     horizons = [mixture().draw(number, 0).horizon for number in range(6)]
     assert len({math.ceil(horizon / 4) for horizon in horizons}) > 1

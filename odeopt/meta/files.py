@@ -149,7 +149,7 @@ class Config:
             first = {name: values[0] for name, values in choices.items()}
             for name, value in ((name, value) for name, values in choices.items() for value in values):
                 make(**fixed | first | {name: value}, device="cpu")  # what is missing or wrong should show at once
-            families.append(tasks.Family(make, fixed, choices, name=fixed["class"], **numbers))
+            families.append(tasks.TaskFamily(make, fixed, choices, name=fixed["class"], **numbers))
         return tasks.Mixture(families, **options, device=device)
 
 
