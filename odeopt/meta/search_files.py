@@ -248,7 +248,7 @@ def _read_space(path: Path, table: Any) -> dict[str, Choices | Range]:
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path} should have a section [search.space] with what is tried. Found `space = {table!r}`.")
     # training.lr = ... is a table in TOML, "training.lr" = ... is not
-    flat = _flat(table, is_value=lambda value: not value.keys().isdisjoint(Range._fields))
+    flat = _flat(table, is_value=lambda value: not value.keys().isdisjoint(("low", "high")))
     for name in flat:
         section, _, option = name.partition(".")
         if section not in SECTIONS or not option:
