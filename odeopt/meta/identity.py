@@ -1,4 +1,4 @@
-"""Whether two calls of meta-training are the same run."""
+"""Identity of a meta-training run, by which a checkpoint is known to be of it."""
 
 from __future__ import annotations
 

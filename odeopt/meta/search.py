@@ -26,7 +26,7 @@ _STATES = ("complete", "pruned", "diverged", "failed")
 
 
 class Trial(NamedTuple):
-    """What became of one set of values.
+    """Outcome of training with one set of values.
 
     Attributes:
         number: Which trial this is, from 1 on.
@@ -61,7 +61,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """What a search leaves behind.
+    """Result of a search.
 
     Attributes:
         config: The search.

@@ -1,4 +1,4 @@
-"""Search configurations: TOML files that say which values of a training configuration are tried, and how."""
+"""Search configurations: TOML files with the values of a training configuration that are tried."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SearchConfig:
 
     Attributes:
         path: The file.
-        sections: ``rule``, ``task`` and ``training``, as in :class:`odeopt.meta.config.Config`.
+        sections: ``rule``, ``task`` and ``training``, as in :class:`odeopt.meta.files.Config`.
         space: What is tried, by the dotted name of what it replaces, as ``training.lr``.
         sampler: ``"grid"``, every combination in order; ``"random"``; or ``"tpe"``, Optuna's tree-structured Parzen
             estimator.
@@ -121,7 +121,7 @@ class SearchConfig:
         return [first, *others]
 
     def identity(self) -> dict[str, Any]:
-        """What makes two searches one, by dotted names; a search may go on to more trials."""
+        """Settings that two searches share if they are one, by dotted names; a search may go on to more trials."""
         search = {name: getattr(self, name) for name in ("sampler", *_DEFAULTS)}
         space = {name: x.values if isinstance(x, Choices) else x._asdict() for name, x in self.space.items()}
         tables = {**self.sections, "search": search}
