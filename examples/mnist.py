@@ -16,7 +16,7 @@ from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.evaluation.baselines import baselines_for
 from odeopt.meta import meta_train
-from odeopt.meta.config import load_config
+from odeopt.meta.files import load_config
 from odeopt.ode import available_methods
 from odeopt.rules import UpdateRule
 from odeopt.tasks import DATASETS, DatasetCorrupt, ImageDataset, MLPClassification, load_dataset_or_digits

@@ -22,7 +22,7 @@ import odeopt
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.files import write_json
-from odeopt.meta.config import load_config
+from odeopt.meta.files import load_config
 from odeopt.ode import available_methods, is_fixed_step
 from odeopt.report import draw_table
 from odeopt.rules import PortHamiltonianUpdate, UpdateRule
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     references = dict(zip(columns, found, strict=True))
     path, words = args.out / "optimizers_view.png", f"{title}: last ten losses, less those with the solver of training"
     print(f"\nFigure: {plot_ablation(columns, path, reference=references, label='difference', title=words)}")
-    content = {"title": title, "library_version": odeopt.__version__, "training": dataclasses.asdict(config.training)}
+    content = {"title": title, "library_version": odeopt.__version__, "training": config.training.describe()}
     content |= {"rule": config.rule, "task": config.task, "runs": args.runs, "seeds": args.seeds, "costs": costs}
     content["rules"] = {own: {name: row.as_json() for name, row in rows.items()} for own, rows in found.items()}
     write_json(args.out / "optimizers_view.json", content)

@@ -8,11 +8,11 @@ from odeopt.meta import World
 
 
 class Thread(World):
-    """A rank that is a thread; keeps what it gathered and agreed upon."""
+    """A rank that is a thread; keeps what it gathered and broadcasted."""
 
     def __init__(self, rank, size, barrier, box):
         self.rank, self.size, self.barrier, self.box = rank, size, barrier, box
-        self.sent, self.agreed = [], []
+        self.sent, self.broadcasted = [], []
 
     def gather(self, values):
         self.sent.append(values.shape)
@@ -22,8 +22,8 @@ class Thread(World):
         weights, *columns = zip(*self._exchange((weight, *tensors)), strict=True)
         return [sum(w * x for w, x in zip(weights, column, strict=True)) / sum(weights) for column in columns]
 
-    def agree(self, value):
-        self.agreed.append(type(value))
+    def broadcast(self, value):
+        self.broadcasted.append(type(value))
         return self._exchange(value)[0]
 
     def from_first(self, make):

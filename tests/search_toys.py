@@ -2,7 +2,7 @@
 
 import json
 
-from odeopt.meta.search_config import load_search
+from odeopt.meta.search_files import load_search
 
 TINY = """
 [rule]

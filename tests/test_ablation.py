@@ -15,7 +15,7 @@ from variants_figure import plot_ablation
 import odeopt
 from odeopt.evaluation import Interval, compare, student_interval
 from odeopt.meta import MetaConfig
-from odeopt.meta.config import Config, load_config
+from odeopt.meta.files import Config, load_config
 from odeopt.rules import PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import odeopt
-from odeopt.meta import MetaConfig, unroll
+from odeopt.meta import Backpropagation, MetaConfig, unroll
 from odeopt.tasks import MLPClassification, RandomQuadratic, load_dataset
 
 TINY = ["--quick", "--dataset", "digits", "--repeats", "1"]
@@ -26,7 +26,7 @@ def test_the_loop_runs_the_tasks_of_the_batch(benchmark, family, name, is_traini
     if family == "mnist":
         task = MLPClassification(load_dataset("digits"), dtype=dtype)
     rule = odeopt.load_pretrained(f"{name}-{family}").to(dtype)
-    config = MetaConfig(gain_margin=1.5, detach=name == "lstm")
+    config = MetaConfig(gain_margin=1.5, estimator=Backpropagation(detach=name == "lstm"))
     case = benchmark.Case(family, name, rule, task, config, 3, is_training, rule)
     gradients = {}
     weights = [w for w in rule.parameters() if w.requires_grad]

@@ -13,10 +13,10 @@ from variants import train_variants
 import odeopt
 from odeopt.__main__ import main
 from odeopt.artifacts import read_metadata
-from odeopt.meta import MetaConfig
-from odeopt.meta.config import available_configs, load_config
-from odeopt.meta.search_config import load_search
-from odeopt.rules import HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate
+from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective
+from odeopt.meta.files import available_configs, load_config
+from odeopt.meta.search_files import load_search
+from odeopt.rules import HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate, UpdateRule
 from odeopt.tasks import MLPClassification, RandomQuadratic
 from odeopt.tasks.classification import SPLITS
 
@@ -106,13 +106,13 @@ BROKEN = {
     "unknown rule": (
         '"port-hamiltonian"',
         '"adam"',
-        r"`class` in \[rule\] should be one of port-hamiltonian, lstm, hamiltonian. Found `adam`",
+        r"`class` in \[rule\] should be one of port-hamiltonian, lstm, hamiltonian, or package.module.*Found `adam`",
     ),
     "no rule": ('class = "port-hamiltonian"', "", r"`class` in \[rule\] should be one of .*. Found `None`"),
     "unknown task": (
         '"RandomQuadratic"',
         '"Rosenbrock"',
-        r"`class` in \[task\] should be one of Autoencoder, .*, VisionTransformer, Mixture. Found `Rosenbrock`",
+        r"`class` in \[task\] should be one of Autoencoder, .*, VisionTransformer, Mixture, or .*. Found `Rosenbrock`",
     ),
     "unknown rule option": ("modes = 1", "mode = 1", r"\[rule\] should hold only .*modes.*. Found `mode`"),
     "unknown task option": ("dim = 3", "size = 3", r"\[task\] should hold only dim. Found `size`"),
@@ -217,6 +217,145 @@ def test_shipped_rule_is_the_one_of_its_configuration(name):
     assert rule.trained_for["config"] == name
 
 
+# -------------------- tables of estimator and meta-loss
+
+TABLES = """
+[training.estimator]
+class = "hybrid"
+dampings = [1.0, 0.9]
+
+[training.estimator.evolution]
+n_pairs = 3
+
+[training.objective]
+weights = "late"
+eps = 1e-3
+"""
+
+
+def test_tables_are_the_objects_that_they_name(tmp_path):
+    training = load_config(write(tmp_path, QUADRATIC + TABLES)).training
+    assert training.estimator == Hybrid(dampings=(1.0, 0.9), evolution=EvolutionStrategies(n_pairs=3))
+    assert training.objective == MetaObjective("late", eps=1e-3)
+    assert load_config(write(tmp_path)).training.estimator == Backpropagation()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ('"hybrid"', '"sgd"', r"`class` in \[training.estimator\] should be one of backpropagation, .*Found `sgd`"),
+        ('"hybrid"', "3", r"`class` in \[training.estimator\] should be one of .*Found `3`"),
+        ('class = "hybrid"', "", r"`class` in \[training.estimator\] should be one of .*Found `None`"),
+        ('"hybrid"', '"es"', r"\[training.estimator\] should hold only .*sigma.*. Found `dampings`"),
+        ("dampings", "damping", r"\[training.estimator\] should hold only .*threshold.*. Found `damping`"),
+        ("0.9]", "1.1]", r"\[training.estimator\]: Parameter `dampings` should be .*Found `dampings = \[1.0, 1.1\]`"),
+        ("n_pairs = 3", "pairs = 3", r"\[training.estimator.evolution\] should hold only .*. Found `pairs`"),
+        ("n_pairs = 3", "n_pairs = 0", r"\[training.estimator.evolution\]: Parameter `n_pairs` should be .*= 0`"),
+        ("n_pairs = 3", 'class = "pes"', r"\[training.estimator\]: Parameter `evolution` should be evolution strat"),
+        ("eps = 1e-3", "log_eps = 1e-3", r"\[training.objective\] should hold only eps, .*. Found `log_eps`"),
+        (
+            '"late"',
+            '"soon"',
+            r"\[training.objective\]: Parameter `weights` should be one of .*Found `weights = 'soon'`",
+        ),
+        (TABLES, "[training.estimator.class]", r"`class` in \[training.estimator\] should be one of .*Found `{}`"),
+        (
+            TABLES,
+            'estimator = "es"',
+            r"`estimator` should be a section \[training.estimator\]. Found `estimator = 'es'`",
+        ),
+    ],
+)
+def test_broken_tables_are_refused_with_section_key_and_value(tmp_path, old, new, match):
+    with pytest.raises(ValueError, match=match):
+        load_config(write(tmp_path, QUADRATIC + TABLES, **{old: new}))
+
+
+# -------------------- classes of the user's
+
+OWN = """
+from dataclasses import dataclass
+from odeopt.meta import Backpropagation
+from odeopt.rules import HamiltonianUpdate
+from odeopt.tasks import RandomQuadratic
+
+class OwnRule(HamiltonianUpdate):
+    pass
+
+class OwnTask(RandomQuadratic):
+    def __init__(self, size):
+        super().__init__(size)
+
+@dataclass(frozen=True, kw_only=True)
+class OwnEstimator(Backpropagation):
+    key = ""
+    speed: float = 1.0
+
+class Rooms:
+    Inner = OwnTask
+
+def function():
+    pass
+"""
+
+
+@pytest.fixture
+def own_classes(tmp_path, monkeypatch):
+    """A configuration that names classes of a module beside it."""
+    (tmp_path / "own_classes.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_classes", raising=False)
+    text = QUADRATIC.replace('"port-hamiltonian"\nmodes = 1\nhidden = [3]', '"own_classes:OwnRule"')
+    text = text.replace('"RandomQuadratic"\ndim = 3', '"own_classes:Rooms.Inner"\nsize = 3')
+    yield text + '[training.estimator]\nclass = "own_classes:OwnEstimator"\nspeed = 2.0\n'
+    UpdateRule.registry.pop("OwnRule", None)
+
+
+def test_rule_task_and_estimator_may_be_classes_of_the_users(own_classes, tmp_path, capsys):
+    path = write(tmp_path, own_classes)
+    config = load_config(path)
+    assert [type(x).__name__ for x in (config.build_rule(), config.build_task())] == ["OwnRule", "OwnTask"]
+    assert config.build_task().dim == 3
+    assert (type(config.training.estimator).__name__, config.training.estimator.speed) == ("OwnEstimator", 2.0)
+    assert train(path, tmp_path) == 0
+    rule = odeopt.load(tmp_path / "out" / "rule.safetensors")
+    assert type(rule).__name__ == "OwnRule"
+    assert rule.trained_for["task"] == {"class": "own_classes:Rooms.Inner", "size": 3}
+    assert rule.trained_for["training"]["estimator"]["class"] == "own_classes:OwnEstimator"
+
+
+def test_families_of_a_mixture_may_be_classes_of_the_users(own_classes, tmp_path):
+    families = '"Mixture"\n[[task.families]]\nclass = "own_classes:OwnTask"\nchoices.size = [2, 3]'
+    config = load_config(write(tmp_path, own_classes.replace('"own_classes:Rooms.Inner"\nsize = 3', families)))
+    assert {config.build_task().draw(number, 0).task.dim for number in range(9)} == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (
+            "own_classes:OwnRule",
+            "own_classes:NoRule",
+            r"`class` in \[rule\] should be .*own_classes:NoRule` \(.*NoRule",
+        ),
+        (
+            "own_classes:OwnRule",
+            "no_classes:OwnRule",
+            r"`class` in \[rule\] should be .*\(No module named 'no_classes'",
+        ),
+        ("own_classes:OwnRule", ":OwnRule", r"`class` in \[rule\] should be .*Found `:OwnRule`"),
+        ("own_classes:OwnRule", "own_classes:OwnTask", "package.module:Name of a subclass of UpdateRule. Found `own_"),
+        ("own_classes:Rooms.Inner", "own_classes:function", "a subclass of Task. Found `own_classes:function`"),
+        ("own_classes:Rooms.Inner", "odeopt.tasks:Task", "a subclass of Task. Found `odeopt.tasks:Task`"),
+        ("size = 3", "dim = 3", r"\[task\] should hold only size. Found `dim`"),
+        ("speed", "pace", r"\[training.estimator\] should hold only .*speed.*. Found `pace`"),
+    ],
+)
+def test_class_that_cannot_be_used_is_refused(own_classes, tmp_path, old, new, match):
+    with pytest.raises(ValueError, match=match):
+        load_config(write(tmp_path, own_classes, **{old: new}))
+
+
 # -------------------- the command
 
 
@@ -266,18 +405,26 @@ START = """
 n_meta_steps = 4
 n_tasks = 2
 horizon = 2
-truncation = 1
-detach = true
-weights = "uniform"
 validate_every = 1
 n_validation_tasks = 2
+
+[start.estimator]
+class = "backpropagation"
+truncation = 1
+detach = true
+
+[start.objective]
+weights = "uniform"
 """
 
 
 def test_training_goes_on_from_the_rule_of_its_start(tmp_path, capsys):
     path, out = write(tmp_path, QUADRATIC + START, "staged.toml"), tmp_path / "out" / "rule.safetensors"
     config = load_config(path).with_seed(5)
-    assert [(stage.seed, stage.n_meta_steps, stage.detach) for stage in config.stages] == [(5, 4, True), (5, 4, False)]
+    assert [(stage.seed, stage.n_meta_steps, stage.estimator.detach) for stage in config.stages] == [
+        (5, 4, True),
+        (5, 4, False),
+    ]
     assert train(path, tmp_path, "--seed", "5") == 0
     printed = capsys.readouterr().out
     assert printed.index("staged, start, meta-seed 5: 4 of 4") < printed.index("staged, meta-seed 5: 4 of 4")
@@ -286,7 +433,7 @@ def test_training_goes_on_from_the_rule_of_its_start(tmp_path, capsys):
     second = odeopt.meta_train(rule, config.build_task(), config.training)
     found = odeopt.load(out)
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), rule.parameters(), strict=True))
-    assert found.trained_for["start"]["detach"]
+    assert found.trained_for["start"]["estimator"]["detach"]
     assert found.trained_for["validation_loss"] == second.best_score
     assert config.trained_for(first, second)["seconds"] == round(first.seconds + second.seconds, 1)
     without = config.build_rule()
@@ -333,7 +480,11 @@ def test_training_without_a_start_is_not_taken_for_one_with_it(tmp_path, is_firs
         ("n_meta_steps = 4", "n_meta_step = 4", r"\[start\] should hold only .*n_meta_steps.*Found `n_meta_step`"),
         ("n_meta_steps = 4", "seed = 2", r"\[start\] should hold only .*Found `seed`"),
         ("n_meta_steps = 4", "n_meta_steps = -2", r"tiny.toml: \[start\]: Parameter `n_meta_steps` should be .* = -2`"),
-        ("n_meta_steps = 4", 'dampings = "x"', r"tiny.toml: \[start\]: Parameter `dampings` should be "),
+        (
+            "truncation = 1",
+            "truncation = 0",
+            r"tiny.toml: \[start.estimator\]: Parameter `truncation` should be .* = 0`",
+        ),
     ],
 )
 def test_bad_start_is_refused(tmp_path, old, new, message):

@@ -15,8 +15,8 @@ import torch
 import odeopt
 from odeopt.evaluation import baselines
 from odeopt.meta import MetaConfig, MetaResult
-from odeopt.meta import config as meta_config
-from odeopt.meta.config import load_config
+from odeopt.meta import files as meta_config
+from odeopt.meta.files import load_config
 from odeopt.meta.validation import validation_score
 
 FOLDER = Path(__file__).parents[1] / "examples"

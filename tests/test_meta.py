@@ -216,7 +216,7 @@ def test_weights_sum_to_one_over_the_horizon_and_pieces_add_up(weights):
     ("options", "match"),
     [
         ({"weights": "first"}, "`weights` should be one of uniform, linear, late, last. Found `weights = 'first'`"),
-        ({"eps": 0.0}, "`eps` should be positive. Found `eps = 0.0`"),
+        ({"eps": 0.0}, "`eps` should be a positive number. Found `eps = 0.0`"),
     ],
 )
 def test_meta_loss_refuses(options, match):
@@ -325,5 +325,7 @@ def test_truncated_gradients_are_those_of_the_segments():
 
 @pytest.mark.parametrize("truncation", [0, -3])
 def test_truncation_must_be_positive(truncation):
-    with pytest.raises(ValueError, match=f"`truncation` should be positive. Found `truncation = {truncation}`"):
+    with pytest.raises(
+        ValueError, match=f"`truncation` should be a positive integer or None. Found `truncation = {truncation}`"
+    ):
         Backpropagation(truncation=truncation)

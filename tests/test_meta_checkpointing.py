@@ -8,7 +8,7 @@ import torch
 from rule_toys import RULES, draws, port_hamiltonian
 from torch import Tensor, nn
 
-from odeopt.meta import Backpropagation, MetaConfig, MetaObjective, unroll
+from odeopt.meta import Backpropagation, DampedBackpropagation, Hybrid, MetaObjective, unroll
 from odeopt.rules import SGDUpdate, UpdateRule
 from odeopt.tasks import ModuleTask, RandomQuadratic
 
@@ -58,7 +58,7 @@ def test_checkpointed_gradient_is_the_gradient(name, detach):
     rule, task = RULES[name](), network_task()
     expected = gradients(rule, task, detach=detach)
     assert expected[1:].abs().max() > 1e-6
-    torch.testing.assert_close(gradients(rule, task, detach=detach, checkpoint=3), expected, **SAME)
+    torch.testing.assert_close(gradients(rule, task, detach=detach, checkpoint_every=3), expected, **SAME)
 
 
 @pytest.mark.parametrize("options", [{}, {"detach": True}, {"truncation": 4}], ids=str)
@@ -67,7 +67,9 @@ def test_any_length_of_segment_gives_the_same_gradient(checkpoint, options):
     # lengths that divide neither the horizon nor the truncation, and longer ones, among them
     rule = port_hamiltonian(uses_progress=True)
     expected = gradients(rule, network_task(), **options)
-    torch.testing.assert_close(gradients(rule, network_task(), checkpoint=checkpoint, **options), expected, **SAME)
+    torch.testing.assert_close(
+        gradients(rule, network_task(), checkpoint_every=checkpoint, **options), expected, **SAME
+    )
 
 
 class OddState(NamedTuple):
@@ -101,8 +103,8 @@ class OddUpdate(UpdateRule):
 def test_integers_and_truth_values_pass_through_a_boundary(detach):
     rule, task = OddUpdate(), RandomQuadratic(4, dtype=f64)
     expected = gradients(rule, task, detach=detach)
-    torch.testing.assert_close(gradients(rule, task, detach=detach, checkpoint=2), expected, **SAME)
-    run = unroll(rule, task, indices=INDICES, n_steps=5, checkpoint=2)
+    torch.testing.assert_close(gradients(rule, task, detach=detach, checkpoint_every=2), expected, **SAME)
+    run = unroll(rule, task, indices=INDICES, n_steps=5, checkpoint_every=2)
     state = run.states["theta"]
     assert type(state) is OddState
     assert torch.equal(state.step, torch.full((3, 1), 5))
@@ -113,14 +115,14 @@ def test_integers_and_truth_values_pass_through_a_boundary(detach):
 def test_checkpointed_run_is_the_run(checkpoint):
     rule, task = port_hamiltonian("everything"), network_task()
     run = {"indices": INDICES, "n_steps": HORIZON, "total_steps": HORIZON + 1}
-    expected, got = unroll(rule, task, **run), unroll(rule, task, checkpoint=checkpoint, **run)
+    expected, got = unroll(rule, task, **run), unroll(rule, task, checkpoint_every=checkpoint, **run)
     assert got.losses.requires_grad
     assert torch.equal(got.losses, expected.losses)
     for name, value in expected.params.items():
         assert torch.equal(got.params[name], value)
         assert all(torch.equal(a, b) for a, b in zip(got.states[name], expected.states[name], strict=True))
     with torch.no_grad():
-        assert not unroll(rule, task, checkpoint=checkpoint, **run).losses.requires_grad
+        assert not unroll(rule, task, checkpoint_every=checkpoint, **run).losses.requires_grad
 
 
 @pytest.mark.parametrize("checkpoint", [1, 4, 30])
@@ -130,7 +132,7 @@ def test_every_step_is_evaluated_twice_and_no_more(checkpoint, detach):
     gradients(rule, task, horizon=horizon, detach=detach)
     assert task.n_evaluations == horizon + 1
     task.n_evaluations = 0
-    gradients(rule, task, horizon=horizon, detach=detach, checkpoint=checkpoint)
+    gradients(rule, task, horizon=horizon, detach=detach, checkpoint_every=checkpoint)
     assert task.n_evaluations == 2 * horizon + 1  # the loss after the last step lies in no segment
 
 
@@ -150,7 +152,7 @@ def saved_bytes(horizon, checkpoint):
         return holder
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        run = unroll(port_hamiltonian(), network_task(), indices=INDICES, n_steps=horizon, checkpoint=checkpoint)
+        run = unroll(port_hamiltonian(), network_task(), indices=INDICES, n_steps=horizon, checkpoint_every=checkpoint)
     assert run.losses.requires_grad
     storages = [holder.tensor.untyped_storage() for holder in saved]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -174,23 +176,16 @@ def test_memory_grows_with_boundaries_and_not_with_steps():
 
 def test_derivatives_that_would_be_wrong_are_refused():
     rule = port_hamiltonian()
-    run = unroll(rule, RandomQuadratic(4, dtype=f64), indices=INDICES, n_steps=4, checkpoint=2)
+    run = unroll(rule, RandomQuadratic(4, dtype=f64), indices=INDICES, n_steps=4, checkpoint_every=2)
     with pytest.raises(RuntimeError, match="appears to not have been used"):
         torch.autograd.grad(run.losses.sum(), list(rule.parameters()))
 
 
 @pytest.mark.parametrize("checkpoint", [0, -1])
 def test_length_of_segments_must_be_positive(checkpoint):
-    match = f"`checkpoint` should be positive. Found `checkpoint = {checkpoint}`"
-    with pytest.raises(ValueError, match=match):
-        Backpropagation(checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=match):
-        unroll(SGDUpdate(), RandomQuadratic(4), indices=INDICES, n_steps=4, checkpoint=checkpoint)
-    match = f"`checkpoint` should be a positive integer or None. Found `checkpoint = {checkpoint}`"
-    with pytest.raises(ValueError, match=match):
-        MetaConfig(checkpoint=checkpoint)
-
-
-def test_setting_reaches_the_estimator():
-    assert MetaConfig(checkpoint=7).estimator().checkpoint == 7
-    assert MetaConfig().estimator().checkpoint is None
+    found = f"Found `checkpoint_every = {checkpoint}`"
+    for estimator in (Backpropagation, DampedBackpropagation, Hybrid):
+        with pytest.raises(ValueError, match=f"`checkpoint_every` should be a positive integer or None. {found}"):
+            estimator(checkpoint_every=checkpoint)
+    with pytest.raises(ValueError, match=f"`checkpoint_every` should be positive. {found}"):
+        unroll(SGDUpdate(), RandomQuadratic(4), indices=INDICES, n_steps=4, checkpoint_every=checkpoint)

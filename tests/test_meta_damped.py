@@ -10,7 +10,7 @@ from rank_toys import on_threads
 from rule_toys import RULES, flat_weights, port_hamiltonian
 from torch import Tensor, nn
 
-from odeopt.meta import Backpropagation, DampedBackpropagation, MetaConfig, MetaObjective, meta_train, unroll
+from odeopt.meta import Backpropagation, DampedBackpropagation, Hybrid, MetaConfig, MetaObjective, meta_train, unroll
 from odeopt.rules import UpdateRule
 from odeopt.tasks import RandomQuadratic
 
@@ -103,7 +103,7 @@ def loss_gradients_of_the_last_step(rule):
 def test_checkpointed_gradient_is_damped_alike(checkpoint):
     rule = port_hamiltonian()
     plain, checkpointed = (
-        gradients(Backpropagation(damping=0.7, checkpoint=length), rule) for length in (None, checkpoint)
+        gradients(Backpropagation(damping=0.7, checkpoint_every=length), rule) for length in (None, checkpoint)
     )
     torch.testing.assert_close(checkpointed, plain)
 
@@ -163,7 +163,7 @@ def test_ranks_agree_with_one_process(k):
 
 def test_interrupted_run_continues(tmp_path):
     options = {"n_meta_steps": 4, "n_tasks": 2, "horizon": 4, "validate_every": 2, "n_validation_tasks": 2}
-    damped = MetaConfig(**options, meta_gradient="damped", dampings=(0.9, 0.8), threshold=1e-3)
+    damped = MetaConfig(**options, estimator=DampedBackpropagation(dampings=(0.9, 0.8), threshold=1e-3))
     rules = [port_hamiltonian() for _ in range(2)]
     meta_train(rules[0], TASK, damped, progress_bar=False)
     for stop_after in (0.0, None):
@@ -171,15 +171,11 @@ def test_interrupted_run_continues(tmp_path):
     assert torch.equal(flat_weights(rules[0]), flat_weights(rules[1]))
 
 
-def test_settings_reach_the_estimator_and_train():
-    options = {"meta_gradient": "damped", "dampings": [0.9, 0.8], "threshold": 2.0, "longest": 7, "checkpoint": 3}
-    config = MetaConfig(n_meta_steps=3, n_tasks=2, horizon=4, validate_every=3, n_validation_tasks=2, **options)
-    estimator = config.estimator()
-    assert [attempt.damping for attempt in estimator.attempts] == [0.9, 0.8]
-    assert {attempt.checkpoint for attempt in estimator.attempts} == {3}
-    assert (estimator.threshold, estimator.longest) == (2.0, 7)
-    result = meta_train(port_hamiltonian(), TASK, config, progress_bar=False)
-    assert all(math.isfinite(loss) for loss in result.meta_losses)
+def test_each_attempt_is_checkpointed_alike():
+    estimator = DampedBackpropagation(dampings=[0.9, 0.8], longest=7, checkpoint_every=3)
+    assert estimator.attempts(7) == [Backpropagation(damping=d, checkpoint_every=3) for d in (0.9, 0.8)]
+    assert estimator.attempts(8) == estimator.attempts(7)[1:]
+    assert estimator == DampedBackpropagation(dampings=(0.9, 0.8), longest=7, checkpoint_every=3)
 
 
 @pytest.mark.parametrize("damping", [0, 1.1, -0.5, "0.9", None, math.nan])
@@ -194,11 +190,6 @@ def test_damping_out_of_range_is_refused(damping):
 @pytest.mark.parametrize("dampings", [[], [0.5, 0.5], [0.5, 0.9], [1.0, 0.0], [2.0], ["0.5"], 0.5, "0.5"])
 def test_dampings_that_do_not_fall_are_refused(dampings):
     match = r"`dampings` should be one falling number in \(0, 1\] or more. Found `dampings = "
-    for make in (DampedBackpropagation, lambda **options: MetaConfig(meta_gradient="damped", **options)):
+    for estimator in (DampedBackpropagation, Hybrid):
         with pytest.raises(ValueError, match=match):
-            make(dampings=dampings)
-
-
-def test_dampings_are_for_damped_gradients():
-    with pytest.raises(ValueError, match="`dampings` should be left out where `meta_gradient = 'backpropagation'`"):
-        MetaConfig(dampings=[0.9])
+            estimator(dampings=dampings)

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from meta_toys import configured
 from rule_toys import flat_weights
 
 import odeopt
@@ -27,7 +28,7 @@ CONFIG = {"n_meta_steps": 8, "n_tasks": 3, "horizon": 5, "validate_every": 2, "n
 RUNS = {
     "full": {},
     "truncated": {"truncation": 2, "gain_margin": 1.5},
-    "checkpointed, detached": {"checkpoint": 2, "detach": True},
+    "checkpointed, detached": {"checkpoint_every": 2, "detach": True},
     "more ranks than validation tasks": {"n_validation_tasks": 1, "schedule": "constant"},
 }
 # float64: sums over tasks in another order, grown over the meta-steps
@@ -40,7 +41,7 @@ def tiny_rule(seed=0):
 
 
 def train(options, *, folder=None, stop_after=None, seed=0, n_tasks=None):
-    config = MetaConfig(**(CONFIG | options | ({} if n_tasks is None else {"n_tasks": n_tasks})))
+    config = configured(**(CONFIG | options | ({} if n_tasks is None else {"n_tasks": n_tasks})))
     rule = tiny_rule(seed)
     result = meta_train(rule, TASK, config, folder=folder, stop_after=stop_after)
     return {
@@ -76,7 +77,7 @@ def exchanges(rank):
         "share": [(s := world.share(n)).stop - s.start for n in (5, 1, 4)],
         "average": world.average(ours, weight=1 + 2 * rank),
         "gather": world.gather(torch.arange(3.0 * rank).view(-1, 1)),
-        "agree": world.agree({"rank": rank}),
+        "broadcast": world.broadcast({"rank": rank}),
         "from_first": world.from_first(lambda: rank),
         "error": raised(world.from_first, lambda: 1 / rank),
         "in_turn": world.in_turn(lambda: rank),
@@ -180,7 +181,7 @@ def test_process_alone_exchanges_nothing():
     values = [torch.ones(2), torch.zeros(1)]
     assert all(a is b for a, b in zip(ALONE.average(values, weight=3), values, strict=True))
     assert ALONE.gather(values[0]) is values[0]
-    assert ALONE.agree(5) == ALONE.from_first(lambda: 5) == ALONE.in_turn(lambda: 5) == 5
+    assert ALONE.broadcast(5) == ALONE.from_first(lambda: 5) == ALONE.in_turn(lambda: 5) == 5
     assert ALONE.share(7) == slice(0, 7)
 
 
@@ -210,7 +211,7 @@ def test_checkpoint_of_the_first_version_is_refused(tmp_path):
 def test_resumed_run_may_take_segments_of_another_length(tmp_path):
     expected = train({})
     train({}, folder=tmp_path, stop_after=0)
-    assert_same(train({"checkpoint": 2}, folder=tmp_path), expected)
+    assert_same(train({"checkpoint_every": 2}, folder=tmp_path), expected)
 
 
 # -------------------- two ranks
@@ -261,7 +262,7 @@ def test_ranks_exchange_numbers_that_all_of_them_see(pair):
         assert torch.equal(column, torch.full((2, 1), 1.75))  # (1 * 1 + 2 * 3) / 4
         assert torch.equal(number, torch.tensor(7.5, dtype=torch.float64))
         assert torch.equal(result["gather"], torch.arange(3.0).view(-1, 1))
-        assert (result["agree"], result["from_first"]) == ({"rank": 0}, 0)
+        assert (result["broadcast"], result["from_first"]) == ({"rank": 0}, 0)
         assert result["error"] == ("ZeroDivisionError", "division by zero")
 
 

@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from meta_toys import configured
 from rank_toys import Thread, on_threads
 from rule_toys import RULES, flat_weights, port_hamiltonian, randomised
 from test_meta_distributed import on_two_ranks
 from torch import Tensor, nn
 
-from odeopt.meta import Backpropagation, MetaConfig, MetaObjective, World, meta_train, unroll
-from odeopt.meta.config import load_config
+from odeopt.meta import Backpropagation, Hybrid, MetaConfig, MetaObjective, World, meta_train, unroll
 from odeopt.meta.distributed import current_world
 from odeopt.meta.estimators import EvolutionStrategies
+from odeopt.meta.files import load_config
 from odeopt.rules import HamiltonianUpdate, PortHamiltonianUpdate
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import RandomQuadratic
@@ -156,7 +157,7 @@ def test_update_scale_and_progress_reach_the_run(monkeypatch):
         seen.append((kwargs["update_scale"], kwargs["total_steps"], torch.is_grad_enabled()))
         return unroll(*args, **kwargs)
 
-    monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
+    monkeypatch.setattr("odeopt.meta.estimators.es.unroll", recorded)
     run = {"indices": INDICES, "horizon": 3, "seed": 0, "update_scale": 1.5}
     list(EvolutionStrategies(n_pairs=1).gradients(ThreeWeights(), TwoTensors(), MetaObjective(), **run))
     assert seen == [(1.5, 3, False)]
@@ -277,7 +278,7 @@ def test_task_that_is_not_finite_from_the_start_is_not_hidden():
 
 TASK = RandomQuadratic(3)
 CONFIG = {"n_meta_steps": 12, "n_tasks": 3, "horizon": 5, "validate_every": 4, "n_validation_tasks": 32, "lr": 3e-2}
-CONFIG |= {"meta_gradient": "es", "n_pairs": 4, "sigma": 0.05}
+CONFIG |= {"estimator": EvolutionStrategies, "n_pairs": 4, "sigma": 0.05}
 
 
 def tiny_rule(seed=0):
@@ -286,7 +287,7 @@ def tiny_rule(seed=0):
 
 
 def train(rule, folder=None, task=TASK, stop_after=None, **options):
-    config = MetaConfig(**(CONFIG | options))
+    config = configured(**(CONFIG | options))
     return meta_train(rule, task, config, folder=folder, stop_after=stop_after, progress_bar=False)
 
 
@@ -319,43 +320,18 @@ def test_resumed_run_may_take_another_chunk_but_no_other_perturbations(tmp_path)
     torch.testing.assert_close(flat_weights(got), flat_weights(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        (
-            {"meta_gradient": "reinforce"},
-            "`meta_gradient` should be one of backpropagation, damped, es, hybrid, pes. "
-            "Found `meta_gradient = 'reinforce'`",
-        ),
-        ({"meta_gradient": ["es"]}, "`meta_gradient` should be one of"),
-        ({"truncation": 5}, "`truncation` should be left out where `meta_gradient = 'es'`.* Found `truncation = 5`"),
-        ({"checkpoint": 5}, "`checkpoint` should be left out where `meta_gradient = 'es'`"),
-        ({"detach": True}, "`detach` should be left out where `meta_gradient = 'es'`"),
-        (
-            {"meta_gradient": "backpropagation"},
-            "`n_pairs` should be left out where `meta_gradient = 'backpropagation'`",
-        ),
-        ({"n_pairs": 0}, "`n_pairs` should be a positive integer or None. Found `n_pairs = 0`"),
-        ({"chunk": 1.5}, "`chunk` should be a positive integer or None. Found `chunk = 1.5`"),
-        ({"sigma": -0.1}, "`sigma` should be a positive number or None. Found `sigma = -0.1`"),
-        ({"sigma": math.nan}, "`sigma` should be a positive number or None. Found `sigma = nan`"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        MetaConfig(**(CONFIG | options))
-
-
-@pytest.mark.parametrize("options", [{"n_pairs": 3}, {"sigma": 0.1}, {"chunk": 2}], ids=str)
-def test_each_option_of_evolution_strategies_is_refused_without_them(options):
-    with pytest.raises(ValueError, match=f"`{next(iter(options))}` should be left out"):
-        MetaConfig(**options)
+@pytest.mark.parametrize("estimator", ["es", {"class": "es"}, EvolutionStrategies, None])
+def test_estimator_of_another_kind_is_refused(estimator):
+    with pytest.raises(ValueError, match=r"`estimator` should be an estimator .*Found `estimator = "):
+        MetaConfig(estimator=estimator)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"n_pairs": 1.5}, "`n_pairs` should be a positive integer. Found `n_pairs = 1.5`"),
+        ({"n_pairs": 0}, "`n_pairs` should be a positive integer. Found `n_pairs = 0`"),
+        ({"sigma": math.nan}, "`sigma` should be a positive number. Found `sigma = nan`"),
         ({"sigma": 0.0}, "`sigma` should be a positive number. Found `sigma = 0.0`"),
         ({"chunk": 0}, "`chunk` should be a positive integer or None. Found `chunk = 0`"),
         ({"ceiling": -1.0}, "`ceiling` should be a positive number. Found `ceiling = -1.0`"),
@@ -366,19 +342,11 @@ def test_arguments_out_of_range_are_refused(options, match):
         EvolutionStrategies(**options)
 
 
-def test_settings_reach_the_estimator():
-    default, given = EvolutionStrategies(), MetaConfig(**CONFIG, chunk=6).estimator()
-    assert (type(given), given.n_pairs, given.sigma, given.chunk) == (EvolutionStrategies, 4, 0.05, 6)
-    assert vars(MetaConfig(meta_gradient="es").estimator()) == vars(default)
-    assert type(MetaConfig().estimator()) is Backpropagation
-
-
 def test_configuration_file_may_ask_for_it(tmp_path):
     path = tmp_path / "es.toml"
-    training = 'meta_gradient = "es"\nn_pairs = 5\nsigma = 0.02\nchunk = 4\n'
+    training = '[training.estimator]\nclass = "es"\nn_pairs = 5\nsigma = 0.02\nchunk = 4\n'
     path.write_text(f'[rule]\nclass = "hamiltonian"\n[task]\nclass = "RandomQuadratic"\n[training]\n{training}')
-    estimator = load_config(path).training.estimator()
-    assert (estimator.n_pairs, estimator.sigma, estimator.chunk) == (5, 0.02, 4)
+    assert load_config(path).training.estimator == EvolutionStrategies(n_pairs=5, sigma=0.02, chunk=4)
 
 
 # -------------------- over ranks
@@ -398,7 +366,7 @@ def test_ranks_exchange_losses_alone_and_agree_with_one_process(name, size, monk
     worlds, got = on_threads(size, work)
     for world, (rank_loss, rank_grad) in zip(worlds, got, strict=True):
         assert world.sent == [(len(indices[world.share(4)]), 8)]
-        assert world.agreed == [int]  # the first task
+        assert world.broadcasted == [int]  # the first task
         assert torch.equal(rank_grad, got[0][1])  # to the bit, or ranks would drift apart
         assert torch.equal(rank_loss, got[0][0])
         # batches of other sizes round differently, over 2 sigma
@@ -406,14 +374,17 @@ def test_ranks_exchange_losses_alone_and_agree_with_one_process(name, size, monk
         torch.testing.assert_close(rank_loss, loss, rtol=1e-12, atol=0.0)
 
 
-ESTIMATORS = {"es": {}, "hybrid": {"threshold": 1e-9, "n_meta_steps": 4}}  # too long every time, so perturbed
+ESTIMATORS = {
+    "es": {},
+    "hybrid": {"estimator": Hybrid, "threshold": 1e-9, "n_meta_steps": 4},  # too long every time, so perturbed
+}
 
 
 def trained(n_tasks):
     task, out = RandomQuadratic(3, dtype=torch.float64), {}
     for name, options in ESTIMATORS.items():
         rule, options = tiny_rule().double(), {"n_tasks": n_tasks, "n_validation_tasks": 5, **options}
-        result = train(rule, task=task, meta_gradient=name, **options)
+        result = train(rule, task=task, **options)
         out[name] = (flat_weights(rule), torch.tensor(result.meta_losses), torch.tensor(result.validation))
     return out
 

@@ -7,10 +7,10 @@ import torch
 from rule_toys import flat_weights
 from torch import nn
 
-from odeopt.meta import MetaConfig, meta_train
+from odeopt.meta import Backpropagation, EvolutionStrategies, MetaConfig, meta_train
 from odeopt.meta.outliers import Outliers
 from odeopt.rules import PortHamiltonianUpdate
-from odeopt.tasks import Family, Mixture, ModuleTask, RandomQuadratic, Rescaled, ScaledTask
+from odeopt.tasks import Mixture, ModuleTask, RandomQuadratic, ScaledTask, TaskFamily
 
 CONFIG = MetaConfig(n_meta_steps=4, n_tasks=2, horizon=3, validate_every=2, n_validation_tasks=2)
 ANOTHER = r"hold a checkpoint of the same run. Found `.*checkpoint.pt` with another "
@@ -93,15 +93,15 @@ OTHERS = {
         lambda: line(lambda: nn.Linear(2, 1).double(), data(dtype=torch.float64)),
     ),
     "an attribute": (lambda: Noted(1.0), lambda: Noted(1.0001)),
-    "a task inside": (lambda: Rescaled(Noted(1.0)), lambda: Rescaled(Noted(1.0001))),
-    "two deep": (lambda: ScaledTask(Rescaled(Noted(1.0))), lambda: ScaledTask(Rescaled(Noted(1.0001)))),
+    "a task inside": (lambda: ScaledTask(Noted(1.0)), lambda: ScaledTask(Noted(1.0001))),
+    "two deep": (lambda: ScaledTask(ScaledTask(Noted(1.0))), lambda: ScaledTask(ScaledTask(Noted(1.0001)))),
     "a family": (
-        lambda: Mixture([Family(lambda device: Noted(1.0), name="x")], horizons=(2, 3)),
-        lambda: Mixture([Family(lambda device: Noted(1.0001), name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device: Noted(1.0), name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device: Noted(1.0001), name="x")], horizons=(2, 3)),
     ),
     "a choice": (
-        lambda: Mixture([Family(lambda device, k: Noted(1.0), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
-        lambda: Mixture([Family(lambda device, k: Noted(1 + k), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device, k: Noted(1.0), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
+        lambda: Mixture([TaskFamily(lambda device, k: Noted(1 + k), choices={"k": [0, 1]}, name="x")], horizons=(2, 3)),
     ),
 }
 
@@ -245,9 +245,9 @@ def test_what_is_usual_survives_an_interruption():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("meta_gradient", ["backpropagation", "es"])
-def test_disabled_gradients_are_told_of(mode, meta_gradient):
-    config = MetaConfig(n_meta_steps=1, n_tasks=1, horizon=2, meta_gradient=meta_gradient)
+@pytest.mark.parametrize("estimator", [Backpropagation(), EvolutionStrategies()])
+def test_disabled_gradients_are_told_of(mode, estimator):
+    config = MetaConfig(n_meta_steps=1, n_tasks=1, horizon=2, estimator=estimator)
     with mode(), pytest.raises(ValueError, match=r"weights of `rule`.* Found `torch.is_grad_enabled\(\) = False`"):
         meta_train(rule(), line(), config, progress_bar=False)
 

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+from meta_toys import configured
 from rule_toys import port_hamiltonian
 from torch import nn
 
-from odeopt.meta import MetaConfig, meta_train, unroll
-from odeopt.meta.estimators import Backpropagation, DampedBackpropagation, EvolutionStrategies, Hybrid
+from odeopt.meta import meta_train, unroll
+from odeopt.meta.estimators import (
+    Backpropagation,
+    DampedBackpropagation,
+    EvolutionStrategies,
+    Hybrid,
+    PersistentEvolutionStrategies,
+)
 from odeopt.meta.objective import MetaObjective
-from odeopt.meta.persistent import PersistentEvolutionStrategies
 from odeopt.meta.validation import validation_score
-from odeopt.tasks import Family, Mixture, NoisyQuadratic, Task
+from odeopt.tasks import Mixture, NoisyQuadratic, Task, TaskFamily
 
 f64 = torch.float64
 INDICES = torch.tensor([3, 0])
@@ -67,7 +73,7 @@ def test_meta_gradient_is_that_of_the_losses(held_out):
     start = found.numel() - weight.numel()
     # central difference: 1e-10 times a third derivative, and rounding over 1e-5
     torch.testing.assert_close(found[start], (losses[0] - losses[1]) / 2e-5, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(meta_gradient(held_out=held_out, checkpoint=2), found, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(meta_gradient(held_out=held_out, checkpoint_every=2), found, rtol=1e-9, atol=1e-12)
 
 
 class Constant(Task):
@@ -97,8 +103,8 @@ ESTIMATORS = {
     "damped": DampedBackpropagation(),
     "evolution": EvolutionStrategies(**EVOLUTION),
     "persistent": PersistentEvolutionStrategies(truncation=4, n_groups=1, **EVOLUTION),
-    "hybrid, calm": Hybrid(EvolutionStrategies(**EVOLUTION)),
-    "hybrid": Hybrid(EvolutionStrategies(**EVOLUTION), longest=1),
+    "hybrid, calm": Hybrid(evolution=EvolutionStrategies(**EVOLUTION)),
+    "hybrid": Hybrid(evolution=EvolutionStrategies(**EVOLUTION), longest=1),
 }
 
 
@@ -114,14 +120,14 @@ def test_validation_follows_the_share():
     options = {"indices": INDICES, "horizon": 4, "seed": 0}
     assert validation_score(port_hamiltonian(), Constant(), **options, held_out=1.0) == 7.0
     assert validation_score(port_hamiltonian(), Constant(), **options) < 5.0
-    mixture = Mixture([Family(lambda device: Constant(device=device))], horizons=(4, 4), n_problems=2)
+    mixture = Mixture([TaskFamily(lambda device: Constant(device=device))], horizons=(4, 4), n_problems=2)
     # of the loss over the first one, which is seven as well
     assert validation_score(port_hamiltonian(), mixture, **options, held_out=1.0) == pytest.approx(0.0, abs=2e-3)
     assert validation_score(port_hamiltonian(), mixture, **options) < -0.05
 
 
 def test_meta_training_follows_the_share():
-    config = MetaConfig(n_meta_steps=2, n_tasks=2, horizon=3, n_validation_tasks=2, log_loss=False, held_out=1.0)
+    config = configured(n_meta_steps=2, n_tasks=2, horizon=3, n_validation_tasks=2, log=False, held_out=1.0)
     result = meta_train(port_hamiltonian(), Constant(), config, progress_bar=False)
     assert result.meta_losses == pytest.approx([7.0, 7.0])
     assert result.best_score == pytest.approx(7.0)

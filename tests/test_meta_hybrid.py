@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from meta_toys import configured
 from rank_toys import on_threads
 from rule_toys import flat_weights, port_hamiltonian
 
-from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective, meta_train, unroll
-from odeopt.meta.config import load_config
+from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaObjective, meta_train, unroll
+from odeopt.meta.files import load_config
 from odeopt.rules import PortHamiltonianUpdate
-from odeopt.tasks import Family, Mixture, NoisyQuadratic, RandomQuadratic
+from odeopt.tasks import Mixture, NoisyQuadratic, RandomQuadratic, TaskFamily
 
 f64 = torch.float64
 TASK = RandomQuadratic(3, dtype=f64)
@@ -59,14 +60,14 @@ def evolution(**options):
 @pytest.mark.parametrize("longest", [5, 150])
 def test_short_gradients_are_backpropagated(longest):
     rule = rule_of()
-    hybrid = Hybrid(evolution(), threshold=1e6, longest=longest)
+    hybrid = Hybrid(evolution=evolution(), threshold=1e6, longest=longest)
     assert_equal(gradients(hybrid, rule, horizon=5), gradients(Backpropagation(), rule, horizon=5))
 
 
 @pytest.mark.parametrize("options", [{"threshold": 1e-9}, {"longest": 4}])
 def test_long_gradients_and_long_runs_are_perturbed_on_the_first_task(options):
     rule = rule_of()
-    got = gradients(Hybrid(evolution(), **options), rule)
+    got = gradients(Hybrid(evolution=evolution(), **options), rule)
     assert_equal(got, gradients(evolution(), rule, n=1))
     assert [name for name, grad in got[1].items() if grad is not None] == [f"{HEAD}.weight", f"{HEAD}.bias"]
 
@@ -82,20 +83,25 @@ def test_damped_gradients_are_tried_before_the_perturbations(longest):
     assert lengths[0] > lengths[1] > lengths[2]
     first = 0 if longest == 5 else 1  # a longer run leaves out the first
     for k in range(first, 3):
-        hybrid = Hybrid(evolution(), dampings=DAMPINGS, longest=longest, threshold=1.001 * lengths[k])
+        hybrid = Hybrid(evolution=evolution(), dampings=DAMPINGS, longest=longest, threshold=1.001 * lengths[k])
         assert_equal(gradients(hybrid, rule), expected[k])
-    hybrid = Hybrid(evolution(), dampings=DAMPINGS, longest=longest, threshold=0.999 * lengths[2])
+    hybrid = Hybrid(evolution=evolution(), dampings=DAMPINGS, longest=longest, threshold=0.999 * lengths[2])
     assert_equal(gradients(hybrid, rule), gradients(evolution(), rule, n=1))
 
 
-def test_hybrid_reads_its_settings():
-    config = MetaConfig(meta_gradient="hybrid", dampings=[1.0, 0.9], threshold=2.0, longest=7, n_pairs=3)
-    estimator = config.estimator()
-    assert [attempt.damping for attempt in estimator.attempts] == [1.0, 0.9]
-    assert (estimator.threshold, estimator.longest, estimator.evolution.n_pairs) == (2.0, 7, 3)
-    assert [attempt.damping for attempt in Hybrid(evolution()).attempts] == [1.0]
+def test_hybrid_tries_the_exact_gradient_alone_unless_told_otherwise():
+    assert [attempt.damping for attempt in Hybrid(evolution=evolution()).attempts(1)] == [1.0]
     with pytest.raises(ValueError, match="`dampings` should be one falling number"):
-        Hybrid(evolution(), dampings=())
+        Hybrid(dampings=())
+    with pytest.raises(ValueError, match=r"`evolution` should be evolution strategies. Found `evolution = 3`"):
+        Hybrid(evolution=3)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3])
+def test_calm_gradients_may_be_checkpointed(checkpoint_every):
+    rule = rule_of()
+    plain, checkpointed = (gradients(Hybrid(threshold=1e6, checkpoint_every=n), rule) for n in (None, checkpoint_every))
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-10, atol=1e-12)
 
 
 def test_gradients_that_are_not_finite_are_perturbed(monkeypatch):
@@ -107,14 +113,14 @@ def test_gradients_that_are_not_finite_are_perturbed(monkeypatch):
     rule = rule_of()
     expected = gradients(evolution(), rule, n=1)
     monkeypatch.setattr(Backpropagation, "gradients", broken)
-    assert_equal(gradients(Hybrid(evolution()), rule), expected)
+    assert_equal(gradients(Hybrid(evolution=evolution()), rule), expected)
 
 
 def test_large_tasks_are_perturbed_by_fewer_pairs():
     rule = rule_of()
     # three coordinates: eight pairs are 48 numbers at a time
     for coordinates, n_pairs in ((48, 8), (47, 4), (1, 2)):
-        hybrid = Hybrid(evolution(n_pairs=8), longest=1, coordinates=coordinates)
+        hybrid = Hybrid(evolution=evolution(n_pairs=8), longest=1, coordinates=coordinates)
         assert_equal(gradients(hybrid, rule), gradients(evolution(n_pairs=n_pairs), rule, n=1))
 
 
@@ -128,7 +134,7 @@ def test_fewer_pairs_are_two_at_least_unless_fewer_are_asked_for(n_pairs, monkey
 
     monkeypatch.setattr(EvolutionStrategies, "gradients", recorded)
     for coordinates in (1, 24, 1e9):  # nothing, four pairs of three coordinates, everything
-        gradients(Hybrid(evolution(n_pairs=n_pairs), longest=1, coordinates=coordinates), rule_of())
+        gradients(Hybrid(evolution=evolution(n_pairs=n_pairs), longest=1, coordinates=coordinates), rule_of())
     assert used[0] == min(n_pairs, 2)
     assert min(n_pairs, 2) <= used[1] <= 4
     assert used[2] == n_pairs
@@ -143,7 +149,8 @@ def test_run_is_told_the_horizon_where_it_is_to_be(make, tells_horizon, monkeypa
         seen.append((kwargs["total_steps"], kwargs["update_scale"]))
         return unroll(*args, **kwargs)
 
-    monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
+    for module in ("backpropagation", "es"):
+        monkeypatch.setattr(f"odeopt.meta.estimators.{module}.unroll", recorded)
     options = {"horizon": 5, "seed": 0, "update_scale": 1.5, "tells_horizon": tells_horizon}
     list(make().gradients(rule_of(), TASK, MetaObjective(), indices=torch.arange(2), **options))
     assert set(seen) == {(5 if tells_horizon else None, 1.5)}
@@ -153,8 +160,8 @@ def test_run_is_told_the_horizon_where_it_is_to_be(make, tells_horizon, monkeypa
 def test_hybrid_hands_on_what_it_is_told(changed):
     rule = rule_of(uses_progress=True)
     for hybrid, estimator, n in (
-        (Hybrid(evolution(), threshold=1e6), Backpropagation(), 2),
-        (Hybrid(evolution(), longest=4), evolution(), 1),
+        (Hybrid(evolution=evolution(), threshold=1e6), Backpropagation(), 2),
+        (Hybrid(evolution=evolution(), longest=4), evolution(), 1),
     ):
         got = gradients(hybrid, rule, **changed)
         assert_equal(got, gradients(estimator, rule, n=n, **changed))
@@ -169,11 +176,11 @@ def test_hybrid_hands_on_what_it_is_told(changed):
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_agree_with_one_process_and_the_first_alone_perturbs(options, size):
     indices, rules, tasks = torch.arange(6, 10), [rule_of() for _ in range(size)], [Counted() for _ in range(size)]
-    expected = gradients(Hybrid(evolution(), **options), rule_of(), indices=indices)
+    expected = gradients(Hybrid(evolution=evolution(), **options), rule_of(), indices=indices)
 
     def work(world):
         own = {"indices": indices[world.share(4)], "world": world, "task": tasks[world.rank]}
-        return gradients(Hybrid(evolution(), **options), rules[world.rank], **own)
+        return gradients(Hybrid(evolution=evolution(), **options), rules[world.rank], **own)
 
     _, got = on_threads(size, work)
     for result in got:
@@ -193,7 +200,7 @@ def test_ranks_agree_with_one_process_and_the_first_alone_perturbs(options, size
 def test_hybrid_refuses_what_is_out_of_range():
     for name in ("threshold", "longest", "coordinates"):
         with pytest.raises(ValueError, match=f"`{name}` should be a positive .* Found `{name} = 0`"):
-            Hybrid(evolution(), **{name: 0})
+            Hybrid(evolution=evolution(), **{name: 0})
 
 
 # -------------------- a subspace, and differences that are clipped
@@ -254,8 +261,8 @@ def test_late_weights_are_half_linear_and_half_the_last_tenth():
 
 def mixture():
     families = [
-        Family(RandomQuadratic, {"dtype": f64}, {"dim": [2, 3]}),
-        Family(NoisyQuadratic, {"dtype": f64}, {"dim": [2, 4]}, log_range=0.5),
+        TaskFamily(RandomQuadratic, {"dtype": f64}, {"dim": [2, 3]}),
+        TaskFamily(NoisyQuadratic, {"dtype": f64}, {"dim": [2, 4]}, log_range=0.5),
     ]
     return Mixture(families, horizons=(4, 9), n_problems=2)
 
@@ -263,12 +270,12 @@ def mixture():
 CONFIG = {
     "n_meta_steps": 6,
     "n_tasks": 3,
-    "meta_gradient": "hybrid",
+    "estimator": Hybrid,
     "n_pairs": 2,
     "subspace": HEAD,
     "threshold": 2.0,
-    "relative_loss": True,
-    "log_eps": 1e-3,
+    "relative": True,
+    "eps": 1e-3,
     "weights": "late",
     "validate_every": 2,
     "n_validation_tasks": 3,
@@ -279,7 +286,7 @@ CONFIG = {
 
 def train(folder=None, stop_after=None, task=None, **options):
     rule = rule_of(memory=1, uses_progress=True)
-    config = MetaConfig(**(CONFIG | options))
+    config = configured(**(CONFIG | options))
     return meta_train(rule, task or mixture(), config, folder=folder, stop_after=stop_after, progress_bar=False)
 
 

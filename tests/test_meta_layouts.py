@@ -5,7 +5,15 @@ import torch
 from rule_toys import port_hamiltonian
 from torch import nn
 
-from odeopt.meta import MetaConfig, meta_train, unroll
+from odeopt.meta import (
+    Backpropagation,
+    DampedBackpropagation,
+    EvolutionStrategies,
+    Hybrid,
+    MetaConfig,
+    meta_train,
+    unroll,
+)
 from odeopt.meta.layouts import CompiledSteps, Separate, SideBySide, layout_for
 from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate
 from odeopt.tasks import MLPClassification, RandomQuadratic, load_dataset
@@ -33,7 +41,7 @@ def gradient(rule, task, **options):
 
 
 @pytest.mark.parametrize("variant", ["default", "coordinatewise", "progress", "mass", "friction"])
-@pytest.mark.parametrize("options", [{}, {"detach": True}, {"checkpoint": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"detach": True}, {"checkpoint_every": 4}], ids=str)
 def test_side_by_side_is_the_run_of_each_parameter_by_itself(variant, options, monkeypatch):
     rule, task = port_hamiltonian(variant), networks()
     found, found_gradient = gradient(rule, task, **options)
@@ -100,12 +108,12 @@ def test_compiled_steps_give_the_gradient_and_train():
     torch.testing.assert_close(found, wanted_gradient, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"meta_gradient": "damped", "threshold": 1e9}], ids=str)
-def test_meta_training_takes_the_compiled_steps(options, monkeypatch):
+@pytest.mark.parametrize("estimator", [Backpropagation(), DampedBackpropagation(threshold=1e9)], ids=str)
+def test_meta_training_takes_the_compiled_steps(estimator, monkeypatch):
     seen = []
     # what compiling does is tested above and takes half a minute
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: seen.append(1) or function(*args))
-    config = MetaConfig(n_meta_steps=3, n_tasks=4, horizon=4, n_validation_tasks=2, **options)
+    config = MetaConfig(n_meta_steps=3, n_tasks=4, horizon=4, n_validation_tasks=2, estimator=estimator)
     losses = []
     for compile in (False, True):
         result = meta_train(
@@ -115,6 +123,13 @@ def test_meta_training_takes_the_compiled_steps(options, monkeypatch):
         assert len(seen) == compile * config.n_meta_steps * config.horizon
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-7, atol=1e-9)
     assert list(CompiledSteps(rule := port_hamiltonian()).parameters()) == list(rule.parameters())
+
+
+@pytest.mark.parametrize("estimator", [EvolutionStrategies(), Hybrid()], ids=str)
+def test_steps_are_not_compiled_where_weights_are_perturbed(estimator):
+    config = MetaConfig(n_meta_steps=1, estimator=estimator)
+    with pytest.raises(ValueError, match=r"`compile` should be False where `estimator = .*Found `compile = True`"):
+        meta_train(port_hamiltonian(), RandomQuadratic(), config, compile=True, progress_bar=False)
 
 
 def test_steps_of_a_rule_without_stages_are_not_compiled():

@@ -1,18 +1,21 @@
 """Training on a mixture: what reaches the runs, what is skipped and kept, and checkpoints of any families."""
 
+import copy
 import math
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from rank_toys import on_threads
 from rule_toys import flat_weights
 from test_meta_hybrid import mixture, rule_of, train
 from torch import nn
 
-from odeopt.meta import Hybrid, unroll
+from odeopt.meta import Hybrid, MetaConfig, unroll
+from odeopt.meta import trainer as trainer_module
 from odeopt.meta.validation import validation_score
-from odeopt.tasks import Family, Mixture, ModuleTask, RandomQuadratic, ScaledTask
+from odeopt.tasks import Mixture, ModuleTask, RandomQuadratic, ScaledTask, TaskFamily
 
 f64 = torch.float64
 INPUTS = torch.linspace(-1, 1, 12, dtype=f64).unsqueeze(1)
@@ -30,7 +33,8 @@ def test_draws_are_run_as_they_are_drawn_and_by_the_margin(monkeypatch):
         run = {"indices": indices, "n_steps": n_steps, "seed": seed}
         return unroll(rule, task, **run, total_steps=total_steps, update_scale=update_scale, **options)
 
-    monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
+    for module in ("backpropagation", "es"):
+        monkeypatch.setattr(f"odeopt.meta.estimators.{module}.unroll", recorded)
     train(gain_margin=1.5, threshold=1e-9, n_meta_steps=2, n_tasks=4, n_validation_tasks=1, seed=3)
     draws = [mixture().draw(number, seed=3) for number in range(8)]
     assert {draw.tells_horizon for draw in draws} == {True, False}
@@ -59,6 +63,41 @@ def test_gradients_that_are_not_finite_are_left_out_and_counted(monkeypatch):
     # the others of the step moved the weights
     assert all(after.isfinite().all() for after in weights)
     assert all((before > after).all() for before, after in pairwise(weights))
+
+
+def long_draws(lengths):
+    """Meta-gradients of given lengths by number of the draw."""
+
+    def gradients(self, rule, task, objective, *, indices, **options):
+        weights = [p for p in rule.parameters() if p.requires_grad]
+        for p in weights:
+            p.grad = torch.zeros_like(p)
+        weights[0].grad.view(-1)[0] = lengths[int(indices[0]) // 2]  # two problems per draw
+        yield torch.tensor(1.0, dtype=f64)
+
+    return gradients
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_outliers_among_draws_are_left_out_alike_on_any_number_of_ranks(size, monkeypatch):
+    lengths = [1.0] * 12 + [1.0, 500.0, 2.0, 150.0, 1.0, 99.0] + [math.nan, 300.0, 400.0, 500.0, math.inf, 600.0]
+    monkeypatch.setattr(Hybrid, "gradients", long_draws(lengths))
+    rule = rule_of()  # built here: threads that draw weights share torch's generator
+
+    def moved(world):
+        own, task = copy.deepcopy(rule), mixture()
+        config = MetaConfig(n_meta_steps=4, n_tasks=6 // size, estimator=Hybrid(), clip=1.0, lr=0.1)
+        run = trainer_module._Run(own, task, config, task, None, world)
+        run.meta_optimizer, run.scheduler, moves = torch.optim.SGD(run.parameters, 1.0), None, []
+        for _ in range(4):
+            before = flat_weights(own)
+            list(run.episode())
+            moves.append((flat_weights(own) - before).norm().item())
+        return moves, run.result.n_skipped_outliers, run.result.n_skipped_nonfinite
+
+    _, got = on_threads(size, moved)
+    # of the third step's six draws two are outliers, of the fourth's none counts
+    assert got == [(pytest.approx([1.0, 1.0, 4 / 6, 0.0]), 6, 2)] * size
 
 
 def test_second_moments_decay_as_the_settings_say(monkeypatch):
@@ -93,7 +132,7 @@ def scaled(loss_scale):
     def make(dim, device):
         return ScaledTask(RandomQuadratic(dim, dtype=f64, device=device), loss_scale=loss_scale)
 
-    return Mixture([Family(make, choices={"dim": [2, 3]})], horizons=(8, 30), n_problems=2)
+    return Mixture([TaskFamily(make, choices={"dim": [2, 3]})], horizons=(8, 30), n_problems=2)
 
 
 def test_score_is_the_mean_log_of_the_last_losses_over_the_first_in_any_unit():
@@ -122,12 +161,12 @@ def fit(scale=1.0, make_module=network):
 
 
 FAMILIES = {
-    "function": lambda: Family(ModuleTask, fit()),
-    "lambda": lambda: Family(ModuleTask, fit(make_module=lambda: network())),
-    "partial": lambda: Family(partial(ModuleTask, network), {k: v for k, v in fit().items() if k != "make_module"}),
-    "module": lambda: Family(ModuleTask, fit() | {"loss_fn": nn.MSELoss()}),
-    "dtype": lambda: Family(RandomQuadratic, {"dtype": f64}, {"dim": (2, 3)}),
-    "choices": lambda: Family(RandomQuadratic, {"dim": 2}, {"dtype": [f64]}, name="quadratic"),
+    "function": lambda: TaskFamily(ModuleTask, fit()),
+    "lambda": lambda: TaskFamily(ModuleTask, fit(make_module=lambda: network())),
+    "partial": lambda: TaskFamily(partial(ModuleTask, network), {k: v for k, v in fit().items() if k != "make_module"}),
+    "module": lambda: TaskFamily(ModuleTask, fit() | {"loss_fn": nn.MSELoss()}),
+    "dtype": lambda: TaskFamily(RandomQuadratic, {"dtype": f64}, {"dim": (2, 3)}),
+    "choices": lambda: TaskFamily(RandomQuadratic, {"dim": 2}, {"dtype": [f64]}, name="quadratic"),
 }
 SHORT = {"n_meta_steps": 2, "n_tasks": 1, "validate_every": 1, "n_validation_tasks": 1}
 
@@ -146,9 +185,9 @@ def test_interrupted_run_on_any_family_is_continued(name, tmp_path):
 @pytest.mark.parametrize(
     "other",
     [
-        lambda: Family(ModuleTask, fit(scale=2.0)),
-        lambda: Family(ModuleTask, fit(make_module=lambda: network())),
-        lambda: Family(ModuleTask, fit() | {"batch_size": 5}),
+        lambda: TaskFamily(ModuleTask, fit(scale=2.0)),
+        lambda: TaskFamily(ModuleTask, fit(make_module=lambda: network())),
+        lambda: TaskFamily(ModuleTask, fit() | {"batch_size": 5}),
     ],
     ids=["data", "function", "number"],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meta_toys import configured
 from rule_toys import flat_weights, port_hamiltonian
 from test_meta_distributed import on_two_ranks
 from test_meta_es import Cliff, Thread, ThreeWeights, TwoTensors, tiny_rule
@@ -13,16 +14,15 @@ from test_meta_es import Cliff, Thread, ThreeWeights, TwoTensors, tiny_rule
 from odeopt.meta import (
     Backpropagation,
     EvolutionStrategies,
-    MetaConfig,
     MetaObjective,
     PersistentEvolutionStrategies,
     World,
     meta_train,
-    persistent,
     unroll,
 )
-from odeopt.meta.config import load_config
-from odeopt.tasks import Family, Mixture, RandomQuadratic
+from odeopt.meta.estimators import pes as pes_module
+from odeopt.meta.files import load_config
+from odeopt.tasks import Mixture, RandomQuadratic, TaskFamily
 
 INDICES = torch.arange(6, 9)
 HORIZON = 6
@@ -63,7 +63,7 @@ def seen(monkeypatch):
         calls.append((kwargs.get("start", 0), kwargs["n_steps"], sorted(set(kwargs["indices"].tolist()))))
         return unroll(*args, **kwargs)
 
-    monkeypatch.setattr(persistent, "unroll", recorded)
+    monkeypatch.setattr(pes_module, "unroll", recorded)
     return calls
 
 
@@ -113,7 +113,7 @@ def test_one_segment_of_the_whole_horizon_is_plain_evolution_strategies(make, cl
 def test_estimate_is_the_differences_of_losses_times_the_summed_perturbations():
     rule, task, sigma = ThreeWeights(), TwoTensors(), 0.05
     _, got = estimates(pes(n_pairs=2, sigma=sigma), rule, task, 3)
-    noises = [persistent.Noise({"w": rule.w}, 1, call).draw("w", range(2)) for call in range(3)]
+    noises = [pes_module.Noise({"w": rule.w}, 1, call).draw("w", range(2)) for call in range(3)]
     weights, expected = rule.w.detach().clone(), torch.zeros(3, 3, dtype=torch.float64)
     for pair in range(2):
         particles = {1: (None, None, None), -1: (None, None, None)}
@@ -136,8 +136,8 @@ def test_estimate_is_the_differences_of_losses_times_the_summed_perturbations():
 
 
 def test_perturbations_never_repeat(monkeypatch):
-    rule, task, steps, make = ThreeWeights(), ThreeTasks(), [], persistent.Noise
-    monkeypatch.setattr(persistent, "Noise", lambda *args: steps.append(args[2]) or make(*args))
+    rule, task, steps, make = ThreeWeights(), ThreeTasks(), [], pes_module.Noise
+    monkeypatch.setattr(pes_module, "Noise", lambda *args: steps.append(args[2]) or make(*args))
     estimates(pes(n_groups=3), rule, task, 7)
     assert len(set(steps)) == len(steps) == 21
     _, grads = estimates(pes(truncation=HORIZON), rule, task, 4)
@@ -212,7 +212,7 @@ def test_update_scale_and_progress_reach_the_run(monkeypatch):
         calls.append((kwargs["update_scale"], kwargs["total_steps"], torch.is_grad_enabled()))
         return unroll(*args, **kwargs)
 
-    monkeypatch.setattr(persistent, "unroll", recorded)
+    monkeypatch.setattr(pes_module, "unroll", recorded)
     estimates(pes(), ThreeWeights(), TwoTensors(), update_scale=1.5)
     estimates(pes(), ThreeWeights(), TwoTensors(), tells_horizon=False)
     assert calls == [(1.5, HORIZON, False), (1.0, None, False)]
@@ -221,11 +221,11 @@ def test_update_scale_and_progress_reach_the_run(monkeypatch):
 # -------------------- in the training loop
 
 CONFIG = {"n_meta_steps": 13, "n_tasks": 3, "horizon": 6, "validate_every": 4, "n_validation_tasks": 32, "lr": 3e-2}
-CONFIG |= {"meta_gradient": "pes", "n_pairs": 3, "sigma": 0.05, "truncation": 2, "n_groups": 3}
+CONFIG |= {"estimator": PersistentEvolutionStrategies, "n_pairs": 3, "sigma": 0.05, "truncation": 2, "n_groups": 3}
 
 
 def train(rule, folder=None, task=None, stop_after=None, **options):
-    config = MetaConfig(**(CONFIG | options))
+    config = configured(**(CONFIG | options))
     task = RandomQuadratic(3) if task is None else task
     return meta_train(rule, task, config, folder=folder, stop_after=stop_after, progress_bar=False)
 
@@ -268,8 +268,8 @@ def test_estimators_without_state_keep_nothing():
 
 
 def test_mixtures_are_refused():
-    mixture = Mixture([Family(RandomQuadratic, {"dim": 3})])
-    with pytest.raises(ValueError, match="`task` should be no mixture where `meta_gradient = 'pes'`"):
+    mixture = Mixture([TaskFamily(RandomQuadratic, {"dim": 3})])
+    with pytest.raises(ValueError, match=r"`task` should be no mixture where `estimator = Persis.*`, whose runs go on"):
         train(tiny_rule(), task=mixture)
 
 
@@ -279,6 +279,7 @@ def test_mixtures_are_refused():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"n_groups": 0}, "`n_groups` should be a positive integer. Found `n_groups = 0`"),
         ({"n_pairs": 0}, "`n_pairs` should be a positive integer. Found `n_pairs = 0`"),
         ({"truncation": 2.0}, "`truncation` should be a positive integer. Found `truncation = 2.0`"),
         ({"n_groups": True}, "`n_groups` should be a positive integer. Found `n_groups = True`"),
@@ -303,31 +304,23 @@ def test_batches_that_do_not_fit_are_refused():
         estimates(estimator, rule, task, indices=torch.arange(4))
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"n_groups": 0}, "`n_groups` should be a positive integer or None. Found `n_groups = 0`"),
-        ({"chunk": 4}, "`chunk` should be left out where `meta_gradient = 'pes'`"),
-        ({"checkpoint": 4}, "`checkpoint` should be left out where `meta_gradient = 'pes'`"),
-        ({"subspace": "head"}, "`subspace` should be left out where `meta_gradient = 'pes'`"),
-        ({"meta_gradient": "es", "truncation": None}, "`n_groups` should be left out where `meta_gradient = 'es'`"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        MetaConfig(**(CONFIG | options))
-
-
-def test_settings_reach_the_estimator(tmp_path):
-    given = MetaConfig(**CONFIG, difference_clip=0.5).estimator()
-    assert type(given) is PersistentEvolutionStrategies
-    assert (given.n_pairs, given.sigma, given.truncation, given.n_groups, given.clip) == (3, 0.05, 2, 3, 0.5)
-    assert vars(MetaConfig(meta_gradient="pes").estimator()) == vars(PersistentEvolutionStrategies())
+def test_configuration_file_may_ask_for_it(tmp_path):
     path = Path(tmp_path, "pes.toml")
-    training = 'meta_gradient = "pes"\ntruncation = 7\nn_groups = 2\n'
-    path.write_text(f'[rule]\nclass = "hamiltonian"\n[task]\nclass = "RandomQuadratic"\n[training]\n{training}')
-    estimator = load_config(path).training.estimator()
-    assert (estimator.truncation, estimator.n_groups) == (7, 2)
+    training = '[training.estimator]\nclass = "pes"\ntruncation = 7\nn_groups = 2\n'
+    path.write_text(f'[rule]\nclass = "hamiltonian"\n[task]\nclass = "RandomQuadratic"\n{training}[training]\n')
+    assert load_config(path).training.estimator == PersistentEvolutionStrategies(truncation=7, n_groups=2)
+
+
+def test_training_leaves_the_estimator_of_its_settings_without_runs():
+    config = configured(**CONFIG)
+    for _ in range(2):
+        rule = tiny_rule()
+        meta_train(rule, RandomQuadratic(3), config, progress_bar=False)
+        assert config.estimator.state_dict() == {}
+        found = flat_weights(rule)
+    fresh = tiny_rule()
+    train(fresh)
+    assert torch.equal(flat_weights(fresh), found)  # the second training as the first
 
 
 # -------------------- over ranks

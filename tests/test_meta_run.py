@@ -5,16 +5,17 @@ import math
 
 import pytest
 import torch
+from meta_toys import configured
 from rank_toys import on_threads
 from rule_toys import flat_weights
 from test_meta_hybrid import rule_of, train
 from test_meta_train import tiny_rule
 
-from odeopt.meta import Backpropagation, Hybrid, MetaConfig, meta_train
+from odeopt.meta import Hybrid, MetaConfig, meta_train
 from odeopt.meta import trainer as trainer_module
-from odeopt.meta.config import load_config
 from odeopt.meta.distributed import ALONE
-from odeopt.tasks import Family, Mixture, RandomQuadratic
+from odeopt.meta.files import load_config
+from odeopt.tasks import Mixture, RandomQuadratic, TaskFamily
 
 f64 = torch.float64
 
@@ -62,7 +63,7 @@ def test_a_step_without_any_finite_estimate_moves_nothing(monkeypatch):
 @pytest.mark.parametrize("size", [2, 3])
 def test_truncated_draws_count_alike_on_any_number_of_ranks(size):
     def mixture():
-        return Mixture([Family(RandomQuadratic, {"dim": 2, "dtype": f64})], horizons=(4, 12), n_problems=2)
+        return Mixture([TaskFamily(RandomQuadratic, {"dim": 2, "dtype": f64})], horizons=(4, 12), n_problems=2)
 
     horizons = [mixture().draw(number, 0).horizon for number in range(6)]
     assert len({math.ceil(horizon / 4) for horizon in horizons}) > 1
@@ -70,13 +71,12 @@ def test_truncated_draws_count_alike_on_any_number_of_ranks(size):
 
     def first_step(world, n_tasks):
         own, task = copy.deepcopy(rule), mixture()
-        config = MetaConfig(n_meta_steps=2, n_tasks=n_tasks, truncation=4, n_validation_tasks=1)
+        config = configured(n_meta_steps=2, n_tasks=n_tasks, truncation=4, n_validation_tasks=1)
         run = trainer_module._Run(own, task, config, task, None, world)
         for _ in run.episode():
             pass
         return flat_weights(own), run.result.meta_losses
 
-    assert isinstance(MetaConfig(truncation=4).estimator(), Backpropagation)
     alone, losses = first_step(ALONE, 6)
     _, got = on_threads(size, lambda world: first_step(world, 6 // size))
     for weights, others in got:

@@ -1,14 +1,27 @@
 """The training loop: what it skips, keeps, writes and resumes."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from meta_toys import configured
 from rule_toys import flat_weights
 
-from odeopt.meta import Estimator, MetaConfig, MetaObjective, meta_train, unroll
+from odeopt.meta import (
+    Backpropagation,
+    Estimator,
+    EvolutionStrategies,
+    Hybrid,
+    MetaConfig,
+    MetaObjective,
+    PersistentEvolutionStrategies,
+    meta_train,
+    unroll,
+)
 from odeopt.meta import trainer as trainer_module
+from odeopt.meta.files import make_config
 from odeopt.rules import HamiltonianUpdate, PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic
 
@@ -23,7 +36,7 @@ def tiny_rule(seed=0, **options):
 
 def train(rule, folder=None, **options):
     stop_after = options.pop("stop_after", None)
-    config = MetaConfig(**(CONFIG | options))
+    config = configured(**(CONFIG | options))
     return meta_train(rule, TASK, config, folder=folder, stop_after=stop_after, progress_bar=False)
 
 
@@ -33,7 +46,7 @@ class Scripted(Estimator):
     def __init__(self, norms):
         self.norms = iter(norms)
 
-    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, world=None):
+    def gradients(self, rule, task, objective, **options):
         norm = next(self.norms)
         for p in rule.parameters():
             p.grad = torch.zeros_like(p)
@@ -43,17 +56,19 @@ class Scripted(Estimator):
 
 def scripted(monkeypatch, norms, **options):
     """Train on gradients of given norms; return the result and the weights after each meta-step."""
-    estimator, weights = Scripted(norms), []
-    monkeypatch.setattr(MetaConfig, "estimator", lambda _: estimator)
+    weights = []
     rule, update = tiny_rule(), trainer_module._Run._update
 
-    def recorded(self):
+    def recorded(self, *args):
         before = flat_weights(rule)
-        update(self)
+        loss = update(self, *args)
         weights.append((flat_weights(rule) - before).norm().item())
+        return loss
 
     monkeypatch.setattr(trainer_module._Run, "_update", recorded)
-    return train(rule, n_meta_steps=len(norms), schedule="constant", **options), weights
+    settings = {"n_meta_steps": len(norms), "schedule": "constant", "estimator": Scripted(norms)}
+    config = MetaConfig(**(CONFIG | settings | options))
+    return meta_train(rule, TASK, config, progress_bar=False), weights
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -79,12 +94,13 @@ def test_outliers_are_judged_by_what_came_before_an_interruption(monkeypatch, tm
         yield from [1.0] * 12
         raise KeyboardInterrupt
 
-    options = {"n_meta_steps": 14, "validate_every": 12}
-    monkeypatch.setattr(MetaConfig, "estimator", lambda _: Scripted(interrupted()))
+    def go_on(norms):
+        config = MetaConfig(**(CONFIG | {"validate_every": 12}), n_meta_steps=14, estimator=Scripted(norms))
+        return meta_train(tiny_rule(), TASK, config, folder=tmp_path, progress_bar=False)
+
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_rule(), tmp_path, **options)
-    monkeypatch.setattr(MetaConfig, "estimator", lambda _: Scripted([101.0, 1.0]))
-    assert train(tiny_rule(), tmp_path, **options).n_skipped_outliers == 1
+        go_on(interrupted())
+    assert go_on([101.0, 1.0]).n_skipped_outliers == 1
 
 
 def test_long_meta_gradients_are_scaled_down_to_the_clip(monkeypatch):
@@ -366,9 +382,8 @@ def test_rule_without_weights_is_refused():
             {"schedule": "cosine"},
             "`schedule` should be one of one-cycle, constant. Found `schedule = 'cosine'`",
         ),
-        ({"weights": "first"}, "`weights` should be one of uniform, linear, late, last"),
+        ({"objective": "late"}, "`objective` should be a meta-loss, such as MetaObjective.*Found `objective = 'late'`"),
         ({"gain_margin": 0.5}, "`gain_margin` should be a number of at least 1. Found `gain_margin = 0.5`"),
-        ({"truncation": 0}, "`truncation` should be a positive integer or None. Found `truncation = 0`"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name_and_value(options, match):
@@ -383,16 +398,49 @@ def test_gain_margin_scales_the_updates_of_training_and_not_those_of_validation(
         scales.append(update_scale)
         return unroll(*args, update_scale=update_scale, **kwargs)
 
-    monkeypatch.setattr("odeopt.meta.estimators.unroll", recorded)
+    monkeypatch.setattr("odeopt.meta.estimators.backpropagation.unroll", recorded)
     monkeypatch.setattr("odeopt.meta.validation.unroll", recorded)
     train(tiny_rule(), n_meta_steps=1, gain_margin=1.5)
     assert scales == [1.0, 1.5, 1.0]
 
 
-def test_settings_reach_objective_and_estimator():
-    config = MetaConfig(weights="last", log_loss=False, truncation=7, detach=True)
-    assert config.objective() == MetaObjective("last", log=False)
-    assert (config.estimator().truncation, config.estimator().detach) == (7, True)
+@pytest.mark.parametrize(
+    ("make", "options", "match"),
+    [
+        (
+            Backpropagation,
+            {"truncation": 0},
+            "`truncation` should be a positive integer or None. Found `truncation = 0`",
+        ),
+        (Backpropagation, {"truncation": 2.5}, "`truncation` should be a positive integer or None"),
+        (Backpropagation, {"detach": 1}, "`detach` should be true or false. Found `detach = 1`"),
+        (MetaObjective, {"weights": "first"}, "`weights` should be one of uniform, linear, late, last"),
+        (MetaObjective, {"log": "yes"}, "`log` should be true or false. Found `log = 'yes'`"),
+        (MetaObjective, {"relative": 0}, "`relative` should be true or false. Found `relative = 0`"),
+        (MetaObjective, {"eps": 0.0}, "`eps` should be a positive number. Found `eps = 0.0`"),
+    ],
+)
+def test_options_of_estimator_and_objective_are_refused_by_name_and_value(make, options, match):
+    with pytest.raises(ValueError, match=match):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Backpropagation(truncation=7, detach=True),
+        Hybrid(dampings=(1.0, 0.9), evolution=EvolutionStrategies(n_pairs=3, clip=0.5)),
+        PersistentEvolutionStrategies(n_groups=2),
+    ],
+    ids=lambda estimator: estimator.key,
+)
+def test_settings_are_described_as_files_have_them(estimator, tmp_path):
+    config = MetaConfig(horizon=7, estimator=estimator, objective=MetaObjective("last", log=False))
+    table = json.loads(json.dumps(config.describe()))
+    training = {name: {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+                for name, value in table.items()}  # fmt: skip
+    content = {"rule": {"class": "hamiltonian"}, "task": {"class": "RandomQuadratic"}, "training": training}
+    assert make_config(tmp_path / "again.toml", content).training == config
 
 
 def test_training_does_not_depend_on_torchs_random_state_and_leaves_it_alone():

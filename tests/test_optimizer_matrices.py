@@ -12,11 +12,11 @@ from rule_toys import draws, port_hamiltonian
 from torch import nn
 
 from odeopt.meta import unroll
+from odeopt.meta.estimators.perturbations import Perturbed, perturbed
 from odeopt.meta.layouts import CompiledSteps, Grouped, Separate, SideBySide, Stacked, layout_for
-from odeopt.meta.perturbations import Perturbed, perturbed
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate
-from odeopt.tasks import Rescaled, Task
+from odeopt.tasks import ScaledTask, Task
 from odeopt.tasks.random import normal
 
 f64 = torch.float64
@@ -135,7 +135,7 @@ def gradient(rule, task, **options):
     return run, nn.utils.parameters_to_vector([weight.grad for weight in owner.parameters()])
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": 2}, {"detach": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2}, {"detach": True}], ids=str)
 @over_variants
 def test_groups_of_layouts_are_the_run_of_each_parameter_by_itself(variant, options, monkeypatch):
     rule, task = spectral(variant), Tensors()
@@ -186,7 +186,7 @@ def test_loss_sees_the_parameters_in_the_order_of_the_task():
     """Other units are numbered in it."""
     rule, options = spectral("spectral"), {"indices": INDICES, "n_steps": 1}
     with torch.no_grad():
-        plain, rescaled = (unroll(rule, task, **options) for task in (Tensors(), Rescaled(Tensors())))
+        plain, rescaled = (unroll(rule, task, **options) for task in (Tensors(), ScaledTask(Tensors(), log_range=1.0)))
     torch.testing.assert_close(rescaled.losses[0], plain.losses[0], rtol=1e-12, atol=1e-12)
     assert (rescaled.losses[1] - plain.losses[1]).abs().min() > 1e-3
     assert list(plain.params) == list(plain.states) == list(SHAPES)

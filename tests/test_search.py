@@ -21,7 +21,7 @@ from odeopt.artifacts import read_metadata
 from odeopt.meta import meta_train
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.search import search
-from odeopt.meta.search_config import load_search
+from odeopt.meta.search_files import load_search
 from odeopt.meta.study import MissingOptunaError, OpenTrial, Study
 from odeopt.tasks import RandomQuadratic
 
@@ -86,9 +86,9 @@ def steps(monkeypatch):
     """A list that grows by one with each meta-step."""
     taken, update = [], trainer_module._Run._update
 
-    def counted(self):
+    def counted(self, *args):
         taken.append(1)
-        update(self)
+        return update(self, *args)
 
     monkeypatch.setattr(trainer_module._Run, "_update", counted)
     return taken
@@ -148,12 +148,14 @@ def test_tpe_goes_where_scores_are_low_after_its_start(tmp_path, scores):
     assert distances[4] < 0.4  # draws that look at nothing would have a median of 0.75
 
 
-def test_lists_and_truth_values_pass_through_the_study(tmp_path, scores):
-    scores(lambda config, step: float(config.detach))
-    space = 'rule.hidden = [[3], [4, 2]]\nrule.solver = ["rk4"]\ntraining.detach = [true, false]\n'
+def test_lists_tables_and_truth_values_pass_through_the_study(tmp_path, scores):
+    scores(lambda config, step: float(config.objective.log))
+    estimators = [{"class": "backpropagation"}, {"class": "backpropagation", "truncation": 1}]
+    tables = '[{class = "backpropagation"}, {class = "backpropagation", truncation = 1}]'
+    space = f"rule.hidden = [[3], [4, 2]]\ntraining.estimator = {tables}\ntraining.objective.log = [true, false]\n"
     result = go(written(tmp_path, space=space), tmp_path / "study")
     tried = [tuple(trial.values.values()) for trial in result.trials]
-    assert tried == [(hidden, "rk4", detach) for hidden in ([3], [4, 2]) for detach in (True, False)]
+    assert tried == list(itertools.product([[3], [4, 2]], estimators, [True, False]))
     assert list(result.rule.config["hidden"]) == result.best.values["rule.hidden"]
     again = go(written(tmp_path, space=space), tmp_path / "study")
     assert told(again) == told(result)
@@ -192,11 +194,11 @@ def interrupt(monkeypatch, target, name, when):
     """Make every other call of a method end as by Ctrl-C, before or after its work."""
     original, calls = getattr(target, name), itertools.count(1)
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         is_now = next(calls) % 2 == 0
         if is_now and when == "before":
             raise KeyboardInterrupt
-        result = original(*args)
+        result = original(*args, **options)
         if is_now:
             raise KeyboardInterrupt
         return result
@@ -237,6 +239,23 @@ def test_search_that_is_killed_between_trials_ends_as_the_uninterrupted_one(
     others = {trial.state.name for trial in kept if "row" not in trial.user_attrs}
     assert ended == {"COMPLETE"}
     assert others <= {"FAIL"}
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_search_that_is_killed_before_a_trial_is_asked_for_ends_as_the_uninterrupted_one(
+    tmp_path, monkeypatch, scores, sampler
+):
+    scores(lambda config, step: config.lr)
+    config = load_search(write(tmp_path)) if sampler == "grid" else written(tmp_path, **TPE)
+    whole = go(config, tmp_path / "whole")
+    interrupt(monkeypatch, trainer_module._Run, "save", "after")  # so that trials are asked for again
+    interrupt(monkeypatch, optuna.Study, "enqueue_trial", "after")
+    result = None
+    for _ in range(60):
+        with contextlib.suppress(KeyboardInterrupt):
+            result = go(config, tmp_path / "pieces")
+    assert result.is_finished
+    assert told(result) == told(whole)
 
 
 @pytest.mark.parametrize("n_trials", [1, 2])
@@ -371,11 +390,13 @@ def test_untrained_rule_may_diverge_if_it_learns_not_to(tmp_path, scores):
 
 
 def test_values_that_do_not_go_together_are_a_row_with_the_reason(tmp_path):
-    space = 'training.meta_gradient = ["backpropagation", "es"]\ntraining.detach = [false, true]\n'
+    estimators = ", ".join(f'{{class = "pes", n_pairs = 1, n_groups = {n}}}' for n in (1, 2))
+    space = f"training.estimator = [{estimators}]\ntraining.n_tasks = [2, 1]\n"
     result = go(written(tmp_path, "random", 8, space, seed=1), tmp_path / "study")
     failed = [trial for trial in result.trials if trial.state == "failed"]
-    assert {tuple(trial.values.values()) for trial in failed} == {("es", True)}
-    assert all("`detach` should be left out where `meta_gradient = 'es'`" in trial.reason for trial in failed)
+    tried = {(trial.values["training.estimator"]["n_groups"], trial.values["training.n_tasks"]) for trial in failed}
+    assert tried == {(2, 1)}
+    assert all("`n_groups` should be at most the number of tasks" in trial.reason for trial in failed)
     assert {trial.state for trial in result.trials if trial not in failed} == {"complete"}
     assert result.best.state == "complete"
     assert told(go(written(tmp_path, "random", 8, space, seed=1), tmp_path / "study")) == told(result)

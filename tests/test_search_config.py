@@ -3,9 +3,10 @@
 import pytest
 from search_toys import TINY, write, written
 
-from odeopt.meta.config import available_configs, load_config
+from odeopt.meta import Backpropagation
+from odeopt.meta.files import available_configs, load_config
 from odeopt.meta.search import search
-from odeopt.meta.search_config import Choices, Range, load_search
+from odeopt.meta.search_files import Choices, Range, load_search
 from odeopt.rules import LSTMUpdate
 
 BROKEN = {
@@ -38,7 +39,7 @@ BROKEN = {
     "too deep": (
         "training.lr",
         "training.meta.lr",
-        r"`training.meta` in \[search.space\] should be a list of values, or",
+        r"with `training.meta.lr = 0.1`, .*: \[training\] should hold only .*. Found `meta`",
     ),
     "unknown setting": ("training.lr", "training.rate", r"with `training.rate = 0.1`.*: \[training\] .*. Found `rate`"),
     "unknown rule option": ("initial_kappa", "kappa", r"with .*`rule.kappa = 0.03`: \[rule\] .*. Found `kappa`"),
@@ -84,8 +85,9 @@ def test_last_value_of_a_list_and_the_ends_of_a_range_are_tried_before_the_work(
     for space in ("training.clip = {low = -1.0, high = 1.0}", "training.n_tasks = [1, 2, 0]"):
         with pytest.raises(ValueError, match=r"`training.clip = -1.0`|`training.n_tasks = 0`"):
             written(tmp_path, "random", 3, space)
-    with pytest.raises(ValueError, match=r"with `training.meta_gradient = 'es'`, `training.detach = True`: .*`detach`"):
-        written(tmp_path, space='training.meta_gradient = ["backpropagation", "es"]\ntraining.detach = [false, true]\n')
+    space = 'training.estimator.class = ["backpropagation", "es"]\ntraining.objective.eps = [1e-3, 0.0]\n'
+    with pytest.raises(ValueError, match=r"with `.*class = 'backpropagation'`, `.*eps = 0.0`: .*`eps` should be a pos"):
+        written(tmp_path, space=space)
     config = written(tmp_path, "random", 3, "task.dim = [3, 0]")
     with pytest.raises(ValueError, match=r"`dim`.*0"):  # seen when the tasks are built, before the first trial
         search(config, tmp_path / "study")
@@ -153,4 +155,4 @@ def test_shipped_grids_are_those_of_the_seed_around_the_lstm(name, task):
     assert type(rule) is LSTMUpdate
     assert rule.config["output_scale"] == 0.01
     assert trial.task["class"] == task
-    assert (trial.training.lr, trial.training.truncation, trial.training.detach) == (0.003, 20, True)
+    assert (trial.training.lr, trial.training.estimator) == (0.003, Backpropagation(truncation=20, detach=True))

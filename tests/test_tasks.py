@@ -16,8 +16,8 @@ from odeopt.tasks import (
     MonkeySaddle,
     NoisyQuadratic,
     RandomQuadratic,
-    Rescaled,
     Rosenbrock,
+    ScaledTask,
     TeacherStudent,
     load_dataset,
 )
@@ -48,7 +48,7 @@ TASKS = {
     "module": module_task,
     "noisy": lambda: NoisyQuadratic(4, condition=10.0, noise=0.2, dtype=f64),
     "teacher": lambda: TeacherStudent(5, (4,), 2, spread=0.5, batch_size=6, dtype=f64),
-    "rescaled": lambda: Rescaled(MLPClassification(tiny_images(), (5,), batch_size=7, dtype=f64), 1.0),
+    "rescaled": lambda: ScaledTask(MLPClassification(tiny_images(), (5,), batch_size=7, dtype=f64), log_range=1.0),
     "rosenbrock": lambda: Rosenbrock(dtype=f64),
     "monkey": lambda: MonkeySaddle(dtype=f64, offset=0.5),
     "high-dim": lambda: HighDimSaddle(5, dtype=f64, offset=0.5),

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from odeopt.tasks import (
-    Family,
     Mixture,
     MLPClassification,
     NoisyQuadratic,
     RandomQuadratic,
-    Rescaled,
     Rosenbrock,
+    ScaledTask,
     SequencePrediction,
+    TaskFamily,
     TeacherStudent,
     load_dataset,
 )
@@ -195,10 +195,13 @@ TASKS = {
     "regression": (lambda: TeacherStudent(2), lambda: TeacherStudent(3)),
     "images": (lambda: MLPClassification("digits"), lambda: MLPClassification("digits", split="evaluation")),
     "network": (lambda: SequencePrediction(width=4), lambda: SequencePrediction(width=8)),
-    "rescaled": (lambda: Rescaled(RandomQuadratic(3), 1.0), lambda: Rescaled(RandomQuadratic(3), 1.1)),
+    "rescaled": (
+        lambda: ScaledTask(RandomQuadratic(3), log_range=1.0),
+        lambda: ScaledTask(RandomQuadratic(3), log_range=1.1),
+    ),
     "mixture": (
-        lambda: Mixture([Family(RandomQuadratic, {"dim": 3})]),
-        lambda: Mixture([Family(RandomQuadratic, {"dim": 3})], told=0.6),
+        lambda: Mixture([TaskFamily(RandomQuadratic, {"dim": 3})]),
+        lambda: Mixture([TaskFamily(RandomQuadratic, {"dim": 3})], told=0.6),
     ),
 }
 
@@ -225,7 +228,11 @@ def test_fingerprint_sees_a_single_pixel_and_a_single_label(part, in_a_mixture):
     digits = load_dataset("digits")
     other = copy.deepcopy(digits)
     getattr(other, part).view(-1)[-1] ^= 1
-    make = (lambda data: Mixture([Family(MLPClassification, {"dataset": data})])) if in_a_mixture else MLPClassification
+    make = (
+        (lambda data: Mixture([TaskFamily(MLPClassification, {"dataset": data})]))
+        if in_a_mixture
+        else MLPClassification
+    )
     assert make(digits).fingerprint() == make(copy.deepcopy(digits)).fingerprint()
     assert not are_alike(make(digits).fingerprint(), make(other).fingerprint())
 

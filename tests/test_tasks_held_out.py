@@ -12,7 +12,6 @@ from odeopt.tasks import (
     MLPClassification,
     NoisyQuadratic,
     RandomQuadratic,
-    Rescaled,
     ScaledTask,
     SequencePrediction,
     TeacherStudent,
@@ -135,14 +134,14 @@ def test_a_problem_without_noise_is_held_out_as_it_is():
     assert all(map(torch.equal, task.sample_batch(INDICES, 2, 0), task.sample_held_out(INDICES, 5, 0)))
 
 
-@pytest.mark.parametrize("wrap", [lambda task: Rescaled(task, 0.5), lambda task: ScaledTask(task, loss_scale=3.0)])
-def test_other_units_hold_out_the_same(wrap):
+@pytest.mark.parametrize("units", [{"log_range": 0.5}, {"loss_scale": 3.0}, {"log_range": 0.5, "loss_scale": 3.0}])
+def test_other_units_hold_out_the_same(units):
     task = IMAGE_TASKS["network"](n_examples=10)
-    inner, outer = (wrap(task).sample_held_out(INDICES, 2, 1), task.sample_held_out(INDICES, 2, 1))
+    inner, outer = (ScaledTask(task, **units).sample_held_out(INDICES, 2, 1), task.sample_held_out(INDICES, 2, 1))
     assert all(map(torch.equal, inner[-2:], outer))
-    wrapped = wrap(task)
+    wrapped = ScaledTask(task, **units)
     loss = wrapped.loss(wrapped.init_params(INDICES, 1), inner)
-    scale = 3.0 if isinstance(wrapped, ScaledTask) else 1.0
+    scale = units.get("loss_scale", 1.0)
     torch.testing.assert_close(loss, scale * task.loss(task.init_params(INDICES, 1), outer))
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from odeopt.tasks import (
-    Family,
     Mixture,
     MLPClassification,
     NoisyQuadratic,
     RandomQuadratic,
-    Rescaled,
+    ScaledTask,
+    TaskFamily,
     TeacherStudent,
     load_dataset,
 )
@@ -28,9 +28,9 @@ INDICES = torch.arange(400)
 def mixture(**options):
     return Mixture(
         [
-            Family(RandomQuadratic, choices={"dim": [2, 5]}, share=3.0),
-            Family(TeacherStudent, {"n_inputs": 8}, {"widths": [[], [4], [8, 8]], "activation": ["tanh", "relu"]}),
-            Family(NoisyQuadratic, {"dim": 4}, log_range=1.0),
+            TaskFamily(RandomQuadratic, choices={"dim": [2, 5]}, share=3.0),
+            TaskFamily(TeacherStudent, {"n_inputs": 8}, {"widths": [[], [4], [8, 8]], "activation": ["tanh", "relu"]}),
+            TaskFamily(NoisyQuadratic, {"dim": 4}, log_range=1.0),
         ],
         **options,
     )
@@ -57,7 +57,7 @@ def test_families_come_by_their_share_and_choices_alike():
     draws = [mixture().draw(n, seed=0) for n in range(1000)]
     kinds = [type(draw.task).__name__ for draw in draws]
     # shares 3, 1 and 1, half of the last one rescaled; five sigma of a count of a thousand is 79 at most
-    for kind, p in (("RandomQuadratic", 0.6), ("TeacherStudent", 0.2), ("NoisyQuadratic", 0.1), ("Rescaled", 0.1)):
+    for kind, p in (("RandomQuadratic", 0.6), ("TeacherStudent", 0.2), ("NoisyQuadratic", 0.1), ("ScaledTask", 0.1)):
         assert abs(kinds.count(kind) - 1000 * p) < 5 * math.sqrt(1000 * p * (1 - p)), kind
     pairs = [(tuple(d.task.config["widths"]), d.task.config["activation"]) for d in draws if "widths" in d.task.config]
     assert len(set(pairs)) == 6
@@ -79,7 +79,7 @@ def test_horizons_are_log_uniform():
 
 
 def test_large_tasks_come_alone_and_for_fewer_steps():
-    family = Family(RandomQuadratic, choices={"dim": [2, 100]})
+    family = TaskFamily(RandomQuadratic, choices={"dim": [2, 100]})
     sizes = {2: set(), 100: set()}
     for n in range(200):
         draw = Mixture([family], horizons=(5, 50), work=1000, coordinates=100, n_problems=4).draw(n, seed=0)
@@ -101,7 +101,7 @@ def test_description_is_plain_and_says_everything():
 
 def described(value):
     """What is said of an argument, after a way through a file."""
-    mixture = Mixture([Family(RandomQuadratic, {"value": value, "dim": 2}, {"choice": [value]})])
+    mixture = Mixture([TaskFamily(RandomQuadratic, {"value": value, "dim": 2}, {"choice": [value]})])
     family = json.loads(json.dumps(mixture.describe(), allow_nan=False))["families"][0]
     assert family["choices"]["choice"] == [family["value"]]
     assert family["dim"] == 2
@@ -137,7 +137,7 @@ def test_values_are_described_without_where_they_lie_or_what_they_are_made_of():
     assert described(Nameless()) == described(Nameless())
     number = torch.ones(1, dtype=f64).numpy()[0]  # a float, and one that a checkpoint cannot hold
     assert isinstance(number, float)
-    assert type(Mixture([Family(RandomQuadratic, {"x": number})]).describe()["families"][0]["x"]) is float
+    assert type(Mixture([TaskFamily(RandomQuadratic, {"x": number})]).describe()["families"][0]["x"]) is float
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -154,9 +154,9 @@ def test_tensors_are_described_by_shape_and_digest(dtype):
 
 def test_families_are_described_by_name_and_nothing_is_overwritten():
     families = [
-        Family(partial(NoisyQuadratic, 4)),
-        Family(lambda task, device: task, {"task": RandomQuadratic(2), "share": 3}, share=0.5),
-        Family(RandomQuadratic, name="mine"),
+        TaskFamily(partial(NoisyQuadratic, 4)),
+        TaskFamily(lambda task, device: task, {"task": RandomQuadratic(2), "share": 3}, share=0.5),
+        TaskFamily(RandomQuadratic, name="mine"),
     ]
     first, second, third = Mixture(families).describe()["families"]
     assert (first["task"], second["task"], third["task"]) == ("NoisyQuadratic(4)", "<lambda>", "mine")
@@ -169,7 +169,7 @@ def test_families_are_described_by_name_and_nothing_is_overwritten():
 
 
 def quadratics():
-    return Mixture([Family(RandomQuadratic, choices={"dim": list(range(1, 200))})], n_problems=1)
+    return Mixture([TaskFamily(RandomQuadratic, choices={"dim": list(range(1, 200))})], n_problems=1)
 
 
 def test_mixture_keeps_the_tasks_drawn_last_and_no_more():
@@ -216,24 +216,45 @@ def test_task_in_use_is_kept_and_a_forgotten_one_is_built_again():
         (lambda: mixture(n_problems=True), "`n_problems` should be a positive integer. Found `n_problems = True`"),
         (lambda: mixture(coordinates=None), "`coordinates` should be a positive number. Found `coordinates = None`"),
         (lambda: mixture(work=math.inf), "`work` should be a positive number. Found `work = inf`"),
-        (lambda: Family(3), "`make` should be a class of tasks, or a function that builds one. Found `make = 3`"),
-        (lambda: Family(RandomQuadratic, 3), "`fixed` should be a dictionary of arguments by name. Found `fixed = 3`"),
-        (lambda: Family(RandomQuadratic, choices=3), "`choices` should be a dictionary .* Found `choices = 3`"),
-        (lambda: Family(RandomQuadratic, choices=[3]), r"`choices` should be a dictionary .* Found `choices = \[3\]`"),
-        (lambda: Family(RandomQuadratic, {3: 3}), "`fixed` should be a dictionary of arguments by name"),
-        (lambda: Family(RandomQuadratic, choices={"dim": []}), r"`choices` should hold lists .* Found `dim = \[\]`"),
-        (lambda: Family(RandomQuadratic, {"device": "cpu"}), "`fixed` should leave the device to the mixture"),
-        (lambda: Family(RandomQuadratic, share="x"), "`share` should be a positive number. Found `share = 'x'`"),
-        (lambda: Family(RandomQuadratic, log_range="x"), "`log_range` should be a number of at least 0. Found .*'x'"),
-        (lambda: Family(RandomQuadratic, name=3), "`name` should be a string. Found `name = 3`"),
-        (lambda: Rescaled(RandomQuadratic(), "x"), "`log_range` should be a positive number. Found `log_range = 'x'`"),
-        (lambda: Family(RandomQuadratic, choices={"dim": 3}), "`choices` should hold lists of values. Found `dim = 3`"),
-        (lambda: Family(RandomQuadratic, {"dim": 3}, {"dim": [3]}), "what is not fixed. Found `dim` in both"),
-        (lambda: Family(RandomQuadratic, share=0.0), "`share` should be a positive number. Found `share = 0.0`"),
+        (lambda: TaskFamily(3), "`make` should be a class of tasks, or a function that builds one. Found `make = 3`"),
+        (
+            lambda: TaskFamily(RandomQuadratic, 3),
+            "`fixed` should be a dictionary of arguments by name. Found `fixed = 3`",
+        ),
+        (lambda: TaskFamily(RandomQuadratic, choices=3), "`choices` should be a dictionary .* Found `choices = 3`"),
+        (
+            lambda: TaskFamily(RandomQuadratic, choices=[3]),
+            r"`choices` should be a dictionary .* Found `choices = \[3\]`",
+        ),
+        (lambda: TaskFamily(RandomQuadratic, {3: 3}), "`fixed` should be a dictionary of arguments by name"),
+        (
+            lambda: TaskFamily(RandomQuadratic, choices={"dim": []}),
+            r"`choices` should hold lists .* Found `dim = \[\]`",
+        ),
+        (lambda: TaskFamily(RandomQuadratic, {"device": "cpu"}), "`fixed` should leave the device to the mixture"),
+        (lambda: TaskFamily(RandomQuadratic, share="x"), "`share` should be a positive number. Found `share = 'x'`"),
+        (
+            lambda: TaskFamily(RandomQuadratic, log_range="x"),
+            "`log_range` should be a number of at least 0. Found .*'x'",
+        ),
+        (lambda: TaskFamily(RandomQuadratic, name=3), "`name` should be a string. Found `name = 3`"),
+        (
+            lambda: ScaledTask(RandomQuadratic(), log_range="x"),
+            "`log_range` should be a number of at least 0. Found `log_range = 'x'`",
+        ),
+        (
+            lambda: TaskFamily(RandomQuadratic, choices={"dim": 3}),
+            "`choices` should hold lists of values. Found `dim = 3`",
+        ),
+        (lambda: TaskFamily(RandomQuadratic, {"dim": 3}, {"dim": [3]}), "what is not fixed. Found `dim` in both"),
+        (lambda: TaskFamily(RandomQuadratic, share=0.0), "`share` should be a positive number. Found `share = 0.0`"),
         (lambda: NoisyQuadratic(condition=0.5), "`condition` should be a finite number of at least 1. Found .* 0.5"),
         (lambda: TeacherStudent(n_inputs=0), "`n_inputs` should be positive. Found `n_inputs = 0`"),
         (lambda: TeacherStudent(spread=-1.0), "`spread` should be a finite number of at least 0. Found .* -1.0"),
-        (lambda: Rescaled(RandomQuadratic(), 0.0), "`log_range` should be a positive number. Found `log_range = 0.0`"),
+        (
+            lambda: ScaledTask(RandomQuadratic(), log_range=-0.5),
+            "`log_range` should be a number of at least 0. Found .* -0.5`",
+        ),
         (lambda: load_dataset("digits/3"), r"`name` should end in a number that divides \(8, 8\). Found .*digits/3"),
         (lambda: load_dataset("digits/x"), "`name` should end in a number"),
     ],
@@ -336,7 +357,7 @@ def test_scales_of_the_inputs_are_spread_and_their_mean_square_is_one():
 
 def test_rescaled_task_starts_with_the_same_loss_and_a_longer_gradient():
     task = MLPClassification("digits", (5,), dtype=f64)
-    rescaled = Rescaled(task, 1.0)
+    rescaled = ScaledTask(task, log_range=1.0)
     indices = INDICES[:5]
     params, plain = rescaled.init_params(indices, 1), task.init_params(indices, 1)
     batches = rescaled.sample_batch(indices, 2, 1), task.sample_batch(indices, 2, 1)
@@ -355,7 +376,7 @@ def test_rescaled_task_starts_with_the_same_loss_and_a_longer_gradient():
 
 def test_each_tensor_of_each_problem_has_a_factor_of_its_own():
     task = TeacherStudent(3, (2,), dtype=f64)
-    rescaled = Rescaled(task, 1.5)
+    rescaled = ScaledTask(task, log_range=1.5)
     params, plain = (t.init_params(INDICES, 0) for t in (rescaled, task))
     logs = torch.stack([(plain[name] / params[name]).flatten(1)[:, 0].log() for name in plain])
     assert logs.abs().max() <= 1.5

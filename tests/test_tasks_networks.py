@@ -9,13 +9,12 @@ from torch import nn
 from odeopt.tasks import (
     Autoencoder,
     CoordinateNetwork,
-    Family,
     ImageNetwork,
     Mixture,
     ModuleTask,
-    Rescaled,
     ScaledTask,
     SequencePrediction,
+    TaskFamily,
     TextRecurrence,
     TextTransformer,
     VisionTransformer,
@@ -186,7 +185,7 @@ def test_tables_are_the_weights_of_embeddings():
     # positions are added whole, and a linear layer is no table
     assert vit().tables == images("residual").tables == frozenset()
     task = text()
-    assert Rescaled(task).tables == ScaledTask(task, loss_scale=2.0).tables == task.tables
+    assert ScaledTask(task).tables == ScaledTask(task, loss_scale=2.0).tables == task.tables
 
 
 def test_a_table_is_known_by_whatever_name_it_has():
@@ -349,7 +348,7 @@ def test_the_first_loss_is_near_that_of_guessing():
 
 
 def test_they_come_in_mixtures():
-    mixture = Mixture([Family(ImageNetwork, {"dataset": "digits"}, {"architecture": ["residual"], "width": [4]})])
+    mixture = Mixture([TaskFamily(ImageNetwork, {"dataset": "digits"}, {"architecture": ["residual"], "width": [4]})])
     draw = mixture.draw(0, seed=0)
     assert draw.task.describe()["architecture"] == "residual"
     assert losses(draw.task, draw.indices).shape == draw.indices.shape

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import odeopt
-from odeopt.meta.config import available_configs
+from odeopt.meta.files import available_configs
 
 ROOT = Path(odeopt.__file__).parents[1]
 PROBE = """
 import json, pathlib, warnings
 warnings.simplefilter("error")
 import odeopt
-from odeopt.meta.config import available_configs, load_config
+from odeopt.meta.files import available_configs, load_config
 print(json.dumps({
     "file": odeopt.__file__,
     "version": odeopt.__version__,

@@ -25,7 +25,7 @@ from torch import Tensor
 import odeopt
 from odeopt.cli import arguments
 from odeopt.meta import Backpropagation, MetaConfig, MetaObjective, unroll
-from odeopt.meta.config import load_config
+from odeopt.meta.files import load_config
 from odeopt.meta.layouts import CompiledSteps
 from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     for family, task in (("quadratic", RandomQuadratic(device=args.device)), ("mnist", networks)):
         for name in RULES:
             rule, config = odeopt.load_pretrained(f"{name}-{family}"), load_config(f"{name}-{family}").training
-            n_steps = 5 if args.quick else config.truncation or config.horizon
+            n_steps = 5 if args.quick else estimator_of(config).truncation or config.horizon
             for is_training in (True, False):
                 case = Case(family, name, rule.to(args.device), task, config, n_steps, is_training, rule)
                 timings.append(timed(case, args))
@@ -98,10 +98,13 @@ def batched(case: Case) -> None:
             unroll(case.stepped, case.task, indices=indices, n_steps=case.n_steps, total_steps=case.n_steps)
         return
     options = {"horizon": case.n_steps, "seed": 0, "update_scale": config.gain_margin}
-    # the exact gradient, or a truncated one; other estimators may evaluate a run several times
-    estimator = Backpropagation(truncation=config.truncation, detach=config.detach)
-    for _ in estimator.gradients(case.stepped, case.task, config.objective(), indices=indices, **options):
+    for _ in estimator_of(config).gradients(case.stepped, case.task, config.objective, indices=indices, **options):
         case.rule.zero_grad()
+
+
+def estimator_of(config: MetaConfig) -> Backpropagation:
+    """The exact gradient, or the truncated one; other estimators may evaluate a run several times."""
+    return config.estimator if isinstance(config.estimator, Backpropagation) else Backpropagation()
 
 
 def one_by_one(case: Case) -> Tensor:
@@ -115,7 +118,7 @@ def one_by_one(case: Case) -> Tensor:
             losses.append(LOSSES[case.family](params, *(x[0] for x in case.task.sample_batch(index, step, 0))))
             if step == case.n_steps:
                 break
-            is_exact = case.is_training and not config.detach
+            is_exact = case.is_training and not estimator_of(config).detach
             grads = torch.autograd.grad(losses[-1], params.values(), create_graph=is_exact, retain_graph=True)
             progress, params_before = losses[-1].new_tensor(step / case.n_steps), params
             with torch.set_grad_enabled(case.is_training):
@@ -127,7 +130,7 @@ def one_by_one(case: Case) -> Tensor:
             params = params if case.is_training else {name: p.requires_grad_() for name, p in params.items()}
         if case.is_training:
             first, *others = (loss[None] for loss in losses)
-            config.objective()(torch.stack(others), start=0, horizon=case.n_steps, first=first).sum().backward()
+            config.objective(torch.stack(others), start=0, horizon=case.n_steps, first=first).sum().backward()
             case.rule.zero_grad()
         all_losses.append(torch.stack(losses).detach())
     return torch.stack(all_losses, 1)
@@ -176,7 +179,7 @@ def peak_bytes(task: Task, horizon: int, checkpoint: int) -> int:
     rule = odeopt.load_pretrained("port-hamiltonian-mnist").to(task.device)
     for n_steps in (1, horizon):  # the first loads libraries
         before, indices = memory(task.device, "VmRSS"), torch.arange(N_MEMORY_TASKS)
-        estimator = Backpropagation(checkpoint=checkpoint or None)
+        estimator = Backpropagation(checkpoint_every=checkpoint or None)
         list(estimator.gradients(rule, task, MetaObjective(), indices=indices, horizon=n_steps, seed=0))
     return memory(task.device, "VmHWM") - before
 

@@ -21,7 +21,7 @@ from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import FAMILIES, build, tune_all
 from odeopt.files import write_json
-from odeopt.meta.config import Config, load_config
+from odeopt.meta.files import Config, load_config
 from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{title}\n\n{table(columns, seconds, markdown=args.markdown)}\n\n{CAPTION.format(**vars(args))}")
     path = args.out / f"ablation{'-quick' if args.quick else ''}.json"
     content = {"title": title, "library_version": odeopt.__version__, "evaluation_seed": EVALUATION_SEED + args.seed}
-    content |= {"rule": config.rule, "task": config.task, "training": dataclasses.asdict(config.training)}
+    content |= {"rule": config.rule, "task": config.task, "training": config.training.describe()}
     content |= {"seeds": args.seeds, "runs": args.runs, "tuning_runs": args.tuning_runs, "seconds": seconds}
     content["columns"] = {c: {name: row.as_json() for name, row in rows.items()} for c, rows in columns.items()}
     write_json(path, content)

@@ -24,23 +24,17 @@ DIM, N_TASKS, HORIZON, TRUNCATION, DAMPING = 5, 8, 40, 10, 0.9
 FINE, COARSE = {"n_pairs": 32, "sigma": 1e-4}, {"n_pairs": 32, "sigma": 1e-2}
 SEGMENTS = {"truncation": TRUNCATION, "n_groups": 4}
 ESTIMATORS = {
-    "backpropagation": meta.Backpropagation,
-    "detached": lambda: meta.Backpropagation(detach=True),
-    "truncated": lambda: meta.Backpropagation(truncation=TRUNCATION),
-    "truncated, detached": lambda: meta.Backpropagation(truncation=TRUNCATION, detach=True),
-    "damped": lambda: meta.Backpropagation(damping=DAMPING),
-    "ES, sigma 1e-4": lambda: meta.EvolutionStrategies(**FINE),
-    "PES, sigma 1e-4": lambda: meta.PersistentEvolutionStrategies(**FINE, **SEGMENTS),
-    "ES, sigma 1e-2": lambda: meta.EvolutionStrategies(**COARSE),
-    "PES, sigma 1e-2": lambda: meta.PersistentEvolutionStrategies(**COARSE, **SEGMENTS),
+    "backpropagation": meta.Backpropagation(),
+    "detached": meta.Backpropagation(detach=True),
+    "truncated": meta.Backpropagation(truncation=TRUNCATION),
+    "truncated, detached": meta.Backpropagation(truncation=TRUNCATION, detach=True),
+    "damped": meta.Backpropagation(damping=DAMPING),
+    "ES, sigma 1e-4": meta.EvolutionStrategies(**FINE),
+    "PES, sigma 1e-4": meta.PersistentEvolutionStrategies(**FINE, **SEGMENTS),
+    "ES, sigma 1e-2": meta.EvolutionStrategies(**COARSE),
+    "PES, sigma 1e-2": meta.PersistentEvolutionStrategies(**COARSE, **SEGMENTS),
 }
-TRAINED = {
-    "backpropagation": {},
-    "detached": {"detach": True},
-    "truncated": {"truncation": TRUNCATION},
-    "damped": {"meta_gradient": "damped", "dampings": (DAMPING,)},
-    "PES, sigma 1e-2": {"meta_gradient": "pes"} | COARSE | SEGMENTS,
-}
+TRAINED = ("backpropagation", "detached", "truncated", "damped", "PES, sigma 1e-2")
 TITLES = ("estimator", "bias", "known to", "std. deviation", "cosine", "time")
 UNITS = ("", "[of the norm]", "[of the norm]", "[of the norm]", "[of the mean]", "[s/estimate]")
 CAPTION = """Norm: of the exact gradient. Known to: about what no bias at all comes out as. A truncated estimate, or one
@@ -72,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         print(draw_table(list(zip(TITLES, UNITS, strict=True)), rows))
     print(f"\n{CAPTION}\n\nMeta-training, {args.steps} steps\n")
     curves = {}
-    for name, options in TRAINED.items():
-        result = train(new_rule(args), RandomQuadratic(DIM, **device), args, **options)
+    for name in TRAINED:
+        result = train(new_rule(args), RandomQuadratic(DIM, **device), args, estimator=ESTIMATORS[name])
         curves[name] = result.validation
         print(f"{name}: best validation loss {result.best_score:.4f} at meta-step {result.best_step}, "
               f"last {result.validation[-1][1]:.4f}")  # fmt: skip
@@ -85,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 def measure(rule: torch.nn.Module, task: SameProblems, args: argparse.Namespace) -> tuple[dict[str, tuple], float]:
     """Bias, its standard error, standard deviation, all over the exact norm, cosine, seconds; and that norm."""
     exact, results = None, {}
-    for name, make in ESTIMATORS.items():
-        estimator = make()
+    for name, options in ESTIMATORS.items():
+        estimator = options.fresh()
         is_random = not isinstance(estimator, meta.Backpropagation)
         if estimator.is_stateful:  # until its runs are spread over the horizon
             estimates(estimator, rule, task, HORIZON // TRUNCATION, args.seed)

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from odeopt.artifacts import load, save
 from odeopt.checks import require
 from odeopt.evaluation import EVALUATION_SEED, Interval, compare, student_interval, time_step
-from odeopt.meta.config import Config
-from odeopt.meta.settings import MetaConfig
+from odeopt.meta.config import MetaConfig
+from odeopt.meta.files import Config
 from odeopt.meta.trainer import VALIDATION_SEED, meta_train
 from odeopt.meta.validation import validation_score
 from odeopt.rules.base import UpdateRule
@@ -79,7 +79,7 @@ def train_variants(
 
 def _trained(config: Config, task: Task | Mixture, folder: Path, device: torch.device | str) -> UpdateRule:
     path, rule = folder / "rule.safetensors", config.build_rule()
-    wanted = {"rule": rule.config, "task": config.task, "training": dataclasses.asdict(config.training)}
+    wanted = {"rule": rule.config, "task": config.task, "training": config.training.describe()}
     if not path.exists():
         is_new, began = not (folder / "checkpoint.pt").exists(), time.process_time()
         result = meta_train(rule.to(device), task, config.training, folder=folder, progress_bar=False)
@@ -158,10 +158,9 @@ def validate(
         The score, see :attr:`odeopt.meta.MetaResult.best_score`.
     """
     made = rule.trained_for
-    config = Config(made["config"], {}, made["task"], MetaConfig(**made["training"]))
-    task = config.build_task(data_dir=data_dir, device=device)
-    indices = torch.arange(times * config.training.n_validation_tasks)
-    options = {"indices": indices, "horizon": config.training.horizon, "seed": VALIDATION_SEED}
+    task = Config(made["config"], {}, made["task"], MetaConfig()).build_task(data_dir=data_dir, device=device)
+    indices = torch.arange(times * made["training"]["n_validation_tasks"])
+    options = {"indices": indices, "horizon": made["training"]["horizon"], "seed": VALIDATION_SEED}
     with torch.no_grad():
         return validation_score(rule.to(device), task, **options)
 

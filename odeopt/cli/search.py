@@ -8,9 +8,9 @@ from pathlib import Path
 from odeopt import artifacts
 from odeopt.cli import arguments
 from odeopt.cli.files import prepare
-from odeopt.meta.config import available_configs
+from odeopt.meta.files import available_configs
 from odeopt.meta.search import search
-from odeopt.meta.search_config import load_search
+from odeopt.meta.search_files import load_search
 from odeopt.report import draw_table
 
 

@@ -15,8 +15,8 @@ import torch
 from odeopt import artifacts
 from odeopt.cli import arguments
 from odeopt.cli.files import prepare
-from odeopt.meta.config import START, Config, available_configs, load_config
 from odeopt.meta.distributed import World, joined_world, local_rank
+from odeopt.meta.files import START, Config, available_configs, load_config
 from odeopt.meta.trainer import meta_train
 
 

@@ -1,11 +1,17 @@
 """Learning a rule: the unrolled computation, estimators of its gradient, and the training loop."""
 
+from odeopt.meta.config import MetaConfig, MetaResult
 from odeopt.meta.distributed import LostRankError, World
-from odeopt.meta.estimators import Backpropagation, DampedBackpropagation, Estimator, EvolutionStrategies, Hybrid
+from odeopt.meta.estimators import (
+    Backpropagation,
+    DampedBackpropagation,
+    Estimator,
+    EvolutionStrategies,
+    Hybrid,
+    PersistentEvolutionStrategies,
+)
 from odeopt.meta.flow import GradientFlow, gradient_flow
 from odeopt.meta.objective import MetaObjective
-from odeopt.meta.persistent import PersistentEvolutionStrategies
-from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.trainer import meta_train
 from odeopt.meta.unroll import Trajectory, unroll
 

@@ -1,260 +1,116 @@
-"""Training configurations: TOML files that say which rule is fitted to which tasks, and how."""
+"""Settings of a meta-training run, and its result."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import os
-import tomllib
-from functools import partial
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from odeopt import rules, tasks
-from odeopt.meta.settings import MetaConfig, MetaResult
+from odeopt.checks import is_integer, is_number, require
+from odeopt.meta.estimators import Backpropagation, Estimator
+from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule
-from odeopt.tasks.base import Task
 
-SECTIONS = ("rule", "task", "training")
-START = "start"
-_TASKS = {
-    task.__name__: task
-    for task in (
-        tasks.Autoencoder,
-        tasks.CoordinateNetwork,
-        tasks.ImageNetwork,
-        tasks.MLPClassification,
-        tasks.NoisyQuadratic,
-        tasks.RandomQuadratic,
-        tasks.SequencePrediction,
-        tasks.TeacherStudent,
-        tasks.TextRecurrence,
-        tasks.TextTransformer,
-        tasks.VisionTransformer,
-    )
-}
-_RULES = {
-    "port-hamiltonian": rules.PortHamiltonianUpdate,
-    "lstm": rules.LSTMUpdate,
-    "hamiltonian": rules.HamiltonianUpdate,
-}
+_SCHEDULES = ("one-cycle", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """A training configuration, read from a TOML file with the sections ``rule``, ``task`` and ``training``.
+class MetaConfig:
+    """Settings of a meta-training run.
 
     Attributes:
-        name: Name of the file without its suffix.
-        rule: ``class`` (``"port-hamiltonian"``, ``"lstm"`` or ``"hamiltonian"``) and the rule's arguments.
-        task: ``class`` (of a task, or ``"Mixture"``) and its arguments. A mixture has tables ``families``, each with
-            ``class``, arguments, and in ``choices`` lists of values for further ones.
-        training: Settings of :func:`odeopt.meta_train`.
-        start: Settings of an earlier training of the same rule on the same tasks, from which this one goes on: the
-            optional section ``start``.
-    """
-
-    name: str
-    rule: dict[str, Any]
-    task: dict[str, Any]
-    training: MetaConfig
-    start: MetaConfig | None = None
-
-    @property
-    def stages(self) -> tuple[MetaConfig, ...]:
-        """The settings of each training, in their order; each goes on from the rule of the one before."""
-        return (self.training,) if self.start is None else (self.start, self.training)
-
-    def trained_for(self, *results: MetaResult) -> dict[str, Any]:
-        """Describe for an artefact what it was trained on, and how it went: one result for each of :attr:`stages`."""
-        result = results[-1]
-        horizons = (self.training.horizon,)
-        if self.task["class"] == "Mixture":
-            horizons = self.task.get("horizons", inspect.signature(tasks.Mixture).parameters["horizons"].default)
-        start = {} if self.start is None else {"start": dataclasses.asdict(self.start)}
-        return start | {
-            "horizon": horizons[-1],
-            "task": self.task,
-            "config": self.name,
-            "training": dataclasses.asdict(self.training),
-            "tasks_per_meta_step": result.n_tasks_per_step,
-            "seconds": round(sum(each.seconds for each in results), 1),
-            "best_meta_step": result.best_step,
-            "validation_loss": result.best_score,
-        }
-
-    def with_seed(self, seed: int) -> Config:
-        """The same training from another meta-seed: other initial weights, tasks and batches."""
-        *start, training = (dataclasses.replace(stage, seed=seed) for stage in self.stages)
-        return dataclasses.replace(self, training=training, start=start[0] if start else None)
-
-    def with_dataset(self, name: str) -> Config:
-        """The same training on other images, which take the place of every dataset of the task or its families.
-
-        Args:
-            name: As :func:`odeopt.tasks.load_dataset` takes it.
-        """
-        if self.task["class"] != "Mixture":
-            return dataclasses.replace(self, task=self.task | ({"dataset": name} if "dataset" in self.task else {}))
-        families = []
-        for family in self.task["families"]:
-            if "dataset" in family.get("choices", {}):
-                choices = {key: values for key, values in family["choices"].items() if key != "dataset"}
-                family = family | {"choices": choices, "dataset": name}
-            families.append(family | {"dataset": name} if "dataset" in family else family)
-        return dataclasses.replace(self, task=self.task | {"families": families})
-
-    def build_rule(self) -> UpdateRule:
-        """Build the untrained rule; the same weights every time, whatever the caller's random state."""
-        options = dict(self.rule)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.training.seed)
-            return _RULES[options.pop("class")](**options)
-
-    def build_task(
-        self,
-        split: str = "meta-train",
-        *,
-        data_dir: str | os.PathLike | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Task | tasks.Mixture:
-        """Build the task distribution.
-
-        Args:
-            split: ``"meta-train"`` or ``"evaluation"``, where the task has data to split.
-            data_dir: Where image datasets lie; see :func:`odeopt.tasks.load_dataset`.
-            device: Where the tasks live.
-        """
-        options = dict(self.task)
-        if options.pop("class") != "Mixture":
-            return _task(**self.task, split=split, data_dir=data_dir, device=device)
-        families = []
-        for options_of_family in options.pop("families"):
-            fixed, choices = dict(options_of_family), dict(options_of_family.get("choices", {}))
-            numbers = {name: fixed.pop(name) for name in ("share", "log_range") if name in fixed}
-            fixed.pop("choices", None)
-            make = partial(_task, split=split, data_dir=data_dir)
-            first = {name: values[0] for name, values in choices.items()}
-            for name, value in ((name, value) for name, values in choices.items() for value in values):
-                make(**fixed | first | {name: value}, device="cpu")  # what is missing or wrong should show at once
-            families.append(tasks.Family(make, fixed, choices, name=fixed["class"], **numbers))
-        return tasks.Mixture(families, **options, device=device)
-
-
-def _task(*, split: str, data_dir: str | os.PathLike | None, device: torch.device | str, **options: Any) -> Task:
-    """Build a task from the options that a configuration gives it."""
-    task_class = _TASKS[options.pop("class")]
-    if "dataset" in options:
-        options["dataset"] = tasks.load_dataset(options["dataset"], data_dir)
-    if "split" in inspect.signature(task_class).parameters:
-        options["split"] = split
-    return task_class(**options, device=device)
-
-
-def load_config(name: str | os.PathLike) -> Config:
-    """Read a configuration.
-
-    Args:
-        name: Path of a TOML file, or the name of one that ships with the package.
-
-    Returns:
-        The configuration, every key of it checked.
+        n_meta_steps: Number of meta-updates tried, skipped ones included.
+        n_tasks: Tasks per batch, on each rank; of a mixture, draws per meta-step on each rank.
+        horizon: Optimizee steps per task; a mixture draws its own.
+        estimator: Estimator of the meta-gradient, one of :mod:`odeopt.meta.estimators`; by default the exact one, over
+            the full horizon.
+        objective: The meta-loss.
+        gain_margin: Training multiplies the updates by this factor, use and validation do not: the rule then
+            stands that far away from the step sizes it was fitted at, which are at the edge of stability.
+        lr: Peak learning rate of meta-Adam.
+        beta2: Decay of meta-Adam's second moment.
+        averaging: Decay, per meta-step, of the running mean of the weights, which is what is validated and kept; 0
+            keeps the weights themselves.
+        schedule: ``"one-cycle"`` or ``"constant"``.
+        clip: Largest norm of a meta-gradient; longer ones are scaled down to it. With a mixture that of each draw,
+            before they are averaged.
+        outlier_factor: A meta-gradient this many times longer than the running median is skipped, until such ones are
+            the rule; with a mixture that of a draw.
+        validate_every: Meta-steps between validations.
+        n_validation_tasks: Tasks per validation, on the full horizon; draws of a mixture.
+        seed: Seed of everything but the validation tasks, which are the same for all seeds: their scores compare.
 
     Raises:
-        FileNotFoundError: If there is no such file and no configuration of that name.
-        ValueError: If the file is not TOML, or a section, a class or a key is missing or unknown.
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> MetaConfig(horizon=50, estimator=Hybrid(threshold=3.0), objective=MetaObjective("late"))
     """
-    return make_config(*read_toml(name))
+
+    n_meta_steps: int = 150
+    n_tasks: int = 4
+    horizon: int = 100
+    estimator: Estimator = dataclasses.field(default_factory=Backpropagation)
+    objective: MetaObjective = dataclasses.field(default_factory=MetaObjective)
+    gain_margin: float = 1.0
+    lr: float = 3e-3
+    beta2: float = 0.999
+    averaging: float = 0.0
+    schedule: str = "one-cycle"
+    clip: float = 0.3
+    outlier_factor: float = 100.0
+    validate_every: int = 10
+    n_validation_tasks: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_meta_steps", "n_tasks", "horizon", "validate_every", "n_validation_tasks"):
+            value = getattr(self, name)
+            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        wanted = "an estimator of the meta-gradient, such as Backpropagation()"
+        require(isinstance(self.estimator, Estimator), "estimator", self.estimator, wanted)
+        is_objective = isinstance(self.objective, MetaObjective)
+        require(is_objective, "objective", self.objective, "a meta-loss, such as MetaObjective()")
+        for name in ("averaging", "beta2"):
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
+        is_seed = is_integer(self.seed) and -(2**63) <= self.seed < 2**64  # what torch's generators take
+        require(is_seed, "seed", self.seed, "an integer of 64 bits")
+        for name in ("lr", "clip", "outlier_factor"):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, name, value, "a positive number")
+        is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
+        require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
+        require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as a configuration file has them, in values that JSON can hold."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tables = {"estimator": self.estimator.describe(), "objective": dataclasses.asdict(self.objective)}
+        return settings | tables
 
 
-def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, Any]]:
-    """Find and read a TOML file, given as a path or by the name of one that ships, of a kind.
+@dataclasses.dataclass
+class MetaResult:
+    """Result of a meta-training run.
 
-    Returns:
-        Path of the file, and what it holds.
-
-    Raises:
-        FileNotFoundError: If there is no such file and no configuration of that name.
-        ValueError: If the file is not TOML.
+    Attributes:
+        rule: The rule, holding the weights that did best in validation.
+        best_score: Their validation score: mean loss over the last tenth of the horizon.
+        best_step: The meta-step they come from.
+        meta_losses: Meta-loss of every meta-step.
+        validation: Pairs of meta-step and validation score.
+        n_skipped_nonfinite: Meta-gradients skipped because they were not finite.
+        n_skipped_outliers: Meta-gradients skipped because of their length.
+        seconds: Time spent, over all resumed pieces.
+        n_tasks_per_step: Tasks per meta-step, of all ranks together.
     """
-    path = Path(name)
-    if path.suffix != ".toml":
-        path = _shipped(kind) / f"{name}.toml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Parameter `name` should be a TOML file or one of {', '.join(available_configs(kind))}. Found `{name}`."
-        )
-    try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}.") from error
 
-
-def make_config(path: Path, content: dict[str, Any]) -> Config:
-    """Check every key of a configuration that was read from ``path``, which messages name."""
-    if set(content) - {START} != set(SECTIONS):
-        wanted = f"the sections {', '.join(SECTIONS)}, and may have {START}"
-        raise ValueError(f"{path} should have {wanted}. Found {', '.join(content)}.")
-    for section, options in content.items():
-        if not isinstance(options, dict):
-            raise ValueError(f"{path}: `{section}` should be a section [{section}]. Found `{section} = {options!r}`.")
-    _check_options(path, "rule", content["rule"], _RULES)
-    _check_task(path, content["task"])
-    fields = {field.name for field in dataclasses.fields(MetaConfig)}
-    config = Config(path.stem, content["rule"], content["task"], _settings(path, "training", content, fields))
-    if START in content:
-        start = _settings(path, START, content, fields - {"seed"})  # which is that of the training
-        config = dataclasses.replace(config, start=start).with_seed(config.training.seed)
-    return config
-
-
-def _settings(path: Path, section: str, content: dict[str, Any], allowed: set[str]) -> MetaConfig:
-    check_keys(path, section, content[section], allowed)
-    try:
-        return MetaConfig(**content[section])
-    except ValueError as error:
-        raise ValueError(f"{path}: [{section}]: {error}") from error
-
-
-def available_configs(kind: str = "") -> tuple[str, ...]:
-    """Names of the configurations that ship with the package: of trainings, or of ``kind = "search"``."""
-    return tuple(sorted(path.stem for path in _shipped(kind).glob("*.toml")))
-
-
-def _shipped(kind: str) -> Path:
-    return Path(str(resources.files("odeopt"))) / "configs" / kind
-
-
-def _check_task(path: Path, options: dict[str, Any]) -> None:
-    if options.get("class") != "Mixture":
-        _check_options(path, "task", options, _TASKS, others=("Mixture",))
-        return
-    allowed = set(inspect.signature(tasks.Mixture).parameters) - {"device"}
-    check_keys(path, "task", {key: value for key, value in options.items() if key != "class"}, allowed)
-    families = options.get("families")
-    if not isinstance(families, list) or not families or not all(isinstance(family, dict) for family in families):
-        raise ValueError(f"{path}: `families` in [task] should be tables [[task.families]]. Found `{families}`.")
-    for family in families:
-        own = {key: value for key, value in family.items() if key not in ("share", "log_range", "choices")}
-        choices = family.get("choices", {})
-        if not isinstance(choices, dict) or not all(isinstance(values, list) and values for values in choices.values()):
-            raise ValueError(f"{path}: `choices` in [task.families] should hold lists of values. Found `{choices}`.")
-        _check_options(path, "task.families", own | choices, _TASKS)
-
-
-def _check_options(path: Path, section: str, options: dict[str, Any], classes: dict[str, type], others=()) -> None:
-    if options.get("class") not in classes:
-        names = ", ".join((*classes, *others))
-        raise ValueError(f"{path}: `class` in [{section}] should be one of {names}. Found `{options.get('class')}`.")
-    allowed = set(inspect.signature(classes[options["class"]]).parameters) - {"device", "dtype", "split"}
-    check_keys(path, section, {key: value for key, value in options.items() if key != "class"}, allowed)
-
-
-def check_keys(path: Path, section: str, options: dict[str, Any], allowed: set[str]) -> None:
-    """Refuse a section that holds an unknown key."""
-    unknown = sorted(set(options) - allowed)
-    if unknown:
-        raise ValueError(f"{path}: [{section}] should hold only {', '.join(sorted(allowed))}. Found `{unknown[0]}`.")
+    rule: UpdateRule
+    best_score: float = float("inf")
+    best_step: int = 0
+    meta_losses: list[float] = dataclasses.field(default_factory=list)
+    validation: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    n_skipped_nonfinite: int = 0
+    n_skipped_outliers: int = 0
+    seconds: float = 0.0
+    n_tasks_per_step: int = 0

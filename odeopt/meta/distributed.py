@@ -1,4 +1,4 @@
-"""Several processes that train one rule together: what they exchange, and how the loss of one is told.
+"""Several processes that train one rule together: their exchanges, and the report of one that is lost.
 
 Nothing here is needed by, or changes, what a single process computes.
 """
@@ -65,8 +65,8 @@ class World:
         """Concatenate the ranks' values along the first axis, which may be of different length on each."""
         return values
 
-    def agree(self, value: T) -> T:
-        """Return the first rank's value."""
+    def broadcast(self, value: T) -> T:
+        """Return the first rank's value on every rank."""
         return value
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -110,7 +110,7 @@ class Ranks(World):
             dist.all_gather_object(parts, values.detach().cpu())
         return torch.cat(parts).to(values.device)
 
-    def agree(self, value):
+    def broadcast(self, value):
         box = [value if self.is_first else None]
         with _lost_rank_is_told(self.rank):
             dist.broadcast_object_list(box, src=0, device=self._device)
@@ -123,7 +123,7 @@ class Ranks(World):
                 value = make()
             except Exception as caught:
                 error = caught
-        value, error = self.agree((value, error))
+        value, error = self.broadcast((value, error))
         if error is not None:
             raise error
         return value

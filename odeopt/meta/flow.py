@@ -32,7 +32,7 @@ class FlowState(NamedTuple):
 
 
 class GradientFlow(NamedTuple):
-    """What a flow left behind.
+    """Result of a gradient flow.
 
     Attributes:
         t: Times, shape ``(n_times,)``: the outputs, up to the event and with it, if it happened.

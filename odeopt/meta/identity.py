@@ -1,14 +1,13 @@
-"""Whether two calls of meta-training are the same run."""
+"""Identity of a meta-training run, by which a checkpoint is known to be of it."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from odeopt.meta.settings import MetaConfig
+from odeopt.meta.config import MetaConfig
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 from odeopt.tasks.fingerprint import are_alike
@@ -18,10 +17,9 @@ def identity_of(
     rule: UpdateRule, task: Task | Mixture, validation_task: Task | Mixture, config: MetaConfig
 ) -> dict[str, Any]:
     """Collect what decides the result of a run, the initial weights aside, in values that a checkpoint can hold."""
-    left_out = ("checkpoint", "chunk")  # how much memory a run takes
     fingerprint = task.fingerprint()
     return {
-        "config": {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out},
+        "config": _deciding(config.describe()),
         "rule class": type(rule).__name__,
         "rule config": rule.config,
         "rule dtype": str(next(rule.parameters()).dtype),
@@ -29,6 +27,12 @@ def identity_of(
         "task": fingerprint,
         "validation task": fingerprint if validation_task is task else validation_task.fingerprint(),
     }
+
+
+def _deciding(table: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that a run takes more or less memory by."""
+    kept = {name: value for name, value in table.items() if name not in ("checkpoint_every", "chunk")}
+    return {name: _deciding(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:

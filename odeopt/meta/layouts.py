@@ -1,4 +1,4 @@
-"""How the parameters of a task lie while it is optimized: one by one, or side by side so that one call steps all."""
+"""Layouts of the parameters of a task while it is optimized: one by one, or packed so that one call steps all."""
 
 from __future__ import annotations
 

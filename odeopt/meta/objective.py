@@ -1,4 +1,4 @@
-"""The meta-loss: what a rule is asked to make small."""
+"""The meta-loss, which training makes small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from odeopt.checks import is_number, require
 
 _WEIGHTS = ("uniform", "linear", "late", "last")
-_CEILING = 10.0  # what a relative loss counts at most
+_CEILING = 10.0  # of relative losses
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class MetaObjective:
         held_out: Share of the loss on batches that the run does not train on in each loss.
 
     Raises:
-        ValueError: If ``weights`` is unknown, ``eps`` is not positive, or ``held_out`` not in [0, 1].
+        ValueError: If ``weights`` is unknown, ``log`` or ``relative`` no truth value, ``eps`` not positive, or
+            ``held_out`` not in [0, 1].
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Eq. (3).
@@ -43,7 +44,9 @@ class MetaObjective:
 
     def __post_init__(self) -> None:
         require(self.weights in _WEIGHTS, "weights", self.weights, f"one of {', '.join(_WEIGHTS)}")
-        require(self.eps > 0, "eps", self.eps, "positive")
+        for name in ("log", "relative"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        require(is_number(self.eps) and self.eps > 0, "eps", self.eps, "a positive number")
         is_share = is_number(self.held_out) and 0 <= self.held_out <= 1
         require(is_share, "held_out", self.held_out, "a number in [0, 1]")
 

@@ -1,4 +1,4 @@
-"""Which meta-gradients are of unusual length."""
+"""Detection of meta-gradients of unusual length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Outliers:
     are all further gradients outliers.
 
     Args:
-        factor: What is an outlier, in multiples of the median.
+        factor: Norm from which on one is an outlier, in multiples of the median.
     """
 
     def __init__(self, factor: float) -> None:

@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from odeopt.files import write_json
-from odeopt.meta.config import Config
-from odeopt.meta.search_config import SearchConfig
-from odeopt.meta.settings import MetaResult
+from odeopt.meta.config import MetaResult
+from odeopt.meta.files import Config
+from odeopt.meta.search_files import SearchConfig
 from odeopt.meta.study import OpenTrial, Study, open_study
 from odeopt.meta.trainer import meta_train
 from odeopt.rules.base import UpdateRule
@@ -26,7 +26,7 @@ _STATES = ("complete", "pruned", "diverged", "failed")
 
 
 class Trial(NamedTuple):
-    """What became of one set of values.
+    """Outcome of training with one set of values.
 
     Attributes:
         number: Which trial this is, from 1 on.
@@ -61,7 +61,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """What a search leaves behind.
+    """Result of a search.
 
     Attributes:
         config: The search.
@@ -134,7 +134,7 @@ def search(
     that is continued makes the trials that it would have made, and goes on inside the one that was interrupted.
 
     Args:
-        config: The search, from :func:`odeopt.meta.search_config.load_search`.
+        config: The search, from :func:`odeopt.meta.search_files.load_search`.
         folder: Where the study goes (``study.db``, SQLite), the table (``trials.json``), the best weights
             (``best.pt``), and for each trial TensorBoard scalars and, until it ends, a checkpoint. A study found there
             is continued.

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from odeopt.meta.search_config import Choices, Range, SearchConfig
+from odeopt.meta.search_files import Choices, Range, SearchConfig
 from odeopt.tasks.fingerprint import are_alike
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Study:
         self._module, self._study, self._config = module, study, config
         self._distributions = {name: _distribution(module, tried) for name, tried in config.space.items()}
         for trial in self._kept():
-            if not trial.state.is_finished():
+            if trial.state == module.trial.TrialState.RUNNING:
                 self.close(trial.number, trial.user_attrs.get("row"))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -92,13 +92,19 @@ class Study:
         The proposal depends on the seed, on the number of trials that have ended, and on what came of them: not on
         how often the search was interrupted.
         """
-        number, last = len(self.rows()), next(iter(self._kept()[-1:]), None)
-        is_interrupted = last is not None and "row" not in last.user_attrs
-        is_interrupted = is_interrupted and set(last.params) == set(self._distributions)
-        self._study.sampler = _given(self._module, last.params) if is_interrupted else self._sampler(number)
+        kept, number = self._kept(), len(self.rows())
+        is_waiting = any(trial.state == self._module.trial.TrialState.WAITING for trial in kept)
+        last = next((trial for trial in reversed(kept) if trial.params), None)
+        if is_waiting:  # killed before it was asked for
+            pass
+        elif last is not None and "row" not in last.user_attrs and last.params.keys() == self._distributions.keys():
+            self._study.enqueue_trial(last.params, user_attrs={"is_continued": True})
+        elif self._config.sampler == "grid":
+            self._study.enqueue_trial({name: _choice(value) for name, value in self._config.grid()[number].items()})
+        self._study.sampler = self._sampler(number)
         trial = self._study.ask(self._distributions)
         values = {name: _meaning(self._config.space[name], param) for name, param in trial.params.items()}
-        return OpenTrial(self, trial, values, is_interrupted)
+        return OpenTrial(self, trial, values, trial.user_attrs.get("is_continued", False))
 
     def close(self, number: int, row: dict[str, Any] | None) -> None:
         """Tell Optuna how a trial ended; one that diverged counts as pruned, so that samplers keep away from it."""
@@ -115,14 +121,11 @@ class Study:
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         samplers = self._module.samplers
-        if self._config.sampler == "grid":
-            values = self._config.grid()[number]
-            return _given(self._module, {name: _choice(value) for name, value in values.items()})
         # one generator for all trials would depend on how many of them this process has made
         seed = random.Random(f"{self._config.seed}/{number}").getrandbits(32)
-        if self._config.sampler == "random":
-            return samplers.RandomSampler(seed=seed)
-        return samplers.TPESampler(seed=seed, n_startup_trials=self._config.startup_trials)
+        if self._config.sampler == "tpe":
+            return samplers.TPESampler(seed=seed, n_startup_trials=self._config.startup_trials)
+        return samplers.RandomSampler(seed=seed)
 
 
 class OpenTrial:
@@ -232,19 +235,3 @@ def _choice(value: Any) -> Any:
 def _meaning(tried: Choices | Range, param: Any) -> Any:
     """The inverse of :func:`_choice`."""
     return next(x for x in tried.values if _choice(x) == param) if isinstance(tried, Choices) else param
-
-
-def _given(module: ModuleType, params: dict[str, Any]) -> optuna.samplers.BaseSampler:
-    """Sampler that proposes given values."""
-
-    class Given(module.samplers.BaseSampler):
-        def infer_relative_search_space(self, study, trial):
-            return {}
-
-        def sample_relative(self, study, trial, search_space):
-            return {}
-
-        def sample_independent(self, study, trial, param_name, param_distribution):
-            return params[param_name]
-
-    return Given()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,17 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from odeopt.checks import is_number, require
-from odeopt.meta.distributed import LostRankError, World, current_world
-from odeopt.meta.estimators import Backpropagation, DampedBackpropagation
+from odeopt.meta.config import MetaConfig, MetaResult
+from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
 from odeopt.meta.identity import are_close, differences, identity_of
 from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.outliers import Outliers
-from odeopt.meta.settings import MetaConfig, MetaResult
 from odeopt.meta.validation import validation_score
 from odeopt.rules.base import UpdateRule
-from odeopt.tasks import Mixture, Task
+from odeopt.tasks import Draw, Mixture, Task
 
-_FORMAT = 3  # of checkpoints; version 0.1.0 of the library wrote none
+_FORMAT = 4  # of checkpoints
 # validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
 VALIDATION_SEED = 1_000_003
 
@@ -45,9 +45,9 @@ def meta_train(
 ) -> MetaResult:
     """Fit ``rule`` so that the loss of ``task`` falls fast.
 
-    The exact meta-gradient over the full horizon is the default. Non-finite and outlier meta-gradients are
-    skipped and counted; the weights kept are those that did best in validation over the full horizon on tasks
-    that training never sees.
+    The exact meta-gradient over the full horizon is the default. Meta-gradients that are not finite or outliers are
+    skipped and counted, long ones scaled down; the weights kept are those that did best in validation over the full
+    horizon on tasks that training never sees.
 
     Where torch.distributed has a default group, as under ``torchrun``, every rank makes this call, with the same
     arguments. Each works on ``config.n_tasks`` tasks of its own, and all end up with the same weights: those of one
@@ -57,8 +57,8 @@ def meta_train(
 
     Args:
         rule: The rule; changed in place. On return it holds the best weights.
-        task: Training tasks, or a mixture of them: each meta-step then averages over ``config.n_tasks`` draws per
-            rank, each with a gradient of norm ``config.clip`` at most.
+        task: Training tasks, or a mixture of them: each meta-step then averages over the meta-gradients of
+            ``config.n_tasks`` draws per rank, each of which is skipped or scaled down by itself.
         config: Settings; the defaults when None.
         validation_task: Where validation tasks come from; ``task``, with other seeds, by default.
         folder: Where ``checkpoint.pt`` and TensorBoard scalars go. A checkpoint found there is continued, and
@@ -144,7 +144,7 @@ def _train(
         is_heard = on_validation is not None and run.world.is_first
         answers = [on_validation(step, score) for step, score in news] if is_heard else []
         # clocks differ between ranks: the first one's decides
-        return run.world.agree(is_late or any(answers))
+        return run.world.broadcast(is_late or any(answers))
 
     with tqdm(total=n_wanted, initial=n_done, disable=is_hidden, desc="meta-training") as bar:
         if not run.result.validation:
@@ -175,9 +175,9 @@ class _Run:
         self.rule, self.task, self.config, self.validation_task = rule, task, config, validation_task
         self.stepped: UpdateRule | CompiledSteps = rule
         self.world = world
-        self.objective, self.estimator = config.objective(), config.estimator()
+        self.objective, self.estimator = config.objective, config.estimator.fresh()
         is_fit = not (self.estimator.is_stateful and isinstance(task, Mixture))
-        require(is_fit, "task", task, f"no mixture where `meta_gradient = {config.meta_gradient!r}`")
+        require(is_fit, "task", task, f"no mixture where `estimator = {config.estimator}`, whose runs go on")
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
@@ -206,95 +206,82 @@ class _Run:
 
     def compile(self) -> None:
         """Let the steps of the rule be compiled; validation takes them as they are."""
-        is_known = isinstance(self.estimator, Backpropagation | DampedBackpropagation)
-        require(is_known, "compile", True, "False where the meta-gradient is not backpropagated")
+        wanted = f"False where `estimator = {self.config.estimator}`, which does not backpropagate only"
+        require(self.estimator.is_compilable, "compile", True, wanted)
         self.stepped = CompiledSteps(self.rule)
 
     def episode(self) -> Iterator[float]:
         """Train on one batch of tasks; yield the meta-loss of each meta-step."""
-        config = self.config
-        n_tasks = self.result.n_tasks_per_step
+        config, n_tasks = self.config, self.result.n_tasks_per_step
         indices = torch.arange(self.n_tasks_seen, self.n_tasks_seen + n_tasks)[self.world.share(n_tasks)]
         self.n_tasks_seen += n_tasks
-        if isinstance(self.task, Mixture):
-            yield self._mixed_episode(indices.tolist())
+        if isinstance(self.task, Mixture):  # one meta-step on draws, of which each rank has its own
+            draws = (self.task.draw(number, config.seed) for number in indices.tolist())
+            yield self._update([estimate for draw in draws for estimate in self._estimates(draw, ALONE)], self.world)
             return
+        for estimate in self._estimates(Draw(self.task, indices, config.horizon, tells_horizon=True), self.world):
+            yield self._update([estimate], ALONE)
+            if len(self.result.meta_losses) == config.n_meta_steps:
+                return
+
+    def _estimates(self, draw: Draw, world: World) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Meta-gradients of a draw, one tensor for each parameter, and the meta-losses that they are of."""
         steps = self.estimator.gradients(
             self.stepped,
-            self.task,
+            draw.task,
             self.objective,
-            indices=indices,
-            horizon=config.horizon,
-            seed=config.seed,
-            update_scale=config.gain_margin,
-            world=self.world,
+            indices=draw.indices,
+            horizon=draw.horizon,
+            seed=self.config.seed,
+            update_scale=self.config.gain_margin,
+            tells_horizon=draw.tells_horizon,
+            world=world,
         )
         self.meta_optimizer.zero_grad()
         for meta_loss in steps:
-            self._update()
-            self.result.meta_losses.append(meta_loss.item())
-            yield meta_loss.item()
-            if len(self.result.meta_losses) == config.n_meta_steps:
-                return
+            yield [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters], meta_loss
             self.meta_optimizer.zero_grad()
 
-    def _mixed_episode(self, numbers: list[int]) -> float:
-        """Train on draws of the mixture, each with a gradient of bounded length; return the meta-loss."""
-        config, total, losses = self.config, [torch.zeros_like(p) for p in self.parameters], []
-        n_skipped, device = 0, self.parameters[0].device
-        for number in numbers:
-            draw = self.task.draw(number, config.seed)
-            steps = self.estimator.gradients(
-                self.stepped,
-                draw.task,
-                self.objective,
-                indices=draw.indices,
-                horizon=draw.horizon,
-                seed=config.seed,
-                update_scale=config.gain_margin,
-                tells_horizon=draw.tells_horizon,
-            )
-            self.meta_optimizer.zero_grad()
-            for meta_loss in steps:
-                losses.append(meta_loss.double())
-                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-                norm = torch.nn.utils.get_total_norm(grads)
-                if norm.isfinite():
-                    scale = (config.clip / (norm + 1e-12)).clamp(max=1.0)
-                    total = [x + scale * grad for x, grad in zip(total, grads, strict=True)]
-                else:
-                    n_skipped += 1
-                self.meta_optimizer.zero_grad()
-        n_estimates = max(len(losses), 1)
+    def _update(self, estimates: list[tuple[list[Tensor], Tensor]], world: World) -> float:
+        """Move along the mean of meta-gradients, each of bounded length; return the mean meta-loss.
+
+        Meta-gradients that are not finite or outliers are left out and counted; where no other is left nothing moves.
+
+        Args:
+            estimates: Meta-gradients and meta-losses of this rank.
+            world: The ranks that have estimates of their own; one alone where all have the same.
+        """
+        own = [[world.rank, torch.nn.utils.get_total_norm(grads).item()] for grads, _ in estimates]
+        rows = world.gather(torch.tensor(own, dtype=torch.float64).view(-1, 2)).tolist()
+        # unlike ranks may round a norm differently, and part for good where one of them skips
+        rows = self.world.broadcast(rows)
+        are_kept = [self._is_kept(norm) for _, norm in rows]
+        kept = [(norm, is_kept) for (rank, norm), is_kept in zip(rows, are_kept, strict=True) if rank == world.rank]
+        total, losses = [torch.zeros_like(p) for p in self.parameters], [loss.double() for _, loss in estimates]
+        for (grads, _), (norm, is_kept) in zip(estimates, kept, strict=True):
+            if is_kept:
+                scale = (self.config.clip / (grads[0].new_tensor(norm) + 1e-12)).clamp(max=1.0)
+                total = [x + scale * grad for x, grad in zip(total, grads, strict=True)]
+        n, device = max(len(losses), 1), self.parameters[0].device
         mean = torch.stack(losses).mean() if losses else torch.zeros((), dtype=torch.float64)
-        mean, *total = self.world.average([mean.to(device), *(x / n_estimates for x in total)], weight=n_estimates)
-        counts = self.world.gather(torch.tensor([[n_skipped, len(losses)]], dtype=torch.float64, device=device)).sum(0)
-        self.result.n_skipped_nonfinite += int(counts[0])
-        if counts[0] == counts[1]:
-            self._skip()
-        else:
-            for p, grad in zip(self.parameters, total, strict=True):
-                p.grad = grad
-            self.meta_optimizer.step()
-        self._after_update(torch.nn.utils.get_total_norm(total).item())
+        mean, *total = world.average([mean.to(device), *(x / n for x in total)], weight=n)
+        for p, grad in zip(self.parameters, total, strict=True):
+            p.grad = grad if any(are_kept) else None  # without any the step moves nothing
+        self.meta_optimizer.step()
+        self._after_update(statistics.median(norm for _, norm in rows))
         self.result.meta_losses.append(mean.item())
         return mean.item()
 
-    def _update(self) -> None:
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        # unlike ranks may round it differently, and part for good where one of them skips
-        norm = self.world.agree(torch.nn.utils.get_total_norm(grads).item())
+    def _is_kept(self, norm: float) -> bool:
+        """Whether a meta-gradient of this length counts; called once for each."""
         if not norm < float("inf"):
             self.result.n_skipped_nonfinite += 1
-            self._skip()
-        elif self.outliers.has(norm):
+            return False
+        if self.outliers.has(norm):
             # thousands of times the usual length is chaos, not a direction: clipped it would still be a step
             self.result.n_skipped_outliers += 1
-            self._skip()
-        else:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, torch.tensor(norm))
-            self.meta_optimizer.step()
-        self._after_update(norm)
+            return False
+        return True
 
     def _after_update(self, norm: float) -> None:
         """Average the weights, write the log, and move on along the schedule."""
@@ -308,11 +295,6 @@ class _Run:
         self._log("meta/lr", self.meta_optimizer.param_groups[0]["lr"], step)
         if self.scheduler is not None and step < self.config.n_meta_steps:
             self.scheduler.step()
-
-    def _skip(self) -> None:
-        """Step without gradients, which moves nothing and keeps the scheduler's count of steps right."""
-        self.meta_optimizer.zero_grad()
-        self.meta_optimizer.step()
 
     def after_episode(self) -> bool:
         """Validate and write a checkpoint when their time has come; return whether it had."""
@@ -336,7 +318,7 @@ class _Run:
             indices=torch.arange(config.n_validation_tasks),
             horizon=config.horizon,
             seed=VALIDATION_SEED,
-            held_out=config.held_out,
+            held_out=config.objective.held_out,
             world=self.world,
         )
         self.result.validation.append((step, score))
@@ -427,7 +409,7 @@ class _Run:
         if self.world.size == 1:
             return
         weights = {name: value.cpu() for name, value in self.rule.state_dict().items()}
-        identity, weights = self.world.agree((self.identity, weights))
+        identity, weights = self.world.broadcast((self.identity, weights))
         if changed := differences(identity, self.identity):
             raise ValueError(
                 f"Every rank should train the same rule in the same way. Found another {', '.join(changed)} on rank "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as run_again_in_backward
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from odeopt.checks import is_number, require
 from odeopt.meta.layouts import Separate, layout_for
@@ -16,7 +16,7 @@ from odeopt.tasks.base import Task
 
 
 class Trajectory(NamedTuple):
-    """What a run leaves behind.
+    """Losses, parameters and states of a run.
 
     Attributes:
         losses: ``f_t(theta_t)`` for ``t = start .. start + n_steps``, shape ``(n_steps + 1, n_tasks)``: the loss
@@ -43,7 +43,7 @@ def unroll(
     total_steps: int | None = None,
     detach: bool = False,
     update_scale: float = 1.0,
-    checkpoint: int | None = None,
+    checkpoint_every: int | None = None,
     damping: float = 1.0,
     held_out: float = 0.0,
 ) -> Trajectory:
@@ -54,9 +54,9 @@ def unroll(
     ``detach`` is set, which treats the gradients that the rule sees as constants (the dashed edges of
     the paper's Figure 2).
 
-    A differentiated run keeps what every step computed. With ``checkpoint`` it keeps parameters and states at the
-    ends of segments only, and the backward pass computes each segment again: the same gradient to rounding, for
-    twice the evaluations. Derivatives then come from ``.backward()`` without ``inputs``;
+    A differentiated run keeps what every step computed. With ``checkpoint_every`` (activation checkpointing) it keeps
+    parameters and states at the ends of segments only, and the backward pass computes each segment again: the same
+    gradient to rounding, for twice the evaluations. Derivatives then come from ``.backward()`` without ``inputs``;
     ``torch.autograd.grad`` raises.
 
     Args:
@@ -71,7 +71,7 @@ def unroll(
         total_steps: Length of the whole run, told to the rule as its progress; None leaves it unknown.
         detach: Whether the meta-gradient ignores how gradients depend on the rule.
         update_scale: Factor on the updates, the ``lr`` of :class:`odeopt.LearnedOptimizer`.
-        checkpoint: Steps per checkpointed segment; None keeps the whole run in memory.
+        checkpoint_every: Steps per segment of activation checkpointing; None keeps the whole run in memory.
         damping: Factor on the meta-gradient that goes back through parameters and states where a step begins; 1 is
             exact. The run itself is the same.
         held_out: Share of the loss on a batch that no step trains on (:meth:`odeopt.tasks.Task.sample_held_out`) in the
@@ -81,7 +81,7 @@ def unroll(
         Losses, final parameters and final states.
 
     Raises:
-        ValueError: If ``n_steps``, ``total_steps``, ``checkpoint``, ``damping`` or ``held_out`` is out of range.
+        ValueError: If ``n_steps``, ``total_steps``, ``checkpoint_every``, ``damping`` or ``held_out`` is out of range.
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Fig. 2.
@@ -89,7 +89,8 @@ def unroll(
     require(n_steps >= 1, "n_steps", n_steps, "at least 1")
     is_long_enough = total_steps is None or total_steps >= start + n_steps
     require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
-    require(checkpoint is None or checkpoint >= 1, "checkpoint", checkpoint, "positive")
+    is_length = checkpoint_every is None or checkpoint_every >= 1
+    require(is_length, "checkpoint_every", checkpoint_every, "positive")
     require(is_number(damping) and 0 < damping <= 1, "damping", damping, "a number in (0, 1]")
     require(is_number(held_out) and 0 <= held_out <= 1, "held_out", held_out, "a number in [0, 1]")
     params = task.init_params(indices, seed) if params is None else dict(params)
@@ -102,8 +103,8 @@ def unroll(
     run = _Unroll(
         rule, task, indices, seed, layout, total_steps, detach, update_scale, damping, held_out, torch.is_grad_enabled()
     )
-    steps = run.checkpointed if checkpoint is not None and torch.is_grad_enabled() else run.steps
-    end, length, losses = start + n_steps, checkpoint or n_steps, []
+    steps = run.checkpointed if checkpoint_every is not None and torch.is_grad_enabled() else run.steps
+    end, length, losses = start + n_steps, checkpoint_every or n_steps, []
     for first in range(start, end, length):
         piece, flat, states = steps(first, min(first + length, end), flat, states)
         losses += piece
@@ -127,7 +128,7 @@ class _Damped(torch.autograd.Function):
 
 
 class _Unroll(NamedTuple):
-    """What the steps of a run have in common."""
+    """Arguments that the steps of a run have in common."""
 
     rule: UpdateRule
     task: Task
@@ -201,7 +202,7 @@ class _Unroll(NamedTuple):
         # the reentrant form: the other one computes everything before a segment again for each inner gradient;
         # it differentiates only what depends on an input that requires it. Random numbers are counter-based.
         inputs = [_differentiable(value) for value in pack(flat, states)]
-        outputs = run_again_in_backward(packed_steps, *inputs, use_reentrant=True, preserve_rng_state=False)
+        outputs = activation_checkpoint(packed_steps, *inputs, use_reentrant=True, preserve_rng_state=False)
         return list(outputs[: end - start]), *unpack(outputs[end - start :])
 
 

@@ -1,4 +1,4 @@
-"""What meta-training chooses weights by: losses at the end of full runs, on tasks that it never trains on."""
+"""Validation scores, by which weights are chosen: losses at the end of full runs on tasks that are never trained on."""
 
 from __future__ import annotations
 

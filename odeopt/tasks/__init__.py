@@ -1,4 +1,4 @@
-"""What is optimized: distributions of problems, drawn and evaluated many at a time."""
+"""Distributions of optimization problems, drawn and evaluated many at a time."""
 
 from .autoencoders import Autoencoder
 from .base import Batch, FixedBatchTask, Params, Task
@@ -14,12 +14,11 @@ from .datasets import (
     load_dataset_or_digits,
 )
 from .landscapes import HighDimSaddle, Landscape, MonkeySaddle, Rosenbrock, Saddle
-from .mixture import Draw, Family, Mixture
+from .mixture import Draw, Mixture, TaskFamily
 from .module import ModuleTask
 from .networks import ImageNetwork, ImageTask, VisionTransformer
 from .quadratic import NoisyQuadratic, RandomQuadratic
 from .regression import TeacherStudent
-from .rescaled import Rescaled
 from .scaled import ScaledTask
 from .sequences import SequencePrediction
 from .text import TextNetwork, TextRecurrence, TextTransformer
@@ -32,7 +31,6 @@ __all__ = [
     "DatasetCorrupt",
     "DatasetUnavailable",
     "Draw",
-    "Family",
     "FixedBatchTask",
     "HighDimSaddle",
     "ImageDataset",
@@ -46,12 +44,12 @@ __all__ = [
     "NoisyQuadratic",
     "Params",
     "RandomQuadratic",
-    "Rescaled",
     "Rosenbrock",
     "Saddle",
     "ScaledTask",
     "SequencePrediction",
     "Task",
+    "TaskFamily",
     "TeacherStudent",
     "TextNetwork",
     "TextRecurrence",

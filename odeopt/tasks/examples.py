@@ -1,4 +1,4 @@
-"""Which of finitely many examples a problem trains on, and which it holds out."""
+"""Splits of finitely many examples: those that a problem trains on, and those that it holds out."""
 
 from __future__ import annotations
 

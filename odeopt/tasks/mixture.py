@@ -1,4 +1,4 @@
-"""Distributions over tasks: what a rule is meta-trained on that is to serve more than one."""
+"""Distributions over tasks, for rules that are to serve more than one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from odeopt.checks import is_integer, is_list, is_number, require
 from .base import Task
 from .fingerprint import digest
 from .random import uniform
-from .rescaled import Rescaled
+from .scaled import ScaledTask
 
 # A task may hold a copy of its data (55 MB of MNIST on a GPU), and a mixture has thousands; one that was forgotten is
 # built again in two milliseconds.
@@ -28,7 +28,7 @@ _OWN = ("task", "choices", "share", "log_range")  # what a description says of a
 
 
 @dataclass(frozen=True)
-class Family:
+class TaskFamily:
     """Tasks of one class.
 
     Attributes:
@@ -37,7 +37,7 @@ class Family:
         choices: Arguments that differ: for each a list of values, which are equally likely and drawn independently.
         share: Weight of the family in the mixture.
         name: What :meth:`Mixture.describe` calls it; the name of ``make`` by default.
-        log_range: Where positive, half of the family's tasks come :class:`~odeopt.tasks.rescaled.Rescaled` by so much.
+        log_range: Where positive, half of the family's tasks come in other units (:class:`~odeopt.tasks.ScaledTask`).
     """
 
     make: Callable[..., Task]
@@ -67,7 +67,7 @@ class Family:
 
 
 class Draw(NamedTuple):
-    """What a mixture draws: some problems of one task, and how long they are worked on.
+    """A draw from a mixture: some problems of one task, and how long they are worked on.
 
     Attributes:
         task: The task.
@@ -103,8 +103,8 @@ class Mixture:
     Example:
         >>> from odeopt.tasks import MLPClassification, RandomQuadratic
         >>> mixture = Mixture([
-        ...     Family(RandomQuadratic, choices={"dim": [5, 10, 20]}),
-        ...     Family(MLPClassification, {"dataset": "digits"}, {"activation": ["tanh", "relu"]}),
+        ...     TaskFamily(RandomQuadratic, choices={"dim": [5, 10, 20]}),
+        ...     TaskFamily(MLPClassification, {"dataset": "digits"}, {"activation": ["tanh", "relu"]}),
         ... ])
         >>> mixture.draw(0, seed=0).horizon
         218
@@ -112,7 +112,7 @@ class Mixture:
 
     def __init__(
         self,
-        families: Sequence[Family],
+        families: Sequence[TaskFamily],
         *,
         horizons: Sequence[int] = (30, 300),
         told: float = 0.7,
@@ -121,7 +121,7 @@ class Mixture:
         work: float = 5e6,
         device: torch.device | str = "cpu",
     ) -> None:
-        is_given = is_list(families, Family) and len(families) > 0
+        is_given = is_list(families, TaskFamily) and len(families) > 0
         require(is_given, "families", families, "at least one family, in a list")
         is_range = is_list(horizons) and len(horizons) == 2 and all(map(is_integer, horizons))
         is_range = is_range and 1 <= horizons[0] <= horizons[1]
@@ -172,7 +172,7 @@ class Mixture:
         task = self._built.pop(key, None)
         if task is None:
             task = self._make(which, picked)
-            task = Rescaled(task, family.log_range) if is_rescaled else task
+            task = ScaledTask(task, log_range=family.log_range) if is_rescaled else task
         self._built[key] = task
         if len(self._built) > _N_KEPT:
             del self._built[next(iter(self._built))]
@@ -223,7 +223,7 @@ class Mixture:
         return self
 
 
-def _title(family: Family) -> str:
+def _title(family: TaskFamily) -> str:
     return family.name or _name(family.make)
 
 
@@ -237,7 +237,7 @@ def _name(function: Callable) -> str:
 
 
 def _text(value: object) -> str:
-    """What Python writes for a value, without its address, which is another one in every process."""
+    """Representation of a value without its address, which is another one in every process."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 

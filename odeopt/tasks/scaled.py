@@ -1,4 +1,4 @@
-"""A task whose loss and start are multiplied by constants."""
+"""A task in other units of its loss and of its parameters."""
 
 from __future__ import annotations
 
@@ -7,37 +7,45 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from odeopt.checks import is_number, require
+
 from .base import Batch, Params, Task
+from .random import uniform
 
 
 class ScaledTask(Task):
-    r"""A task in other units of the loss, from a start that is farther from zero or nearer to it.
+    r"""A task in other units of the loss and of the parameters, from a start that is farther from zero or nearer to it.
 
-    .. math:: f_t(\theta) = a\,\tilde f_t(\theta), \qquad \theta_0 = b\,\tilde\theta_0
+    .. math:: f_t(\phi) = a\,\tilde f_t(e^{s_1}\phi_1, e^{s_2}\phi_2, \dots), \qquad \phi_0 = b\,e^{-s}\tilde\theta_0,
+              \quad s_k \sim U(-r, r)
+
+    Each parameter tensor of each problem has a unit of its own. A rule whose steps have a length of their own (Adam's,
+    say) meets steps that are up to :math:`e^r` times too long or too short, by tensor; so does a network whose
+    initialisation is larger or smaller than usual.
 
     Args:
         task: The task.
         loss_scale: The factor :math:`a` on the loss, positive.
         init_scale: The factor :math:`b` on every initial parameter, positive.
+        log_range: The range :math:`r` of the units, at least 0.
 
     Raises:
-        ValueError: If a factor is not a positive number.
+        ValueError: If a factor is not a positive number, or ``log_range`` is negative.
 
     Example:
         >>> from odeopt.tasks import RandomQuadratic
-        >>> task = ScaledTask(RandomQuadratic(dim=5), loss_scale=1e3, init_scale=0.1)
+        >>> task = ScaledTask(RandomQuadratic(dim=5), loss_scale=1e3, log_range=1.0)
         >>> task.init_params(torch.arange(4), seed=0)["theta"].shape
         torch.Size([4, 5])
     """
 
-    def __init__(self, task: Task, *, loss_scale: float = 1.0, init_scale: float = 1.0) -> None:
+    def __init__(self, task: Task, *, loss_scale: float = 1.0, init_scale: float = 1.0, log_range: float = 0.0) -> None:
         for name, scale in (("loss_scale", loss_scale), ("init_scale", init_scale)):
-            if not 0 < scale < float("inf"):
-                raise ValueError(f"Parameter `{name}` should be a positive number. Found `{name} = {scale}`.")
-        super().__init__(
-            device=task.device, dtype=task.dtype, loss_scale=loss_scale, init_scale=init_scale, of=task.describe()
-        )
-        self.task, self.loss_scale, self.init_scale = task, loss_scale, init_scale
+            require(is_number(scale) and scale > 0, name, scale, "a positive number")
+        require(is_number(log_range) and log_range >= 0, "log_range", log_range, "a number of at least 0")
+        config = {"loss_scale": loss_scale, "init_scale": init_scale, "log_range": log_range}
+        super().__init__(device=task.device, dtype=task.dtype, **config, of=task.describe())
+        self.task, self.loss_scale, self.init_scale, self.log_range = task, loss_scale, init_scale, log_range
         self.tables = task.tables
 
     @property
@@ -46,22 +54,43 @@ class ScaledTask(Task):
         return self.task.param_shapes
 
     def init_params(self, indices: Tensor, seed: int) -> Params:
-        """Start at a multiple of the task's start; see :meth:`Task.init_params`."""
-        return {name: self.init_scale * param for name, param in self.task.init_params(indices, seed).items()}
+        """Start at a multiple of the task's start, in the new units; see :meth:`Task.init_params`."""
+        params, units = self.task.init_params(indices, seed), self._units(indices, seed)
+        return {
+            name: self.init_scale * param / _broadcastable(units[:, k], param)
+            for k, (name, param) in enumerate(params.items())
+        }
 
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
-        """Draw the batch of the task; see :meth:`Task.sample_batch`."""
-        return self.task.sample_batch(indices, step, seed)
+        """Return the units, ``(n_tasks, n_tensors)``, and the batch of the task; see :meth:`Task.sample_batch`."""
+        return self._units(indices, seed), *self.task.sample_batch(indices, step, seed)
 
     def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
-        """Draw a held-out batch of the task; see :meth:`Task.sample_held_out`."""
-        return self.task.sample_held_out(indices, step, seed)
+        """Return the units and a held-out batch of the task; see :meth:`Task.sample_held_out`."""
+        return self._units(indices, seed), *self.task.sample_held_out(indices, step, seed)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Evaluate the task, in the new units; see :meth:`Task.loss`."""
-        return self.loss_scale * self.task.loss(params, batch)
+        """Evaluate the task in its own units, and multiply; see :meth:`Task.loss`."""
+        units, *batch = batch
+        if self.log_range > 0:
+            params = {
+                name: param * _broadcastable(units[:, k], param) for k, (name, param) in enumerate(params.items())
+            }
+        return self.loss_scale * self.task.loss(params, tuple(batch))
 
     def to(self, device: torch.device | str) -> Self:
         """Move the task, in place; see :meth:`Task.to`."""
         self.task.to(device)
         return super().to(device)
+
+    def _units(self, indices: Tensor, seed: int) -> Tensor:
+        n, indices = len(self.param_shapes), self._indices(indices)
+        if self.log_range == 0:
+            return torch.ones(len(indices), n, dtype=self.dtype, device=self.device)
+        u = uniform(indices, (n,), seed=seed, stream="rescaled/factors", dtype=self.dtype)
+        return (self.log_range * (2 * u - 1)).exp()
+
+
+def _broadcastable(unit: Tensor, param: Tensor) -> Tensor:
+    """One number per problem, ready to multiply a parameter."""
+    return unit.view(-1, *(1,) * (param.dim() - 1))

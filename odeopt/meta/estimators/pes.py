@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import require
 from odeopt.meta.distributed import ALONE, World
-from odeopt.meta.estimators import Estimator, bounded
-from odeopt.meta.perturbations import Noise, perturbed
+from odeopt.meta.estimators.base import Estimator
+from odeopt.meta.estimators.es import bounded, require_perturbations
+from odeopt.meta.estimators.perturbations import Noise, perturbed
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
+
+_COUNTS = ("n_calls", "horizon", "n_tasks")  # of the runs under way
 
 
 @dataclasses.dataclass
@@ -46,6 +49,26 @@ class _Group:
         return {"params": params, "states": {name: _each(x, lambda x: x[start:end]) for name, x in self.states.items()}}
 
 
+@dataclasses.dataclass
+class _Runs:
+    """Runs under way.
+
+    Attributes:
+        groups: The groups; None before the first call.
+        n_calls: Number of calls so far.
+        horizon: That of the first call.
+        n_tasks: Number of tasks on all ranks in the first call.
+        loaded: State that waits for the next call, which knows rule, task and rank.
+    """
+
+    groups: list[_Group | None]
+    n_calls: int = 0
+    horizon: int = 0
+    n_tasks: int = 0
+    loaded: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PersistentEvolutionStrategies(Estimator):
     r"""Antithetic evolution strategies on truncated runs, without the bias of the truncation.
 
@@ -68,7 +91,7 @@ class PersistentEvolutionStrategies(Estimator):
     Ranks share the groups' tasks as they lie in the batch and exchange one number per task and particle. Losses are
     bounded as by :class:`~odeopt.meta.estimators.EvolutionStrategies`, which this is where a segment is the horizon.
 
-    An instance belongs to one training run: it carries its state, :meth:`state_dict`.
+    An instance carries the state of the runs under way, :meth:`state_dict`; :meth:`fresh` gives one without any.
 
     Args:
         n_pairs: Number of antithetic pairs per group.
@@ -87,29 +110,22 @@ class PersistentEvolutionStrategies(Estimator):
         persistent evolution strategies, Sec. 4 and Algorithm 2.
     """
 
-    is_stateful = True
+    key: ClassVar[str] = "pes"
+    is_stateful: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        n_pairs: int = 16,
-        sigma: float = 0.01,
-        truncation: int = 20,
-        n_groups: int = 4,
-        ceiling: float = 10.0,
-        clip: float | None = None,
-    ) -> None:
-        for name, value in (("n_pairs", n_pairs), ("truncation", truncation), ("n_groups", n_groups)):
-            require(is_integer(value) and value >= 1, name, value, "a positive integer")
-        for name, value in (("sigma", sigma), ("ceiling", ceiling)):
-            require(is_number(value) and value > 0, name, value, "a positive number")
-        require(clip is None or (is_number(clip) and clip > 0), "clip", clip, "a positive number or None")
-        self.n_pairs, self.sigma, self.truncation, self.n_groups = n_pairs, sigma, truncation, n_groups
-        self.ceiling, self.clip = ceiling, clip
-        self._n_calls = 0
-        self._horizon = self._n_tasks = 0  # of the first call
-        self._groups: list[_Group | None] = [None] * n_groups
-        self._loaded: dict[str, Any] | None = None  # waits for the next call, which knows rule, task and rank
+    n_pairs: int = 16
+    sigma: float = 0.01
+    truncation: int = 20
+    n_groups: int = 4
+    ceiling: float = 10.0
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        require_perturbations(self, ("n_pairs", "truncation", "n_groups"))
+        object.__setattr__(self, "_runs", _Runs([None] * self.n_groups))  # no option: it changes from call to call
+
+    def fresh(self) -> Self:
+        return dataclasses.replace(self)
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
                   world=ALONE):  # fmt: skip
@@ -120,21 +136,21 @@ class PersistentEvolutionStrategies(Estimator):
         # where the tasks of each group lie in the batch, and which of them are this rank's
         positions = [part - offset for part in torch.arange(n_tasks).tensor_split(self.n_groups)]
         is_mine = [(part >= 0) & (part < len(indices)) for part in positions]
-        if self._loaded is not None:
+        if self._runs.loaded is not None:
             self._restore(rule, task, seed, weights, is_mine)
         n_segments = -(-horizon // self.truncation)
         options = {"seed": seed, "total_steps": horizon if tells_horizon else None, "update_scale": update_scale}
         losses = []
         for g, (part, mine) in enumerate(zip(positions, is_mine, strict=True)):
-            group = self._groups[g]
+            group = self._runs.groups[g]
             if group is None or group.step == group.end:
                 # the first one is shorter, so that runs end at different times
                 n_own = n_segments if group else -(-n_segments * (g + 1) // self.n_groups)
                 xi = {name: p.new_zeros(self.n_pairs, *p.shape, dtype=torch.float64) for name, p in weights.items()}
-                group = self._groups[g] = _Group(indices[part[mine]], min(n_own * self.truncation, horizon), xi)
-            noise = Noise(weights, seed, self._n_calls * self.n_groups + g)
+                group = self._runs.groups[g] = _Group(indices[part[mine]], min(n_own * self.truncation, horizon), xi)
+            noise = Noise(weights, seed, self._runs.n_calls * self.n_groups + g)
             losses.append(n_segments * self._advance(group, noise, rule, task, objective, horizon, options))
-        self._n_calls += 1
+        self._runs.n_calls += 1
         losses = world.gather(torch.cat(losses))
         for name, grad in self._combined(losses.tensor_split(self.n_groups)).items():
             weights[name].grad = grad.to(weights[name].dtype)
@@ -143,12 +159,12 @@ class PersistentEvolutionStrategies(Estimator):
     def _combined(self, losses: Sequence[Tensor]) -> dict[str, Tensor]:
         """Estimate from the meta-losses of the groups, each ``(n_tasks, 2 * n_pairs)``, of all ranks."""
         grads = {}
-        for group, part in zip(self._groups, losses, strict=True):
+        for group, part in zip(self._runs.groups, losses, strict=True):
             differences = part[:, 0::2] - part[:, 1::2]
             if self.clip is not None:
                 differences = differences.clamp(-self.clip, self.clip)
             # a task counts alike in a large group and in a small one
-            slopes = differences.sum(0) / (2 * self.sigma**2 * self.n_pairs * self._n_tasks)
+            slopes = differences.sum(0) / (2 * self.sigma**2 * self.n_pairs * self._runs.n_tasks)
             for name, xi in group.xi.items():
                 grads[name] = grads.get(name, 0.0) + torch.tensordot(slopes.to(xi.device), xi, dims=1)
         return grads
@@ -156,12 +172,12 @@ class PersistentEvolutionStrategies(Estimator):
     def _check(self, n_tasks: int, horizon: int) -> None:
         at_most = f"at most the number of tasks of the batch, which is {n_tasks}"
         require(self.n_groups <= n_tasks, "n_groups", self.n_groups, at_most)
-        if self._n_calls == 0:
-            self._horizon, self._n_tasks = horizon, n_tasks
-        before = f"{self._horizon}, as in the first call: runs are under way"
-        require(horizon == self._horizon, "horizon", horizon, before)
-        before = f"of {self._n_tasks} tasks on all ranks, as in the first call: runs are under way"
-        require(n_tasks == self._n_tasks, "indices", n_tasks, before)
+        if self._runs.n_calls == 0:
+            self._runs.horizon, self._runs.n_tasks = horizon, n_tasks
+        before = f"{self._runs.horizon}, as in the first call: runs are under way"
+        require(horizon == self._runs.horizon, "horizon", horizon, before)
+        before = f"of {self._runs.n_tasks} tasks on all ranks, as in the first call: runs are under way"
+        require(n_tasks == self._runs.n_tasks, "indices", n_tasks, before)
 
     @torch.no_grad()
     def _advance(self, group: _Group, noise: Noise, rule, task, objective, horizon, options) -> Tensor:
@@ -195,7 +211,7 @@ class PersistentEvolutionStrategies(Estimator):
         return meta_losses.view(n_runs, n).mT.double()
 
     def state_dict(self, world: World = ALONE) -> dict[str, Any]:
-        """What the runs under way are made of; that of all ranks, each of which has to make the call.
+        """Return the runs under way, those of all ranks, each of which has to make the call.
 
         Args:
             world: The ranks that work on the batch.
@@ -203,8 +219,8 @@ class PersistentEvolutionStrategies(Estimator):
         Returns:
             Numbers and tensors, the same on every rank; nothing before the first call.
         """
-        if self._loaded is not None or self._n_calls == 0:
-            return self._loaded or {}
+        if self._runs.loaded is not None or self._runs.n_calls == 0:
+            return self._runs.loaded or {}
 
         def whole(x: Tensor) -> Tensor:
             return world.gather(x.unflatten(0, (2 * self.n_pairs, len(x) // (2 * self.n_pairs))).transpose(0, 1))
@@ -219,9 +235,9 @@ class PersistentEvolutionStrategies(Estimator):
                 "states": {name: [whole(x) for x in state] for name, state in group.states.items()},
                 "first": whole(group.first),
             }
-            for group in self._groups
+            for group in self._runs.groups
         ]
-        return {"n_calls": self._n_calls, "horizon": self._horizon, "n_tasks": self._n_tasks, "groups": groups}
+        return {"groups": groups} | {name: getattr(self._runs, name) for name in _COUNTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned, on any number of ranks.
@@ -231,13 +247,14 @@ class PersistentEvolutionStrategies(Estimator):
         """
         if not state:
             return
-        self._loaded = state
-        self._n_calls, self._horizon, self._n_tasks = (state[name] for name in ("n_calls", "horizon", "n_tasks"))
+        self._runs.loaded = state
+        for name in _COUNTS:
+            setattr(self._runs, name, state[name])
 
     def _restore(self, rule: UpdateRule, task: Task, seed: int, weights: dict[str, Tensor], is_mine) -> None:
         """Take this rank's part of what was loaded."""
         params, states, first = _nothing(rule, task, seed)
-        for g, (saved, mine) in enumerate(zip(self._loaded["groups"], is_mine, strict=True)):
+        for g, (saved, mine) in enumerate(zip(self._runs.loaded["groups"], is_mine, strict=True)):
 
             def part(x: Tensor, like: Tensor, mine: Tensor = mine) -> Tensor:
                 return x[mine.to(x.device)].transpose(0, 1).flatten(0, 1).to(like)
@@ -249,8 +266,8 @@ class PersistentEvolutionStrategies(Estimator):
                 name: type(state)(*map(part, saved["states"][name], state)) for name, state in states.items()
             }
             group.first = part(saved["first"], first)
-            self._groups[g] = group
-        self._loaded = None
+            self._runs.groups[g] = group
+        self._runs.loaded = None
 
 
 def _nothing(rule: UpdateRule, task: Task, seed: int) -> tuple[dict[str, Tensor], dict[str, NamedTuple], Tensor]:

@@ -1,18 +1,21 @@
-"""Search configurations: TOML files that say which values of a training configuration are tried, and how."""
+"""Search configurations: TOML files with the values of a training configuration that are tried."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import itertools
 import json
 import os
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from odeopt.checks import is_integer, is_number, require
-from odeopt.meta.config import SECTIONS, START, Config, check_keys, make_config, read_toml
-from odeopt.meta.settings import MetaConfig
+from odeopt.meta.config import MetaConfig
+from odeopt.meta.files import SECTIONS, START, Config, check_keys, make_config, read_toml
 
 SAMPLERS = ("grid", "random", "tpe")
 PRUNERS = ("median", "none")
@@ -58,7 +61,7 @@ class SearchConfig:
 
     Attributes:
         path: The file.
-        sections: ``rule``, ``task`` and ``training``, as in :class:`odeopt.meta.config.Config`.
+        sections: ``rule``, ``task`` and ``training``, as in :class:`odeopt.meta.files.Config`.
         space: What is tried, by the dotted name of what it replaces, as ``training.lr``.
         sampler: ``"grid"``, every combination in order; ``"random"``; or ``"tpe"``, Optuna's tree-structured Parzen
             estimator.
@@ -91,10 +94,10 @@ class SearchConfig:
         Raises:
             ValueError: If that is not a configuration, or not one of a rule that can be built.
         """
-        sections = {section: dict(options) for section, options in self.sections.items()}
+        sections = copy.deepcopy(self.sections)
         for name, value in values.items():
-            section, option = name.split(".")
-            sections[section][option] = value
+            *tables, option = name.split(".")
+            functools.reduce(lambda table, key: table.setdefault(key, {}), tables, sections)[option] = value
         try:
             config = make_config(self.path, sections)
             config.build_rule()
@@ -118,12 +121,11 @@ class SearchConfig:
         return [first, *others]
 
     def identity(self) -> dict[str, Any]:
-        """What makes two searches one, by dotted names; a search may go on to more trials."""
+        """Settings that two searches share if they are one, by dotted names; a search may go on to more trials."""
         search = {name: getattr(self, name) for name in ("sampler", *_DEFAULTS)}
         space = {name: x.values if isinstance(x, Choices) else x._asdict() for name, x in self.space.items()}
         tables = {**self.sections, "search": search}
-        flat = {f"{table}.{name}": value for table, options in tables.items() for name, value in options.items()}
-        return json.loads(json.dumps({**flat, **space}, default=str))
+        return json.loads(json.dumps({**_flat(tables), **space}, default=str))
 
 
 def assignments(values: dict[str, Any]) -> str:
@@ -187,7 +189,25 @@ def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     base_path, lent = read_toml(path.parent / base if base.endswith(".toml") else base)
     config = make_config(base_path, lent)
     require(config.start is None, "base", content["base"], f"of one training: {base_path} has a section [{START}]")
-    return {section: lent[section] | given.get(section, {}) for section in SECTIONS}
+    return {section: _merged(lent[section], given.get(section, {})) for section in SECTIONS}
+
+
+def _merged(lent: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a table replaced or added to; those of an estimator go when another class is given."""
+    if given.get("class", lent.get("class")) != lent.get("class"):
+        return given
+    tables = {name: _merged(lent[name], value) for name, value in given.items()
+              if isinstance(value, dict) and isinstance(lent.get(name), dict)}  # fmt: skip
+    return lent | given | tables
+
+
+def _flat(table: dict[str, Any], is_value: Callable[[Any], bool] = lambda value: False) -> dict[str, Any]:
+    """Entries of nested tables by dotted names."""
+    flat = {}
+    for key, value in table.items():
+        is_table = isinstance(value, dict) and value and not is_value(value)
+        flat |= {f"{key}.{name}": x for name, x in _flat(value, is_value).items()} if is_table else {key: value}
+    return flat
 
 
 def _shorten(training: dict[str, Any], options: dict[str, Any], n_meta_steps: int) -> None:
@@ -227,15 +247,13 @@ def _require(condition: bool, path: Path, options: dict[str, Any], name: str, wa
 def _read_space(path: Path, table: Any) -> dict[str, Choices | Range]:
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path} should have a section [search.space] with what is tried. Found `space = {table!r}`.")
-    flat = {}
-    for key, value in table.items():  # training.lr = ... is a table in TOML, "training.lr" = ... is not
-        is_nested = key in SECTIONS and isinstance(value, dict)
-        flat |= {f"{key}.{option}": inner for option, inner in value.items()} if is_nested else {key: value}
+    # training.lr = ... is a table in TOML, "training.lr" = ... is not
+    flat = _flat(table, is_value=lambda value: not value.keys().isdisjoint(("low", "high")))
     for name in flat:
         section, _, option = name.partition(".")
-        if section not in SECTIONS or not option or "." in option:
+        if section not in SECTIONS or not option:
             wanted = f"names such as training.lr, in one of {', '.join(SECTIONS)}"
-            raise ValueError(f"{path}: [search.space] should hold {wanted}. Found `{name}`.")
+            raise ValueError(f"{path}: [search.space] should hold {wanted}. Found `{section}`.")
     return {name: _read_tried(path, name, value) for name, value in flat.items()}
 
 

@@ -1,0 +1,316 @@
+"""Training configurations: TOML files that name a rule, its tasks and the settings of the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import operator
+import os
+import tomllib
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from odeopt import rules, tasks
+from odeopt.meta.config import MetaConfig, MetaResult
+from odeopt.meta.estimators import ESTIMATORS, Estimator
+from odeopt.meta.objective import MetaObjective
+from odeopt.rules.base import UpdateRule
+from odeopt.tasks.base import Task
+
+T = TypeVar("T")
+SECTIONS = ("rule", "task", "training")
+START = "start"
+_TASKS = {
+    task.__name__: task
+    for task in (
+        tasks.Autoencoder,
+        tasks.CoordinateNetwork,
+        tasks.ImageNetwork,
+        tasks.MLPClassification,
+        tasks.NoisyQuadratic,
+        tasks.RandomQuadratic,
+        tasks.SequencePrediction,
+        tasks.TeacherStudent,
+        tasks.TextRecurrence,
+        tasks.TextTransformer,
+        tasks.VisionTransformer,
+    )
+}
+_RULES = {
+    "port-hamiltonian": rules.PortHamiltonianUpdate,
+    "lstm": rules.LSTMUpdate,
+    "hamiltonian": rules.HamiltonianUpdate,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training configuration, read from a TOML file with the sections ``rule``, ``task`` and ``training``.
+
+    Attributes:
+        name: Name of the file without its suffix.
+        rule: ``class`` (``"port-hamiltonian"``, ``"lstm"``, ``"hamiltonian"`` or ``"package.module:Name"``, an update
+            rule that can be imported) and the rule's arguments.
+        task: ``class`` (of a task, ``"package.module:Name"``, or ``"Mixture"``) and its arguments. A mixture has tables
+            ``families``, each with ``class``, arguments, and in ``choices`` lists of values for further ones.
+        training: Settings of :func:`odeopt.meta_train`. In the file the section has the tables ``estimator``, with
+            ``class`` (as in :data:`odeopt.meta.estimators.ESTIMATORS`, or ``"package.module:Name"``) and its options,
+            and ``objective``, with the options of :class:`odeopt.meta.MetaObjective`.
+        start: Settings of an earlier training of the same rule on the same tasks, from which this one goes on: the
+            optional section ``start``.
+    """
+
+    name: str
+    rule: dict[str, Any]
+    task: dict[str, Any]
+    training: MetaConfig
+    start: MetaConfig | None = None
+
+    @property
+    def stages(self) -> tuple[MetaConfig, ...]:
+        """The settings of each training, in their order; each goes on from the rule of the one before."""
+        return (self.training,) if self.start is None else (self.start, self.training)
+
+    def trained_for(self, *results: MetaResult) -> dict[str, Any]:
+        """Describe for an artefact what it was trained on, and how it went: one result for each of :attr:`stages`."""
+        result = results[-1]
+        horizons = (self.training.horizon,)
+        if self.task["class"] == "Mixture":
+            horizons = self.task.get("horizons", inspect.signature(tasks.Mixture).parameters["horizons"].default)
+        start = {} if self.start is None else {"start": self.start.describe()}
+        return start | {
+            "horizon": horizons[-1],
+            "task": self.task,
+            "config": self.name,
+            "training": self.training.describe(),
+            "tasks_per_meta_step": result.n_tasks_per_step,
+            "seconds": round(sum(each.seconds for each in results), 1),
+            "best_meta_step": result.best_step,
+            "validation_loss": result.best_score,
+        }
+
+    def with_seed(self, seed: int) -> Config:
+        """The same training from another meta-seed: other initial weights, tasks and batches."""
+        *start, training = (dataclasses.replace(stage, seed=seed) for stage in self.stages)
+        return dataclasses.replace(self, training=training, start=start[0] if start else None)
+
+    def with_dataset(self, name: str) -> Config:
+        """The same training on other images, which take the place of every dataset of the task or its families.
+
+        Args:
+            name: As :func:`odeopt.tasks.load_dataset` takes it.
+        """
+        if self.task["class"] != "Mixture":
+            return dataclasses.replace(self, task=self.task | ({"dataset": name} if "dataset" in self.task else {}))
+        families = []
+        for family in self.task["families"]:
+            if "dataset" in family.get("choices", {}):
+                choices = {key: values for key, values in family["choices"].items() if key != "dataset"}
+                family = family | {"choices": choices, "dataset": name}
+            families.append(family | {"dataset": name} if "dataset" in family else family)
+        return dataclasses.replace(self, task=self.task | {"families": families})
+
+    def build_rule(self) -> UpdateRule:
+        """Build the untrained rule; the same weights every time, whatever the caller's random state."""
+        options = dict(self.rule)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.training.seed)
+            return _found(options.pop("class"), _RULES)(**options)
+
+    def build_task(
+        self,
+        split: str = "meta-train",
+        *,
+        data_dir: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Task | tasks.Mixture:
+        """Build the task distribution.
+
+        Args:
+            split: ``"meta-train"`` or ``"evaluation"``, where the task has data to split.
+            data_dir: Where image datasets lie; see :func:`odeopt.tasks.load_dataset`.
+            device: Where the tasks live.
+        """
+        options = dict(self.task)
+        if options.pop("class") != "Mixture":
+            return _task(**self.task, split=split, data_dir=data_dir, device=device)
+        families = []
+        for options_of_family in options.pop("families"):
+            fixed, choices = dict(options_of_family), dict(options_of_family.get("choices", {}))
+            numbers = {name: fixed.pop(name) for name in ("share", "log_range") if name in fixed}
+            fixed.pop("choices", None)
+            make = partial(_task, split=split, data_dir=data_dir)
+            first = {name: values[0] for name, values in choices.items()}
+            for name, value in ((name, value) for name, values in choices.items() for value in values):
+                make(**fixed | first | {name: value}, device="cpu")  # what is missing or wrong should show at once
+            families.append(tasks.TaskFamily(make, fixed, choices, name=fixed["class"], **numbers))
+        return tasks.Mixture(families, **options, device=device)
+
+
+def _task(*, split: str, data_dir: str | os.PathLike | None, device: torch.device | str, **options: Any) -> Task:
+    """Build a task from the options that a configuration gives it."""
+    task_class = _found(options.pop("class"), _TASKS)
+    if "dataset" in options:
+        options["dataset"] = tasks.load_dataset(options["dataset"], data_dir)
+    read = inspect.signature(task_class).parameters
+    given = {name: value for name, value in (("split", split), ("device", device)) if name in read}
+    task = task_class(**options, **given)
+    return task if "device" in read else task.to(device)
+
+
+def load_config(name: str | os.PathLike) -> Config:
+    """Read a configuration.
+
+    Args:
+        name: Path of a TOML file, or the name of one that ships with the package.
+
+    Returns:
+        The configuration, every key of it checked.
+
+    Raises:
+        FileNotFoundError: If there is no such file and no configuration of that name.
+        ValueError: If the file is not TOML, or a section, a class or a key is missing or unknown.
+    """
+    return make_config(*read_toml(name))
+
+
+def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, Any]]:
+    """Find and read a TOML file, given as a path or by the name of one that ships, of a kind.
+
+    Returns:
+        Path of the file, and its content.
+
+    Raises:
+        FileNotFoundError: If there is no such file and no configuration of that name.
+        ValueError: If the file is not TOML.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = _shipped(kind) / f"{name}.toml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Parameter `name` should be a TOML file or one of {', '.join(available_configs(kind))}. Found `{name}`."
+        )
+    try:
+        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}.") from error
+
+
+def make_config(path: Path, content: dict[str, Any]) -> Config:
+    """Check every key of a configuration that was read from ``path``, which messages name."""
+    if set(content) - {START} != set(SECTIONS):
+        wanted = f"the sections {', '.join(SECTIONS)}, and may have {START}"
+        raise ValueError(f"{path} should have {wanted}. Found {', '.join(content)}.")
+    for section, options in content.items():
+        _check_table(path, section, options)
+    _check_class(path, "rule", content["rule"], _RULES, UpdateRule)
+    _check_task(path, content["task"])
+    fields = {field.name for field in dataclasses.fields(MetaConfig)}
+    config = Config(path.stem, content["rule"], content["task"], _settings(path, "training", content, fields))
+    if START in content:
+        start = _settings(path, START, content, fields - {"seed"})  # which is that of the training
+        config = dataclasses.replace(config, start=start).with_seed(config.training.seed)
+    return config
+
+
+def _settings(path: Path, section: str, content: dict[str, Any], allowed: set[str]) -> MetaConfig:
+    options = dict(content[section])
+    check_keys(path, section, options, allowed)
+    if "estimator" in options:
+        options["estimator"] = _estimator(path, f"{section}.estimator", options["estimator"])
+    if "objective" in options:
+        options["objective"] = _built(path, f"{section}.objective", MetaObjective, options["objective"])
+    return _built(path, section, MetaConfig, options)
+
+
+def _estimator(path: Path, section: str, table: Any) -> Estimator:
+    _check_table(path, section, table)
+    estimator = _check_class(path, section, table, ESTIMATORS, Estimator)
+    options = {name: value for name, value in table.items() if name != "class"}
+    for name, value in options.items():
+        if isinstance(value, dict):  # an estimator within, which are evolution strategies unless it says otherwise
+            options[name] = _estimator(path, f"{section}.{name}", {"class": "es"} | value)
+    return _built(path, section, estimator, options)
+
+
+def _built(path: Path, section: str, kind: Callable[..., T], options: Any) -> T:
+    """Build from the options of a section, which errors name."""
+    _check_table(path, section, options)
+    check_keys(path, section, options, set(inspect.signature(kind).parameters))
+    try:
+        return kind(**options)
+    except ValueError as error:
+        raise ValueError(f"{path}: [{section}]: {error}") from error
+
+
+def available_configs(kind: str = "") -> tuple[str, ...]:
+    """Names of the configurations that ship with the package: of trainings, or of ``kind = "search"``."""
+    return tuple(sorted(path.stem for path in _shipped(kind).glob("*.toml")))
+
+
+def _shipped(kind: str) -> Path:
+    return Path(str(resources.files("odeopt"))) / "configs" / kind
+
+
+def _check_task(path: Path, options: dict[str, Any]) -> None:
+    if options.get("class") != "Mixture":
+        _check_class(path, "task", options, _TASKS, Task, others=("Mixture",))
+        return
+    allowed = set(inspect.signature(tasks.Mixture).parameters) - {"device"}
+    check_keys(path, "task", {key: value for key, value in options.items() if key != "class"}, allowed)
+    families = options.get("families")
+    if not isinstance(families, list) or not families or not all(isinstance(family, dict) for family in families):
+        raise ValueError(f"{path}: `families` in [task] should be tables [[task.families]]. Found `{families}`.")
+    for family in families:
+        own = {key: value for key, value in family.items() if key not in ("share", "log_range", "choices")}
+        choices = family.get("choices", {})
+        if not isinstance(choices, dict) or not all(isinstance(values, list) and values for values in choices.values()):
+            raise ValueError(f"{path}: `choices` in [task.families] should hold lists of values. Found `{choices}`.")
+        _check_class(path, "task.families", own | choices, _TASKS, Task)
+
+
+def _check_class(
+    path: Path, section: str, options: dict[str, Any], known: dict[str, type[T]], base: type[T], others=()
+) -> type[T]:
+    """Return the class that a section names, which should take the other options of the section."""
+    name = options.get("class")
+    try:
+        found, reason = _found(name, known), ""
+    except Exception as error:  # whatever a module of the user's raises when it is imported
+        found, reason = None, f" ({error})" if isinstance(name, str) and ":" in name else ""
+    if not (isinstance(found, type) and issubclass(found, base)) or inspect.isabstract(found):
+        wanted = f"one of {', '.join((*known, *others))}, or package.module:Name of a subclass of {base.__name__}"
+        raise ValueError(f"{path}: `class` in [{section}] should be {wanted}. Found `{name}`{reason}.")
+    parameters = inspect.signature(found).parameters
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        given = {key: value for key, value in options.items() if key != "class"}
+        check_keys(path, section, given, set(parameters) - {"device", "dtype", "split"})
+    return found
+
+
+def _found(name: str, known: dict[str, type[T]]) -> type[T]:
+    """Find a class by its short name, or import it by ``package.module:Name``."""
+    if ":" not in name:
+        return known[name]
+    module, _, attribute = name.partition(":")
+    return operator.attrgetter(attribute)(importlib.import_module(module))
+
+
+def _check_table(path: Path, section: str, table: Any) -> None:
+    if not isinstance(table, dict):
+        name = section.rpartition(".")[2]
+        raise ValueError(f"{path}: `{name}` should be a section [{section}]. Found `{name} = {table!r}`.")
+
+
+def check_keys(path: Path, section: str, options: dict[str, Any], allowed: set[str]) -> None:
+    """Refuse a section that holds an unknown key."""
+    unknown = sorted(set(options) - allowed)
+    if unknown:
+        raise ValueError(f"{path}: [{section}] should hold only {', '.join(sorted(allowed))}. Found `{unknown[0]}`.")
