@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from odeopt.checks import is_number, require
-from odeopt.rules.matrices import is_matrix
+from odeopt.rules.port_hamiltonian.kinetic import is_matrix
 
 
 def param_groups(module: nn.Module, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch.optim import lr_scheduler
 from odeopt.artifacts import available_pretrained, load_pretrained
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, SGDUpdate
-from odeopt.rules.features import shape_features
+from odeopt.rules.port_hamiltonian.signals import shape_features
 
 # -------------------- torch.compile
 

@@ -1,6 +1,7 @@
 """The port-Hamiltonian rule without modulation of friction or port, and with efforts that the tensor scales."""
 
 import importlib
+import inspect
 import json
 import math
 
@@ -219,13 +220,11 @@ def test_artefact_keeps_the_options(variant, tmp_path):
     assert torch.equal(run(rule, grads)[0], run(loaded, grads)[0])
 
 
-def test_default_configuration_is_that_of_older_files():
-    """Checkpoints and matrices are told apart by it."""
-    assert "normalization" not in PortHamiltonianUpdate().config
-    assert "normalization" not in PortHamiltonianUpdate(normalization="coordinate").config
-    assert PortHamiltonianUpdate(normalization="tensor").config["normalization"] == "tensor"
-    assert "ratio_floor" not in PortHamiltonianUpdate(ratio_floor=0).config
-    assert PortHamiltonianUpdate(ratio_floor=0.3).config["ratio_floor"] == 0.3
+@pytest.mark.parametrize("options", [{}, {"kinetic": ("relativistic", "quadratic"), "speed_limit": 0.5}], ids=str)
+def test_configuration_holds_every_option(options):
+    config = PortHamiltonianUpdate(**options).config
+    defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
+    assert config == json.loads(json.dumps(defaults | options))
 
 
 @pytest.mark.parametrize(

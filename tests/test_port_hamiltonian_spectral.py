@@ -528,12 +528,6 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         torch.testing.assert_close(run(other, grads[:1], shape=(3, 5))[0], scaled)
 
 
-def test_default_configuration_is_that_of_older_files():
-    given = PortHamiltonianUpdate(kinetic="quadratic", output="sum", matrix_scale="transfer", schedule="none").config
-    assert given == PortHamiltonianUpdate().config
-    assert not {"kinetic", "output", "matrix_scale", "schedule"} & given.keys()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -19,7 +19,8 @@ from odeopt.rules import (
     UpdateRule,
 )
 from odeopt.rules.base import state_dtype
-from odeopt.rules.features import averaging_weight, coordinate_rms, log_sign, running_scale
+from odeopt.rules.port_hamiltonian.signals import averaging_weight, coordinate_rms, running_scale
+from odeopt.rules.preprocessing import log_sign
 
 f32, f64 = torch.float32, torch.float64
 over_dtypes = pytest.mark.parametrize("dtype", [f32, f64], ids=str)

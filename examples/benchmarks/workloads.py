@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 import odeopt
 from odeopt import LearnedOptimizer, LSTMUpdate
-from odeopt.rules.features import log_sign
+from odeopt.rules.preprocessing import log_sign
 
 LEARNED = COMPILED, NARROW, EAGER, LSTM = (
     "port-hamiltonian, compiled",

@@ -12,8 +12,8 @@ from odeopt.checks import is_number, require
 from odeopt.ode import Solution, integrate, is_fixed_step
 from odeopt.ode.torchdiffeq import ATOL, RTOL, time_of_event
 from odeopt.physics import PhaseState, PortHamiltonianSystem
-from odeopt.rules.parts import Modulation
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
+from odeopt.rules.port_hamiltonian.system import Modulation
 from odeopt.tasks.base import Batch, Params, Task
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from odeopt.checks import is_number, require
 from odeopt.rules.base import UpdateRule, per_coordinate
-from odeopt.rules.features import log_sign
+from odeopt.rules.preprocessing import log_sign
 
 
 class HamiltonianState(NamedTuple):
@@ -33,7 +33,7 @@ class HamiltonianUpdate(UpdateRule):
     map of :math:`h`. It has 19 parameters with one channel, 55 with the two of the log-sign map.
 
     Args:
-        preprocess: Whether gradient and velocity pass through :func:`odeopt.rules.features.log_sign`,
+        preprocess: Whether gradient and velocity pass through :func:`odeopt.rules.preprocessing.log_sign`,
             which makes two channels of each.
         normalize: Whether the next velocity is divided by its norm over the tensor (the seed does so on
             the quadratics and not on MNIST); a zero norm divides by one.

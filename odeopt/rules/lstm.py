@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from odeopt.checks import is_integer, is_number, require
 from odeopt.rules.base import UpdateRule
-from odeopt.rules.features import log_sign
+from odeopt.rules.preprocessing import log_sign
 
 # Coordinates per pass on a CPU: their gates stay in a core's cache. Measured at hidden size 20: from 2,048 to
 # 8,192 alike; 512 take 1.7 times as long, 16,384 take 1.5 times.
@@ -38,7 +38,7 @@ class LSTMUpdate(UpdateRule):
     would take, and computes the gates again on the way back.
 
     Args:
-        preprocess: Whether the gradient passes through :func:`odeopt.rules.features.log_sign` (factor 10).
+        preprocess: Whether the gradient passes through :func:`odeopt.rules.preprocessing.log_sign` (factor 10).
         hidden_size: Width of each cell; the paper's 20.
         output_scale: The factor :math:`s` on the update, in units of the parameter. It belongs to the
             trained weights: the rule is not the same rule under another scale.

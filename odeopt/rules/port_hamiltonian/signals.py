@@ -1,38 +1,23 @@
-"""What rules compute from raw gradients: log-sign preprocessing and scale-free moments."""
+"""Signals of the rule: scale-free moments of the gradient, features of a tensor's shape, and the length of the run."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
-def log_sign(x: Tensor, factor: float = 10.0) -> Tensor:
-    r"""Split numbers of any magnitude into two bounded channels.
+class Observation(NamedTuple):
+    """One gradient, normalised, each field of shape ``(*batch, n)``."""
 
-    .. math:: x \mapsto \begin{cases} (\log|x| / p,\ \operatorname{sgn} x) & |x| \ge e^{-p} \\
-              (-1,\ e^p x) & \text{otherwise} \end{cases}
-
-    Args:
-        x: Any shape.
-        factor: The paper's :math:`p`; magnitudes under :math:`e^{-p}` become linear.
-
-    Returns:
-        Shape ``(*x.shape, 2)``; the channels are log magnitude and sign.
-
-    References:
-        Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Appendix A.
-    """
-    threshold = math.exp(-factor)
-    magnitude = x.abs()
-    is_large = magnitude >= threshold
-    # the clamp keeps the unused branch of `where` from sending NaN derivatives back at zero
-    logarithm = torch.where(is_large, magnitude.clamp(min=threshold).log() / factor, -1.0)
-    sign = torch.where(is_large, x.sign(), x * math.exp(factor))
-    return torch.stack((logarithm, sign), dim=-1)
+    u: Tensor  # port effort
+    second_moment: Tensor  # by which coordinates are compared; the present square where no running one is kept
+    is_tensor_wide: bool = False  # whether the effort is normalised by the tensor alone
 
 
 def averaging_weight(step: Tensor, decay: Tensor | float) -> Tensor:
@@ -108,25 +93,48 @@ def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[1] * receptive_field, shape[0] * receptive_field
 
 
-def shape_numbers(shape: tuple[int, ...]) -> tuple[float, ...]:
-    """Size, a power of two under its inverse, a factor on the first step size, and three signals of order one."""
-    n, (fan_in, fan_out) = math.prod(shape), _fans(shape)
-    is_bias = float(len(shape) < 2)
-    return n, 0.5 ** n.bit_length(), fan_in**-0.25, math.log(fan_in) / 5, math.log(fan_out) / 5, is_bias
+class ShapeFeatures(NamedTuple):
+    """Numbers that follow from the shape of a tensor: columns of shape ``(*batch, k)``, or the numbers themselves."""
+
+    size: Tensor | tuple[float, ...]
+    shrink: Tensor | tuple[float, ...]  # a power of two under the inverse of the size: what is summed cannot overflow
+    kappa_factor: Tensor | tuple[float, ...]  # on the first step size
+    theta_factor: Tensor | tuple[float, ...]  # on the mean square of the parameter, one over that of a common start
+    signals: Tensor | tuple[float, ...]  # three of order one
+
+    @classmethod
+    def split(cls, features: Tensor) -> ShapeFeatures:
+        """Split the features of :meth:`PortHamiltonianUpdate.features`, shape ``(*batch, 7)``, into fields."""
+        return cls(*features.split((1, 1, 1, 1, 3), dim=-1))
+
+    def joined(self) -> tuple[float, ...]:
+        """Join the numbers into one tuple, in the order that :meth:`split` reads."""
+        return tuple(itertools.chain(*self))
 
 
-def transferring_numbers(shape: tuple[int, ...], *, is_table: bool) -> tuple[float, ...]:
-    """As :func:`shape_numbers`, with signals that do not grow with the width; then the fan-in.
+def fan_features(shape: tuple[int, ...]) -> ShapeFeatures:
+    """Features of a shape whose signals are the logarithms of fan-in and fan-out, and whether it is a bias."""
+    fan_in, fan_out = _fans(shape)
+    signals = math.log(fan_in) / 5, math.log(fan_out) / 5, float(len(shape) < 2)
+    return _features(shape, fan_in, 1.0, signals)
 
-    What is learned at some widths does not extend to others, so a network sees the aspect of a matrix, bounded, and
+
+def transferring_features(shape: tuple[int, ...], *, is_table: bool) -> ShapeFeatures:
+    """Features of a shape whose signals do not grow with the width.
+
+    Nothing that is learned at some widths extends to others, so a network sees the aspect of a matrix, bounded, and
     whether the tensor is a vector or a table. The rows of a table are looked up, not multiplied: their fan-in is one.
+    Parameters are seen in units of a common initialisation, whose size falls with the fan-in.
     """
-    n = math.prod(shape)
     is_matrix = len(shape) >= 2 and not is_table
     fan_in = math.prod(shape[1:]) if is_matrix else 1
     aspect = math.tanh(math.log(shape[0] / fan_in) / 4) if is_matrix else 0.0
-    kind = float(len(shape) < 2), float(is_table)
-    return n, 0.5 ** n.bit_length(), fan_in**-0.25, aspect, *kind, fan_in
+    return _features(shape, fan_in, fan_in, (aspect, float(len(shape) < 2), float(is_table)))
+
+
+def _features(shape: tuple[int, ...], fan_in: int, theta_factor: float, signals: tuple[float, ...]) -> ShapeFeatures:
+    n = math.prod(shape)
+    return ShapeFeatures((n,), (0.5 ** n.bit_length(),), (fan_in**-0.25,), (theta_factor,), signals)
 
 
 def shape_features(rule, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -143,3 +151,20 @@ def _kept_features(numbers: tuple[float, ...], dtype: torch.dtype, device: torch
     """The numbers on their device, kept: making them anew would wait for the device at every step."""
     with torch.inference_mode(False):  # a tensor of inference mode could not be saved for autograd later
         return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def run_length(step: Tensor, progress: Tensor) -> Tensor:
+    """Length of the run, in steps; not a number before the second one, when nothing tells it yet."""
+    return (step - 1).clamp(min=1) / torch.where(progress > 0, progress, math.nan)
+
+
+def progress_signals(step: Tensor, progress: Tensor | None, *, sees_length: bool) -> tuple[Tensor, Tensor]:
+    """Whether the progress is known; and the progress, or in its place a bounded signal of the length of the run.
+
+    The length is zero at 100 steps, and while it is not known.
+    """
+    known = torch.zeros_like(step) if progress is None else torch.ones_like(step)
+    progress = torch.zeros_like(step) if progress is None else progress
+    if not sees_length:
+        return known, progress
+    return known, torch.tanh((run_length(step, progress) / 100).log() / 4).nan_to_num(0.0)

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, QuadraticEnergy, RelativisticEnergy
-from odeopt.rules import matrices
 from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
-from odeopt.rules.features import (
+from odeopt.rules.port_hamiltonian import kinetic as energies
+from odeopt.rules.port_hamiltonian.checks import check_arguments
+from odeopt.rules.port_hamiltonian.coefficients import (
+    Outputs,
+    Shared,
+    coefficient_network,
+    horizon_factor,
+    power_schedule,
+)
+from odeopt.rules.port_hamiltonian.signals import (
+    Observation,
+    ShapeFeatures,
     averaging_weight,
     coordinate_rms,
+    fan_features,
+    progress_signals,
     running_scale,
     shape_features,
-    shape_numbers,
-    transferring_numbers,
+    transferring_features,
 )
-from odeopt.rules.parts import (
+from odeopt.rules.port_hamiltonian.system import (
     HeldFriction,
     HeldPort,
     Modulation,
-    Observation,
-    Shared,
     bounded_inverse_mass,
-    check_arguments,
     potential_network,
 )
 
@@ -39,7 +46,6 @@ _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor'
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
 _START_GAIN = 0.35
-_REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
 _MEMORY_WARMUP = 10  # steps after which the memory moves in logarithmic time
 
 
@@ -53,9 +59,9 @@ class PortHamiltonianState(NamedTuple):
             (coordinatewise variant: running rms, in units of the gradient; ``(*batch, 0)`` under
             ``normalization="tensor"``, which keeps none).
         scale: Running mean magnitude of the tensor's gradient, shape ``(*batch, 1)``.
-        slow_scale: The same over a long memory, shape ``(*batch, 1)``: what the gradient has fallen from.
+        slow_scale: The same over a long memory, shape ``(*batch, 1)``.
         step: Number of steps taken, shape ``(*batch, 1)``.
-        memory: What the network of the tensor remembers, shape ``(*batch, memory)``.
+        memory: Slow variables that the network of the tensor moves, shape ``(*batch, memory)``.
     """
 
     p: Tensor
@@ -117,13 +123,13 @@ class PortHamiltonianUpdate(StagedRule):
         memory: Slow variables per tensor that the network sees, and moves by at most ``1 / max(t, 10)`` at step t; the
             first one is added to log kappa. So step sizes can grow for as long as gradients point along the momenta,
             and fall with powers of t at any horizon, where a fixed rate would let them die out exponentially.
-        ratio_floor: What the ratio ``rms_i / rms_tensor`` (with ``normalization="tensor"`` that of the present
-            magnitude) counts as at least in friction and gain, in ``[0, 1]``; 0 is none, and has to be where
-            ``coordinatewise``. Coordinates that see small gradients get large gains, which enter the update twice;
+        ratio_floor: Lower bound of the ratio ``rms_i / rms_tensor`` (with ``normalization="tensor"`` that of the
+            present magnitude) in friction and gain, in ``[0, 1]``; 0 is none, and has to be where ``coordinatewise``.
+            Coordinates that see small gradients get large gains, which enter the update twice;
             those of a unit that wakes up after a silence would get them all at once, and throw a trained network out
             of its minimum. Ratios are not told apart below about a hundredth anyway.
-        backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods, which
-            give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
+        backend: Implementation of the solver: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods,
+            which give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
         kinetic: Kinetic energy of each mode, or one for all: ``"quadratic"`` (heavy ball); ``"relativistic"``, with
             bounded velocities (sign momentum in the limit of a small ``speed_limit``); or ``"spectral"``
             (orthogonalised momentum: Muon). All but the quadratic one need momenta that are stepped in closed form: a
@@ -204,55 +210,23 @@ class PortHamiltonianUpdate(StagedRule):
         schedule: str = "none",
         horizon_power: float = 0.0,
     ) -> None:
-        config = {
-            "modes": modes,
-            "solver": solver,
-            "coordinatewise": coordinatewise,
-            "mass": mass,
-            "potential": potential,
-            "friction": friction,
-            "port": port,
-            "hidden": hidden,
-            "decay": decay,
-            "time_scales": time_scales,
-            "uses_progress": uses_progress,
-            "initial_kappa": initial_kappa,
-            "memory": memory,
-            "backend": backend,
-        }
-        options = {
-            "kinetic": kinetic,
-            "speed_limit": speed_limit,
-            "output": output,
-            "matrix_normalization": matrix_normalization,
-            "matrix_scale": matrix_scale,
-            "initial_matrix_kappa": initial_matrix_kappa,
-            "initial_lookahead": initial_lookahead,
-            "initial_coherence": initial_coherence,
-            "initial_decay": initial_decay,
-            "schedule": schedule,
-            "horizon_power": horizon_power,
-        }
-        starts = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
-        check_arguments(config | options | {"normalization": normalization, "ratio_floor": ratio_floor}, starts)
-        # left out by default: what tells runs and matrices apart by the configuration is older than the options
-        newer = {} if normalization == "coordinate" else {"normalization": normalization}
-        newer |= {} if ratio_floor == 0 else {"ratio_floor": ratio_floor}
-        kinetic = kinetic if isinstance(kinetic, str) else list(kinetic)
-        newer |= {name: value for name, value in (options | {"kinetic": kinetic}).items() if value != starts[name]}
-        super().__init__(**config | newer | {"hidden": list(hidden), "time_scales": list(time_scales)})
+        arguments = locals()
+        defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
+        config = {name: arguments[name] for name in defaults}
+        check_arguments(config, defaults)
+        lists = {"hidden": list(hidden), "time_scales": list(time_scales)}
+        super().__init__(**config | lists | {"kinetic": kinetic if isinstance(kinetic, str) else list(kinetic)})
         self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
-        self.memory, self.normalization = memory, normalization
-        self.ratio_floor = ratio_floor
+        self.memory, self.normalization, self.ratio_floor = memory, normalization, ratio_floor
         self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
         self.output, self.schedule, self.horizon_power = output, schedule, horizon_power
         self.matrix_normalization, self.matrix_scale = matrix_normalization, matrix_scale
         self.initial_matrix_kappa, self.initial_lookahead = initial_matrix_kappa, initial_lookahead
         self.initial_coherence, self.initial_decay = initial_coherence, initial_decay
         self.is_spectral = output == "spectral" or "spectral" in self.kinetic
-        # without weights, and so no modules of the rule
+        # of coordinates; those of what is no matrix have the quadratic energy in spectral modes. In a dictionary,
+        # because they have no weights and are no modules of the rule
         quadratic, relativistic = QuadraticEnergy(), RelativisticEnergy(speed_limit)
-        # of coordinates; those of what is no matrix have the quadratic energy in spectral modes
         self._energies = {"quadratic": quadratic, "relativistic": relativistic, "spectral": quadratic}
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
@@ -283,17 +257,18 @@ class PortHamiltonianUpdate(StagedRule):
         self.n_numbers = self.n_gain + self.n_friction
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
-        widths = (n_signals, *hidden)
-        layers: list[nn.Module] = []
-        for n_in, n_out in itertools.pairwise(widths):
-            layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        # then log kappa, how the memory moves, the schedule's log exponent; of matrices log kappa, lookahead, decay and
-        # coherence
-        self.n_extra = (schedule == "power") + 4 * self.is_spectral
-        head = nn.Linear(widths[-1], self.n_numbers * modes + 1 + memory + self.n_extra)
-        nn.init.zeros_(head.weight)  # the untrained rule is exactly the heavy-ball start, whatever the seed
-        nn.init.zeros_(head.bias)
-        self.coefficient_network = nn.Sequential(*layers, head)
+        outputs = Outputs(
+            per_mode=self.n_numbers * modes,
+            log_kappa=1,
+            memory_moves=memory,
+            log_exponent=int(schedule == "power"),
+            log_matrix_kappa=int(self.is_spectral),
+            log_lookahead=int(self.is_spectral),
+            log_matrix_decay=int(self.is_spectral),
+            log_coherence=int(self.is_spectral),
+        )
+        self._output_sizes = tuple(outputs)
+        self.coefficient_network = coefficient_network(n_signals, hidden, sum(outputs))
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
         start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
@@ -321,7 +296,7 @@ class PortHamiltonianUpdate(StagedRule):
 
     @property
     def is_staged(self) -> bool:
-        """Whether coordinates meet in sums only, and a coordinate without gradient and momentum stays so.
+        """True if coordinates meet in sums only, and a coordinate without gradient and momentum stays so.
 
         An adaptive solver chooses one step size for all coordinates, and a potential moves those at rest.
         """
@@ -336,8 +311,8 @@ class PortHamiltonianUpdate(StagedRule):
         return self._advance(observation, state, shared)
 
     def is_whole(self, shape) -> bool:
-        """Whether a tensor of this shape is stepped as a matrix, by a spectral energy."""
-        return self.is_spectral and not self.steps_tables and shape is not None and matrices.is_matrix(tuple(shape))
+        """True for the shape of a tensor that is stepped as a matrix, by a spectral energy."""
+        return self.is_spectral and not self.steps_tables and shape is not None and energies.is_matrix(tuple(shape))
 
     def for_tables(self) -> PortHamiltonianUpdate:
         """The rule as it steps lookup tables, whose rows are vectors of their own: by coordinate energies."""
@@ -354,16 +329,17 @@ class PortHamiltonianUpdate(StagedRule):
         friction, gain = self._matrix_modulation(observation, state, shared)
         p, u, spectral = state.p, observation.u.unsqueeze(-2), self.spectral_modes
         new_p, integral = linear_step(p, gain * u, friction, self.solver)
-        kappa = shared.matrix_kappa * matrices.operator_scale(shape, self.matrix_scale)
+        kappa = shared.matrix_kappa * energies.operator_scale(shape, self.matrix_scale)
         if self.output == "spectral":
-            update = kappa * matrices.velocity((gain * integral).sum(-2), shape)
+            update = kappa * energies.spectral_velocity((gain * integral).sum(-2), shape)
         else:
             before, after = p[..., spectral, :], new_p[..., spectral, :]
             ahead = self._ahead(before, after, shared)
-            velocity = matrices.velocity(ahead, shape, before, after)
+            velocity = energies.spectral_velocity(ahead, shape, before, after)
             rates = friction[..., spectral, :1], gain[..., spectral, :1]
             if self.initial_coherence > 0:
-                velocity = velocity * (_coherence(after, u, *rates).log() * shared.coherence.unsqueeze(-1)).exp()
+                log_coherence = energies.coherence(after, u, *rates).log()
+                velocity = velocity * (log_coherence * shared.coherence.unsqueeze(-1)).exp()
             update = kappa / _START_GAIN * (rates[1] * velocity).sum(-2)
             if self._other_modes:
                 outputs = gain * self._coordinate_integral(new_p, integral, self.is_relativistic_mode.unsqueeze(-1))
@@ -374,7 +350,7 @@ class PortHamiltonianUpdate(StagedRule):
 
     def _matrix_modulation(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Tensor]:
         """Friction and gain of each mode, ``(*batch, modes, n)``; ``(*batch, modes, 1)`` if all modes are spectral."""
-        by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
+        by_kind = self._by_kind(shared)
         held = 2 * torch.sigmoid(by_kind[self.n_gain]), by_kind[0].exp()
         if not self._other_modes:
             return held
@@ -394,15 +370,16 @@ class PortHamiltonianUpdate(StagedRule):
         return self._observe_and_share(grad, state, features, param, progress, TENSOR, self.is_whole(shape))[:2]
 
     def forward_rows(self, grad, state, features, rows, *, param=None, progress=None):
-        observation, shared, per_tensor = self._observe_and_share(grad, state, features, param, progress, rows)
+        observation, shared, once = self._observe_and_share(grad, state, features, param, progress, rows)
         update, new_state = self._advance(observation, state, shared)
-        held = {name: getattr(per_tensor, name) for name in ("scale", "slow_scale", "step", "memory")}
-        return update, new_state._replace(**held)
+        return update, new_state._replace(
+            scale=once.scale, slow_scale=once.slow_scale, step=once.step, memory=once.memory
+        )
 
     def _observe_and_share(
         self, grad, state, features, param, progress, rows, is_whole=False
     ) -> tuple[Observation, Shared, Shared]:
-        """Both stages of a step: what is seen of each coordinate, and what the rows and the tensors share."""
+        """Take both stages of a step: what is seen of each coordinate, shared by each row, and by each tensor."""
         sums = rows.sum(self.statistics(0, grad, state, rows.spread(features), None, param))
         shared = self.coefficients(0, sums, state, features, None, progress)
         observation = self.observe(grad, state, rows.spread_all(shared), is_whole)
@@ -413,14 +390,15 @@ class PortHamiltonianUpdate(StagedRule):
 
     def features(self, shape):
         shape = tuple(shape)
-        return transferring_numbers(shape, is_table=self.steps_tables) if self.is_spectral else shape_numbers(shape)
+        found = transferring_features(shape, is_table=self.steps_tables) if self.is_spectral else fan_features(shape)
+        return found.joined()
 
     def statistics(self, stage, grad, state, features, shared, param):
         """Sums over coordinates: of the magnitude, shrunk; then of ``v, u^2, theta^2, u p_k, p_k^2``."""
         if self.coordinatewise:
             return grad[..., :0]
         if stage == 0:
-            return (features[..., 1:2] * grad.abs()).sum(-1, keepdim=True)
+            return (ShapeFeatures.split(features).shrink * grad.abs()).sum(-1, keepdim=True)
         return self._second_sums(self.observe(grad, state, shared), state, param)
 
     def _second_sums(self, observation: Observation, state, param: Tensor | None) -> Tensor:
@@ -451,87 +429,78 @@ class PortHamiltonianUpdate(StagedRule):
         log_ratio = 0.5 * (observation.second_moment + _EPS_SIGNAL).log() - shared.log_rms
         return log_ratio if self.ratio_floor == 0 else log_ratio.clamp(min=math.log(self.ratio_floor))
 
-    def coefficients(self, stage, sums, state, features, shared, progress, has_param=True):
+    def coefficients(self, stage, sums, state, features, shared, progress, *, has_param=True):
         """Running scale of the tensor (stage 0), then the coefficients that its network emits (the last stage)."""
+        features = ShapeFeatures.split(features)
         if stage == 0:
-            step = state.step + 1
-            weight = averaging_weight(step, self.decays.to(step.dtype))
-            if self.coordinatewise:
-                zero = torch.zeros_like(step)
-                shared = Shared(step, weight[..., :1], state.scale, state.slow_scale, zero, zero, zero)
-                return self._with_network(shared, state.memory, [], features, progress, zero)
-            mean_abs = sums / (features[..., 0:1] * features[..., 1:2])
-            # over a short memory, in units of which coordinates keep their squares, and over a long one
-            before = torch.cat((state.scale, state.slow_scale), dim=-1)
-            scales, divisors, carried = running_scale(mean_abs, before, weight)
-            # bounded below, and finite where both are zero
-            magnitudes = (mean_abs / divisors + _EPS_SIGNAL).log() * self.magnitude_units.to(step.dtype)
-            return Shared(
-                step, weight[..., :1], scales[..., :1], scales[..., 1:], divisors[..., :1], carried[..., :1], magnitudes
-            )
-        d, means = self.modes, sums / features[..., 0:1]
-        v, u2, theta2 = means[..., 0:1], means[..., 1:2], means[..., 2:3]
-        up, p2 = means[..., 3 : 3 + d], means[..., 3 + d :]
+            shared = self._running_scales(sums, state, features)
+            if not self.coordinatewise:
+                return shared
+            return self._with_network(shared, state.memory, [], features, progress, torch.zeros_like(shared.step))
+        d, means = self.modes, sums / features.size
+        v, u2, theta2, up, p2 = means.split((1, 1, 1, d, d), dim=-1)
         alignment = up * (u2 * p2 + _EPS_SIGNAL).rsqrt()
-        # of spectral rules in units of a common initialisation, whose size falls with the fan-in
-        unit = features[..., 6:7] if self.is_spectral else 1.0
-        theta_signal = 0.25 * (theta2 * unit + 1e-6).log() if has_param else torch.zeros_like(v)
-        shape_signals = features[..., 3:6].expand(*v.shape[:-1], 3)
+        theta_signal = 0.25 * (theta2 * features.theta_factor + 1e-6).log() if has_param else torch.zeros_like(v)
+        shape_signals = features.signals.expand(*v.shape[:-1], -1)
         signals = [shared.magnitudes, alignment, 0.5 * (p2 + _EPS_SIGNAL).log(), theta_signal, shape_signals]
         return self._with_network(shared, state.memory, signals, features, progress, 0.5 * (v + _EPS_SIGNAL).log())
 
+    def _running_scales(self, sums: Tensor, state, features: ShapeFeatures) -> Shared:
+        """Mean magnitude of the tensor's gradient over a short and over a long memory."""
+        step = state.step + 1
+        weight = averaging_weight(step, self.decays.to(step.dtype))
+        if self.coordinatewise:
+            zero = torch.zeros_like(step)
+            return Shared(step, weight[..., :1], state.scale, state.slow_scale, zero, zero, zero)
+        mean_abs = sums / (features.size * features.shrink)
+        before = torch.cat((state.scale, state.slow_scale), dim=-1)
+        scales, divisors, carried = running_scale(mean_abs, before, weight)
+        # bounded below, and finite where both are zero
+        magnitudes = (mean_abs / divisors + _EPS_SIGNAL).log() * self.magnitude_units.to(step.dtype)
+        # coordinates keep their squares in units of the short memory
+        scale, slow_scale = scales.split(1, dim=-1)
+        return Shared(step, weight[..., :1], scale, slow_scale, divisors[..., :1], carried[..., :1], magnitudes)
+
     def _with_network(
-        self, shared: Shared, memory: Tensor, signals: list[Tensor], features, progress, log_rms
+        self, shared: Shared, memory: Tensor, signals: list[Tensor], features: ShapeFeatures, progress, log_rms
     ) -> Shared:
-        step, network, is_told = shared.step, self.coefficient_network, progress is not None
+        """Complete what a tensor shares by the coefficients that its network emits."""
+        step, network = shared.step, self.coefficient_network
         times = [torch.tanh(step / self.time_scales.to(step.dtype))]
         if self.uses_progress:
-            known = torch.ones_like(step) if is_told else torch.zeros_like(step)
-            progress = known * (progress if is_told else 0.0)
+            progress = None if progress is None else torch.ones_like(step) * progress
             # under a schedule of its own the rule sees the length of the run, from the second step on, not its place
-            times += [known, _horizon_signal(step, progress) if self.schedule == "power" else progress]
-        out = network(torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)).to(
-            step.dtype
-        )
-        # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
-        start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features[..., 2:3]
-        sizes = (self.n_numbers * self.modes, 1, self.memory, self.n_extra)
-        per_mode, log_kappa, moves, extra = out.split(sizes, dim=-1)
+            times += progress_signals(step, progress, sees_length=self.schedule == "power")
+        inputs = torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)
+        out = Outputs(*network(inputs).to(step.dtype).split(self._output_sizes, dim=-1))
+        log_kappa, log_matrix_kappa = out.log_kappa, out.log_matrix_kappa
         if self.memory > 0:
-            memory = memory + torch.tanh(moves) / step.clamp(min=_MEMORY_WARMUP)
-            log_kappa = log_kappa + memory[..., :1]
-        per_mode = per_mode + self.start.to(step.dtype)
-        remaining = None
-        if self.schedule == "power":
-            log_exponent, extra = extra[..., :1], extra[..., 1:]
-            if is_told:
-                # the last step has some of the run before it, so what remains is zero only beyond the end
-                remaining = ((1 - progress).clamp(min=1e-6).log() * log_exponent.exp()).exp()
-        scheduled = 1.0 if remaining is None else remaining
+            memory = memory + torch.tanh(out.memory_moves) / step.clamp(min=_MEMORY_WARMUP)
+            log_kappa, log_matrix_kappa = log_kappa + memory[..., :1], log_matrix_kappa + memory[..., :1]
+        # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
+        start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features.kappa_factor
+        is_scheduled = self.schedule == "power" and progress is not None
+        scheduled = power_schedule(progress, out.log_exponent) if is_scheduled else 1.0
         if self.horizon_power > 0:
-            scheduled = scheduled * self._horizon_factor(step, progress if is_told else None)
+            scheduled = scheduled * horizon_factor(step, progress, self.horizon_power)
         shared = shared._replace(
-            per_mode=per_mode, kappa=start * log_kappa.exp() * scheduled, memory=memory, log_rms=log_rms
+            per_mode=out.per_mode + self.start.to(step.dtype),
+            kappa=start * log_kappa.exp() * scheduled,
+            memory=memory,
+            log_rms=log_rms,
         )
         if not self.is_spectral:
             return shared
-        log_matrix_kappa, log_lookahead, log_decay, log_coherence = extra.split(1, dim=-1)
-        if self.memory > 0:
-            log_matrix_kappa = log_matrix_kappa + memory[..., :1]
         return shared._replace(
             matrix_kappa=self.initial_matrix_kappa * log_matrix_kappa.exp() * scheduled,
-            lookahead=self.initial_lookahead * log_lookahead.exp(),
-            matrix_decay=self.initial_decay * log_decay.exp(),
-            coherence=self.initial_coherence * log_coherence.exp(),
+            lookahead=self.initial_lookahead * out.log_lookahead.exp(),
+            matrix_decay=self.initial_decay * out.log_matrix_decay.exp(),
+            coherence=self.initial_coherence * out.log_coherence.exp(),
         )
 
-    def _horizon_factor(self, step: Tensor, progress: Tensor | None) -> Tensor:
-        """What the length of the run does to its step sizes."""
-        if progress is None:
-            return 0.5 * (step.clamp(min=_ANYTIME) / _REFERENCE).pow(-self.horizon_power)
-        # a tensor that got its first gradient in the midst of a run takes it for a shorter one, which is bounded
-        steps = _horizon(step, progress).clamp(min=_SHORTEST)
-        return (steps / _REFERENCE).pow(-self.horizon_power).nan_to_num(1.0)
+    def _by_kind(self, shared: Shared) -> tuple[Tensor, ...]:
+        """Coefficients of all modes, gains first, each of shape ``(*batch, modes, 1)``."""
+        return shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
 
     def advance(self, grad, state, shared):
         return self._advance(self.observe(grad, state, shared), state, shared)
@@ -539,21 +508,19 @@ class PortHamiltonianUpdate(StagedRule):
     def _advance(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, PortHamiltonianState]:
         """Integrate every coordinate's system over one step; return the update and the next state."""
         u, q = observation.u, state.q
-        coefficients = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes))
         if not self.is_linear:
             p, q, delta = self._integrate(state, *self._held(observation, state, shared))
         elif isinstance(state.p, tuple):
             log_ratio = self._log_ratio(observation, shared)
-            by_mode = coefficients.unsqueeze(-2).unbind(-1)
+            by_mode = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-2).unbind(-1)
             steps = [
                 self._linear_step(p, u, log_ratio, c.unbind(-2), is_relativistic=kinetic == "relativistic")
                 for p, c, kinetic in zip(state.p, by_mode, self.kinetic, strict=True)
             ]
             p, delta = tuple(p for p, _ in steps), sum(output for _, output in steps)
         else:
-            log_ratio, by_kind = self._log_ratio(observation, shared), coefficients.unsqueeze(-1).unbind(-3)
-            is_relativistic = self.is_relativistic_mode.unsqueeze(-1)
-            u, log_ratio = u.unsqueeze(-2), log_ratio.unsqueeze(-2)
+            u, log_ratio = u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
+            is_relativistic, by_kind = self.is_relativistic_mode.unsqueeze(-1), self._by_kind(shared)
             p, output = self._linear_step(state.p, u, log_ratio, by_kind, is_relativistic=is_relativistic)
             delta = output.sum(-2)
         return shared.kappa * delta, self._next_state(p, q, observation, state, shared)
@@ -565,7 +532,7 @@ class PortHamiltonianUpdate(StagedRule):
         return PortHamiltonianState(p, q, second_moment, *per_tensor)
 
     def _linear_step(self, p, u, log_ratio, coefficients, *, is_relativistic) -> tuple[Tensor, Tensor]:
-        """Momentum after the step, and the integral of what it contributes to the output."""
+        """Momentum after the step, and the integral of its contribution to the output."""
         friction, gain = self._modulation(p, u, log_ratio, coefficients)
         p, integral = linear_step(p, gain * u, friction, self.solver)
         return p, gain * self._coordinate_integral(p, integral, is_relativistic)
@@ -593,8 +560,7 @@ class PortHamiltonianUpdate(StagedRule):
         """Effort, shape ``(*batch, n, 1)``, and modulation, as the system takes them."""
         dtype, p, u = self._system_dtype(state), _stacked(state.p), observation.u.unsqueeze(-2)
         log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
-        by_kind = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-1).unbind(-3)
-        friction, gain = (x.expand_as(p) for x in self._modulation(p, u, log_ratio, by_kind))
+        friction, gain = (x.expand_as(p) for x in self._modulation(p, u, log_ratio, self._by_kind(shared)))
         return u.mT.to(dtype), Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
 
     def _integrate(self, state, u: Tensor, z: Modulation) -> tuple[Tensor, Tensor, Tensor]:
@@ -631,10 +597,10 @@ class PortHamiltonianUpdate(StagedRule):
         """
         if not self._has_spectral_balance(shape):
             return self._coordinate_energy(state)
-        energy = matrices.energy(state.p[..., self.spectral_modes, :], tuple(shape)).sum(-1, keepdim=True)
+        energy = energies.spectral_energy(state.p[..., self.spectral_modes, :], tuple(shape)).sum(-1, keepdim=True)
         if not self._other_modes:
             return energy
-        return energy + self._coordinate_energy(state, self._other_modes).sum(-1, keepdim=True)
+        return energy + energies.coordinate_energy(state.p, self._energies_of(self._other_modes)).sum(-1, keepdim=True)
 
     def power_balance(
         self,
@@ -645,7 +611,7 @@ class PortHamiltonianUpdate(StagedRule):
         shape: torch.Size | tuple[int, ...] | None = None,
         progress: Tensor | None = None,
     ) -> PowerBalance:
-        """Where the energy goes when ``grad`` arrives: at the start of that step.
+        """Account for the energy at the start of the step that ``grad`` drives.
 
         Args:
             grad: Gradient of the loss, shape ``(*batch, n)``.
@@ -664,61 +630,34 @@ class PortHamiltonianUpdate(StagedRule):
             x = self._phase(state.p.to(u.dtype), state.q.to(u.dtype))
             if "relativistic" not in self.kinetic:
                 return self.system.power_balance(x, u, z)
-            return self._coordinate_balance(x.p.mT, u.mT, z.friction.mT, z.gain.squeeze(-1).mT, range(self.modes))
+            held = z.friction.mT, z.gain.squeeze(-1).mT
+            return energies.coordinate_balance(x.p.mT, u.mT, *held, self._energies_of(range(self.modes)))
         friction, gain = self._matrix_modulation(observation, state, shared)
-        p, u, spectral, others = state.p, observation.u.unsqueeze(-2), self.spectral_modes, self._other_modes
+        p, u, spectral = state.p, observation.u.unsqueeze(-2), self.spectral_modes
         after = linear_step(p, gain * u, friction, self.solver)[0][..., spectral, :]
         before = p[..., spectral, :]
         ahead = self._ahead(before, after, shared)
         rates = friction[..., spectral, 0], gain[..., spectral, 0]
-        total = matrices.power_balance(before, u.expand_as(before), *rates, tuple(shape), after, ahead)
+        total = energies.spectral_balance(before, u.expand_as(before), *rates, tuple(shape), after, ahead)
         total = [x.sum(-1) for x in total]
-        if others:
-            coordinates = self._coordinate_balance(p, u, friction, gain, others)
+        if self._other_modes:
+            coordinates = energies.coordinate_balance(p, u, friction, gain, self._energies_of(self._other_modes))
             total = [x + y.sum(-1) for x, y in zip(total, coordinates, strict=True)]
         return PowerBalance(*(x.unsqueeze(-1) for x in total))
 
-    def _coordinate_energy(self, state, modes: Sequence[int] | None = None) -> Tensor:
-        """Energies of coordinates, summed over modes (all by default), shape ``(*batch, n)``."""
-        if modes is None and "relativistic" not in self.kinetic:
-            dtype = self._system_dtype(state)
-            return self.system.energy(self._phase(state.p.to(dtype), state.q.to(dtype)))
-        modes = range(self.modes) if modes is None else modes
-        return sum(self._energies[self.kinetic[k]].energy(state.p[..., k, :]) for k in modes)
+    def _coordinate_energy(self, state) -> Tensor:
+        """Energies of coordinates, summed over all modes, shape ``(*batch, n)``."""
+        if "relativistic" in self.kinetic:
+            return energies.coordinate_energy(state.p, self._energies_of(range(self.modes)))
+        dtype = self._system_dtype(state)
+        return self.system.energy(self._phase(state.p.to(dtype), state.q.to(dtype)))
 
-    def _coordinate_balance(self, p, u, friction, gain, modes: Sequence[int]) -> PowerBalance:
-        """Account of the modes that have energies of coordinates, summed over them, each field ``(*batch, n)``."""
-        velocity = torch.stack([self._energies[self.kinetic[k]].velocity(p[..., k, :]) for k in modes], dim=-2)
-        p, friction, gain = (x[..., modes, :] for x in (p, friction, gain))
-        rate, dissipated = velocity * (gain * u - friction * p), velocity * friction * p
-        rate, dissipated, supplied = (x.sum(-2) for x in (rate, dissipated, u * gain * velocity))
-        return PowerBalance(rate, dissipated, supplied, rate + dissipated - supplied)
+    def _energies_of(self, modes: Iterable[int]) -> dict[int, energies.CoordinateEnergy]:
+        return {k: self._energies[self.kinetic[k]] for k in modes}
 
     def _has_spectral_balance(self, shape) -> bool:
         # the energy of a summed output is no energy of the momenta; theirs are the quadratic ones then
         return self.output == "sum" and self.is_whole(shape)
-
-
-def _coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
-    """Momenta over what they would be if all efforts had been like the present one, in (0, 1], per mode.
-
-    Gradients that agree give one, pure noise sqrt(friction / (2 - friction)). It is held over the step, as a factor of
-    the energy, which is an energy again. The mean magnitude of efforts is one, so a gradient that vanishes for a moment
-    does not count as disagreement of those before it.
-    """
-    rms = (p.square().mean(-1, keepdim=True) + 1e-12).sqrt()
-    effort = u.square().mean(-1, keepdim=True).clamp(min=1.0).sqrt()
-    return (rms * friction / (gain * effort)).clamp(max=1.0)
-
-
-def _horizon(step: Tensor, progress: Tensor) -> Tensor:
-    """Length of the run, in steps; not a number before the second one, when nothing tells it yet."""
-    return (step - 1).clamp(min=1) / torch.where(progress > 0, progress, math.nan)
-
-
-def _horizon_signal(step: Tensor, progress: Tensor) -> Tensor:
-    """Bounded signal of the length of the run; zero at 100 steps, and while it is not known."""
-    return torch.tanh((_horizon(step, progress) / 100).log() / 4).nan_to_num(0.0)
 
 
 def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -1,0 +1,75 @@
+"""Coefficients that a tensor's network emits once per step, and that its coordinates share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from odeopt.rules.port_hamiltonian.signals import run_length
+
+_REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
+
+
+class Shared(NamedTuple):
+    """Numbers that the coordinates of a tensor share over one step, each field of shape ``(*batch, k)``."""
+
+    step: Tensor
+    weight: Tensor  # of the newest gradient in the running moments
+    scale: Tensor
+    slow_scale: Tensor
+    divisor: Tensor  # the scale, one where it is zero
+    carried: Tensor  # weight of the running square, in the new units
+    magnitudes: Tensor  # logs of the tensor's mean magnitude over its two running values
+    per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; those that there are
+    kappa: Tensor | None = None
+    memory: Tensor | None = None  # of the network, after the step
+    matrix_kappa: Tensor | None = None  # step size of a square matrix, as an operator norm
+    lookahead: Tensor | None = None  # evaluation point of the velocity of a matrix, in steps from the start
+    coherence: Tensor | None = None  # power of the coherence of a matrix's momenta in the size of its step
+    matrix_decay: Tensor | None = None  # decoupled decay of a matrix, per unit of its kappa
+    log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
+
+
+class Outputs(NamedTuple):
+    """Outputs of the network of a tensor, in their order, each of shape ``(*batch, k)``; or the numbers of them, k.
+
+    A rule without a schedule or without spectral energies has none of the outputs for them: k is zero.
+    """
+
+    per_mode: Tensor | int
+    log_kappa: Tensor | int
+    memory_moves: Tensor | int  # through tanh, in units of the memory's rate
+    log_exponent: Tensor | int  # of the schedule
+    log_matrix_kappa: Tensor | int
+    log_lookahead: Tensor | int
+    log_matrix_decay: Tensor | int
+    log_coherence: Tensor | int
+
+
+def coefficient_network(n_signals: int, hidden: Sequence[int], n_outputs: int) -> nn.Sequential:
+    """Build the network of a tensor; until it is trained it gives zeros, so that the rule is the heavy-ball start."""
+    widths = (n_signals, *hidden)
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+    head = nn.Linear(widths[-1], n_outputs)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*layers, head)
+
+
+def power_schedule(progress: Tensor, log_exponent: Tensor) -> Tensor:
+    """Power of the remaining fraction of the run."""
+    # the last step has some of the run before it, so the fraction is zero only beyond the end
+    return ((1 - progress).clamp(min=1e-6).log() * log_exponent.exp()).exp()
+
+
+def horizon_factor(step: Tensor, progress: Tensor | None, power: float) -> Tensor:
+    """Factor on step sizes by which they fall with the length of the run, as ``power`` says."""
+    if progress is None:
+        return 0.5 * (step.clamp(min=_ANYTIME) / _REFERENCE).pow(-power)
+    # a tensor that got its first gradient in the midst of a run takes it for a shorter one, which is bounded
+    return (run_length(step, progress).clamp(min=_SHORTEST) / _REFERENCE).pow(-power).nan_to_num(1.0)

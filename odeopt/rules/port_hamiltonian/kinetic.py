@@ -1,0 +1,111 @@
+"""Kinetic energies of the rule's modes: of coordinates, and of matrices, whose step sizes are operator norms."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from odeopt.physics import (
+    PowerBalance,
+    QuadraticEnergy,
+    RelativisticEnergy,
+    SpectralEnergy,
+    frobenius_norm,
+    newton_schulz,
+    spectral_power_balance,
+)
+
+CoordinateEnergy = QuadraticEnergy | RelativisticEnergy
+
+_MUON = SpectralEnergy()
+
+
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Tell matrices (out, rest), which multiply inputs and are stepped as a whole, from one row that is added."""
+    return math.prod(shape) > 1 and (len(shape) == 2 or (len(shape) > 2 and shape[0] > 1))
+
+
+def operator_scale(shape: tuple[int, ...], kind: str = "transfer") -> float:
+    """Operator norm of the step of a matrix (out, rest), in units of that of a square one.
+
+    Args:
+        shape: Shape of the parameter tensor.
+        kind: ``"transfer"`` for sqrt(out / rest), with which a step changes the output of a layer alike at any width;
+            ``"muon"`` for sqrt(max(1, out / rest)), as in ``torch.optim.Muon``.
+
+    References:
+        Yang, Simon, Bernstein (2023), A spectral condition for feature learning, Condition 1.
+    """
+    aspect = shape[0] / math.prod(shape[1:])
+    return math.sqrt(aspect if kind == "transfer" else max(1.0, aspect))
+
+
+def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:
+    """Velocity of a spectral energy at ``x``, flat as it comes.
+
+    Args:
+        x: Momenta, shape ``(*batch, n)``.
+        shape: Shape of the parameter tensor.
+        others: Further momenta of the step, which the held norm bounds as well; without any the norm is that of ``x``,
+            and the result is the orthogonalised matrix, but not the gradient of an energy.
+    """
+    matrix = _as_matrix(x, shape)
+    return newton_schulz(matrix, _held_norm(shape, x, *others) if others else None).flatten(-2)
+
+
+def spectral_energy(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Spectral energy of momenta ``(*batch, n)`` in units of their own norm, shape ``(*batch,)``."""
+    return _MUON.energy(_as_matrix(p, shape), _held_norm(shape, p))
+
+
+def spectral_balance(
+    p: Tensor, u: Tensor, friction: Tensor, gain: Tensor, shape: tuple[int, ...], *others: Tensor
+) -> PowerBalance:
+    """Account of a spectral mode at the start of a step, as :func:`spectral_velocity`, each field ``(*batch,)``."""
+    norm = _held_norm(shape, p, *others)
+    return spectral_power_balance(_as_matrix(p, shape), _as_matrix(u, shape), friction, gain, _MUON, norm)
+
+
+def coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
+    """Momenta over what they would be if all efforts had been like the present one, in (0, 1], per mode.
+
+    Gradients that agree give one, pure noise sqrt(friction / (2 - friction)). It is held over the step, as a factor of
+    the energy, which is an energy again. The mean magnitude of efforts is one, so a gradient that vanishes for a moment
+    does not count as disagreement of those before it.
+    """
+    rms = (p.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+    effort = u.square().mean(-1, keepdim=True).clamp(min=1.0).sqrt()
+    return (rms * friction / (gain * effort)).clamp(max=1.0)
+
+
+def coordinate_energy(p: Tensor, energies: Mapping[int, CoordinateEnergy]) -> Tensor:
+    """Energies of coordinates, summed over modes, shape ``(*batch, n)``.
+
+    Args:
+        p: Momenta, shape ``(*batch, modes, n)``.
+        energies: Energies of the modes that count, by number.
+    """
+    return sum(energy.energy(p[..., k, :]) for k, energy in energies.items())
+
+
+def coordinate_balance(
+    p: Tensor, u: Tensor, friction: Tensor, gain: Tensor, energies: Mapping[int, CoordinateEnergy]
+) -> PowerBalance:
+    """Account of the modes of :func:`coordinate_energy`, summed over them, each field ``(*batch, n)``."""
+    velocity = torch.stack([energy.velocity(p[..., k, :]) for k, energy in energies.items()], dim=-2)
+    p, friction, gain = (x[..., list(energies), :] for x in (p, friction, gain))
+    rate, dissipated = velocity * (gain * u - friction * p), velocity * friction * p
+    rate, dissipated, supplied = (x.sum(-2) for x in (rate, dissipated, u * gain * velocity))
+    return PowerBalance(rate, dissipated, supplied, rate + dissipated - supplied)
+
+
+def _as_matrix(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.unflatten(-1, (shape[0], -1))
+
+
+def _held_norm(shape: tuple[int, ...], *momenta: Tensor) -> Tensor:
+    return functools.reduce(torch.maximum, (frobenius_norm(_as_matrix(x, shape)) for x in momenta))

@@ -1,0 +1,93 @@
+"""Parts of a coordinate's system: friction and port held over a step, and networks of its position.
+
+The rule takes explicit steps of unit length, so friction and mass are bounded: the fastest decay rate that they
+can make together stays under 2.71, inside the stability region of rk4 (2.785). The curvature of the potential is
+not bounded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from odeopt.physics import MatrixPart, PositiveDefinite, Potential, mlp
+
+_WIDTHS = (8,)
+
+
+class Modulation(NamedTuple):
+    """Friction, shape ``(*batch, n, modes)``, and port gain ``(*batch, n, modes, 1)``, held over one step."""
+
+    friction: Tensor
+    gain: Tensor
+
+
+class _Bounded(nn.Module):
+    """Elementwise ``limit * tanh(.)``."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return self.limit * torch.tanh(raw)
+
+
+def _from_zero(n_inputs: int, n_outputs: int) -> nn.Sequential:
+    """Build a small network that gives zeros until it is trained."""
+    network = mlp(n_inputs, n_outputs, widths=_WIDTHS)
+    nn.init.zeros_(network[-1].weight)
+    nn.init.zeros_(network[-1].bias)
+    return network
+
+
+def bounded_inverse_mass(dof: int) -> PositiveDefinite:
+    """Inverse mass ``L L^T + eps I`` of a network of q, its eigenvalues bounded on both sides."""
+    n_numbers = dof * (dof + 1) // 2
+    # |L| <= sqrt(.7) + .1, so M^-1 <= .88; with friction under 2 exp(.3) the rate stays under 2.4
+    network = nn.Sequential(_from_zero(dof, n_numbers), _Bounded(0.1 / dof))
+    return PositiveDefinite(dof, network=network, start=0.7)
+
+
+def potential_network(dof: int) -> Potential:
+    """Potential ``V(q) >= 0`` as a network, flat until it is trained."""
+    return Potential(dof, network=_from_zero(dof, 1))
+
+
+class HeldFriction(MatrixPart):
+    """Diagonal friction that the modulation holds, optionally times a bounded network of q.
+
+    Args:
+        dof: Number of modes.
+        depends_on_q: Whether the network is there.
+    """
+
+    is_diagonal = True
+    is_semidefinite = True
+
+    def __init__(self, dof: int, *, depends_on_q: bool) -> None:
+        super().__init__()
+        self.shape, self.depends_on_q = (dof,), depends_on_q
+        self.network = nn.Sequential(_from_zero(dof, dof), _Bounded(0.3)) if depends_on_q else None
+
+    def forward(self, q, z=None):
+        return z.friction if self.network is None else z.friction * self.network(q).exp()
+
+
+class HeldPort(MatrixPart):
+    """Port gains that the modulation holds, optionally times a bounded network of q.
+
+    Args:
+        dof: Number of modes.
+        depends_on_q: Whether the network is there.
+    """
+
+    def __init__(self, dof: int, *, depends_on_q: bool) -> None:
+        super().__init__()
+        self.shape, self.depends_on_q = (dof, 1), depends_on_q
+        self.network = nn.Sequential(_from_zero(dof, dof), _Bounded(1.0)) if depends_on_q else None
+
+    def forward(self, q, z=None):
+        return z.gain if self.network is None else z.gain * self.network(q).exp().unsqueeze(-1)
