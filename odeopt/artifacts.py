@@ -57,7 +57,7 @@ def save(
     Args:
         rule: The rule; its class must be importable under its name and rebuild from ``rule.config``.
         path: The file, by convention ``NAME.safetensors``.
-        trained_for: What the weights were trained for: ``horizon``, a number of steps, ``task``, a name or a
+        trained_for: Account of the training: ``horizon``, a number of steps, ``task``, a name or a
             dictionary that describes the distribution, and anything else that JSON can hold.
         overwrite: Whether an existing file may be replaced.
 
@@ -115,7 +115,7 @@ def load(path: str | os.PathLike[str]) -> UpdateRule:
         path: The file.
 
     Returns:
-        The rule, on the CPU, in the dtypes of the file; ``rule.trained_for`` tells what it was trained for.
+        The rule, on the CPU, in the dtypes of the file; ``rule.trained_for`` is the account of its training.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -145,7 +145,7 @@ def load(path: str | os.PathLike[str]) -> UpdateRule:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what a file of :func:`save` says about its rule, without building it.
+    """Read the fields of a file of :func:`save`, without building its rule.
 
     Args:
         path: The file.
@@ -301,7 +301,7 @@ def _storable(path: Path, name: str, value: Any) -> Tensor:
 
 
 def _check_same(path: Path, found: UpdateRule, wanted: UpdateRule) -> None:
-    """Whether a file gives back the rule that it was made of, also what it does not hold: ties and other buffers."""
+    """Refuse a file that does not give back its rule, ties and buffers outside the file included."""
     if digest(found) != digest(wanted):
         raise ValueError(f"{path}: the rule should keep the weights that it is given. Found others after loading.")
     ties, buffers = [_ties(rule) for rule in (found, wanted)], dict(found.named_buffers())

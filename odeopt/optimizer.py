@@ -43,7 +43,7 @@ class _Placed(NamedTuple):
     handed: list[Tensor]
 
     def is_current(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether parameters and state still are what the bucket steps."""
+        """Return True while the bucket steps these parameters and this state."""
         names = self.bucket.state._fields
         found = (x for param in self.bucket.params for x in map(state.get(param, {}).get, names))
         return all(map(is_, found, self.handed)) and not self.bucket.has_moved()
@@ -181,7 +181,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             closure: Evaluates the model again and returns the loss; called once, with gradients enabled.
 
         Returns:
-            What ``closure`` returned, or None.
+            The loss that ``closure`` returned, or None.
 
         Raises:
             ValueError: If a gradient is sparse or complex, a learning rate out of range, or a state that was put into
@@ -279,10 +279,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Continue bit for bit where the optimizer that gave ``state_dict`` stood.
 
         The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
-        group. A dictionary without, from before there was one, loads with a warning.
+        group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning.
 
         Args:
-            state_dict: What :meth:`state_dict` returned.
+            state_dict: Dictionary that :meth:`state_dict` returned.
 
         Raises:
             ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer.
@@ -292,8 +292,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> None:
-            is_ours = all("n_steps" in group for group in final.get("param_groups", [{}]))
-            require(is_ours, "state_dict", sorted(final), "the state of a LearnedOptimizer")
+            options = self.defaults.keys() - {"rule_digest", "momentum"}
+            missing = {name for group in final.get("param_groups", [{}]) for name in options - group.keys()}
+            lacks = f", with {', '.join(sorted(missing))} in each group"
+            require(not missing, "state_dict", sorted(final), f"the state of a LearnedOptimizer{lacks}")
             check_rule(final["param_groups"], self.rule, self.defaults["rule_digest"])
             restored.update(self._read_state(final))
 
@@ -331,26 +333,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._fetch_skipped()
         state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of what lies side by side
         names = ("rule", "compile", "state_dtype", "capturable", "averaging")
-        return super().__getstate__() | {"state": state} | {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in names} | {"_warned": set()}
+        return super().__getstate__() | {"state": state} | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rules, self._warned = {}, getattr(self, "_warned", set())
+        self._rules = {}
         self._forget_buckets()
-        if "rule_digest" not in self.defaults:  # a pickle from before there was one
-            self.defaults |= {"rule_digest": digest(self.rule), "momentum": 0.0}
         for group in self.param_groups:
-            for option in ("weight_decay", "maximize", "total_steps", "is_table", *_COUNTERS, "rule_digest"):
-                group.setdefault(option, self.defaults[option])
+            group["rule_digest"] = self.defaults["rule_digest"]
 
     def _forget_buckets(self) -> None:
-        """Let the next step lay the parameters out anew, with the state that :attr:`state` holds."""
+        """Let the next step pack the parameters anew, with the state that :attr:`state` holds."""
         self._placed: list[_Placed] = []
         self._is_placed: set[Tensor] = set()
         self._placed_groups: list[list[int]] = []
 
     def _place_counters(self) -> None:
-        """Keep the count of steps where a captured step can raise it, or as a number."""
+        """Keep the count of steps on the device, where a captured step can raise it, or as a number."""
         params = [param for group in self.param_groups for param in group["params"]]
         for group in self.param_groups:
             if self.capturable:
@@ -387,7 +387,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._rules[*key, is_table]
 
     def _compiles(self, rule: UpdateRule, bucket: Bucket) -> bool:
-        """Whether to compile; a rule that is called per tensor would be compiled for each shape."""
+        """Decide about compiling; a rule that is called per tensor would be compiled for each shape."""
         if not bucket.has_values or (rule.crosses_coordinates and not rule.is_staged):
             return False
         return self.compile is True or (self.compile == "auto" and self._n_coordinates >= _WORTH_COMPILING)

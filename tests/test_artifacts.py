@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import odeopt
 from odeopt import artifacts
 from odeopt.artifacts import available_pretrained, load, load_pretrained, read_metadata, save
 from odeopt.rules import (
@@ -430,6 +432,15 @@ def test_shipped_rule_loads_and_moves_a_parameter_by_a_finite_update(name):
         update, state = rule(grad, state, param=param, shape=(3, 4))
         assert update.isfinite().all()
         assert update.abs().max() > 0
+
+
+ROOT = Path(odeopt.__file__).parents[1]
+FILES = sorted([*ROOT.glob("odeopt/pretrained/*.safetensors"), *ROOT.glob("examples/studies/meta_seeds/*.safetensors")])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_file_holds_every_option_of_its_rule(file):
+    assert read_metadata(file)["config"] == load(file).config
 
 
 @pytest.mark.parametrize(("name", "match"), [("no/rule.safetensors", "in a folder that exists"), (".", "a file, not")])

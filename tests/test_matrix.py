@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from odeopt import load_pretrained
 from odeopt.__main__ import main
 from odeopt.artifacts import save
 from odeopt.evaluation import EVALUATION_SEED
-from odeopt.evaluation.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, grid
+from odeopt.evaluation.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, fingerprint, grid
 from odeopt.meta.unroll import unroll
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
@@ -442,3 +444,18 @@ def test_without_a_folder_the_command_makes_one(two_rates, tmp_path, monkeypatch
     assert main(["matrix", "--quick", "--runs", "1", "--cells", "linear"]) == 0
     assert (tmp_path / "runs" / "matrix" / "matrix.png").exists()
     assert "saved" in capsys.readouterr().out
+
+
+def test_cells_that_are_committed_are_of_the_rule_that_ships_and_not_run_again(tmp_path, monkeypatch):
+    committed = Path(odeopt.__file__).parents[1] / "figs" / "matrix.json"
+    path = shutil.copy(committed, tmp_path)
+    cells = grid(datasets=("mnist", "digits"))  # those that were to be had
+    monkeypatch.setattr(odeopt.evaluation.matrix, "_outcome", None)
+    matrix = evaluate_matrix(load_pretrained("port-hamiltonian"), cells, name="port-hamiltonian", path=path)
+    assert matrix.outcomes.keys() == json.loads(committed.read_text())["cells"].keys()
+
+
+def test_comparison_that_is_committed_is_of_the_rule_that_ships():
+    committed = Path(odeopt.__file__).parents[1] / "figs" / "generalisation.json"
+    rule = json.loads(committed.read_text())["rule"]
+    assert rule == {"name": "port-hamiltonian", "sha256": fingerprint(load_pretrained("port-hamiltonian"))}

@@ -165,3 +165,16 @@ def test_fake_tensors_are_averaged():
 def test_powers_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=r"`averaging` should be a non-negative number or None. Found `averaging = "):
         LearnedOptimizer([parameter([1.0], [1.0])], averaging=bad)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"weights": torch.zeros(1)}, torch.zeros(1), 3], ids=["dictionary", "tensor", "number"]
+)
+def test_callers_entries_under_names_are_no_averages(entry):
+    model, optimizer = run(2)
+    optimizer.state["note"] = entry
+    step(model, optimizer, 2)
+    optimizer.eval()
+    optimizer.train()
+    assert optimizer.state["note"] is entry
+    assert_same(model, run(3)[0])

@@ -160,6 +160,15 @@ def test_state_that_does_not_name_its_rule_has_to_have_the_rules_fields():
         second.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("option", ["n_skipped", "is_table", "total_steps", "lr"])
+def test_group_without_an_option_is_refused_by_its_name(option):
+    optimizer = LearnedOptimizer([parameter([1.0], [1.0])], LeakySum())
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0][option]
+    with pytest.raises(ValueError, match=f"should be the state of a LearnedOptimizer, with {option} in each group"):
+        optimizer.load_state_dict(saved)
+
+
 @over_carries
 def test_digest_is_the_same_after_a_copy_and_under_a_scheduler(carry):
     model = small_model()

@@ -35,16 +35,24 @@ class UpdateRule(nn.Module, ABC):
             of the tasks. Such a rule runs many sets of weights at once cheaply.
         fuses: Whether a compiled step is one loop that keeps nothing but its results in memory. A rule of matrix
             products says False; it is compiled for chunks of coordinates.
+        has_fixed_step: Whether the tasks of a batch take the steps that each would take alone. An adaptive solver
+            chooses one step size for all of them.
+        stores_q: Whether the system of a coordinate depends on its position, through networks that a compiler cannot
+            trace.
         chunk_size: Coordinates that an eager step on a CPU takes at a time for each thread: its temporaries are to stay
             in cache.
-        config: Constructor arguments that rebuild the rule; values that JSON can hold.
+        config: All constructor arguments, which rebuild the rule; values that JSON can hold.
+        trained_for: Account of the training of a rule that :func:`odeopt.load` has read; None for others.
     """
 
     registry: ClassVar[dict[str, type[UpdateRule]]] = {}
     crosses_coordinates: bool = True
     uses_layers: bool = False
     fuses: bool = True
+    has_fixed_step: bool = True
+    stores_q: bool = False
     chunk_size: int = 2**16
+    trained_for: Mapping[str, Any] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,7 +87,7 @@ class UpdateRule(nn.Module, ABC):
 
         Args:
             grad: Gradient of the loss, shape ``(*batch, n)``.
-            state: What :meth:`init_state` or the previous call returned.
+            state: State that :meth:`init_state` or the previous call returned.
             param: The parameter, shape ``(*batch, n)``, for rules that look at it.
             shape: Shape of the parameter tensor itself, for signals such as its fan-in; ``(n,)`` by default.
             progress: Fraction of the run that is done, a 0-d tensor in ``[0, 1]``, or None where unknown.
@@ -90,11 +98,11 @@ class UpdateRule(nn.Module, ABC):
 
     @property
     def is_staged(self) -> bool:
-        """Whether the rule looks across coordinates only through the sums of :class:`StagedRule`."""
+        """True if the rule looks across coordinates only through the sums of :class:`StagedRule`."""
         return False
 
     def is_whole(self, shape: torch.Size | tuple[int, ...] | None) -> bool:
-        """Whether a tensor of this shape has to be stepped as a whole although the rule is staged.
+        """True for the shape of a tensor that is stepped as a whole although the rule is staged.
 
         Such a tensor is stepped by :meth:`forward`, with all others of its shape as one more axis of the batch.
         """
@@ -108,7 +116,7 @@ class UpdateRule(nn.Module, ABC):
         """Return a rule of the same weights with other constructor options, such as another ``solver``.
 
         Args:
-            options: What differs from :attr:`config`; it may not change which weights there are.
+            options: Those that differ from :attr:`config`; they may not change which weights there are.
 
         Returns:
             A new rule, on the same device and of the same dtype.
@@ -145,14 +153,14 @@ class Rows(Protocol):
         """Add up the rows of each tensor: ``(*batch, n_rows, k)`` to ``(*batch, n_tensors, k)``."""
 
     def spread(self, x: Tensor | None) -> Tensor | None:
-        """Give each row what its tensor has: ``(*batch, n_tensors, k)`` to ``(*batch, n_rows, k)``."""
+        """Broadcast from each tensor to its rows: ``(*batch, n_tensors, k)`` to ``(*batch, n_rows, k)``."""
 
     def spread_all(self, shared: NamedTuple) -> NamedTuple:
-        """:meth:`spread` each field."""
+        """Broadcast each field."""
 
 
 class _WholeTensor:
-    """The rows of one tensor that is one row: nothing to add up, nothing to spread."""
+    """One tensor that is one row: nothing to add up, nothing to broadcast."""
 
     def sum(self, x: Tensor) -> Tensor:
         return x
@@ -189,7 +197,7 @@ class StagedRule(UpdateRule):
 
     @property
     def is_staged(self) -> bool:
-        """Whether the stages make up the whole step; a subclass may have options under which they do not."""
+        """True if the stages make up the whole step; a subclass may have options under which they do not."""
         return True
 
     @property
@@ -216,8 +224,13 @@ class StagedRule(UpdateRule):
         features: Tensor,
         shared: NamedTuple | None,
         progress: Tensor | None,
+        *,
+        has_param: bool = True,
     ) -> NamedTuple:
-        """What is computed once per tensor from the sums of a stage, and shared by its coordinates."""
+        """Compute once per tensor, from the sums of a stage, the numbers that its coordinates share.
+
+        ``has_param`` is False where the sums are of parameters that are not known, and were taken for zero.
+        """
 
     @abstractmethod
     def advance(self, grad: Tensor, state: NamedTuple, shared: NamedTuple) -> tuple[Tensor, NamedTuple]:
@@ -270,7 +283,7 @@ def adopt_weights(rule: UpdateRule, weights: Mapping[str, Tensor]) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers; on the meta device, or under ``FakeTensorMode``, it has only a shape."""
+    """Return True for a tensor of numbers; on the meta device, or under ``FakeTensorMode``, it has only a shape."""
     return tensor.device.type != "meta" and not is_fake(tensor)
 
 

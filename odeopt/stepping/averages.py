@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], wei
 def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Put the averages into the parameters, and keep the weights; parameters that show theirs stay so."""
     with torch.no_grad():
-        for param, held in state.items():
+        for param, held in _of_params(state):
             if _AVERAGE in held and _WEIGHTS not in held:
                 held[_WEIGHTS] = param.detach().clone()
                 param.copy_(held[_AVERAGE])
@@ -42,11 +42,16 @@ def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
 def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Put the weights back into the parameters that show averages."""
     with torch.no_grad():
-        for param, held in state.items():
+        for param, held in _of_params(state):
             if _WEIGHTS in held:
                 param.copy_(held.pop(_WEIGHTS))
 
 
 def are_shown(state: Mapping[Tensor, dict[str, Any]]) -> bool:
-    """Whether any parameter shows its average."""
-    return any(_WEIGHTS in held for held in state.values())
+    """Return True if any parameter shows its average."""
+    return any(_WEIGHTS in held for _, held in _of_params(state))
+
+
+def _of_params(state: Mapping[Any, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Entries of parameters; callers may keep something else under names of their own."""
+    return ((param, held) for param, held in state.items() if isinstance(param, Tensor))

@@ -1,4 +1,4 @@
-"""Parameters side by side: the layouts in which one call steps many tensors."""
+"""Parameters packed into rows, so that one call steps many tensors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ROW, SHORT_ROW = 1024, 16
 
 
 class Rows(NamedTuple):
-    """Which tensor each row of coordinates belongs to.
+    """Rows of coordinates, packed per tensor.
 
     Attributes:
-        features: What the rule knows of each tensor's shape, shape ``(n_tensors, n_features)``.
+        features: Numbers that the rule derives from each tensor's shape, shape ``(n_tensors, n_features)``.
         tensor: Number of the tensor of each row, int64, shape ``(n_rows,)``; None where one tensor is one row.
         offsets: First row of each tensor, and the number of rows, int64, shape ``(n_tensors + 1,)``; None likewise.
     """
@@ -37,15 +37,15 @@ class Rows(NamedTuple):
         return torch.segment_reduce(x, "sum", offsets=self.offsets, axis=0, unsafe=True)
 
     def spread(self, x: Tensor | None) -> Tensor | None:
-        """Give each row what its tensor has: ``(n_tensors, k)`` to ``(n_rows, k)``."""
+        """Broadcast from each tensor to its rows: ``(n_tensors, k)`` to ``(n_rows, k)``."""
         return x if x is None or self.tensor is None else x[self.tensor]
 
     def spread_all(self, shared: NamedTuple | None) -> NamedTuple | None:
-        """:meth:`spread` each field."""
+        """Broadcast each field."""
         return None if shared is None else type(shared)(*(self.spread(x) for x in shared))
 
     def first(self, x: Tensor) -> Tensor:
-        """What each tensor has, out of what all of its rows hold: ``(n_rows, k)`` to ``(n_tensors, k)``."""
+        """Value of each tensor, which all of its rows hold: ``(n_rows, k)`` to ``(n_tensors, k)``."""
         return x if self.offsets is None else x[self.offsets[:-1]]
 
     def part(self, rows: slice) -> Rows:
@@ -64,18 +64,18 @@ class Bucket:
     Args:
         rule: The rule, on the device of the parameters.
         params: Parameters of one device, dtype and mesh.
-        dtype: Of what the state holds per coordinate; None for float32 or better.
+        dtype: Of the state per coordinate; None for float32 or better.
         is_whole: Whether the rule steps each tensor as a whole; all have one shape then, and a row each.
 
     Attributes:
         params: The parameters.
-        shards: Where each of them lies.
-        dtype: In which the step is computed.
+        shards: Placement of each of them.
+        dtype: Dtype in which the step is computed.
         state: State of the rule in rows; fields of several numbers per coordinate as a tuple of tensors.
         rows: The layout.
         columns: For each field of the state, which axis the columns are; None where the field holds one value per row.
         has_values: Whether there are numbers to look at, as :func:`odeopt.rules.base.has_values` tells.
-        is_on_host: Whether there are, and looking at them does not wait for a device.
+        is_on_host: Whether there are, and reading them takes no host synchronisation.
         n_skipped: Gradients skipped because they were not finite, int64, ``(n_tensors, 1)``.
     """
 
@@ -126,7 +126,7 @@ class Bucket:
             self._grads, self._thetas = ([self._view(x, i, 0) for i in parts] for x in (self.grad, self.theta))
 
     def has_moved(self) -> bool:
-        """Whether a parameter has since been brought to another device or dtype, or cannot be stepped in place now."""
+        """Return True if a parameter has changed its device or dtype, or can no longer be stepped in place."""
         if not self.is_packed and not self.shards[0].local(self.params[0]).is_contiguous():
             return True
         return any(param.device != self.device or param.dtype != self.param_dtype for param in self.params)
@@ -159,7 +159,7 @@ class Bucket:
             torch._foreach_copy_(self._local_params(), self._thetas)
 
     def add_up(self, sums: Tensor) -> Tensor:
-        """Add up over the processes that share the parameters."""
+        """All-reduce over the processes that share the parameters."""
         # without the row of no tensor: a process whose piece of a lone tensor is empty has one, the others do not
         self.shards[0].add_up(sums[: len(self.params)])
         return sums
@@ -185,7 +185,7 @@ class Bucket:
                 self._view(self._storage[name], index, axis).copy_(self.shards[index].local(value, axis))
 
     def init_state(self, index: int, rule: UpdateRule) -> None:
-        """Set the state of one parameter to what the rule begins with."""
+        """Set the state of one parameter to the initial one."""
         local = self.shards[index].local(self.params[index]).detach()
         state = rule.init_state(local.reshape(-1).to(self.dtype))._asdict()
         for name, axis in self._axes.items():

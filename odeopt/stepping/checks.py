@@ -14,6 +14,7 @@ from torch import Tensor
 
 import odeopt.checks
 from odeopt.checks import require
+from odeopt.stepping.shards import is_distributed
 
 # Marks that others leave on tensors of which each process holds a piece, or which hold several tensors in a row:
 # sums across such a tensor would be sums over something else, and only ``DTensor`` says what over.
@@ -44,14 +45,14 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def is_supported(tensor: Tensor) -> bool:
-    """Whether a parameter or a gradient is dense, real and of a floating-point type."""
+    """Return True for a parameter or a gradient that is dense, real and of a floating-point type."""
     return tensor.layout == torch.strided and tensor.is_floating_point()
 
 
 def check_sharding(param: Tensor, name: str | None) -> None:
     """Raise a ValueError where a parameter is a piece of a tensor in a way that the sums across it cannot follow."""
     found = next((owner for mark, owner in _FOREIGN.items() if hasattr(param, mark)), None)
-    if found is None and any(placement.is_partial() for placement in getattr(param, "placements", ())):
+    if found is None and is_distributed(param) and any(placement.is_partial() for placement in param.placements):
         found = f"DTensor of placements {param.placements}"
     if found is not None:
         raise ValueError(

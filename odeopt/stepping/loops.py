@@ -30,7 +30,7 @@ _FAILED: set[tuple] = set()
 
 
 class StepOptions(NamedTuple):
-    """What a step is told beside gradients and state.
+    """Options of a step, beside gradients and state.
 
     Attributes:
         lr: Factor on the update, 0-d.
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
         grad: Gradient, shape ``(n_rows, n_columns)``.
         theta: Parameter, likewise.
         state: State, rows first.
-        columns: Axis of the columns in each field of the state; None for what a tensor holds once.
+        columns: Axis of the columns in each field of the state; None for a field that a tensor holds once.
         shape: Of the bucket's first parameter, for rules that are called per tensor.
         is_staged: Whether the rule takes its stages one by one; else it is called.
     """
@@ -80,10 +80,10 @@ def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, *, compi
     grad, theta, has_grad = bucket.load()
     is_staged = rule.is_staged and not bucket.is_whole
     piece = Piece(bucket.rows, grad, theta, bucket.state, bucket.columns, bucket.params[0].shape, is_staged)
-    known: list[Tensor] = []
-    compile = compile and not bucket.is_whole
-    if not (compile and _step_compiled(rule, bucket, piece, has_grad, options, known)):
-        _step_in_chunks(rule, bucket, piece, has_grad, options, known)
+    is_compiled = compile and not bucket.is_whole
+    is_done, sums = _step_compiled(rule, bucket, piece, has_grad, options) if is_compiled else (False, ())
+    if not is_done:
+        _step_in_chunks(rule, bucket, piece, has_grad, options, sums)
     bucket.store()
 
 
@@ -105,7 +105,7 @@ def _sums(rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None,
 def _shared(
     rule: UpdateRule, stage: int, piece: Piece, sums: Tensor, shared: NamedTuple | None, options: StepOptions
 ) -> NamedTuple:
-    """What the coordinates of each tensor share after a stage; :func:`_sums` added up over rows comes in."""
+    """Numbers that the coordinates of each tensor share after a stage, from :func:`_sums` added up over rows."""
     fields = (piece.rows.first(x) if axis is None else None for x, axis in zip(piece.state, piece.columns, strict=True))
     sums = sums[:, 1:] if stage == 0 else sums
     state = type(piece.state)(*fields)
@@ -130,7 +130,7 @@ def _moved(
     else:
         state = type(state)(*(torch.stack(x, dim=1) if isinstance(x, tuple) else x for x in state))
         if rule.crosses_coordinates:
-            # what becomes of a gradient that is not finite is thrown away, but an adaptive solver would stumble over it
+            # the step of a gradient that is not finite is thrown away, but an adaptive solver would stumble over it
             update, state = _stepped_whole(rule, piece, torch.where(grad.isfinite(), grad, 0.0), state, theta, options)
         else:
             update, state = rule(grad, state, param=theta, progress=options.progress)
@@ -207,9 +207,14 @@ def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _step_in_chunks(
-    rule: UpdateRule, bucket: Bucket, piece: Piece, has_grad: Tensor, options: StepOptions, known: list[Tensor]
+    rule: UpdateRule,
+    bucket: Bucket,
+    piece: Piece,
+    has_grad: Tensor,
+    options: StepOptions,
+    known: tuple[Tensor, ...],
 ) -> None:
-    """Step chunk by chunk; ``known`` are the sums of the first stages, where they have been added up already."""
+    """Step chunk by chunk; ``known`` are the sums of the first stages, where they have been all-reduced already."""
     chunks, is_packed = list(_chunks(rule, bucket, piece)), bucket.is_packed
     broken, shared = None, None
     for stage in range(rule.n_stages if piece.is_staged else 1):
@@ -223,7 +228,7 @@ def _step_in_chunks(
         shared = _shared(rule, stage, piece, sums, shared, options) if piece.is_staged else None
     moves = has_grad & (broken == 0)
     bucket.n_skipped += has_grad & (broken > 0)
-    # a look costs nothing on a CPU, and where every tensor moves no mask is needed; elsewhere it would wait
+    # where every tensor moves no mask is needed; on a CPU that is known without a host synchronisation
     needs_mask = not bucket.is_on_host or not bool(moves[: len(bucket.params)].all())
     for chunk in chunks:
         theta, state = _moved(rule, chunk, shared, options)
@@ -249,7 +254,7 @@ def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
         def cut(x: Tensor | tuple, axis: int | None, start=start, stop=stop) -> Tensor | tuple:
             if isinstance(x, tuple):
                 return tuple(cut(y, axis) for y in x)
-            if axis is None:  # what the chunks of a row have in common: all read it as it was, the last one writes it
+            if axis is None:  # common to the chunks of a row: all read it as it was, the last one writes it
                 return x if stop == n else x.clone()
             return x.narrow(axis, start, stop - start)
 
@@ -269,62 +274,61 @@ def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
 
 
 def _step_compiled(
-    rule: UpdateRule, bucket: Bucket, piece: Piece, has_grad: Tensor, options: StepOptions, known: list[Tensor]
-) -> bool:
-    """Run the step as compiled loops; return whether it is done, and say so where compiling failed.
+    rule: UpdateRule, bucket: Bucket, piece: Piece, has_grad: Tensor, options: StepOptions
+) -> tuple[bool, tuple[Tensor, ...]]:
+    """Run the step as compiled loops, and warn where compiling fails.
 
-    ``known`` receives the sums that other processes have had their part in: one that fails later, and alone, must
-    not ask for them again.
+    Returns:
+        Whether the step is done; and the sums that have been all-reduced so far: a process that fails later, and alone,
+        must not ask the others for them again.
     """
     key = _kind(rule, bucket, options)
     if key in _FAILED:
-        return False
+        return False, ()
     # Sizes that happen to be equal in the first model are not to be taken for one size.
     is_first = key not in _WORKED
     tracing = torch.fx.experimental._config.patch(use_duck_shape=False) if is_first else nullcontext()
-    is_done = True
+    broken, shared, exchanged = None, None, ()
     try:
         with tracing:
-            failure = _run_compiled(rule, bucket, piece, has_grad, options, key, known)
+            if _is_one_call(rule, bucket):
+                _compiled(_step, key)(rule, piece, options, has_grad, bucket.n_skipped)
+                failure = None
+            else:
+                for stage in range(rule.n_stages if rule.is_staged else 1):
+                    if bucket.is_shared:
+                        sums = bucket.add_up(_compiled(_row_sums, key, stage)(rule, stage, piece, shared, options))
+                        exchanged = (*exchanged, sums)
+                        if rule.is_staged:
+                            shared = _compiled(_shared, key, stage)(rule, stage, piece, sums, shared, options)
+                    else:
+                        sums, shared = _compiled(_stage, key, stage)(rule, stage, piece, shared, options)
+                    broken = sums[:, :1] if stage == 0 else broken
+                failure = _move_compiled(rule, bucket, piece, shared, options, broken, has_grad, key)
     except Exception as error:
         if not is_first and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
-        failure, is_done = error, False
+        _give_up(key, error)
+        return False, exchanged
     if failure is None:
         _WORKED.add(key)
-        return True
+    else:
+        _give_up(key, failure)
+    return True, exchanged
+
+
+def _give_up(key: tuple, failure: Exception) -> None:
+    """Step this kind of bucket eagerly from now on."""
     _FAILED.add(key)
     reason = str(failure).strip().splitlines()
     warn_caller(
         f"The step of {key[0].__name__} could not be compiled and runs eagerly, several times slower "
         f"(`compile=False` does so without a warning). {type(failure).__name__}: {reason[0] if reason else ''}"
     )
-    return is_done
 
 
-def _run_compiled(
-    rule: UpdateRule,
-    bucket: Bucket,
-    piece: Piece,
-    has_grad: Tensor,
-    options: StepOptions,
-    key: tuple,
-    known: list[Tensor],
-) -> Exception | None:
-    """Step; return what kept a chunk beside the first from compiling, which was then done eagerly."""
-    if _is_one_call(rule, bucket):
-        _compiled(_step, key)(rule, piece, options, has_grad, bucket.n_skipped)
-        return None
-    broken, shared = None, None
-    for stage in range(rule.n_stages if rule.is_staged else 1):
-        if bucket.is_shared:
-            sums = bucket.add_up(_compiled(_row_sums, key, stage)(rule, stage, piece, shared, options))
-            known.append(sums)
-            if rule.is_staged:
-                shared = _compiled(_shared, key, stage)(rule, stage, piece, sums, shared, options)
-        else:
-            sums, shared = _compiled(_stage, key, stage)(rule, stage, piece, shared, options)
-        broken = sums[:, :1] if stage == 0 else broken
+def _move_compiled(rule, bucket: Bucket, piece: Piece, shared, options, broken, has_grad, key) -> Exception | None:
+    """Move chunk by chunk; return the error of one beside the first that did not compile, and was moved eagerly."""
     move, n_skipped, failure = _compiled(_move, key), bucket.n_skipped, None
     for number, part in enumerate([piece] if rule.fuses else _chunks(rule, bucket, piece)):
         arguments = rule, part, shared, options, broken, has_grad, n_skipped
@@ -379,7 +383,7 @@ def _compiler_options(*, is_small: bool) -> dict:
 
 
 def _kind(rule: UpdateRule, bucket: Bucket, options: StepOptions) -> tuple:
-    """What compiled code depends on; sizes, weights and the values of the options do not enter."""
+    """Key of compiled code: all that it depends on. Sizes, weights and the values of the options do not enter."""
     flags = options.decay is None, options.progress is None, options.maximize, options.lr.device.type
     state = tuple(x[0].dtype if isinstance(x, tuple) else x.dtype for x in bucket.state)
     dtypes = bucket.param_dtype, bucket.dtype, state
@@ -393,7 +397,7 @@ def _is_one_call(rule: UpdateRule, bucket: Bucket) -> bool:
 
 @lru_cache(maxsize=64)
 def _constants(rule: UpdateRule) -> str:
-    """What compiled code of a rule takes for constant: its configuration, and plain attributes of all its parts."""
+    """Constants of compiled code of a rule: its configuration, and plain attributes of all its parts."""
     parts = [
         (path, type(part).__qualname__, [(name, x) for name, x in vars(part).items() if _is_plain(x)])
         for path, part in rule.named_modules()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Shard(NamedTuple):
-    """Where a parameter lies.
+    """Mesh and placements of a parameter.
 
     Attributes:
         shape: Of the whole parameter.
@@ -24,14 +24,14 @@ class Shard(NamedTuple):
 
     @classmethod
     def of(cls, param: Tensor) -> Shard:
-        """Find out where ``param`` lies."""
+        """Read the mesh and the placements of ``param``."""
         if is_distributed(param):
             return cls(param.shape, param.device_mesh, tuple(param.placements))
         return cls(param.shape)
 
     @property
     def group_key(self) -> tuple:
-        """What parameters must have in common to be stepped, and to have their sums added up, together."""
+        """Key that parameters share which are stepped, and have their sums all-reduced, together."""
         return (self.mesh, self._divides)
 
     @property
@@ -46,7 +46,7 @@ class Shard(NamedTuple):
         return tuple(not placement.is_replicate() for placement in self.placements)
 
     def add_up(self, sums: Tensor) -> Tensor:
-        """Sum over the processes that hold the pieces, in place: the one thing that they tell each other."""
+        """All-reduce over the processes that hold the pieces, in place: the one thing that they tell each other."""
         for axis, divides in enumerate(self._divides):
             if divides:
                 torch.distributed.all_reduce(sums, group=self.mesh.get_group(axis))
@@ -88,7 +88,7 @@ class Shard(NamedTuple):
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a ``DTensor``."""
+    """Return True for a ``DTensor``."""
     # what has not been imported has made no tensors; importing it would double the time that `import odeopt` takes
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -1,4 +1,4 @@
-"""State of a parameter as an optimizer keeps and saves it: the rule's fields, and what others keep beside them."""
+"""State of a parameter as an optimizer keeps and saves it: the rule's fields, and entries of others beside them."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def saved_state(
     name: str | None,
     is_of_rule: bool,
 ) -> dict[str, Any]:
-    """State out of a checkpoint: the rule's part matched, the rest where the parameter is, in the dtype it has.
+    """State out of a checkpoint: the rule's part matched, the rest on the parameter's device, in the dtype it has.
 
-    Unless it ``is_of_rule`` for certain, the names are all that tells another rule's state from what others keep, and a
-    state without any field of the rule is refused, too.
+    Unless the state ``is_of_rule`` for certain, names alone tell the fields of another rule from entries of others, so
+    a state without any field of the rule is refused, too.
     """
     fields = state_template(rule, param, dtype)
     others = {key: x.to(param.device) if torch.is_tensor(x) else x for key, x in state.items() if key not in fields}
@@ -52,7 +52,7 @@ def saved_state(
 
 
 def check_rule(groups: list[dict[str, Any]], rule: UpdateRule, digest: int) -> None:
-    """Refuse the saved groups of an optimizer of another rule; warn where they do not say which it was."""
+    """Refuse the saved groups of an optimizer of another rule; warn where the digest was removed."""
     found = {group.get("rule_digest") for group in groups}
     if found - {None, digest}:
         raise ValueError(
