@@ -431,7 +431,7 @@ class PortHamiltonianUpdate(StagedRule):
 
     def coefficients(self, stage, sums, state, features, shared, progress, *, has_param=True):
         """Running scale of the tensor (stage 0), then the coefficients that its network emits (the last stage)."""
-        features = ShapeFeatures.split(features)
+        features = None if self.coordinatewise else ShapeFeatures.split(features)
         if stage == 0:
             shared = self._running_scales(sums, state, features)
             if not self.coordinatewise:
@@ -445,7 +445,7 @@ class PortHamiltonianUpdate(StagedRule):
         signals = [shared.magnitudes, alignment, 0.5 * (p2 + _EPS_SIGNAL).log(), theta_signal, shape_signals]
         return self._with_network(shared, state.memory, signals, features, progress, 0.5 * (v + _EPS_SIGNAL).log())
 
-    def _running_scales(self, sums: Tensor, state, features: ShapeFeatures) -> Shared:
+    def _running_scales(self, sums: Tensor, state, features: ShapeFeatures | None) -> Shared:
         """Mean magnitude of the tensor's gradient over a short and over a long memory."""
         step = state.step + 1
         weight = averaging_weight(step, self.decays.to(step.dtype))
@@ -462,7 +462,7 @@ class PortHamiltonianUpdate(StagedRule):
         return Shared(step, weight[..., :1], scale, slow_scale, divisors[..., :1], carried[..., :1], magnitudes)
 
     def _with_network(
-        self, shared: Shared, memory: Tensor, signals: list[Tensor], features: ShapeFeatures, progress, log_rms
+        self, shared: Shared, memory: Tensor, signals: list[Tensor], features: ShapeFeatures | None, progress, log_rms
     ) -> Shared:
         """Complete what a tensor shares by the coefficients that its network emits."""
         step, network = shared.step, self.coefficient_network
