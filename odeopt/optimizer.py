@@ -25,7 +25,7 @@ from odeopt.stepping.states import check_rule, empty_state, matched_state, saved
 _COUNTERS = ("n_steps", "n_skipped")
 # Coordinates from which on half a minute of compiling is soon earned: a step of a million takes 20 ms eagerly.
 _WORTH_COMPILING = 2**20
-# Parameters from this size on are stepped where they lie, the others side by side in a buffer. On a CPU copying
+# Parameters from this size on are stepped in place, the others packed into a buffer. On a CPU copying
 # costs as much as half a step; on a GPU a call of its own costs more, unless the tensor is large.
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 # Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
@@ -61,11 +61,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ``NamedTuple``, in the shape of the parameter; as in ``torch.optim``, each step changes it in place, and what is
     edited, replaced or deleted there, or in the groups, counts from the next step on.
 
-    The parameters of a group are stepped in a few calls: large ones where they lie, all others (under 2**16
-    coordinates on a CPU, 2**24 on a GPU) of one device and dtype side by side in a buffer. There each is padded to a
+    The parameters of a group are stepped in a few calls: large ones in place, all others (under 2**16
+    coordinates on a CPU, 2**24 on a GPU) of one device and dtype packed into a buffer. There each is padded to a
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
     Matrices that a rule steps by their singular values are stacked by shapes, and stepped without compiling. Rules
-    that look across a tensor otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
+    under which coordinates interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per
+    tensor.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
     weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
@@ -331,7 +332,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
-        state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of what lies side by side
+        state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of packed tensors
         names = ("rule", "compile", "state_dtype", "capturable", "averaging")
         own = {name: getattr(self, name) for name in names} | {"_warned": set()}
         return super().__getstate__() | {"state": state} | own

@@ -88,7 +88,7 @@ class UpdateRule(nn.Module, ABC):
         Args:
             grad: Gradient of the loss, shape ``(*batch, n)``.
             state: State that :meth:`init_state` or the previous call returned.
-            param: The parameter, shape ``(*batch, n)``, for rules that look at it.
+            param: The parameter, shape ``(*batch, n)``, for rules that depend on it.
             shape: Shape of the parameter tensor itself, for signals such as its fan-in; ``(n,)`` by default.
             progress: Fraction of the run that is done, a 0-d tensor in ``[0, 1]``, or None where unknown.
 
@@ -98,7 +98,7 @@ class UpdateRule(nn.Module, ABC):
 
     @property
     def is_staged(self) -> bool:
-        """True if the rule looks across coordinates only through the sums of :class:`StagedRule`."""
+        """True if coordinates interact only through the sums of :class:`StagedRule`."""
         return False
 
     def is_whole(self, shape: torch.Size | tuple[int, ...] | None) -> bool:
@@ -176,12 +176,12 @@ TENSOR = _WholeTensor()
 
 
 class StagedRule(UpdateRule):
-    r"""A rule that looks across the coordinates of a tensor only through a few sums over them.
+    r"""A rule under which the coordinates of a tensor interact only through a few sums over them.
 
     .. math:: c_0 = C_0\Big(\sum_i s_0(g_i, x_i)\Big), \quad c_1 = C_1\Big(\sum_i s_1(g_i, x_i, c_0)\Big), \ \ldots,
               \qquad (\Delta_i, x_i') = A(g_i, x_i, c)
 
-    Sums add up over pieces, so the same methods serve one tensor, the tensors of a model laid side by side, and a
+    Sums add up over pieces, so the same methods serve one tensor, the packed tensors of a model, and a
     tensor of which each process holds a shard. Coordinates that pad a piece have gradient, parameter and state zero;
     they must contribute zero to every sum and keep a zero state.
 

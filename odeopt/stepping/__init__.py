@@ -1,4 +1,4 @@
-"""Stepping many parameters at once: where they lie, where their shards are, and the loops over their coordinates."""
+"""Stepping many parameters at once: packed rows, shards, and the loops over their coordinates."""
 
 from odeopt.stepping.buckets import Bucket, Rows, state_fields, state_template
 from odeopt.stepping.loops import StepOptions, step_bucket

@@ -54,7 +54,7 @@ class Rows(NamedTuple):
 
 
 class Bucket:
-    """One tensor, or many side by side, as rows of coordinates: ``(n_rows, *, n_columns, *)``.
+    """One tensor, or many packed, as rows of coordinates: ``(n_rows, *, n_columns, *)``.
 
     A bucket of one tensor is a single row, and works on gradient and parameter in place. Several tensors are packed
     into rows of :data:`ROW` coordinates, shorter ones where all tensors are smaller, of which no two tensors share one;
@@ -74,7 +74,7 @@ class Bucket:
         state: State of the rule in rows; fields of several numbers per coordinate as a tuple of tensors.
         rows: The layout.
         columns: For each field of the state, which axis the columns are; None where the field holds one value per row.
-        has_values: Whether there are numbers to look at, as :func:`odeopt.rules.base.has_values` tells.
+        has_values: Whether there are numbers, as :func:`odeopt.rules.base.has_values` tells.
         is_on_host: Whether there are, and reading them takes no host synchronisation.
         n_skipped: Gradients skipped because they were not finite, int64, ``(n_tensors, 1)``.
     """

@@ -54,7 +54,7 @@ class Piece(NamedTuple):
         theta: Parameter, likewise.
         state: State, rows first.
         columns: Axis of the columns in each field of the state; None for a field that a tensor holds once.
-        shape: Of the bucket's first parameter, for rules that are called per tensor.
+        shape: Shape of the bucket's first parameter, for rules that are called per tensor.
         is_staged: Whether the rule takes its stages one by one; else it is called.
     """
 

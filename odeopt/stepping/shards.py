@@ -13,9 +13,9 @@ class Shard(NamedTuple):
     """Mesh and placements of a parameter.
 
     Attributes:
-        shape: Of the whole parameter.
+        shape: Shape of the whole parameter.
         mesh: Mesh of the processes that share it; None for a parameter of this process alone.
-        placements: How each axis of the mesh shares it.
+        placements: Placement along each axis of the mesh.
     """
 
     shape: torch.Size
@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 
     @property
     def _divides(self) -> tuple[bool, ...]:
-        """Whether the processes along each axis of the mesh hold pieces, and not copies."""
+        """For each axis of the mesh, True if the processes along it hold pieces, and not copies."""
         # not `is_shard`, which is False of the pieces of pieces that fully_shard makes after tensor parallelism
         return tuple(not placement.is_replicate() for placement in self.placements)
 
@@ -55,7 +55,7 @@ class Shard(NamedTuple):
     def local(self, tensor: Tensor, axis: int = 0) -> Tensor:
         """This process's piece of the parameter, or of a tensor whose axes from ``axis`` on are the parameter's.
 
-        A tensor that lies otherwise, such as a gradient not yet summed, is brought to lie as the parameter does; one
+        A tensor of other placements, such as a gradient not yet summed, is redistributed to those of the parameter; one
         that is no ``DTensor`` beside a parameter that is one is the whole of it.
         """
         if self.mesh is None:

@@ -142,13 +142,13 @@ class PortHamiltonianUpdate(StagedRule):
         matrix_normalization: Efforts of matrices under spectral energies: ``"tensor"``, ``u = -g / a`` as above; or
             ``"coordinate"``, ``u = -g / sqrt(v)``, with which a spectral mode stays passive, but the loss plus the
             stored energy may rise.
-        matrix_scale: How the operator norm of a matrix's steps follows its shape: ``"transfer"``, sqrt(out / rest), for
-            changes of a layer's output that are alike at any width; or ``"muon"``, sqrt(max(1, out / rest)).
+        matrix_scale: Operator norm of a matrix's steps, by its shape: ``"transfer"``, sqrt(out / rest), for changes
+            of a layer's output that are alike at any width; or ``"muon"``, sqrt(max(1, out / rest)).
         initial_matrix_kappa: Step size of the untrained rule for square matrices under spectral energies: about the
             operator norm of a step, in units of the parameter.
-        initial_lookahead: Where the untrained rule evaluates the velocity of a spectral mode, in steps from the start
-            of the step along the momentum's chord: 1 is its end (Muon without Nesterov momentum), ``1 + mu`` the
-            Nesterov point of a momentum that decays by ``mu`` per step.
+        initial_lookahead: Point at which the untrained rule evaluates the velocity of a spectral mode, in steps from
+            its start along the momentum's chord: 1 is its end (Muon without Nesterov momentum), ``1 + mu`` the Nesterov
+            point of a momentum that decays by ``mu`` per step.
         initial_coherence: Power of the momentum's coherence in the size of a spectral step under the untrained rule:
             the momentum over what it would be if all gradients had been like the present one. With 1 (and the norm
             of the momentum in place of that of its orthogonalised form) steps shrink where gradients are mostly noise,

@@ -159,7 +159,7 @@ def run_length(step: Tensor, progress: Tensor) -> Tensor:
 
 
 def progress_signals(step: Tensor, progress: Tensor | None, *, sees_length: bool) -> tuple[Tensor, Tensor]:
-    """Whether the progress is known; and the progress, or in its place a bounded signal of the length of the run.
+    """Signals of progress: one where it is known; and itself, or in its place a bounded signal of the run's length.
 
     The length is zero at 100 steps, and while it is not known.
     """
