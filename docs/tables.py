@@ -220,12 +220,53 @@ def suite_in_full() -> str:
     return NO_SUITE if found is None else f"{suite()}\n\nAll numbers:\n\n{found.table(markdown=True)}"
 
 
+def suite_in_short() -> str:
+    """Training / held-out losses over those of tuned AdamW: of the first learned rule, and of the opponents."""
+    found = read_suite()
+    if found is None:
+        return NO_SUITE
+    learned = [name for name, contender in found.contenders.items() if contender.is_learned]
+    names = [learned[0], *(name for name in found.contenders if name not in (*learned, REFERENCE))]
+
+    def cell(problem: str, name: str) -> str:
+        train, held_out = (found.ratio(problem, name, of).mean for of in ("train", "held_out"))
+        return f"{train:.2f} / {held_out:.2f}"
+
+    rows = [[problem, *(cell(problem, name) for name in names)] for problem in found.problems]
+    rows = [[row[0], f"**{row[1]}**", *row[2:]] for row in rows]
+    caption = (
+        "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
+        f"{found.n_runs} paired runs; below one is better. The learned rule is used as it is, at `lr=1`; the\n"
+        "opponents' learning rates are chosen by grid for each network, but for Adam's and Prodigy's (`python -m\n"
+        "odeopt suite --out figs`; intervals and all numbers: [Results](docs/results.md))."
+    )
+    return f"{caption}\n\n{table(['network', *(found.contenders[name].title for name in names)], rows)}"
+
+
 def with_suite(readme: str) -> str:
     """Put the table of the suite between its marks, or leave what is there where there is none."""
     before, rest = readme.split(MARKS[0])
     now, after = rest.split(MARKS[1])
-    ratios = suite()
+    ratios = suite_in_short()
     return MARKS[0].join([before, MARKS[1].join([now if ratios == NO_SUITE else f"\n\n{ratios}\n\n", after])])
+
+
+def coordinate_check() -> str:
+    """Changes of each layer's output over the width of a perceptron."""
+    content = read("coordinate_check")
+    rows = [
+        [
+            name,
+            layer,
+            str(n_steps),
+            *(f"{at_width[k][i]:.3g}" for at_width in values),
+            f"{values[-1][k][i] / values[0][k][i]:.2f}",
+        ]
+        for name, values in content["changes"].items()
+        for i, layer in enumerate(content["layers"])
+        for k, n_steps in enumerate(content["steps"])
+    ]
+    return table(["optimizer", "layer", "steps", *map(str, content["widths"]), "widest / narrowest"], rows)
 
 
 def tensor(values: Sequence[float | None]) -> torch.Tensor:
@@ -235,6 +276,7 @@ def tensor(values: Sequence[float | None]) -> torch.Tensor:
 
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
+    "coordinate_check": coordinate_check,
     "generalisation": generalisation,
     "matrix": matrix,
     "meta_seeds": meta_seeds,

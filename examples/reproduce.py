@@ -44,7 +44,7 @@ STAGES = (
     ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),
     ("suite", 150, "-m odeopt suite --out {out}", "--quick"),
     ("kinetic", 90, "kinetic.py --out {out}", "--dataset digits --steps 20 --problems perceptron vit"),
-    ("coordinate_check", 12, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
+    ("coordinate_check", 2, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

@@ -30,7 +30,7 @@ QUICKER = {
         ("n_meta_steps=200, n_tasks=8, horizon=100", "n_meta_steps=2, n_tasks=2, horizon=5"),
         ("n_steps=100, n_runs=10", "n_steps=5, n_runs=2"),
     ],
-    "docs/write-a-rule.md": [("n_meta_steps=300, n_tasks=64", "n_meta_steps=40, n_tasks=16")],
+    "docs/write-a-rule.md": [("n_meta_steps=300,\n    n_tasks=64", "n_meta_steps=40,\n    n_tasks=16")],
     "docs/physical-systems.md": [
         ("make_data(mechanism)", "make_data(mechanism, n=4)"),
         ("n_passes=1000", "n_passes=1"),
@@ -136,6 +136,7 @@ def test_pages_have_every_table_once(tables):
 @pytest.mark.parametrize(
     ("name", "file", "place", "value", "shown"),
     [
+        ("coordinate_check", "coordinate_check", "steps", [1, 10, 7891], "| 7891 |"),
         ("ablation", "ablation", "columns/relu, 100 steps/one mode/score", 7.8912, "7.891 ±"),
         ("matrix", "matrix", "cells/mnist linear, 100 steps/rule/scores", [7.0] * 5, "mnist linear, 100 steps | 2"),
         ("meta_seeds", "meta_seeds", "mnist/784-20-10, relu, 100 steps/lstm-mnist/score", 7.8912, "7.891 ±"),
@@ -179,8 +180,11 @@ def test_table_of_the_readme_is_that_of_the_suite(tables, tiny_suite):
         for contender in tiny_suite.contenders:
             assert found.ratio(problem, contender) == pytest.approx(tiny_suite.ratio(problem, contender), rel=1e-4)
     readme = tables.with_suite(PAGES["README.md"])
-    assert tables.table(["problem", "sgd, training loss", "sgd, held-out loss", "Nesterov, cosine"], [])[:60] in readme
-    assert tiny_suite.summary("sgd").split(";")[0] in readme
+    assert "| network | sgd | Nesterov, cosine |" in readme
+    for problem in tiny_suite.problems:
+        train, held_out = (tiny_suite.ratio(problem, "sgd", of).mean for of in ("train", "held_out"))
+        assert f"| {problem} | **{train:.2f} / {held_out:.2f}** | " in readme
+    assert tiny_suite.summary("sgd").split(";")[0] in tables.suite()
     assert readme.split(tables.MARKS[0])[0] == PAGES["README.md"].split(tables.MARKS[0])[0]
     assert readme.split(tables.MARKS[1])[1] == PAGES["README.md"].split(tables.MARKS[1])[1]
     assert tables.with_suite(readme) == readme

@@ -415,10 +415,17 @@ def test_a_scaled_task_multiplies_the_loss_and_the_start():
     for name in start:
         assert torch.equal(0.25 * start[name], scaled[name])
     assert task.param_shapes == plain.param_shapes
-    batch = task.sample_batch(index, 2, 1)
+    units, *batch = task.sample_batch(index, 2, 1)
+    assert units.eq(1).all()
     assert all(torch.equal(x, y) for x, y in zip(batch, plain.sample_batch(index, 2, 1), strict=True))
-    assert torch.equal(task.loss(start, batch), 8 * plain.loss(start, batch))
-    assert task.describe() == {"task": "ScaledTask", "loss_scale": 8.0, "init_scale": 0.25, "of": plain.describe()}
+    assert torch.equal(task.loss(start, (units, *batch)), 8 * plain.loss(start, batch))
+    assert task.describe() == {
+        "task": "ScaledTask",
+        "loss_scale": 8.0,
+        "init_scale": 0.25,
+        "log_range": 0.0,
+        "of": plain.describe(),
+    }
     assert task.to("cpu") is task
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
-from odeopt.report import draw_table, new_figure, save_figure, style
+from odeopt.report import PALETTE, draw_table, new_figure, save_figure, style
 
 LAYERS = ("first layer", "hidden layer", "head")
 OPTIMIZERS = {
@@ -112,7 +112,7 @@ def plot(widths: list[int], steps: list[int], changes: dict[str, Tensor], path: 
         for k, (axes, n_steps) in enumerate(zip(panels, steps, strict=True)):
             for dash, (name, values) in zip(("solid", "dashed", "dotted"), changes.items(), strict=True):
                 for i, layer in enumerate(LAYERS):
-                    axes.plot(widths, values[:, k, i], color=f"C{i}", linestyle=dash, label=f"{name}, {layer}")
+                    axes.plot(widths, values[:, k, i], color=PALETTE[i], linestyle=dash, label=f"{name}, {layer}")
             axes.set(xscale="log", yscale="log", xlabel="width", title=f"after {n_steps} step{'s' * (n_steps > 1)}")
             axes.set_xticks(widths, map(str, widths))
             axes.minorticks_off()
@@ -124,11 +124,11 @@ def plot(widths: list[int], steps: list[int], changes: dict[str, Tensor], path: 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=arguments.positive, default=[32, 64, 128, 256, 512, 1024],
-                        help="widths of the hidden layers (default: 32 64 128 256 512 1024)")  # fmt: skip
+    parser.add_argument("--widths", nargs="+", type=arguments.positive, default=[32, 64, 128, 256, 512],
+                        help="widths of the hidden layers (default: 32 64 128 256 512)")  # fmt: skip
     parser.add_argument("--steps", nargs="+", type=arguments.positive, default=[1, 10, 100],
                         help="when to measure, rising (default: 1 10 100)")  # fmt: skip
-    parser.add_argument("--runs", type=arguments.positive, default=3, help="seeds (default: %(default)s)")
+    parser.add_argument("--runs", type=arguments.positive, default=2, help="seeds (default: %(default)s)")
     parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--out", type=arguments.folder, default="runs/coordinate-check", help="folder of "
                         "coordinate_check.json and coordinate_check.png (default: %(default)s)")  # fmt: skip

@@ -43,7 +43,8 @@ class MetaConfig:
         ValueError: If a setting is out of range.
 
     Example:
-        >>> MetaConfig(horizon=50, estimator=Hybrid(threshold=3.0), objective=MetaObjective("late"))
+        >>> from odeopt.meta import Hybrid, MetaObjective
+        >>> config = MetaConfig(horizon=50, estimator=Hybrid(threshold=3.0), objective=MetaObjective("late"))
     """
 
     n_meta_steps: int = 150
