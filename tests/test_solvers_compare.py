@@ -24,6 +24,7 @@ from odeopt.solvers import (
 from odeopt.solvers.compare import shortened
 from odeopt.solvers.initial_value import flatten, map_state
 from odeopt.solvers.reference import reference
+from odeopt.solvers.tables import attainable
 
 F64 = torch.float64
 METHODS = comparable_methods()
@@ -434,7 +435,7 @@ def test_the_command_prints_tables_and_leaves_file_and_figures(tmp_path, capsys)
         "solvers_adaptive_seconds.png",
         "solvers_orders.png",
     } < files
-    assert "Evaluations to a relative error of 1e-06, float64" in printed
+    assert "Evaluations to a relative error of 0.0001, float64" in printed
     assert f"saved {tmp_path / 'new' / 'solvers.json'}" in printed
     assert SolverComparison.load(tmp_path / "new" / "solvers.json").problems == ["A3", "pendulum"]
     command = ["solvers", "--quick", "--problems", "A1", "--methods", "rk4", "--out", str(tmp_path)]
@@ -459,3 +460,15 @@ def test_options_are_read_before_any_work(options, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["solvers", *options])
     assert options[0] in capsys.readouterr().err
+
+
+def test_default_accuracy_is_one_that_half_of_the_methods_reach():
+    blank = {"group": "g", "kind": "fixed", "dtype": "float64", "setting": 1.0, "level": 0}
+
+    def found(*errors):
+        runs = [SolverRun("p", **blank, method=f"m{i}", error=error) for i, error in enumerate(errors)]
+        return attainable(SolverComparison(tuple(runs), (), {}), "float64")
+
+    assert found(1e-9, 4e-4, 0.2) == 1e-3
+    assert found(1e-9, 1e-8, 0.2) == 1e-6  # no need for more
+    assert found(1e-9, None, None) == 1.0

@@ -19,11 +19,12 @@ from odeopt.solvers.tables import draw_tables
 class SolverComparison(Runs):
     """Runs of solvers beside each other, with their tables and figures."""
 
-    def table(self, *, target: float = 1e-6, n_evals: int = 500, markdown: bool = False) -> str:
+    def table(self, *, target: float | None = None, n_evals: int = 500, markdown: bool = False) -> str:
         """Tables of the work that an accuracy takes, of orders, of energies and gradients, and of failures.
 
         Args:
-            target: The accuracy, a relative error.
+            target: The accuracy, a relative error; None for 1e-6, or the least power of ten that half of the methods reach
+                on half of their problems, if that is larger.
             n_evals: Evaluations at which errors of state, energy and gradient stand beside each other.
             markdown: Whether to write markdown tables rather than aligned plain ones.
 

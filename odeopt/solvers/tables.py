@@ -14,14 +14,15 @@ _NEVER = "-"
 Table = tuple[list[tuple[str, str]], list[list[str]]]
 
 
-def draw_tables(comparison: Runs, *, target: float, n_evals: int, markdown: bool) -> str:
+def draw_tables(comparison: Runs, *, target: float | None, n_evals: int, markdown: bool) -> str:
     """Draw the tables of a comparison; see :meth:`odeopt.solvers.SolverComparison.table`."""
     parts = []
     for dtype in comparison.dtypes:
-        at = f"to a relative error of {target:g}, {dtype}"
+        error = attainable(comparison, dtype) if target is None else target
+        at = f"to a relative error of {error:g}, {dtype}"
         parts += [
-            (f"Evaluations {at}", _work(comparison, target, dtype, "n_evals")),
-            (f"Milliseconds {at}", _work(comparison, target, dtype, "seconds")),
+            (f"Evaluations {at}", _work(comparison, error, dtype, "n_evals")),
+            (f"Milliseconds {at}", _work(comparison, error, dtype, "seconds")),
             (f"Relative errors at no more than {n_evals:,} evaluations, {dtype}", _errors(comparison, n_evals, dtype)),
         ]
     if comparison.orders:
@@ -31,6 +32,18 @@ def draw_tables(comparison: Runs, *, target: float, n_evals: int, markdown: bool
     separator = "  \n" if markdown else "\n"
     drawn = [f"{title}\n\n{draw_table(headers, rows, markdown=markdown)}" for title, (headers, rows) in parts]
     return "\n\n".join([*drawn, separator.join(_caption(comparison))])
+
+
+def attainable(comparison: Runs, dtype: str) -> float:
+    """Least power of ten, from 1e-6 on, that half of the methods reach on half of their problems; 1 at most."""
+    reached = []
+    for method in comparison.methods:
+        runs = comparison.select(method=method, dtype=dtype)
+        errors = [[run.error for run in runs if run.problem == p] for p in _applicable(comparison, method, dtype)]
+        least = [min((error for error in of_one if error is not None), default=math.inf) for of_one in errors]
+        reached += [statistics.median(least)] if least else []
+    middle = min(1.0, statistics.median(reached)) if reached else 1.0
+    return 10.0 ** max(-6, math.ceil(math.log10(max(middle, 1e-6))))
 
 
 def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
