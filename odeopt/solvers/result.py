@@ -23,8 +23,8 @@ class SolverComparison(Runs):
         """Tables of the work that an accuracy takes, of orders, of energies and gradients, and of failures.
 
         Args:
-            target: The accuracy, a relative error; None for 1e-6, or the least power of ten that half of the methods reach
-                on half of their problems, if that is larger.
+            target: The accuracy, a relative error; None for 1e-6, or the least power of ten that half of the methods
+                reach on half of their problems, if that is larger.
             n_evals: Evaluations at which errors of state, energy and gradient stand beside each other.
             markdown: Whether to write markdown tables rather than aligned plain ones.
 
