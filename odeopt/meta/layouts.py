@@ -222,7 +222,7 @@ class CompiledSteps:
     def __init__(self, rule: UpdateRule) -> None:
         is_staged = isinstance(rule, StagedRule) and rule.is_staged
         require(is_staged, "rule", type(rule).__name__, "a staged rule where its steps are to be compiled")
-        is_simple = not getattr(rule, "stores_q", False)
+        is_simple = not rule.stores_q
         require(is_simple, "rule", rule, "one without networks of positions where its steps are to be compiled")
         self.rule = rule
         self._compiled = torch.compile(_forward_rows, dynamic=True, fullgraph=True)

@@ -78,7 +78,7 @@ class EvolutionStrategies(Estimator):
         noise = Noise(weights, seed, world.broadcast(int(indices[0])))
         n_runs = 2 * self.n_pairs  # w + sigma eps and w - sigma eps of a pair come one after the other
         # an adaptive solver would choose its steps for all perturbations together
-        length = min(self.chunk or n_runs, n_runs) if getattr(rule, "has_fixed_step", True) else 1
+        length = min(self.chunk or n_runs, n_runs) if rule.has_fixed_step else 1
         options = {"n_steps": horizon, "seed": seed, "total_steps": horizon if tells_horizon else None}
         options |= {"update_scale": update_scale, "held_out": objective.held_out}
         losses = []

@@ -192,7 +192,7 @@ class PersistentEvolutionStrategies(Estimator):
                 group.params, group.states, group.first = _nothing(rule, task, options["seed"])
             return torch.zeros(0, n_runs, dtype=torch.float64, device=group.first.device)
         # an adaptive solver would choose its steps for all perturbations together
-        length, pieces = n_runs if getattr(rule, "has_fixed_step", True) else 1, []
+        length, pieces = n_runs if rule.has_fixed_step else 1, []
         for at in range(0, n_runs, length):
             stacked = perturbed(rule, noise.perturbed(range(at, at + length), self.sigma))
             carried = {} if group.params is None else group.rows(at * n, (at + length) * n)
