@@ -84,7 +84,9 @@ def _zoom(axes: Axes, means: list[Tensor]) -> None:
     if ends:
         lowest = finite.min().item()
         axes.set_ylim(0.93 * lowest, max(1.3 * max(ends), lowest * (finite.max().item() / lowest) ** 0.5))
-    use_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
+    low, high = axes.get_ylim()
+    if high < 1e3 * low:  # over more powers of ten their labels would cover each other
+        use_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
 
 
 def _draw_ratios(
