@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def write_json(path: str | os.PathLike, content: Any, *, is_by_row: bool = False, sort_keys: bool = False) -> None:
@@ -27,3 +30,31 @@ def write_json(path: str | os.PathLike, content: Any, *, is_by_row: bool = False
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(
+    path: str | os.PathLike, parse: Callable[[Any], T], *, wanted: str, header: Mapping[str, Any] | None = None
+) -> T:
+    """Read JSON that :func:`write_json` left, or anybody else.
+
+    Args:
+        path: The file.
+        parse: Makes the result out of the content.
+        wanted: What the file should be, in words, for the error.
+        header: Values that fields of the content should have, by name.
+
+    Returns:
+        The result of ``parse``.
+
+    Raises:
+        ValueError: If the file is not JSON, its header is another one, or ``parse`` finds a field missing or unfit.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        for name, value in (header or {}).items():
+            if content[name] != value:
+                raise ValueError(f"field `{name}` should be {value!r}. Found {content[name]!r}")
+        return parse(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"field {error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not {wanted}: {reason}.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from odeopt.checks import require
 from odeopt.evaluation import Interval, fast_batch, student_interval
-from odeopt.files import write_json
+from odeopt.files import read_json, write_json
 from odeopt.meta.unroll import unroll
 from odeopt.report import draw_table
 from odeopt.rules.base import UpdateRule
@@ -305,18 +304,14 @@ def read_columns(path: str | os.PathLike, header: Mapping[str, Any]) -> dict[str
     """
     if not Path(path).exists():
         return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        for name, wanted in header.items():
-            if content[name] != wanted:
-                raise ValueError(f"field `{name}` should be {wanted!r}. Found {content[name]!r}")
+
+    def parse(content: Mapping[str, Any]) -> dict[str, dict[str, Curves]]:
         return {
             column: {name: Curves(**{field: _curve(rows) for field, rows in x.items()}) for name, x in by_name.items()}
             for column, by_name in content["columns"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"field {error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: not a file that can be continued here: {reason}.") from error
+
+    return read_json(path, parse, wanted="a file that can be continued here", header=header)
 
 
 def _curve(rows: list[list[float | None]]) -> Tensor:

@@ -24,7 +24,7 @@ from odeopt.evaluation.baselines import TUNING_SEED, Family, tune
 from odeopt.evaluation.compare import EVALUATION_SEED, run
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
 from odeopt.evaluation.result import scores_of
-from odeopt.files import write_json
+from odeopt.files import read_json, write_json
 from odeopt.report import draw_table, plot_ratios
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
@@ -315,18 +315,14 @@ def fingerprint(rule: UpdateRule) -> str:
 
 def _read(path: str | os.PathLike, header: Mapping[str, Any]) -> dict[str, dict[str, Outcome]]:
     """Outcomes by cell and optimizer, from a file whose header is as wanted."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        for name, wanted in header.items():
-            if content[name] != wanted:
-                raise ValueError(f"field `{name}` should be {wanted!r}. Found {content[name]!r}")
+
+    def parse(content: Mapping[str, Any]) -> dict[str, dict[str, Outcome]]:
         return {
             cell: {name: _from_json(**outcome) for name, outcome in outcomes.items()}
             for cell, outcomes in content["cells"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"field {error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: not a matrix that can be used here: {reason}.") from error
+
+    return read_json(path, parse, wanted="a matrix that can be used here", header=header)
 
 
 def _from_json(scores: list[float | None], n_diverged: int, lr: float | None) -> Outcome:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from odeopt.checks import require
-from odeopt.files import write_json
+from odeopt.files import read_json, write_json
 from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
 from odeopt.suite.result import Outcome, Suite
@@ -164,14 +164,13 @@ class _Store:
     def _read(self) -> None:
         if not self._path.exists():
             return
-        try:
-            records = json.loads(self._path.read_text(encoding="utf-8"))["runs"]
-            for record in records.values():
+
+        def checked(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+            for record in content["runs"].values():
                 _from_json(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"field {error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{self._path}: not a suite that can be continued: {reason}.") from error
-        self._records |= records
+            return content["runs"]
+
+        self._records |= read_json(self._path, checked, wanted="a suite that can be continued")
 
 
 @contextmanager
