@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from odeopt.report import line_styles, new_figure, save_figure, style
+from odeopt.report import line_styles, new_figure, panel_grid, save_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +42,8 @@ def plot_generalisation(
     with style():
         n_columns = min(n_columns, len(panels))
         n_rows = -(-len(panels) // n_columns)
-        figure, _ = new_figure(4.6 * n_columns + 0.4, 3.1 * n_rows + 0.7)
-        figure.clear()
-        cells = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
-        for cell in cells[len(panels) :]:
-            cell.set_axis_off()
+        figure, _ = new_figure(4.6 * n_columns + 0.4, 3.1 * n_rows + 0.7, n_columns=0)
+        cells = panel_grid(figure, len(panels), n_columns)
         for axes, (name, curves) in zip(cells, panels.items(), strict=False):
             axes.set(xscale="log", yscale="log", title=name)
             drawn = {optimizer: curve for optimizer, curve in curves.items() if curve.numel()}

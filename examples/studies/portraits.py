@@ -124,8 +124,7 @@ def plot_physics(
     names = list(dict.fromkeys(name for portrait in portraits.values() for name in portrait.paths))
     styles = line_styles({name: name == shown for name in names if name != "truth"})
     with style():
-        figure, _ = new_figure(15.5, 2.45 * len(portraits) + 0.9)
-        figure.clear()
+        figure, _ = new_figure(15.5, 2.45 * len(portraits) + 0.9, n_columns=0)
         rows = figure.subplots(len(portraits), 2 + len(_PARTS), squeeze=False)
         for row, (system, portrait) in zip(rows, portraits.items(), strict=True):
             _draw_motion(row[0], row[1], portrait, styles)

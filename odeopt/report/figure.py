@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 # Okabe and Ito (2008), Color universal design; yellow is left out, which white paper swallows
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -60,7 +60,7 @@ def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure,
     Args:
         width: In inches.
         height: In inches.
-        n_columns: Number of axes side by side.
+        n_columns: Number of axes side by side; 0 for a figure that is laid out by its caller.
 
     Returns:
         The figure and its axes.
@@ -70,7 +70,26 @@ def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure,
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, n_columns, squeeze=False)[0])
+    return figure, panel_grid(figure, n_columns, n_columns) if n_columns else []
+
+
+def panel_grid(figure: FigureBase, n_panels: int, n_columns: int, **options: Any) -> list[Axes]:
+    """Lay out panels row by row; the rest of the last row stays empty.
+
+    Args:
+        figure: The figure, or a part of it.
+        n_panels: Number of panels.
+        n_columns: Panels in a row.
+        options: Further arguments of ``Figure.subplots``.
+
+    Returns:
+        The axes of all cells, of one row at least; those beyond the panels are switched off.
+    """
+    n_rows = max(1, -(-n_panels // n_columns))
+    cells = list(figure.subplots(n_rows, n_columns, squeeze=False, **options).flatten())
+    for cell in cells[n_panels:]:
+        cell.set_axis_off()
+    return cells
 
 
 def use_logarithms(axes: Axes) -> None:

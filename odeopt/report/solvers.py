@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from odeopt.report.figure import PALETTE, new_figure, save_figure, style, use_logarithms
+from odeopt.report.figure import PALETTE, new_figure, panel_grid, save_figure, style, use_logarithms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,25 +113,21 @@ def plot_panels(
     with style():
         n_columns = max(1, min(n_columns, len(panels)))
         n_rows = max(1, -(-len(panels) // n_columns))
-        figure, _ = new_figure(2.9 * n_columns + 1.4, 2.75 * n_rows + 1.1)
-        figure.clear()
-        cells = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
-        flat = list(cells.flatten())
-        for cell in flat[len(panels) :]:
-            cell.set_axis_off()
-        for axes, (name, curves) in zip(flat, panels.items(), strict=False):
+        figure, _ = new_figure(2.9 * n_columns + 1.4, 2.75 * n_rows + 1.1, n_columns=0)
+        cells = panel_grid(figure, len(panels), n_columns, sharex=True, sharey=True)
+        for axes, (name, curves) in zip(cells, panels.items(), strict=False):
             axes.set_title(name)
             _draw(axes, curves, methods)
         errors = [error for curves in panels.values() for points in curves.values() for _, error in points]
-        flat[0].set_ylim(0.5 * max(min(errors, default=_FLOOR), _FLOOR), _CEILING)
-        for i, axes in enumerate(flat[: len(panels)]):
+        cells[0].set_ylim(0.5 * max(min(errors, default=_FLOOR), _FLOOR), _CEILING)
+        for i, axes in enumerate(cells[: len(panels)]):
             axes.tick_params(labelbottom=True, labelleft=i % n_columns == 0)
             if i + n_columns >= len(panels):
                 axes.set_xlabel(xlabel)
             if i % n_columns == 0:
                 axes.set_ylabel(ylabel)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        handles = [flat[0].plot([], [], label=name, **method_style(name, kind))[0] for name, kind in methods.items()]
+        handles = [cells[0].plot([], [], label=name, **method_style(name, kind))[0] for name, kind in methods.items()]
         n_in_row = max(2, min(6, 2 * n_columns))
         figure.legend(handles=handles, loc="outside lower center", ncols=n_in_row, frameon=False, handlelength=3)
         return save_figure(figure, path)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from odeopt.report.figure import line_styles, new_figure, save_figure, style, use_plain_numbers
+from odeopt.report.figure import line_styles, new_figure, panel_grid, save_figure, style, use_plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,12 +50,9 @@ def plot_suite(
         n_columns = min(n_columns, len(curves))
         n_rows = -(-len(curves) // n_columns)
         heights = (2.7 * n_rows, 0.24 * len(curves) * len(is_learned) ** 0.5 + 1.2)
-        figure, _ = new_figure(max(9.6, 3.6 * n_columns), sum(heights) + 0.8)
-        figure.clear()
+        figure, _ = new_figure(max(9.6, 3.6 * n_columns), sum(heights) + 0.8, n_columns=0)
         upper, lower = figure.subfigures(2, 1, height_ratios=heights)
-        cells = upper.subplots(n_rows, n_columns, squeeze=False).flatten()
-        for cell in cells[len(curves) :]:
-            cell.set_axis_off()
+        cells = panel_grid(upper, len(curves), n_columns)
         for axes, (problem, by_name) in zip(cells, curves.items(), strict=False):
             axes.set(yscale="log", title=problem, xlabel="optimizer step")
             means = {name: losses.log().mean(1).exp() for name, (_, losses) in by_name.items()}
