@@ -29,7 +29,9 @@ from odeopt.suite.result import Outcome
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "studies"))
 
-from held_out import read_columns, summary_tables  # noqa: E402 (of a study, which the package does not hold)
+# of studies, which the package does not hold
+from coordinate_check import table as changes_of_outputs  # noqa: E402
+from held_out import read_columns, summary_tables  # noqa: E402
 
 FIGS = ROOT / "figs"
 MARKS = "<!-- table of figs/suite.json -->", "<!-- end of the table -->"
@@ -232,8 +234,8 @@ def suite_in_short() -> str:
         train, held_out = (found.ratio(problem, name, of).mean for of in ("train", "held_out"))
         return f"{train:.2f} / {held_out:.2f}"
 
-    rows = [[problem, *(cell(problem, name) for name in names)] for problem in found.problems]
-    rows = [[row[0], f"**{row[1]}**", *row[2:]] for row in rows]
+    first, *others = names
+    rows = [[p, f"**{cell(p, first)}**", *(cell(p, name) for name in others)] for p in found.problems]
     caption = (
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
         f"{found.n_runs} paired runs; below one is better. The learned rule is used as it is, at `lr=1`; the\n"
@@ -253,20 +255,7 @@ def with_suite(readme: str) -> str:
 
 def coordinate_check() -> str:
     """Changes of each layer's output over the width of a perceptron."""
-    content = read("coordinate_check")
-    rows = [
-        [
-            name,
-            layer,
-            str(n_steps),
-            *(f"{at_width[k][i]:.3g}" for at_width in values),
-            f"{values[-1][k][i] / values[0][k][i]:.2f}",
-        ]
-        for name, values in content["changes"].items()
-        for i, layer in enumerate(content["layers"])
-        for k, n_steps in enumerate(content["steps"])
-    ]
-    return table(["optimizer", "layer", "steps", *map(str, content["widths"]), "widest / narrowest"], rows)
+    return changes_of_outputs(read("coordinate_check"), markdown=True)
 
 
 def tensor(values: Sequence[float | None]) -> torch.Tensor:

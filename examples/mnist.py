@@ -7,7 +7,6 @@ batches, first with sigmoid activations (what all rules but the general one were
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from odeopt.meta import meta_train
 from odeopt.meta.files import load_config
 from odeopt.ode import available_methods
 from odeopt.rules import UpdateRule
-from odeopt.tasks import DATASETS, DatasetCorrupt, ImageDataset, MLPClassification, load_dataset_or_digits
+from odeopt.tasks import DATASETS, ImageDataset, MLPClassification
 
 TITLES = {
     "mnist": "MNIST",
@@ -36,12 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the comparison."""
     args = parse(argv)
     began = time.perf_counter()
-    try:
-        dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
-    except DatasetCorrupt as error:
-        sys.exit(str(error))
-    if notice:
-        print(notice)
+    dataset = arguments.dataset(args)
     if args.train:
         learned = {f"{name} (new)": train(name, dataset, args) for name in RULES}
     else:

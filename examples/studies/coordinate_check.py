@@ -12,7 +12,9 @@ import argparse
 import copy
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,36 +23,43 @@ import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
 from odeopt.report import PALETTE, draw_table, new_figure, save_figure, style
+from odeopt.suite import untrained
 
 LAYERS = ("first layer", "hidden layer", "head")
-OPTIMIZERS = {
-    "learned rule": lambda model: odeopt.LearnedOptimizer(odeopt.param_groups(model), "port-hamiltonian-spectral"),
-    "untrained rule": lambda model: odeopt.LearnedOptimizer(odeopt.param_groups(model), _untrained()),
-    "Adam(1e-3)": lambda model: torch.optim.Adam(model.parameters()),
-}
 _N_INPUTS, _N_OUTPUTS, _BATCH = 64, 10, 64
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table and draw the figure."""
     args = parse(argv)
+    rule = odeopt.load_pretrained("port-hamiltonian-spectral")
+    optimizers = {
+        "learned rule": lambda model: odeopt.LearnedOptimizer(odeopt.param_groups(model), rule),
+        "untrained rule": lambda model: odeopt.LearnedOptimizer(odeopt.param_groups(model), untrained(rule)),
+        "Adam(1e-3)": lambda model: torch.optim.Adam(model.parameters()),
+    }
     changes = {
         name: torch.stack([mean_changes(make, width, args) for width in args.widths])
-        for name, make in OPTIMIZERS.items()
+        for name, make in optimizers.items()
     }
-    rows = [
-        [name, layer, str(n_steps), *(f"{x:.3g}" for x in values[:, k, i]), f"{values[-1, k, i] / values[0, k, i]:.2f}"]
-        for name, values in changes.items()
-        for i, layer in enumerate(LAYERS)
-        for k, n_steps in enumerate(args.steps)
-    ]
-    headers = [("optimizer", ""), ("layer", ""), ("steps", ""), *((str(width), "width") for width in args.widths)]
-    print(draw_table([*headers, ("growth", "")], rows, markdown=args.markdown))
-    args.out.mkdir(parents=True, exist_ok=True)
     content = {"widths": args.widths, "steps": args.steps, "layers": LAYERS}
     content["changes"] = {name: values.tolist() for name, values in changes.items()}
+    print(table(content, markdown=args.markdown))
     write_json(args.out / "coordinate_check.json", content)
     print(f"Figure: {plot(args.widths, args.steps, changes, args.out / 'coordinate_check.png')}")
+
+
+def table(content: Mapping[str, Any], *, markdown: bool) -> str:
+    """Draw the changes of each layer's output over the width, and how much they grow from the first to the last."""
+    rows = [
+        [name, layer, str(n_steps), *(f"{x:.3g}" for x in at_width), f"{at_width[-1] / at_width[0]:.2f}"]
+        for name, values in content["changes"].items()
+        for i, layer in enumerate(content["layers"])
+        for k, n_steps in enumerate(content["steps"])
+        for at_width in [[by_step[k][i] for by_step in values]]
+    ]
+    headers = [("optimizer", ""), ("layer", ""), ("steps", ""), *((str(width), "width") for width in content["widths"])]
+    return draw_table([*headers, ("growth", "")], rows, markdown=markdown)
 
 
 def mean_changes(make_optimizer, width: int, args: argparse.Namespace) -> Tensor:
@@ -60,7 +69,7 @@ def mean_changes(make_optimizer, width: int, args: argparse.Namespace) -> Tensor
 
 
 def changes(make_optimizer, width: int, at_steps: list[int], seed: int, device: torch.device) -> Tensor:
-    """Train a perceptron on noisy labels of Gaussian inputs; return the rms change of each layer's output.
+    """Train a perceptron on a linear teacher's labels of Gaussian inputs; return the rms change of each layer's output.
 
     Args:
         make_optimizer: Builds the optimizer from the model.
@@ -134,11 +143,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "coordinate_check.json and coordinate_check.png (default: %(default)s)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown (default: as text)")
     return parser.parse_args(argv)
-
-
-def _untrained() -> odeopt.rules.UpdateRule:
-    rule = odeopt.load_pretrained("port-hamiltonian-spectral")
-    return type(rule)(**rule.config)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ by a refined grid for each column, on other images, initialisations and batches 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.evaluation.baselines import FAMILIES, Family, build, tune_all
 from odeopt.report import draw_table
 from odeopt.rules import AdamUpdate
-from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
+from odeopt.tasks import DATASETS, MLPClassification
 
 RULES = ("port-hamiltonian", "port-hamiltonian-mnist")
 HAND_DESIGNED = (
@@ -39,12 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the comparison, column by column."""
     args = parse(argv)
     began = time.perf_counter()
-    try:
-        dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
-    except DatasetCorrupt as error:
-        sys.exit(str(error))
-    if notice:
-        print(notice)
+    dataset = arguments.dataset(args)
     learned = {name: odeopt.load_pretrained(name) for name in RULES}
     cells: dict[str, list[str]] = {}
     headers = [("rule", "")]

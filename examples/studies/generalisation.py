@@ -32,7 +32,7 @@ from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import TUNING_SEED, Family, build, tune_all
 from odeopt.evaluation.matrix import fingerprint
 from odeopt.rules import AdamUpdate, SGDUpdate
-from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
+from odeopt.tasks import DATASETS, MLPClassification
 from odeopt.tasks.classification import SPLITS
 
 RULE = "port-hamiltonian"
@@ -55,12 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the comparison, column by column; finished columns are read from the file of an earlier run."""
     args = parse(argv)
     began = time.perf_counter()
-    try:
-        dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
-    except DatasetCorrupt as error:
-        sys.exit(str(error))
-    if notice:
-        print(notice)
+    dataset = arguments.dataset(args)
     rule = odeopt.load_pretrained(RULE)
     header = {"rule": {"name": RULE, "sha256": fingerprint(rule)}, "library_version": odeopt.__version__}
     header |= {"dataset": dataset.name, "runs": args.runs, "tuning_runs": args.tuning_runs, "records": N_RECORDS}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
+
+from odeopt.tasks import DatasetCorrupt, ImageDataset, load_dataset_or_digits
 
 
 def positive(text: str) -> int:
@@ -44,3 +47,14 @@ def folder(text: str) -> Path:
             f"should be a folder that can be written to; found {text} ({error})"
         ) from error
     return path
+
+
+def dataset(args: argparse.Namespace) -> ImageDataset:
+    """Load the images that ``args`` names, or the digits with a notice; exit where their files are damaged."""
+    try:
+        found, notice = load_dataset_or_digits(args.dataset, args.data_dir)
+    except DatasetCorrupt as error:
+        sys.exit(str(error))
+    if notice:
+        print(notice)
+    return found

@@ -38,12 +38,12 @@ def attainable(comparison: Runs, dtype: str) -> float:
     """Least power of ten, from 1e-6 on, that half of the methods reach on half of their problems; 1 at most."""
     reached = []
     for method in comparison.methods:
-        runs = comparison.select(method=method, dtype=dtype)
-        errors = [[run.error for run in runs if run.problem == p] for p in _applicable(comparison, method, dtype)]
-        least = [min((error for error in of_one if error is not None), default=math.inf) for of_one in errors]
+        problems = _applicable(comparison, method, dtype)
+        runs = [comparison.select(problem=problem, method=method, dtype=dtype) for problem in problems]
+        least = [min((run.error for run in of_one if run.error is not None), default=1.0) for of_one in runs]
         reached += [statistics.median(least)] if least else []
-    middle = min(1.0, statistics.median(reached)) if reached else 1.0
-    return 10.0 ** max(-6, math.ceil(math.log10(max(middle, 1e-6))))
+    middle = statistics.median(reached) if reached else 1.0
+    return 10.0 ** math.ceil(math.log10(min(1.0, max(1e-6, middle))))
 
 
 def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
