@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from odeopt.rules.port_hamiltonian.signals import run_length
-
 _REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
 
 
@@ -67,9 +65,9 @@ def power_schedule(progress: Tensor, log_exponent: Tensor) -> Tensor:
     return ((1 - progress).clamp(min=1e-6).log() * log_exponent.exp()).exp()
 
 
-def horizon_factor(step: Tensor, progress: Tensor | None, power: float) -> Tensor:
-    """Factor on step sizes by which they fall with the length of the run, as ``power`` says."""
-    if progress is None:
+def horizon_factor(step: Tensor, length: Tensor | None, power: float) -> Tensor:
+    """Factor on step sizes by which they fall with the length of the run, if that is told, as ``power`` says."""
+    if length is None:
         return 0.5 * (step.clamp(min=_ANYTIME) / _REFERENCE).pow(-power)
     # a tensor that got its first gradient in the midst of a run takes it for a shorter one, which is bounded
-    return (run_length(step, progress).clamp(min=_SHORTEST) / _REFERENCE).pow(-power).nan_to_num(1.0)
+    return (length.clamp(min=_SHORTEST) / _REFERENCE).pow(-power).nan_to_num(1.0)

@@ -29,7 +29,8 @@ from odeopt.rules.port_hamiltonian.signals import (
     averaging_weight,
     coordinate_rms,
     fan_features,
-    progress_signals,
+    length_signal,
+    run_length,
     running_scale,
     shape_features,
     transferring_features,
@@ -467,10 +468,12 @@ class PortHamiltonianUpdate(StagedRule):
         """Complete what a tensor shares by the coefficients that its network emits."""
         step, network = shared.step, self.coefficient_network
         times = [torch.tanh(step / self.time_scales.to(step.dtype))]
+        is_told = progress is not None
+        progress = torch.zeros_like(step) if progress is None else torch.ones_like(step) * progress
+        length = run_length(step, progress) if self.schedule == "power" else None
         if self.uses_progress:
-            progress = None if progress is None else torch.ones_like(step) * progress
             # under a schedule of its own the rule sees the length of the run, from the second step on, not its place
-            times += progress_signals(step, progress, sees_length=self.schedule == "power")
+            times += [torch.full_like(step, float(is_told)), progress if length is None else length_signal(length)]
         inputs = torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)
         out = Outputs(*network(inputs).to(step.dtype).split(self._output_sizes, dim=-1))
         log_kappa, log_matrix_kappa = out.log_kappa, out.log_matrix_kappa
@@ -479,10 +482,9 @@ class PortHamiltonianUpdate(StagedRule):
             log_kappa, log_matrix_kappa = log_kappa + memory[..., :1], log_matrix_kappa + memory[..., :1]
         # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
         start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features.kappa_factor
-        is_scheduled = self.schedule == "power" and progress is not None
-        scheduled = power_schedule(progress, out.log_exponent) if is_scheduled else 1.0
+        scheduled = power_schedule(progress, out.log_exponent) if self.schedule == "power" and is_told else 1.0
         if self.horizon_power > 0:
-            scheduled = scheduled * horizon_factor(step, progress, self.horizon_power)
+            scheduled = scheduled * horizon_factor(step, length if is_told else None, self.horizon_power)
         shared = shared._replace(
             per_mode=out.per_mode + self.start.to(step.dtype),
             kappa=start * log_kappa.exp() * scheduled,

@@ -158,13 +158,6 @@ def run_length(step: Tensor, progress: Tensor) -> Tensor:
     return (step - 1).clamp(min=1) / torch.where(progress > 0, progress, math.nan)
 
 
-def progress_signals(step: Tensor, progress: Tensor | None, *, sees_length: bool) -> tuple[Tensor, Tensor]:
-    """Signals of progress: one where it is known; and itself, or in its place a bounded signal of the run's length.
-
-    The length is zero at 100 steps, and while it is not known.
-    """
-    known = torch.zeros_like(step) if progress is None else torch.ones_like(step)
-    progress = torch.zeros_like(step) if progress is None else progress
-    if not sees_length:
-        return known, progress
-    return known, torch.tanh((run_length(step, progress) / 100).log() / 4).nan_to_num(0.0)
+def length_signal(length: Tensor) -> Tensor:
+    """Bounded signal of :func:`run_length`: zero at 100 steps, and while it is not known."""
+    return torch.tanh((length / 100).log() / 4).nan_to_num(0.0)
