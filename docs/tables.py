@@ -240,7 +240,7 @@ def suite_in_short() -> str:
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
         f"{found.n_runs} paired runs; below one is better. The learned rule is used as it is, at `lr=1`; the\n"
         "opponents' learning rates are chosen by grid for each network, but for Adam's and Prodigy's (`python -m\n"
-        "odeopt suite --out figs`; intervals and all numbers: [Results](docs/results.md))."
+        f"odeopt suite --runs {found.n_runs} --out figs`; intervals and all numbers: [Results](docs/results.md))."
     )
     return f"{caption}\n\n{table(['network', *(found.contenders[name].title for name in names)], rows)}"
 
