@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "examples" / "studies"))
 
 # of studies, which the package does not hold
 from coordinate_check import table as changes_of_outputs  # noqa: E402
+from depth import table as losses_over_rates  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 
 FIGS = ROOT / "figs"
@@ -258,6 +259,11 @@ def coordinate_check() -> str:
     return changes_of_outputs(read("coordinate_check"), markdown=True)
 
 
+def depth() -> str:
+    """Losses of perceptrons of several depths over the learning rate."""
+    return losses_over_rates(read("depth"), markdown=True)
+
+
 def tensor(values: Sequence[float | None]) -> torch.Tensor:
     """Losses in double precision; JSON has null for those that are not finite."""
     return torch.tensor([math.inf if value is None else value for value in values], dtype=torch.float64)
@@ -266,6 +272,7 @@ def tensor(values: Sequence[float | None]) -> torch.Tensor:
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "coordinate_check": coordinate_check,
+    "depth": depth,
     "generalisation": generalisation,
     "matrix": matrix,
     "meta_seeds": meta_seeds,

@@ -45,6 +45,7 @@ STAGES = (
     ("suite", 150, "-m odeopt suite --out {out}", "--quick"),
     ("kinetic", 90, "kinetic.py --out {out}", "--dataset digits --steps 20 --problems perceptron vit"),
     ("coordinate_check", 2, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
+    ("depth", 6, "studies/depth.py --out {out}", "--dataset digits --depths 0 2 --rates 1 2 --steps 20"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

@@ -387,6 +387,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
         return self._rules[*key, is_table]
 
+    def _n_matrices(self) -> int:
+        """Number of parameters that the rule steps as wholes, frozen ones and those without a gradient included."""
+        rules = {False: self.rule, True: self.rule.for_tables()}
+        members = ((rules[group["is_table"]], param) for group in self.param_groups for param in group["params"])
+        return sum(rule.is_whole(param.shape) for rule, param in members if param.numel() > 0)
+
     def _compiles(self, rule: UpdateRule, bucket: Bucket) -> bool:
         """Decide about compiling; a rule that is called per tensor would be compiled for each shape."""
         if not bucket.has_values or (rule.crosses_coordinates and not rule.is_staged):
@@ -441,6 +447,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for (*_, shape), together in alike.items():
             rule = self._rule_for(together[0], group["is_table"])
             is_whole = shape is not None or (rule.crosses_coordinates and not rule.is_staged)
+            rule = rule.for_depth(self._n_matrices()) if shape is not None else rule
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole)
             for index, param in enumerate(together):
                 held = self.state.get(param, {})  # others may keep something of theirs there too

@@ -28,6 +28,7 @@ SCRIPTS = {
 }
 TINY = {
     "ablation": ["--quick", "--steps", "1", "--horizon", "2", "--runs", "2", "--rows", "one mode"],
+    "depth": ["--dataset", "digits", "--width", "8", "--depths", "0", "2", "--rates", "1", "4", "--steps", "3"],
     "coordinate_check": ["--widths", "8", "16", "--steps", "1", "2", "--runs", "2"],
     "estimators": ["--steps", "2", "--runs", "2"],
     "generalisation": ["--quick", "--runs", "2", "--tuning-runs", "1", "--steps", "60"],

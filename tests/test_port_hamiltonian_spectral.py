@@ -551,6 +551,7 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "speed_limit": 2.0}, "`speed_limit` should be 1.0 where no mode is relativistic"),
         ({"horizon_power": 0.4}, "`horizon_power` should be 0.0 where `schedule = 'none'`. Found .* = 0.4`"),
         ({"schedule": "power", "horizon_power": -1}, "`horizon_power` should be a non-negative number"),
+        ({"depth_power": 1.0}, "`depth_power` should be 0.0 where no energy is spectral. Found `depth_power = 1.0`"),
         ({"initial_decay": 0.1}, "`initial_decay` should be 0.0 where no energy is spectral. Found .* = 0.1`"),
         ({"matrix_scale": "muon"}, "`matrix_scale` should be 'transfer' where no energy is spectral"),
         ({"output": "spectral", "initial_lookahead": 2.0}, "`initial_lookahead` should be 1.0 where `output = "),

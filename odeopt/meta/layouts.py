@@ -139,7 +139,16 @@ class SideBySide(Separate):
 
 
 class Stacked(Separate):
-    """Parameters of one shape as one, shape ``(n_tasks, n_tensors, n)``: to the rule an axis of its batch."""
+    """Parameters of one shape as one, shape ``(n_tasks, n_tensors, n)``: to the rule an axis of its batch.
+
+    Args:
+        shapes: Shape of each parameter, ``(n_tasks, *shape)``.
+        n_matrices: Number of all parameters of the task that the rule steps as wholes.
+    """
+
+    def __init__(self, shapes: dict[str, torch.Size], n_matrices: int) -> None:
+        super().__init__(shapes)
+        self.n_matrices = n_matrices
 
     def pack(self, params, states):
         fields = zip(*(states[name] for name in self.shapes), strict=True)
@@ -156,6 +165,8 @@ class Stacked(Separate):
         return {name: x.view(self.shapes[name]) for name, x in zip(self.shapes, packed[""].unbind(1), strict=True)}
 
     def step(self, rule, name, grad, state, param, progress):
+        rule = rule.rule if isinstance(rule, CompiledSteps) else rule
+        rule = rule.for_depth(self.n_matrices)
         return super().step(rule, next(iter(self.shapes)), grad, state, param, progress)
 
 
@@ -280,6 +291,7 @@ def layout_for(
     if not alike and (empty or (len(shapes) == 1 and staged is rule)):
         return Separate(shapes, tables)
     layouts: list[Separate] = [SideBySide(others, staged, like, tables)] if others else []
-    layouts += map(Stacked, alike.values())
+    n_matrices = sum(map(len, alike.values()))
+    layouts += [Stacked(shapes, n_matrices) for shapes in alike.values()]
     layouts += [Separate(empty)] if empty else []
     return layouts[0] if not alike else Grouped(shapes, layouts)

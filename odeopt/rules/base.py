@@ -112,6 +112,13 @@ class UpdateRule(nn.Module, ABC):
         """The rule as it steps lookup tables, the rows of which are vectors of their own; shares the weights."""
         return self
 
+    def for_depth(self, n_matrices: int) -> Self:
+        """The rule as it steps one of ``n_matrices`` tensors of a network that it :meth:`steps as wholes <is_whole>`.
+
+        Shares the weights, as :meth:`for_tables` does.
+        """
+        return self
+
     def with_options(self, **options: Any) -> Self:
         """Return a rule of the same weights with other constructor options, such as another ``solver``.
 

@@ -69,9 +69,16 @@ class Perturbed:
 
     def for_tables(self) -> Perturbed:
         """As :meth:`odeopt.UpdateRule.for_tables`."""
-        tables = copy.copy(self)
-        tables.rule = _Methods(self.rule.rule.for_tables())
-        return tables
+        return self._of(self.rule.rule.for_tables())
+
+    def for_depth(self, n_matrices: int) -> Perturbed:
+        """As :meth:`odeopt.UpdateRule.for_depth`."""
+        return self._of(self.rule.rule.for_depth(n_matrices))
+
+    def _of(self, rule: UpdateRule) -> Perturbed:
+        perturbed = copy.copy(self)
+        perturbed.rule = _Methods(rule)
+        return perturbed
 
     def init_state(self, param: Tensor) -> NamedTuple:
         """As :meth:`odeopt.UpdateRule.init_state`, for all perturbations."""

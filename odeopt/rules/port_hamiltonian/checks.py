@@ -28,6 +28,7 @@ _OF_MATRICES = (
     "initial_lookahead",
     "initial_coherence",
     "initial_decay",
+    "depth_power",
 )
 
 
@@ -63,7 +64,7 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
     for name in ("speed_limit", "initial_matrix_kappa", "initial_lookahead"):
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
-    for name in ("initial_coherence", "initial_decay", "horizon_power"):
+    for name in ("initial_coherence", "initial_decay", "horizon_power", "depth_power"):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
     is_closed = given["solver"] in LINEAR_METHODS and not depends_on_q and given["backend"] != "torchdiffeq"

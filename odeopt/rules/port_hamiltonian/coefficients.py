@@ -65,6 +65,11 @@ def power_schedule(progress: Tensor, log_exponent: Tensor) -> Tensor:
     return ((1 - progress).clamp(min=1e-6).log() * log_exponent.exp()).exp()
 
 
+def depth_factor(n_matrices: int, power: float) -> float:
+    """Factor on the steps of each of ``n_matrices`` matrices in a network, by which they fall with the depth."""
+    return (4 / (min(max(n_matrices, 1.5), 5) - 1)) ** power
+
+
 def horizon_factor(step: Tensor, length: Tensor | None, power: float) -> Tensor:
     """Factor on step sizes by which they fall with the length of the run, if that is told, as ``power`` says."""
     if length is None:

@@ -20,6 +20,7 @@ from odeopt.rules.port_hamiltonian.coefficients import (
     Outputs,
     Shared,
     coefficient_network,
+    depth_factor,
     horizon_factor,
     power_schedule,
 )
@@ -166,6 +167,10 @@ class PortHamiltonianUpdate(StagedRule):
             are :math:`(T / 500)^{-\text{power}}` times as large, from the second step on. Where the length is not told
             it counts as the number of steps so far, at least 100, and step sizes are half as large: the mean of what
             falls linearly to zero.
+        depth_power: With spectral energies, how fast steps of matrices fall with the number N of matrices in the
+            network, which :meth:`for_depth` tells: :math:`(4 / (N - 1))^{\text{power}}`, with N between 1.5 and 5.
+            Layers that follow each other add up their changes of the output, so that each may make a part of it;
+            networks of more than five matrices are residual as a rule, and want no smaller steps.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -174,6 +179,7 @@ class PortHamiltonianUpdate(StagedRule):
         Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, Eq. (8): the system.
         Maddison et al. (2018), Hamiltonian descent methods: kinetic energies other than the quadratic one.
         Jordan et al. (2024), Muon: An optimizer for hidden layers in neural networks.
+        Large et al. (2024), Scalable optimization in the modular norm, Prop. 3: step sizes of composed layers.
         Chen et al. (2024), Lion secretly solves constrained optimization: as Lyapunov predicts: decoupled decay.
         van der Schaft, Jeltsema (2014), Port-Hamiltonian systems theory, Ch. 2: passivity.
     """
@@ -210,6 +216,7 @@ class PortHamiltonianUpdate(StagedRule):
         initial_decay: float = 0.0,
         schedule: str = "none",
         horizon_power: float = 0.0,
+        depth_power: float = 0.0,
     ) -> None:
         arguments = locals()
         defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
@@ -231,7 +238,7 @@ class PortHamiltonianUpdate(StagedRule):
         self._energies = {"quadratic": quadratic, "relativistic": relativistic, "spectral": quadratic}
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
-        self.steps_tables = False
+        self.steps_tables, self.depth_power, self.depth_factor = False, depth_power, 1.0
         depends_on_q = "network" in (mass, potential, friction, port)
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
         # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
@@ -319,6 +326,12 @@ class PortHamiltonianUpdate(StagedRule):
         """The rule as it steps lookup tables, whose rows are vectors of their own: by coordinate energies."""
         rule = copy.copy(self)
         rule.steps_tables = True
+        return rule
+
+    def for_depth(self, n_matrices: int) -> PortHamiltonianUpdate:
+        """The rule as it steps one of ``n_matrices`` matrices of a network; see ``depth_power``."""
+        rule = copy.copy(self)
+        rule.depth_factor = depth_factor(n_matrices, self.depth_power)
         return rule
 
     def _advance_matrix(self, observation, state, shared, shape, param) -> tuple[Tensor, PortHamiltonianState]:
@@ -494,9 +507,10 @@ class PortHamiltonianUpdate(StagedRule):
         if not self.is_spectral:
             return shared
         return shared._replace(
-            matrix_kappa=self.initial_matrix_kappa * log_matrix_kappa.exp() * scheduled,
+            matrix_kappa=self.initial_matrix_kappa * self.depth_factor * log_matrix_kappa.exp() * scheduled,
             lookahead=self.initial_lookahead * out.log_lookahead.exp(),
-            matrix_decay=self.initial_decay * out.log_matrix_decay.exp(),
+            # larger steps of shallow networks do not call for more decay
+            matrix_decay=self.initial_decay / self.depth_factor * out.log_matrix_decay.exp(),
             coherence=self.initial_coherence * out.log_coherence.exp(),
         )
 

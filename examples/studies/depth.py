@@ -1,0 +1,119 @@
+"""Does the step size of the untrained spectral rule transfer between depths?
+
+Perceptrons on images, of one width and several depths, are trained at several learning rates: without the law of
+depth, and with it (``depth_power`` of :class:`odeopt.PortHamiltonianUpdate`). Where step sizes transfer, the best
+learning rate is the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import odeopt
+from odeopt.cli import arguments
+from odeopt.files import write_json
+from odeopt.meta.files import load_config
+from odeopt.report import draw_table, new_figure, save_figure, style, use_plain_numbers
+from odeopt.tasks import MLPClassification
+
+POWERS = {"steps alike at any depth": 0.0, "steps that fall with the depth": 1.0}
+_LAST = 0.05  # of the losses, whose mean judges a run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train the networks, print a table and draw the figure."""
+    args = parse(argv)
+    options = {key: value for key, value in load_config("port-hamiltonian-spectral").rule.items() if key != "class"}
+    content = {"depths": args.depths, "rates": args.rates, "losses": {}}
+    dataset = arguments.dataset(args)
+    bar = tqdm(total=len(POWERS) * len(args.depths) * len(args.rates), desc="runs")
+    for name, power in POWERS.items():
+        rule = odeopt.PortHamiltonianUpdate(**options | {"depth_power": power})
+        content["losses"][name] = []
+        for depth in args.depths:
+            task = MLPClassification(dataset, widths=[args.width] * depth, activation="relu", batch_size=64)
+            content["losses"][name].append([])
+            for rate in args.rates:
+                content["losses"][name][-1].append(final_loss(rule, task, rate, args).item())
+                bar.update()
+    bar.close()
+    print(table(content, markdown=args.markdown))
+    write_json(args.out / "depth.json", content)
+    print(f"Figure: {plot(content, args.out / 'depth.png')}")
+
+
+@torch.no_grad()
+def final_loss(rule: odeopt.UpdateRule, task: MLPClassification, rate: float, args: argparse.Namespace) -> Tensor:
+    """Geometric mean over networks of the mean of the last losses, 0-d; infinite if one diverges."""
+    run = odeopt.unroll(
+        rule, task, indices=torch.arange(args.runs), n_steps=args.steps, total_steps=args.steps, update_scale=rate
+    )
+    last = run.losses[-max(1, round(_LAST * args.steps)) :].mean(0)
+    return last.log().mean().exp().nan_to_num(torch.inf)
+
+
+def table(content: Mapping[str, Any], *, markdown: bool) -> str:
+    """Draw the loss of each depth over the learning rate, and the best rate."""
+    rows = [
+        [name, str(depth), *(f"{x:.3f}" for x in losses), f"{content['rates'][min_index(losses)]:g}"]
+        for name, by_depth in content["losses"].items()
+        for depth, losses in zip(content["depths"], by_depth, strict=True)
+    ]
+    rates = [(f"{rate:g}", "loss at lr") for rate in content["rates"]]
+    return draw_table([("", ""), ("hidden layers", ""), *rates, ("best lr", "")], rows, markdown=markdown)
+
+
+def min_index(losses: list[float]) -> int:
+    """Index of the least loss."""
+    return min(range(len(losses)), key=losses.__getitem__)
+
+
+def plot(content: Mapping[str, Any], path: Path) -> Path:
+    """Draw a panel without and one with the law: losses over the learning rate, a line per depth."""
+    with style():
+        figure, panels = new_figure(7.6, 3.4, n_columns=len(POWERS))
+        colors = torch.linspace(0.15, 0.85, len(content["depths"])).tolist()
+        for axes, (name, by_depth) in zip(panels, content["losses"].items(), strict=True):
+            for depth, losses, shade in zip(content["depths"], by_depth, colors, strict=True):
+                color, best = (0.1, 0.45 * shade + 0.2, shade), min_index(losses)
+                label = f"{depth} hidden layer{'s' * (depth != 1)}"
+                axes.plot(content["rates"], losses, color=color, label=label)
+                axes.plot(content["rates"][best], losses[best], "o", color=color)
+            axes.set(xscale="log", yscale="log", xlabel="lr", title=name)
+            axes.set_xticks(content["rates"], [f"{rate:g}" for rate in content["rates"]])
+            axes.minorticks_off()
+            axes.set_ylim(top=2 * max(losses[min_index(losses)] for losses in by_depth))
+            use_plain_numbers(axes.yaxis)
+        panels[0].set_ylabel("training loss")
+        panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return save_figure(figure, path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="mnist", help="images (default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, help="folder of the images, in torchvision's layout (default: the "
+                        "environment variable ODEOPT_DATA, else a cache folder)")  # fmt: skip
+    parser.add_argument("--width", type=arguments.positive, default=64, help="of all hidden layers (default: 64)")
+    parser.add_argument("--depths", nargs="+", type=arguments.natural, default=[0, 1, 2, 3, 4, 8],
+                        help="numbers of hidden layers (default: 0 1 2 3 4 8)")  # fmt: skip
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.25, 0.5, 1.0, 2.0, 4.0, 8.0],
+                        help="learning rates (default: 0.25 0.5 1 2 4 8)")  # fmt: skip
+    parser.add_argument("--steps", type=arguments.positive, default=200, help="of a run (default: %(default)s)")
+    parser.add_argument("--runs", type=arguments.positive, default=2, help="networks (default: %(default)s)")
+    parser.add_argument("--out", type=arguments.folder, default="runs/depth",
+                        help="folder of depth.json and depth.png (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown (default: as text)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
