@@ -35,10 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     dataset = arguments.dataset(args)
     bar = tqdm(total=len(POWERS) * len(args.depths) * len(args.rates), desc="runs")
     for name, power in POWERS.items():
-        rule = odeopt.PortHamiltonianUpdate(**options | {"depth_power": power})
+        rule = odeopt.PortHamiltonianUpdate(**options | {"depth_power": power}).to(args.device)
         content["losses"][name] = []
         for depth in args.depths:
-            task = MLPClassification(dataset, widths=[args.width] * depth, activation="relu", batch_size=64)
+            widths = [args.width] * depth
+            task = MLPClassification(dataset, widths, batch_size=64, activation="relu", device=args.device)
             content["losses"][name].append([])
             for rate in args.rates:
                 content["losses"][name][-1].append(final_loss(rule, task, rate, args).item())
@@ -53,7 +54,12 @@ def main(argv: list[str] | None = None) -> None:
 def final_loss(rule: odeopt.UpdateRule, task: MLPClassification, rate: float, args: argparse.Namespace) -> Tensor:
     """Geometric mean over networks of the mean of the last losses, 0-d; infinite if one diverges."""
     run = odeopt.unroll(
-        rule, task, indices=torch.arange(args.runs), n_steps=args.steps, total_steps=args.steps, update_scale=rate
+        rule,
+        task,
+        indices=torch.arange(args.runs, device=args.device),
+        n_steps=args.steps,
+        total_steps=args.steps,
+        update_scale=rate,
     )
     last = run.losses[-max(1, round(_LAST * args.steps)) :].mean(0)
     return last.log().mean().exp().nan_to_num(torch.inf)
@@ -79,6 +85,8 @@ def plot(content: Mapping[str, Any], path: Path) -> Path:
     """Draw a panel without and one with the law: losses over the learning rate, a line per depth."""
     with style():
         figure, panels = new_figure(7.6, 3.4, n_columns=len(POWERS))
+        least = [min(losses) for by_depth in content["losses"].values() for losses in by_depth]
+        bottom, top = 0.9 * min(least), max(least)
         colors = torch.linspace(0.15, 0.85, len(content["depths"])).tolist()
         for axes, (name, by_depth) in zip(panels, content["losses"].items(), strict=True):
             for depth, losses, shade in zip(content["depths"], by_depth, colors, strict=True):
@@ -89,7 +97,7 @@ def plot(content: Mapping[str, Any], path: Path) -> Path:
             axes.set(xscale="log", yscale="log", xlabel="lr", title=name)
             axes.set_xticks(content["rates"], [f"{rate:g}" for rate in content["rates"]])
             axes.minorticks_off()
-            axes.set_ylim(top=2 * max(losses[min_index(losses)] for losses in by_depth))
+            axes.set_ylim(bottom, 2 * top)
             use_plain_numbers(axes.yaxis)
         panels[0].set_ylabel("training loss")
         panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -109,6 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="learning rates (default: 0.25 0.5 1 2 4 8)")  # fmt: skip
     parser.add_argument("--steps", type=arguments.positive, default=200, help="of a run (default: %(default)s)")
     parser.add_argument("--runs", type=arguments.positive, default=2, help="networks (default: %(default)s)")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--out", type=arguments.folder, default="runs/depth",
                         help="folder of depth.json and depth.png (default: %(default)s)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown (default: as text)")
