@@ -133,7 +133,7 @@ def wavy(t, x):
 
 @pytest.mark.parametrize("step_size", [None, 0.1])
 @pytest.mark.parametrize("backend", ["auto", "torchdiffeq"])
-@pytest.mark.parametrize("method", ["euler", "heun2", "fixed_adams", "dopri8"])
+@pytest.mark.parametrize("method", ["euler", "heun2", "fixed_adams", "dopri8", "bosh3"])
 def test_gradients_of_times_are_those_of_the_solution(method, backend, step_size):
     x0, options = torch.tensor([0.4, 1.1], dtype=F64), None
     is_theirs = backend == "torchdiffeq" or method == "fixed_adams"
@@ -162,12 +162,11 @@ def test_gradients_of_times_are_those_of_the_solution(method, backend, step_size
         return sums[0] + 2 * sums[1]
 
     expected = torch.stack([(total(t + h * e) - total(t - h * e)) / (2 * h) for e in torch.eye(3, dtype=F64)])
-    # adaptive methods interpolate outputs, dopri8 by a quartic: its slope is off by a few percent
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if method == "dopri8" else 1e-7)
+    # those of adaptive methods at their default tolerances; bosh3 has an order of three
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 if is_fixed_step(method) else 1e-6)
 
 
-# methods of fixed steps: the others interpolate their outputs, and a difference quotient sees their steps jump
-@pytest.mark.parametrize("method", ["midpoint", *STRUCTURE_METHODS])
+@pytest.mark.parametrize("method", ["midpoint", *STRUCTURE_METHODS, "adaptive_heun", "dopri8"])
 def test_gradients_of_times_reach_systems_across_knots(method):
     system = PortHamiltonianSystem(1, potential=lambda q: q.pow(4).sum(-1), dissipation=0.2).to(F64)
     x0 = PhaseState(torch.tensor([0.8], dtype=F64), torch.tensor([0.1], dtype=F64))
@@ -175,12 +174,40 @@ def test_gradients_of_times_reach_systems_across_knots(method):
     found, _ = gradient_of_times(system, x0, method, u=u)
     t, h = torch.tensor([0.3, 0.7, 1.2], dtype=F64), 1e-5
 
+    # a difference quotient would see the steps of an adaptive method jump
+    is_adaptive = method in ("adaptive_heun", "dopri8")
+    fine = {"method": "rk4", "options": {"step_size": 0.01}} if is_adaptive else {"method": method}
+
     def total(t):
-        states = torch.cat(integrate(system, x0, t, method=method, u=u, rtol=1e-9, atol=1e-11).states, -1)
+        states = torch.cat(integrate(system, x0, t, u=u, **fine).states, -1)
         return states[1].sum() + 2 * states[2].sum()
 
     expected = torch.stack([(total(t + h * e) - total(t - h * e)) / (2 * h) for e in torch.eye(3, dtype=F64)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_steps_that_end_at_outputs_go_with_the_steps_and_jumps_that_are_asked_for():
+    x0, t = torch.tensor([0.4, 1.1], dtype=F64), torch.tensor([0.3, 0.7, 1.2], dtype=F64)
+    expected, _ = gradient_of_times(wavy, x0, "dopri8", rtol=1e-11, atol=1e-11)
+    for options in ({"step_t": t}, {"jump_t": t[:2]}, {"step_t": t[1:], "jump_t": torch.tensor([0.5])}, {"step_t": None}):
+        found, _ = gradient_of_times(wavy, x0, "bosh3", options=options)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    by_adjoint, _ = gradient_of_times(wavy, x0, "bosh3", adjoint=True, adjoint_params=(), options={"jump_t": t[:2]})
+    torch.testing.assert_close(by_adjoint, expected, rtol=0, atol=1e-5)
+
+
+def test_adjoint_of_a_system_takes_the_options_that_are_given():
+    system = PortHamiltonianSystem(1, potential=lambda q: q.pow(4).sum(-1), dissipation=0.2)
+    x0 = PhaseState(torch.tensor([0.8], requires_grad=True), torch.tensor([0.1]))
+    u = FirstOrderHold([0.0, 0.5, 1.0], torch.tensor([[0.0], [1.0], [0.0]]))
+    how = {"method": "bosh3", "rtol": 1e-5, "atol": 1e-6, "u": u}
+    found = []
+    for kind in ({}, {"adjoint": True}, {"adjoint": True, "adjoint_method": "rk4", "adjoint_options": {"step_size": 0.05}},
+                 {"adjoint": True, "adjoint_method": "rk4"}):  # fmt: skip
+        end = integrate(system, x0, [0.2, 0.7, 1.2], **how, **kind).states.q[-1].sum()
+        found.append(torch.autograd.grad(end, x0.q)[0])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0.05 if other is found[3] else 1e-3)
 
 
 def test_gradients_of_times_in_a_list_and_of_torch_func_arrive():

@@ -92,7 +92,8 @@ def integrate(
 
     Outputs between the steps of torchdiffeq are interpolated: by the fixed-step methods linearly unless
     ``options={"interp": "cubic"}``, by the adaptive ones with a quartic (dopri8, at the default tolerances,
-    is off by 1e-5 there and by 1e-10 at its steps); ``options={"step_t": t}`` puts steps on the outputs.
+    is off by 1e-5 there and by 1e-10 at its steps); ``options={"step_t": t}`` ends steps at the outputs. Where ``t``
+    requires grad, and at the knots of an input, the adaptive ones always end steps.
     ``explicit_adams`` climbs to order 11 by default and is then unstable at steps where rk4 is at home:
     give it ``options={"max_order": 5}``.
 

@@ -102,15 +102,31 @@ def by_torchdiffeq(
 ) -> Solution:
     """Let torchdiffeq solve, with the gradients that are asked for: no more than those of parameters that are given."""
     method, options = keywords["method"], keywords["options"]
+    # what is interpolated has a coarse slope, and at a knot (of pieces, which have a span) it spoils what follows
+    ends_at_outputs = span is not None or (t.requires_grad and for_adjoint is None)
+    if ends_at_outputs and "step_t" in accepted_options(method):
+        keywords = keywords | {"options": _ending_at(t, options or {})}
     if for_adjoint is None:
         _check_gradients(x0, t, method, options)
         check_leaves = _refuse_gradients if is_external(method) else None
         return _solved(partial(odeint, **keywords), field, x0, t, method, check_leaves, span)
     names = ("adjoint_params", "adjoint_method", "adjoint_options")
     params = _check_adjoint(field, method, options, *(for_adjoint[name] for name in names))
-    solve = partial(odeint_adjoint, **keywords, **(for_adjoint | {"adjoint_params": params}))
+    for_adjoint = for_adjoint | {"adjoint_params": params}
+    if for_adjoint["adjoint_options"] is None:  # torchdiffeq would take those of the steps that end at outputs
+        for_adjoint["adjoint_options"] = {name: value for name, value in (options or {}).items() if name != "norm"}
+    solve = partial(odeint_adjoint, **keywords, **for_adjoint)
     check_leaves = partial(_refuse_left_out, params) if given_params is None else None
     return _solved(solve, field, x0, t, method, check_leaves, span)
+
+
+def _ending_at(t: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with which an adaptive method ends steps at the outputs, beside where it is told to."""
+    kind, t = {"dtype": time_dtype(t.device), "device": t.device}, t.detach().to(time_dtype(t.device))
+    steps, jumps = (
+        torch.as_tensor(() if options.get(name) is None else options[name], **kind) for name in ("step_t", "jump_t")
+    )
+    return options | {"step_t": torch.cat([steps, t[~torch.isin(t, jumps)]]).unique()}
 
 
 def _solved(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from odeopt.checks import require
-from odeopt.files import write_json
+from odeopt.files import read_json, write_json
 from odeopt.solvers.figures import draw_energies, draw_gradients, draw_orders, draw_work_precision
 from odeopt.solvers.runs import WORKS, OrderRun, Runs, SolverRun
 from odeopt.solvers.tables import draw_tables
@@ -98,15 +96,10 @@ class SolverComparison(Runs):
         Raises:
             ValueError: If the file holds something else.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+
+        def parse(content: dict[str, Any]) -> SolverComparison:
             runs = [SolverRun(**dict(zip(content["columns"], row, strict=True))) for row in content["runs"]]
-            orders = [OrderRun(**_with_tuples(row)) for row in content["orders"]]
+            orders = [OrderRun(**row) for row in content["orders"]]
             return cls(tuple(runs), tuple(orders), content["settings"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a comparison of solvers: {error!r}.") from error
 
-
-def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-            for name, value in row.items()}  # fmt: skip
+        return read_json(path, parse, wanted="a comparison of solvers")

@@ -90,6 +90,10 @@ class OrderRun:
     errors: tuple[float | None, ...] = ()
     status: str = Status.SUCCESS.value
 
+    def __post_init__(self) -> None:
+        for name in ("step_sizes", "errors"):  # lists in a file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @property
     def is_kept(self) -> bool | None:
         """Whether the order is the nominal one or more, to within .3; None where it is not judged or not known."""
