@@ -189,7 +189,12 @@ def test_gradients_of_times_reach_systems_across_knots(method):
 def test_steps_that_end_at_outputs_go_with_the_steps_and_jumps_that_are_asked_for():
     x0, t = torch.tensor([0.4, 1.1], dtype=F64), torch.tensor([0.3, 0.7, 1.2], dtype=F64)
     expected, _ = gradient_of_times(wavy, x0, "dopri8", rtol=1e-11, atol=1e-11)
-    for options in ({"step_t": t}, {"jump_t": t[:2]}, {"step_t": t[1:], "jump_t": torch.tensor([0.5])}, {"step_t": None}):
+    for options in (
+        {"step_t": t},
+        {"jump_t": t[:2]},
+        {"step_t": t[1:], "jump_t": torch.tensor([0.5])},
+        {"step_t": None},
+    ):
         found, _ = gradient_of_times(wavy, x0, "bosh3", options=options)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     by_adjoint, _ = gradient_of_times(wavy, x0, "bosh3", adjoint=True, adjoint_params=(), options={"jump_t": t[:2]})
@@ -201,9 +206,9 @@ def test_adjoint_of_a_system_takes_the_options_that_are_given():
     x0 = PhaseState(torch.tensor([0.8], requires_grad=True), torch.tensor([0.1]))
     u = FirstOrderHold([0.0, 0.5, 1.0], torch.tensor([[0.0], [1.0], [0.0]]))
     how = {"method": "bosh3", "rtol": 1e-5, "atol": 1e-6, "u": u}
+    other = {"adjoint": True, "adjoint_method": "rk4"}
     found = []
-    for kind in ({}, {"adjoint": True}, {"adjoint": True, "adjoint_method": "rk4", "adjoint_options": {"step_size": 0.05}},
-                 {"adjoint": True, "adjoint_method": "rk4"}):  # fmt: skip
+    for kind in ({}, {"adjoint": True}, other | {"adjoint_options": {"step_size": 0.05}}, other):
         end = integrate(system, x0, [0.2, 0.7, 1.2], **how, **kind).states.q[-1].sum()
         found.append(torch.autograd.grad(end, x0.q)[0])
     for other in found[1:]:
