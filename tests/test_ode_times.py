@@ -97,6 +97,63 @@ def test_field_sees_the_dtype_of_the_state_wherever_it_tells_steps_apart():
     assert [time for _, time in seen] == [1e6, 1e6 + 0.05]
 
 
+class Joined(torch.nn.Module):
+    """A network of time and state joined, as in continuous normalising flows; it takes one dtype."""
+
+    def __init__(self, n_outputs=2, n_states=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.n = torch.nn.Linear(1 + n_states, n_outputs), 0
+
+    def forward(self, t, x=None):
+        self.n += 1
+        state = t.new_zeros(0) if x is None else x
+        return torch.tanh(self.linear(torch.cat((torch.cos(t).reshape(1), state))))
+
+
+@pytest.mark.parametrize("method", ["heun2", "fixed_adams", "fehlberg2", "scipy_solver"])
+def test_network_of_time_and_state_joined_takes_times_of_any_clock(method):
+    field, t = Joined(), [123_456.0, 123_456.5, 123_458.0]
+    options = {"step_size": 0.25} if is_fixed_step(method) else None
+    how = {"method": method, "options": options, "rtol": 1e-4, "atol": 1e-5, "adjoint": method == "scipy_solver"}
+    found = integrate(field, torch.tensor([0.2, -1.0]), t, **how)
+    assert found.is_success
+    assert found.states.dtype == torch.float32
+    assert field.n == found.n_field_evals + 1
+    precise = integrate(field.double(), torch.tensor([0.2, -1.0], dtype=F64), t, **how)
+    torch.testing.assert_close(found.states.double(), precise.states, rtol=0, atol=0.02)  # times round to 1/128
+
+
+@pytest.mark.parametrize("method", ["midpoint", "strang", "discrete_gradient", "bosh3"])
+def test_input_that_is_a_network_of_time_takes_times_of_any_clock(method):
+    u, t = Joined(1, 0), torch.tensor([5e4, 5e4 + 0.5], dtype=F64)
+    options = {"step_size": 0.25} if method != "bosh3" else None
+    with torch.no_grad():
+        solution = integrate(SPRING, X0, t, method=method, options=options, u=u, rtol=1e-4, atol=1e-5)
+        held = integrate(SPRING, X0, t, method=method, options=options, u=u(torch.tensor(5e4 + 0.25)), rtol=1e-4)
+        ledger = energy_ledger(SPRING, solution, u=u) if method == "midpoint" else None
+    assert solution.is_success
+    torch.testing.assert_close(solution.states.q, held.states.q, rtol=0, atol=0.05)
+    assert ledger is None or ledger.residual.isfinite().all()
+
+
+def test_single_steps_and_events_with_a_network_of_time_and_state_take_times_of_any_clock():
+    field, x = Joined(), torch.tensor([0.2, -1.0])
+    step = explicit_step(field, 1e6, 0.125, x, "heun3")
+    torch.testing.assert_close(step, explicit_step(field, torch.tensor(1e6), 0.125, x, "heun3"), rtol=0, atol=1e-2)
+    end = 1e6 + time_of_event(field, x, 1e6, 1e6 + 9, lambda t, x: 0.5 - field(t, x)[0], method="dopri5") - 1e6
+    assert 1e6 <= end < 1e6 + 9
+
+
+def test_error_of_a_field_is_its_own_whatever_the_clock():
+    def wrong(t, x):
+        return x @ torch.ones(3, 3)
+
+    for method in ("midpoint", "dopri5"):
+        with pytest.raises(RuntimeError, match="size mismatch|shapes cannot be multiplied"):
+            integrate(wrong, torch.ones(1, 2), [1e8, 1e8 + 1], method=method)
+
+
 def test_long_span_does_not_stall_an_adaptive_method():
     # in single precision times round to .001 at the end, where the field begins to swing
     late = integrate(lambda t, x: torch.where(t > 9_990, torch.cos(3 * t), 0.0) * torch.ones_like(x), torch.zeros(1),

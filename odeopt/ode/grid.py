@@ -144,7 +144,7 @@ def explicit_steps(
             if is_watched and before._version != version:
                 raise_written()
             if not (is_tuple or recorder.is_reusing_memory):
-                vector_field = field  # once its derivatives are known to fit
+                vector_field = recorder.timed  # once its derivatives are known to fit
         states.append(x)
         n_steps += piece.n_steps
     stacked = torch.stack(states)

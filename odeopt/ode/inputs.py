@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import require
+from odeopt.ode.recorder import Timed
 
 Input = Callable[[Tensor], Tensor]
 
@@ -132,7 +133,7 @@ def piece_of(
     if isinstance(u, Tensor):
         u = u.to(dtype)
         return lambda t: u
-    piece = u.piece(start, end) if isinstance(u, _Sampled) else u
+    piece = u.piece(start, end) if isinstance(u, _Sampled) else Timed(u, dtype)
 
     def in_dtype(t: Tensor) -> Tensor | None:
         value = piece(t)

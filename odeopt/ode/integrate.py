@@ -99,7 +99,8 @@ def integrate(
 
     Args:
         field: Module or function ``(t, x) -> dx/dt`` with the structure of ``x``, which it must not write to; ``t`` is
-            a 0-d tensor in the dtype of ``x``, or in double precision where that cannot tell the steps apart.
+            a 0-d tensor in the dtype of ``x``, or in double precision where that cannot tell the steps apart and
+            the field takes it (a float32 network of ``t`` and ``x``, joined, does not).
             torchdiffeq's callbacks (``field.callback_step`` and so on) are honoured; those that a method does not
             have are warned of. Or a system.
         x0: State at ``t[0]``: a tensor of any shape, or a (named) tuple of tensors of one dtype. That of a system is a

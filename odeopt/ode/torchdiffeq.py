@@ -23,10 +23,11 @@ from odeopt.ode.checks import (
     check_options,
     clock_dtype,
     digits_of,
+    real_dtype,
     tensors_of,
     time_dtype,
 )
-from odeopt.ode.recorder import Field, Recorder, SolverFailureError, UnresolvedTimesError, restore
+from odeopt.ode.recorder import Field, Recorder, SolverFailureError, Timed, UnresolvedTimesError, restore
 from odeopt.ode.solution import ADVICE, Solution, Status
 
 # torchdiffeq's own defaults, passed explicitly because the solver classes have others.
@@ -461,6 +462,7 @@ def time_of_event(
     """
     like = tensors_of(x0)[0]
     origin = torch.tensor(start, dtype=time_dtype(like.device), device=like.device)
+    event, field = (Timed(function, real_dtype(like)) for function in (event, field))
     if event(origin, x0) <= 0:
         return start
 
