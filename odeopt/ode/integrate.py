@@ -22,7 +22,7 @@ from odeopt.ode.checks import (
     tensors_of,
     time_dtype,
 )
-from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, pieces_of, system_steps, times_of
+from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, subintervals, system_steps, times_of
 from odeopt.ode.implicit import Newton, takes_no_looks
 from odeopt.ode.inputs import FirstOrderHold, Input, ZeroOrderHold, checked_input, knots_of, piece_of
 from odeopt.ode.recorder import Field, restore
@@ -206,7 +206,7 @@ def integrate(
             if adjoint and adjoint_params is None:
                 for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
             for_adjoint = for_adjoint if adjoint else None
-            solution = _by_pieces(system, x0, t, times, u, z, keywords, for_adjoint, adjoint_params)
+            solution = _by_subintervals(system, x0, t, times, u, z, keywords, for_adjoint, adjoint_params)
     if throw:
         solution.raise_for_status()
     return solution
@@ -313,7 +313,7 @@ def _own_steps(
     return Solution(t, states, *numbers, account.status, message, method, account.n_iters)
 
 
-def _by_pieces(
+def _by_subintervals(
     system: PortHamiltonianSystem,
     x0: PhaseState,
     t: Tensor,
@@ -328,8 +328,8 @@ def _by_pieces(
     n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
     span = abs(times.numbers[-1] - times.numbers[0])
     outputs = dict(zip(times.numbers, t.unbind(), strict=True))  # with their gradients, which knots have none of
-    for piece in pieces_of(times, None, knots_of(u)):
-        effort = piece_of(u, piece.start, piece.end, x0.p.dtype)
+    for part in subintervals(times, None, knots_of(u)):
+        effort = piece_of(u, part.start, part.end, x0.p.dtype)
 
         def field(time: Tensor, x: State, effort: Callable = effort) -> PhaseState:
             return system.vector_field(PhaseState(*x), effort(time), z)
@@ -337,18 +337,18 @@ def _by_pieces(
         for name in CALLBACKS:
             if hasattr(system, name):
                 setattr(field, name, getattr(system, name))
-        ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (piece.start, piece.end)]
+        ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (part.start, part.end)]
         ends = torch.stack([end.to(time_dtype(t.device)) for end in ends])
-        part = by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
-        n_evals, seconds, message = n_evals + part.n_field_evals, seconds + part.seconds, part.message
-        n_steps = None if n_steps is None or part.n_steps is None else n_steps + part.n_steps
-        if part.status not in (Status.SUCCESS, Status.NOT_CONVERGED):
+        solved = by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
+        n_evals, seconds, message = n_evals + solved.n_field_evals, seconds + solved.seconds, solved.message
+        n_steps = None if n_steps is None or solved.n_steps is None else n_steps + solved.n_steps
+        if solved.status not in (Status.SUCCESS, Status.NOT_CONVERGED):
             break
-        x0 = PhaseState(*(x[-1] for x in part.states))
-        if piece.ends_at_output:
+        x0 = PhaseState(*(x[-1] for x in solved.states))
+        if part.ends_at_output:
             states.append(x0)
     filled = PhaseState(*(fill(torch.stack(x), len(t)) for x in zip(*states, strict=True)))
-    return Solution(t, filled, n_evals, n_steps, seconds, part.status, message, keywords["method"])
+    return Solution(t, filled, n_evals, n_steps, seconds, solved.status, message, keywords["method"])
 
 
 def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: str = "auto") -> Tensor:

@@ -193,16 +193,13 @@ class Hamiltonian(nn.Module):
 def _as_potential(value: Part | None, dof: int) -> nn.Module | None:
     if value is None:
         return None
-    if isinstance(value, Potential):
-        if value.dof != dof:
-            raise ValueError(f"Parameter `potential` should have dof = {dof}. Found `potential.dof = {value.dof}`.")
-        return value
-    if isinstance(value, GivenPotential):
+    if isinstance(value, Potential) and value.dof != dof:
+        raise ValueError(f"Parameter `potential` should have dof = {dof}. Found `potential.dof = {value.dof}`.")
+    if isinstance(value, Potential | GivenPotential):
         return value
     if not callable(value):
-        found = type(value).__name__
         raise TypeError(
             "Parameter `potential` should be a module or a function of q (a constant would change nothing). "
-            f"Found `{found}`."
+            f"Found `{type(value).__name__}`."
         )
     return GivenPotential(value)
