@@ -260,7 +260,7 @@ class NothingFromTheHost(TorchFunctionMode):
 def test_steps_that_are_captured_read_no_value_and_copy_none_from_the_host(method, monkeypatch):
     # what a CUDA graph asks for, seen on a device without values
     for module in (grid, implicit, sys.modules["odeopt.ode.integrate"]):
-        monkeypatch.setattr(module, "takes_no_looks", lambda x: True)
+        monkeypatch.setattr(module, "must_not_synchronise", lambda x: True)
     system = make_system(has_mass_network=method != "strang").to("meta")
     x0 = PhaseState(*(x.to("meta") for x in make_state()))
     u = torch.full((1,), 0.7, dtype=F64, device="meta")
@@ -305,7 +305,7 @@ def test_steps_are_captured_in_a_cuda_graph(method):
 @pytest.mark.gpu
 def test_explicit_steps_do_not_wait_for_the_device_before_the_end(monkeypatch):
     x0 = torch.ones(8, 2, device="cuda")
-    pieces, account, waiting = grid.subintervals, grid._account, ExitStack()
+    pieces, account, waiting = grid.subintervals, grid._outcome, ExitStack()
 
     def begin(*arguments):
         waiting.enter_context(no_waiting())
@@ -316,7 +316,7 @@ def test_explicit_steps_do_not_wait_for_the_device_before_the_end(monkeypatch):
         return account(*arguments)
 
     monkeypatch.setattr(grid, "subintervals", begin)
-    monkeypatch.setattr(grid, "_account", end)
+    monkeypatch.setattr(grid, "_outcome", end)
     with waiting:
         solution = integrate(lambda t, x: -x * t, x0, [0.0, 0.5, 1.0], backend="odeopt", options={"step_size": 0.1})
     assert (solution.status, solution.n_steps) == (Status.SUCCESS, 10)

@@ -1,4 +1,4 @@
-"""Integration by steps of our own: nothing looks at a value before the end."""
+"""Integration by steps of our own, without host synchronisation before the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
 from odeopt.ode.checks import State, clock_dtype, real_dtype, tensors_of, time_dtype
-from odeopt.ode.implicit import Newton, takes_no_looks
+from odeopt.ode.implicit import Newton, must_not_synchronise
 from odeopt.ode.inputs import knots_of, piece_of
 from odeopt.ode.recorder import Recorder, can_watch, own, raise_written, restore
 from odeopt.ode.solution import Status
@@ -88,7 +88,7 @@ class Subinterval(NamedTuple):
     ends_at_output: bool
 
 
-class Account(NamedTuple):
+class Outcome(NamedTuple):
     """Status and counts of the steps.
 
     Attributes:
@@ -126,7 +126,7 @@ def subintervals(times: Times, step_size: float | None, knots: Sequence[float] =
 
 def explicit_steps(
     field: Callable[[Tensor, State], Any], x0: State, times: Times, method: str, step_size: float | None
-) -> tuple[State, Account]:
+) -> tuple[State, Outcome]:
     """Take explicit steps with any field; shapes and devices as in :func:`odeopt.ode.integrate`."""
     recorder = Recorder(field, x0, torch.tensor(times.numbers[:2]), callbacks={"callback_step"}, is_external=False)
     is_tuple = isinstance(x0, tuple)
@@ -150,8 +150,8 @@ def explicit_steps(
     states, n_steps = _marched(
         flat, times, grid, lambda part: step, callback if hasattr(field, "callback_step") else None
     )
-    account = _account(states, n_steps * len(TABLEAUX[method].b), n_steps)
-    return (_unflattened(states, x0, 1) if is_tuple else states), account
+    outcome = _outcome(states, n_steps * len(TABLEAUX[method].b), n_steps)
+    return (_unflattened(states, x0, 1) if is_tuple else states), outcome
 
 
 def system_steps(
@@ -164,7 +164,7 @@ def system_steps(
     u: Any,
     z: Any,
     newton: Newton | None,
-) -> tuple[PhaseState, Account]:
+) -> tuple[PhaseState, Outcome]:
     """Take steps with a port-Hamiltonian system: structure-preserving ones, explicit ones where ``newton`` is None."""
     taken: list[StructureStep] = []
     sums: list[Tensor] = []
@@ -196,7 +196,7 @@ def system_steps(
     grid = subintervals(times, step_size, knots_of(u))
     states, n_steps = _marched(torch.cat(x0, -1), times, grid, stepper, callback)
     n_evals = sum(step.n_evals for step in taken) if newton is not None else n_steps * len(TABLEAUX[method].b)
-    return split(states), _account(states, n_evals, n_steps, taken, sums)
+    return split(states), _outcome(states, n_evals, n_steps, taken, sums)
 
 
 def _marched(
@@ -241,13 +241,13 @@ def _steps_of(
     return dt, starts.to(clock).unbind()
 
 
-def _account(
+def _outcome(
     states: Tensor, n_evals: int, n_steps: int, taken: Sequence[StructureStep] = (), sums: Sequence[Tensor] = ()
-) -> Account:
-    """Look at the values, once and at the end, where that is allowed; sums are those of the states steps began at."""
-    if takes_no_looks(states):
-        text = "the steps were mapped, compiled or captured, where no value can be looked at."
-        return Account(n_evals, n_steps, None, Status.NOT_CHECKED, text, len(states))
+) -> Outcome:
+    """Check the values, once and at the end, where that is allowed; sums are those of the states steps began at."""
+    if must_not_synchronise(states):
+        text = "the steps were mapped, compiled or captured, where no value can be checked."
+        return Outcome(n_evals, n_steps, None, Status.NOT_CHECKED, text, len(states))
     is_finite = states.detach().reshape(len(states), -1).isfinite().all(1)
     n_finite = int(is_finite.cumprod(0).sum())
     n_iters, n_open, where = None, 0, ""
@@ -265,7 +265,7 @@ def _account(
             text = f"{text[:-1]}, and the implicit iteration did not converge {where}"
     elif n_open:
         status, text = Status.NOT_CONVERGED, where
-    return Account(n_evals, n_steps, n_iters, status, text, n_finite)
+    return Outcome(n_evals, n_steps, n_iters, status, text, n_finite)
 
 
 def _flattened(field: Recorder, x0: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:

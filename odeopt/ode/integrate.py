@@ -23,7 +23,7 @@ from odeopt.ode.checks import (
     time_dtype,
 )
 from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, subintervals, system_steps, times_of
-from odeopt.ode.implicit import Newton, takes_no_looks
+from odeopt.ode.implicit import Newton, must_not_synchronise
 from odeopt.ode.inputs import FirstOrderHold, Input, ZeroOrderHold, checked_input, knots_of, piece_of
 from odeopt.ode.recorder import Field, restore
 from odeopt.ode.solution import Solution, Status
@@ -86,9 +86,9 @@ def integrate(
     There are the methods of the installed torchdiffeq, and :data:`~odeopt.ode.STRUCTURE_METHODS` for systems, see
     :func:`~odeopt.ode.structure_step`. The explicit fixed-step ones are written here, too. Our own steps end at the
     output times (each interval is cut into the fewest equal ones of at most ``step_size``), can be differentiated any
-    number of times, mapped (``torch.func``) and compiled (``fullgraph=True``) with ``t`` as a list of numbers, and look
-    at no value between the check of ``x0`` and the end; the Newton iterations of structure-preserving steps do, unless
-    they are mapped, compiled or captured by a CUDA graph.
+    number of times, mapped (``torch.func``) and compiled (``fullgraph=True``) with ``t`` as a list of numbers, and
+    do not synchronise with the host between the check of ``x0`` and the end; Newton iterations of structure-preserving
+    steps do, unless they are mapped, compiled or captured by a CUDA graph.
 
     Outputs between the steps of torchdiffeq are interpolated: by the fixed-step methods linearly unless
     ``options={"interp": "cubic"}``, by the adaptive ones with a quartic (dopri8, at the default tolerances,
@@ -179,8 +179,8 @@ def integrate(
     check_options("options", options, method, _own_options(method) if is_ours else accepted_options(method))
     tensors = tensors_of(x0)
     is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
-    looks = not (is_ours and is_given and takes_no_looks(tensors[0]))
-    if looks:
+    is_checked = not (is_ours and is_given and must_not_synchronise(tensors[0]))
+    if is_checked:
         check_state(x0)
         check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
         t = check_times(t, tensors_of(x0)[0])
@@ -247,7 +247,7 @@ def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: A
 def _is_ours(
     system: PortHamiltonianSystem | None, method: str, backend: str, options: Any, times: Times | None, *, adjoint: bool
 ) -> bool:
-    """Whether our own steps are taken; of a name that torchdiffeq has too, those for systems."""
+    """Return whether our own steps are taken; of a name that torchdiffeq has too, those for systems."""
     if method in STRUCTURE_METHODS and system is not None:
         if backend != "torchdiffeq" and not adjoint:
             return True
@@ -268,7 +268,7 @@ def _is_ours(
 
 
 def _divides(step_size: Any, times: Times | None) -> bool:
-    """Whether steps of a given size, counted from the first time, meet all output times, so that all grids are one."""
+    """Return whether steps of a given size from the first time on meet all output times, so that all grids are one."""
     if not isinstance(step_size, int | float) or not step_size > 0:
         return step_size is None
     if times is None or not all(map(math.isfinite, times.numbers)):
@@ -295,9 +295,9 @@ def _own_steps(
     now = (lambda: math.nan) if torch.compiler.is_compiling() else time.perf_counter  # a trace has no clock
     start = now()
     if isinstance(field, PortHamiltonianSystem):
-        states, account = system_steps(field, x0, times, method, step_size, u=u, z=z, newton=newton)
+        states, outcome = system_steps(field, x0, times, method, step_size, u=u, z=z, newton=newton)
     else:
-        states, account = explicit_steps(field, x0, times, method, step_size)
+        states, outcome = explicit_steps(field, x0, times, method, step_size)
     seconds = now() - start
     n = len(times.numbers)
     if not isinstance(t, Tensor):
@@ -305,12 +305,12 @@ def _own_steps(
         # filled, as a graph that is being captured can copy nothing from the host
         kind = {"dtype": time_dtype(like.device), "device": like.device}
         t = torch.stack([torch.full((), x, **kind) for x in times.numbers])
-    if account.n_finite < n:
-        kept = [fill(x[: account.n_finite], n) for x in tensors_of(states)]
+    if outcome.n_finite < n:
+        kept = [fill(x[: outcome.n_finite], n) for x in tensors_of(states)]
         states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
-    message = message_of(account.status, account.detail, t, account.n_finite)
-    numbers = account.n_evals, account.n_steps, seconds
-    return Solution(t, states, *numbers, account.status, message, method, account.n_iters)
+    message = message_of(outcome.status, outcome.detail, t, outcome.n_finite)
+    numbers = outcome.n_evals, outcome.n_steps, seconds
+    return Solution(t, states, *numbers, outcome.status, message, method, outcome.n_iters)
 
 
 def _by_subintervals(

@@ -152,7 +152,7 @@ def _of_discrete_gradients(
 
 @dataclass(frozen=True)
 class DampingReport:
-    """Whether the energy that a learned system loses is lost by the system or by its solver.
+    """Comparison of the energy that a learned system loses by itself and by its solver.
 
     Attributes:
         lost: Mean energy lost over the time span, as it was trained (``"trained"``), by the same method with finer
@@ -172,7 +172,7 @@ class DampingReport:
 
     @property
     def is_real(self) -> bool:
-        """Whether the system itself loses what it loses as trained, up to the tolerance."""
+        """True if the system itself loses the energy that it loses as trained, up to the tolerance."""
         return abs(self.artefact) <= self.tolerance and self.spread <= self.tolerance
 
     def __str__(self) -> str:

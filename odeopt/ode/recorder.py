@@ -15,7 +15,7 @@ from odeopt.ode.solution import Status
 Field = Callable[[Tensor, Any], Any]
 
 # Evaluations that tell whether a field uses memory again: no step of fixed size that holds its stages has more.
-_N_LOOKS = 4
+_N_WATCHED = 4
 
 
 class SolverFailureError(Exception):
@@ -197,7 +197,7 @@ class Recorder:
             self.is_reusing_memory |= not self._seen_places.isdisjoint(places)
             self._seen_places.update(places)
             self._seen += derivatives
-            if self.n_evals >= _N_LOOKS:
+            if self.n_evals >= _N_WATCHED:
                 self._seen = None
         derivatives = [(d.clone() if is_copied else d).to(self._work) for d in derivatives]
         if isinstance(self.x0, tuple):
@@ -269,7 +269,7 @@ def leaves_of(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def can_watch() -> bool:
-    """Whether tensors tell who wrote to them and where they lie: not while they are mapped or compiled."""
+    """Return whether tensors have versions and places in memory: not while they are mapped or compiled."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 

@@ -232,7 +232,7 @@ def _at_least(tolerance: Any, floor: float) -> Any:
 
 
 def reads_tolerances(method: str) -> bool:
-    """Whether a method of torchdiffeq depends on its tolerances: an adaptive one, or one that iterates."""
+    """Return whether a method of torchdiffeq depends on its tolerances: an adaptive one, or one that iterates."""
     return not is_fixed_step(method) or ("max_iters" in accepted_options(method) and method != "explicit_adams")
 
 
@@ -322,7 +322,7 @@ def _held_warnings() -> Iterator[list[str]]:
 
 
 def is_external(method: str) -> bool:
-    """Whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
+    """Return whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
     return not issubclass(SOLVERS[method], (FixedGridODESolver, AdaptiveStepsizeODESolver))
 
 

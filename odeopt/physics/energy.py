@@ -109,7 +109,7 @@ class Hamiltonian(nn.Module):
 
     @property
     def depends_on_q(self) -> bool:
-        """Whether the energy changes with ``q``; where it does not, no positions need to be stored."""
+        """True if the energy changes with ``q``; if not, no positions need to be stored."""
         return self.mass_depends_on_q or self.potential is not None
 
     def energy(self, x: PhaseState) -> Tensor:
@@ -175,7 +175,7 @@ class Hamiltonian(nn.Module):
         return PhaseState(dH_dq, v if keep_graph else v.detach())
 
     def _part_in_q(self, q: Tensor, p: Tensor, v: Tensor) -> Tensor:
-        """What depends on q of the energy, summed over the batch."""
+        """Part of the energy that depends on q, summed over the batch."""
         total = 0.5 * (p * v).sum() if self.mass_depends_on_q else 0.0
         return total if self.potential is None else total + self._potential(q).sum()
 

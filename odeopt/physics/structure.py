@@ -43,11 +43,7 @@ def symplectic_matrix(dof: int, *, dtype: torch.dtype | None = None, device: tor
 
 
 def mlp(
-    n_inputs: int,
-    n_outputs: int,
-    *,
-    widths: Sequence[int] = (32,),
-    activation: Callable[[], nn.Module] = nn.Tanh,
+    n_inputs: int, n_outputs: int, *, widths: Sequence[int] = (32,), activation: Callable[[], nn.Module] = nn.Tanh
 ) -> nn.Sequential:
     """Multilayer perceptron with a linear output layer.
 
@@ -315,13 +311,7 @@ class PortMatrix(LearnedMatrix):
     """
 
     def __init__(
-        self,
-        dof: int,
-        n_inputs: int,
-        *,
-        network: Network = None,
-        start: Tensor | None = None,
-        n_signals: int = 0,
+        self, dof: int, n_inputs: int, *, network: Network = None, start: Tensor | None = None, n_signals: int = 0
     ) -> None:
         check_count("n_inputs", n_inputs)
         super().__init__(dof, dof * n_inputs, network=network, n_signals=n_signals)

@@ -15,7 +15,7 @@ __all__ = ["PhaseState", "PortHamiltonianSystem", "PowerBalance", "StructureMatr
 
 
 class PowerBalance(NamedTuple):
-    r"""Where the energy goes: ``energy_rate = -dissipated + supplied`` up to rounding.
+    r"""Balance of the power: ``energy_rate = -dissipated + supplied`` up to rounding.
 
     Attributes:
         energy_rate: :math:`\nabla H \cdot \dot x`, energy per unit time, shape ``(*batch,)``.
@@ -114,12 +114,12 @@ class PortHamiltonianSystem(nn.Module):
 
     @property
     def depends_on_q(self) -> bool:
-        """Whether the energy changes with ``q``; where it does not, ``x.q`` may be None."""
+        """True if the energy changes with ``q``; if not, ``x.q`` may be None."""
         return self.hamiltonian.depends_on_q
 
     @property
     def mass_depends_on_q(self) -> bool:
-        """Whether the mass changes with ``q``; where it does not, the energy separates into parts of q and of p."""
+        """True if the mass changes with ``q``; if not, the energy separates into parts of q and of p."""
         return self.hamiltonian.mass_depends_on_q
 
     def energy(self, x: PhaseState) -> Tensor:

@@ -324,11 +324,7 @@ def shortened(problem: Problem, n_intervals: int = 2) -> Problem:
 
 
 def observed_order(
-    problem: Problem,
-    method: Method | str,
-    *,
-    n_steps: Sequence[int] = _ORDER_N_STEPS,
-    states: Tensor | None = None,
+    problem: Problem, method: Method | str, *, n_steps: Sequence[int] = _ORDER_N_STEPS, states: Tensor | None = None
 ) -> OrderRun:
     """Measure the order of a method: the slope of its error against the size of its steps, in float64.
 

@@ -60,13 +60,7 @@ def _mechanics() -> list[Problem]:
         Problem("henon-heiles", group, _state([0.0, 0.1], [0.4, 0.0]), _times(40), system=stars),
         Problem("pendulum", group, swinging, _times(20), system=pendulums[0]),
         Problem(
-            "driven-pendulum",
-            group,
-            swinging,
-            _times(20),
-            system=pendulums[1],
-            effort=_drive,
-            is_autonomous=False,
+            "driven-pendulum", group, swinging, _times(20), system=pendulums[1], effort=_drive, is_autonomous=False
         ),
     ]
 

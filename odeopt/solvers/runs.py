@@ -62,7 +62,7 @@ class SolverRun:
 
     @property
     def is_success(self) -> bool:
-        """Whether the run came to the last output."""
+        """True if the run reached the last output."""
         return self.status == Status.SUCCESS.value
 
 
@@ -96,7 +96,7 @@ class OrderRun:
 
     @property
     def is_kept(self) -> bool | None:
-        """Whether the order is the nominal one or more, to within .3; None where it is not judged or not known."""
+        """True if the order is at least the nominal one, to within .3; None where it is not judged or not known."""
         if self.nominal is None or self.observed is None:
             return None
         return self.observed >= self.nominal - LOST_ORDER

@@ -1,4 +1,4 @@
-"""What is learned: port-Hamiltonian systems, and the baselines that know less of mechanics."""
+"""Learned models: port-Hamiltonian systems, and baselines with less knowledge of mechanics."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.checks import require
-from odeopt.physics import (
-    PortHamiltonianSystem,
-    PortMatrix,
-    PositiveDefinite,
-    PositiveSemidefinite,
-    Potential,
-    mlp,
-)
+from odeopt.physics import PortHamiltonianSystem, PortMatrix, PositiveDefinite, PositiveSemidefinite, Potential, mlp
 from odeopt.systems.coordinates import Coordinates
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_seed, momentum
 

@@ -94,7 +94,7 @@ class ObservedSystem(nn.Module, ABC):
         return torch.cat((self.coordinates.shortest(q), p), dim=-1)
 
     def drift(self, x: Tensor) -> float:
-        """How far observations are off the circles; 0 where angles are observed as they are."""
+        """Distance of observations from the circles; 0 where angles are observed as they are."""
         return 0.0 if self.observes == "momentum" else self.coordinates.drift(x)
 
     def rollout(
