@@ -190,23 +190,18 @@ def integrate(
         if reads_tolerances(method):
             rtol, atol = reachable(rtol, atol, x0)
         if adjoint and reads_tolerances(adjoint_method or method):
+            tolerances = rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol
+            names = "adjoint_rtol", "adjoint_atol"
             # the adjoint begins at zero
-            adjoint_rtol, adjoint_atol = reachable(
-                rtol if adjoint_rtol is None else adjoint_rtol,
-                atol if adjoint_atol is None else adjoint_atol,
-                x0,
-                ("adjoint_rtol", "adjoint_atol"),
-                has_zeros=True,
-            )
-            for_adjoint |= {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
-        keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+            for_adjoint |= zip(names, reachable(*tolerances, x0, names, has_zeros=True), strict=True)
+        if adjoint and adjoint_params is None and system is not None:
+            for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
+        how = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+        gradients = for_adjoint if adjoint else None, adjoint_params
         if system is None:
-            solution = by_torchdiffeq(field, x0, t, keywords, for_adjoint if adjoint else None, adjoint_params)
+            solution = by_torchdiffeq(field, x0, t, how, *gradients)
         else:
-            if adjoint and adjoint_params is None:
-                for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
-            for_adjoint = for_adjoint if adjoint else None
-            solution = _by_subintervals(system, x0, t, times, u, z, keywords, for_adjoint, adjoint_params)
+            solution = _by_subintervals(system, x0, t, times, u, z, how, *gradients)
     if throw:
         solution.raise_for_status()
     return solution
@@ -377,7 +372,7 @@ def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: st
         ValueError: If there is no such backend or it has no such method, or if the method passes no gradient on
             where one is recorded.
     """
-    check_choice("backend", backend, ("auto", "odeopt", "torchdiffeq"))
+    check_choice("backend", backend, BACKENDS)
     if backend == "odeopt" or method == "exponential":
         check_explicit(method)
     if backend != "torchdiffeq" and method in EXPLICIT_METHODS:

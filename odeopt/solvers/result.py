@@ -9,7 +9,7 @@ from typing import Any
 
 from odeopt.checks import require
 from odeopt.files import read_json, write_json
-from odeopt.solvers.figures import draw_energies, draw_gradients, draw_orders, draw_work_precision
+from odeopt.solvers.figures import draw_derived, draw_orders, draw_work_precision
 from odeopt.solvers.runs import WORKS, OrderRun, Runs, SolverRun
 from odeopt.solvers.tables import draw_tables
 
@@ -64,19 +64,18 @@ class SolverComparison(Runs):
             The files, called ``solvers_*.png``.
         """
         folder, paths = Path(folder), []
-        kinds = [kind for kind, of in (("fixed", ("fixed", "structure")), ("adaptive", ("adaptive",)))
-                 if any(run.kind in of for run in self.runs)]  # fmt: skip
+        drawn = {"adaptive": "adaptive", "fixed": "fixed", "structure": "fixed"}
+        kinds = sorted({drawn[kind] for kind in self.distinct("kind")}, reverse=True)
         for i, dtype in enumerate(self.dtypes):
             suffix = f"_{dtype}" if i else ""
             for kind in kinds:
                 for unit, word in WORKS.items():
-                    paths.append(
-                        self.plot(folder / f"solvers_{kind}_{word}{suffix}.png", kind=kind, unit=unit, dtype=dtype)
-                    )
+                    path = folder / f"solvers_{kind}_{word}{suffix}.png"
+                    paths.append(self.plot(path, kind=kind, unit=unit, dtype=dtype))
             if any(run.energy_error is not None for run in self.select(group="mechanics", dtype=dtype)):
-                paths.append(draw_energies(self, folder / f"solvers_energies{suffix}.png", dtype=dtype))
+                paths.append(draw_derived(self, "energy_error", dtype, folder / f"solvers_energies{suffix}.png"))
             if any(run.gradient_error is not None for run in self.select(dtype=dtype)):
-                paths.append(draw_gradients(self, folder / f"solvers_gradients{suffix}.png", dtype=dtype))
+                paths.append(draw_derived(self, "gradient_error", dtype, folder / f"solvers_gradients{suffix}.png"))
         if any(row.observed is not None for row in self.orders):
             paths.append(draw_orders(self, folder / "solvers_orders.png"))
         return paths
