@@ -75,12 +75,7 @@ class ZeroOrderHold(_Sampled):
 class FirstOrderHold(_Sampled):
     """Samples joined by straight lines; held before the first knot and after the last one.
 
-    Args:
-        t: Knots, shape ``(n_knots,)``, strictly increasing.
-        values: Samples, shape ``(n_knots, *batch, n_inputs)``, on the device and in the dtype of the state.
-
-    Raises:
-        ValueError: If knots do not rise, or samples are not finite or not as many as knots.
+    The arguments and errors are those of :class:`ZeroOrderHold`.
 
     Example:
         >>> FirstOrderHold([0.0, 1.0], torch.tensor([[2.0], [3.0]]))(torch.tensor(0.5))
