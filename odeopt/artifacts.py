@@ -7,7 +7,6 @@ import hashlib
 import importlib.resources
 import itertools
 import json
-import math
 import os
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt._version import __version__
-from odeopt.checks import require
+from odeopt.checks import is_integer, is_number, require
 from odeopt.rules.base import UpdateRule, adopt_weights, built, has_values
 
 FORMAT = "odeopt-rule"
@@ -43,10 +42,7 @@ _FIELDS = {
 }
 
 # the bare names of these stand for the MNIST rules
-_ALIASES = {
-    "lstm": "lstm-mnist",
-    "hamiltonian": "hamiltonian-mnist",
-}
+_ALIASES = {"lstm": "lstm-mnist", "hamiltonian": "hamiltonian-mnist"}
 
 
 def save(
@@ -125,12 +121,8 @@ def load(path: str | os.PathLike[str]) -> UpdateRule:
     fields, weights = _read(path)
     rule_class = UpdateRule.registry.get(fields["class"])
     if rule_class is None:
-        raise _error(
-            path,
-            "class",
-            f"a known rule ({', '.join(sorted(UpdateRule.registry))}); import its module first",
-            fields,
-        )
+        known = ", ".join(sorted(UpdateRule.registry))
+        raise _error(path, "class", f"a known rule ({known}); import its module first", fields)
     try:
         rule = built(rule_class, fields["config"])
     except (TypeError, ValueError) as error:
@@ -247,25 +239,22 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def _check_fields(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
-    def check(condition: bool, name: str, wanted: str) -> None:
-        if not condition:
+    scale, horizon, task = fields["output_scale"], fields["horizon"], fields["task"]
+    solver, trained_for, version = fields["solver"], fields["trained_for"], fields["library_version"]
+    account = trained_for if isinstance(trained_for, dict) else {}
+    agrees = (account.get("horizon"), account.get("task")) == (horizon, task)
+    for name, is_right, wanted in (
+        ("class", isinstance(fields["class"], str), "the name of a class"),
+        ("config", isinstance(fields["config"], dict), "a dictionary of constructor arguments"),
+        ("output_scale", scale is None or is_number(scale), "a number or null"),
+        ("solver", solver is None or isinstance(solver, str), "a name or null"),
+        ("horizon", is_integer(horizon) and horizon > 0, "a positive number of steps (from `trained_for`)"),
+        ("task", isinstance(task, str | dict) and len(task) > 0, "a name or a description (from `trained_for`)"),
+        ("trained_for", agrees, "a dictionary that agrees with `horizon` and `task`"),
+        ("library_version", isinstance(version, str) and version != "", "a version"),
+    ):
+        if not is_right:
             raise _error(path, name, wanted, fields)
-
-    scale, horizon, task, version = (fields[n] for n in ("output_scale", "horizon", "task", "library_version"))
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
-    check(isinstance(fields["class"], str), "class", "the name of a class")
-    check(isinstance(fields["config"], dict), "config", "a dictionary of constructor arguments")
-    check(scale is None or is_number, "output_scale", "a number or null")
-    check(fields["solver"] is None or isinstance(fields["solver"], str), "solver", "a name or null")
-    check(type(horizon) is int and horizon > 0, "horizon", "a positive number of steps (from `trained_for`)")
-    check(isinstance(task, str | dict) and len(task) > 0, "task", "a name or a description (from `trained_for`)")
-    trained_for = fields["trained_for"]
-    agrees = isinstance(trained_for, dict) and (trained_for.get("horizon"), trained_for.get("task")) == (
-        horizon,
-        task,
-    )
-    check(agrees, "trained_for", "a dictionary that agrees with `horizon` and `task`")
-    check(isinstance(version, str) and version != "", "library_version", "a version")
 
 
 def _check_weights(path: str | os.PathLike[str], found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

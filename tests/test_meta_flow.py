@@ -93,6 +93,20 @@ def test_flow_stops_when_the_gradients_are_small(method, options):
     assert at_once.event_time == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["bosh3", "midpoint"])
+def test_flow_in_single_precision_does_not_depend_on_where_the_clock_starts(method):
+    options = {"step_size": 0.125} if method == "midpoint" else None
+    how = {"indices": INDICES, "method": method, "options": options, "rtol": 1e-5, "atol": 1e-6, "until_norm": 2.0}
+    flows = []
+    for start in (0.0, 1e9):
+        t = start + torch.tensor([0.0, 0.25, 0.5, 2.5, 40.0], dtype=F64)
+        flows.append(gradient_flow(RandomQuadratic(3), PortHamiltonianSystem(1, dissipation=1.0), t, **how))
+        assert flows[-1].t.dtype == F64
+    assert flows[1].event_time - 1e9 == pytest.approx(flows[0].event_time, abs=1e-4)
+    torch.testing.assert_close(flows[1].t - 1e9, flows[0].t, rtol=0, atol=1e-4)
+    torch.testing.assert_close(flows[1].losses, flows[0].losses, rtol=1e-3, atol=1e-4)
+
+
 def test_networks_flow_too():
     task = MLPClassification("digits", (6,), activation="tanh", batch_size=64)
     flow = gradient_flow(task, PortHamiltonianSystem(1, dissipation=1.0), [0.0, 5.0, 20.0], indices=torch.arange(2),
@@ -106,6 +120,8 @@ def test_networks_flow_too():
     ("change", "match"),
     [
         ({"scale": 0.0}, "`scale` should be a positive number. Found `scale = 0.0`"),
+        ({"t": [1.0, 0.0]}, r"`t` should be rising. Found `t = \[1.0, 0.0\]`"),
+        ({"t": [0.0]}, "`t` should be one-dimensional with at least two times"),
         ({"kappa": math.inf}, "`kappa` should be a positive number. Found `kappa = inf`"),
         ({"until_norm": -1.0}, "`until_norm` should be a positive number or None. Found `until_norm = -1.0`"),
         ({"rule": odeopt.AdamUpdate(0.1)}, "`rule` should be a port-Hamiltonian rule or system"),

@@ -25,7 +25,7 @@ from odeopt.ode import (
     integrate,
     is_fixed_step,
 )
-from odeopt.ode.grid import Times, pieces_of
+from odeopt.ode.grid import Times, subintervals
 from odeopt.ode.structured import STRUCTURE_ORDER
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
@@ -101,7 +101,7 @@ def test_field_evaluations_add_up_over_the_pieces_between_knots(method, backend,
     assert whole.n_field_evals == len(calls)
     # and each piece has its share, as if it were integrated alone
     x0, n_evals, n_steps = X0, [], []
-    for piece in pieces_of(Times(t, 0.0), None, u.knots):
+    for piece in subintervals(Times(t, 0.0), None, u.knots):
         held = u((torch.tensor(piece.start, dtype=F64) + piece.end) / 2)
         part = integrate(system, x0, torch.tensor([piece.start, piece.end], dtype=F64), method=method, u=held,
                          rtol=1e-4, atol=1e-5, backend=backend)  # fmt: skip
@@ -119,7 +119,7 @@ def test_evaluations_and_iterations_of_structured_steps_add_up_over_pieces(metho
     u = ZeroOrderHold([0.0, 0.2, 0.5], SAMPLES[:3])
     whole = integrate(system, x0, t, method=method, u=u, options={"step_size": 0.2})
     parts = []
-    for piece in pieces_of(Times(t, 0.0), None, u.knots):
+    for piece in subintervals(Times(t, 0.0), None, u.knots):
         parts.append(integrate(system, x0, [piece.start, piece.end], method=method,
                                u=u(torch.tensor(piece.start, dtype=F64)), options={"step_size": 0.2}))  # fmt: skip
         x0 = PhaseState(*(x[-1] for x in parts[-1].states))
@@ -202,10 +202,10 @@ def test_backends_agree(method):
 
 
 def test_pieces_cover_the_time_axis():
-    pieces = pieces_of(Times([0.0, 1.0, 1.5], 0.0), 0.3, (0.0, 0.4, 1.0, 1.2, 7.0))
+    pieces = subintervals(Times([0.0, 1.0, 1.5], 0.0), 0.3, (0.0, 0.4, 1.0, 1.2, 7.0))
     assert [(p.start, p.end, p.n_steps) for p in pieces] == [(0.0, 0.4, 2), (0.4, 1.0, 2), (1.0, 1.2, 1), (1.2, 1.5, 1)]
     assert [p.ends_at_output for p in pieces] == [False, True, False, True]
-    back = pieces_of(Times([1.5, 0.0], 0.0), None, (0.4, 1.2))
+    back = subintervals(Times([1.5, 0.0], 0.0), None, (0.4, 1.2))
     assert [(p.start, p.end) for p in back] == [(1.5, 1.2), (1.2, 0.4), (0.4, 0.0)]
 
 
@@ -260,7 +260,7 @@ class NothingFromTheHost(TorchFunctionMode):
 def test_steps_that_are_captured_read_no_value_and_copy_none_from_the_host(method, monkeypatch):
     # what a CUDA graph asks for, seen on a device without values
     for module in (grid, implicit, sys.modules["odeopt.ode.integrate"]):
-        monkeypatch.setattr(module, "takes_no_looks", lambda x: True)
+        monkeypatch.setattr(module, "must_not_synchronise", lambda x: True)
     system = make_system(has_mass_network=method != "strang").to("meta")
     x0 = PhaseState(*(x.to("meta") for x in make_state()))
     u = torch.full((1,), 0.7, dtype=F64, device="meta")
@@ -305,7 +305,7 @@ def test_steps_are_captured_in_a_cuda_graph(method):
 @pytest.mark.gpu
 def test_explicit_steps_do_not_wait_for_the_device_before_the_end(monkeypatch):
     x0 = torch.ones(8, 2, device="cuda")
-    pieces, account, waiting = grid.pieces_of, grid._account, ExitStack()
+    pieces, account, waiting = grid.subintervals, grid._outcome, ExitStack()
 
     def begin(*arguments):
         waiting.enter_context(no_waiting())
@@ -315,8 +315,8 @@ def test_explicit_steps_do_not_wait_for_the_device_before_the_end(monkeypatch):
         waiting.close()
         return account(*arguments)
 
-    monkeypatch.setattr(grid, "pieces_of", begin)
-    monkeypatch.setattr(grid, "_account", end)
+    monkeypatch.setattr(grid, "subintervals", begin)
+    monkeypatch.setattr(grid, "_outcome", end)
     with waiting:
         solution = integrate(lambda t, x: -x * t, x0, [0.0, 0.5, 1.0], backend="odeopt", options={"step_size": 0.1})
     assert (solution.status, solution.n_steps) == (Status.SUCCESS, 10)

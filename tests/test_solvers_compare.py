@@ -360,9 +360,15 @@ def test_json_holds_everything(comparison, tmp_path):
     assert again.settings == comparison.settings
     assert again.table() == comparison.table()
     assert [path.name for path in tmp_path.iterdir()] == ["solvers.json"]
-    (tmp_path / "solvers.json").write_text('{"runs": []}')
-    with pytest.raises(ValueError, match=r"solvers.json: not a comparison of solvers: KeyError\('orders'\)"):
-        SolverComparison.load(tmp_path / "solvers.json")
+    for content, reason in (
+        ('{"runs": []}', "field 'orders' is missing"),
+        ('{"columns": [], "runs": [[1]], "orders": []}', r"zip\(\) argument 2 is longer"),
+        ('{"columns": [], "runs": [], "orders": [{"error": 1}]}', "unexpected keyword argument 'error'"),
+        ("{", "Expecting property name"),
+    ):
+        (tmp_path / "solvers.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"solvers.json: not a comparison of solvers: .*{reason}"):
+            SolverComparison.load(tmp_path / "solvers.json")
 
 
 def test_figures_are_drawn(comparison, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odeopt.checks import is_number, require
 from odeopt.ode import Solution, integrate, is_fixed_step
+from odeopt.ode.checks import check_times
 from odeopt.ode.torchdiffeq import ATOL, RTOL, time_of_event
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
@@ -143,7 +144,8 @@ def gradient_flow(
         _, gradient = _loss_and_gradient(task, x[0], shapes, batch)
         return gradient.norm(dim=1).max() - until_norm
 
-    t = torch.as_tensor(t, dtype=theta.dtype, device=theta.device)
+    t = check_times(t, theta)
+    require(bool(t[-1] > t[0]), "t", t.tolist(), "rising")
     x0, event_time = FlowState(theta, rest, rest.clone()), None
     solver = {"method": method, "options": options, "rtol": rtol, "atol": atol}
     if until_norm is not None:

@@ -1,4 +1,4 @@
-"""Integration by steps of our own: nothing looks at a value before the end."""
+"""Integration by steps of our own, without host synchronisation before the end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
 from odeopt.ode.checks import State, clock_dtype, real_dtype, tensors_of, time_dtype
-from odeopt.ode.implicit import Newton, takes_no_looks
+from odeopt.ode.implicit import Newton, must_not_synchronise
 from odeopt.ode.inputs import knots_of, piece_of
 from odeopt.ode.recorder import Recorder, can_watch, own, raise_written, restore
 from odeopt.ode.solution import Status
 from odeopt.ode.steps import TABLEAUX, checked_explicit_step
-from odeopt.ode.structured import structure_step
+from odeopt.ode.structured import StructureStep, structure_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 STEP_OPTIONS = frozenset({"step_size"})
 NEWTON_OPTIONS = frozenset({"tol", "max_iters"})
+
+Step = Callable[[Tensor, Tensor, Any], Tensor]  # from its start, the state there and its length to the state at its end
 
 
 class Times(NamedTuple):
@@ -70,8 +72,8 @@ def _unwrapped(t: Tensor) -> Tensor:
     return t
 
 
-class Piece(NamedTuple):
-    """Piece between two neighbouring times that are outputs or knots: steps of one length.
+class Subinterval(NamedTuple):
+    """Interval between two neighbouring times that are outputs or knots, in steps of one length.
 
     Attributes:
         start: Time at its start.
@@ -86,7 +88,7 @@ class Piece(NamedTuple):
     ends_at_output: bool
 
 
-class Account(NamedTuple):
+class Outcome(NamedTuple):
     """Status and counts of the steps.
 
     Attributes:
@@ -106,50 +108,50 @@ class Account(NamedTuple):
     n_finite: int
 
 
-def pieces_of(times: Times, step_size: float | None, knots: Sequence[float] = ()) -> list[Piece]:
-    """Cut a time axis at outputs and knots, and each piece into the fewest steps of at most ``step_size``."""
+def subintervals(times: Times, step_size: float | None, knots: Sequence[float] = ()) -> list[Subinterval]:
+    """Cut a time axis at outputs and knots, and each subinterval into the fewest steps of at most ``step_size``."""
     numbers = times.numbers
-    sign, pieces = (1 if numbers[-1] > numbers[0] else -1), []
+    sign, found = (1 if numbers[-1] > numbers[0] else -1), []
     slack = 0.0 if step_size is None else times.slack(step_size)
     for start, end in itertools.pairwise(numbers):
         # a knot that is an output to rounding is no knot more
         low, high = times.rounding, (end - start) * sign - times.rounding
         inner = sorted((knot for knot in knots if low < (knot - start) * sign < high), reverse=sign < 0)
         for left, right in itertools.pairwise([start, *inner, end]):
-            # a length that divides the piece to rounding does not take one step more
+            # a length that divides it to rounding does not take one step more
             n_steps = 1 if step_size is None else max(1, math.ceil(abs(right - left) / step_size - slack))
-            pieces.append(Piece(left, right, n_steps, right == end))
-    return pieces
+            found.append(Subinterval(left, right, n_steps, right == end))
+    return found
 
 
 def explicit_steps(
     field: Callable[[Tensor, State], Any], x0: State, times: Times, method: str, step_size: float | None
-) -> tuple[State, Account]:
+) -> tuple[State, Outcome]:
     """Take explicit steps with any field; shapes and devices as in :func:`odeopt.ode.integrate`."""
     recorder = Recorder(field, x0, torch.tensor(times.numbers[:2]), callbacks={"callback_step"}, is_external=False)
     is_tuple = isinstance(x0, tuple)
     flat, vector_field = _flattened(recorder, x0) if is_tuple else (own(x0), recorder)
-    has_callback = hasattr(field, "callback_step")
-    states, n_steps = [flat], 0
-    pieces = pieces_of(times, step_size)
-    clock, is_watched = _clock_of(pieces, flat), can_watch() and not torch.is_inference_mode_enabled()
-    for piece in pieces:
-        x = states[-1]
-        dt, starts = _steps_of(piece, times, clock, x)
-        for start in starts:
-            if has_callback:
-                recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)
-            before, version = x, x._version if is_watched else 0
-            x = checked_explicit_step(vector_field, start, dt, x, method)
-            if is_watched and before._version != version:
-                raise_written()
-            if not (is_tuple or recorder.is_reusing_memory):
-                vector_field = field  # once its derivatives are known to fit
-        states.append(x)
-        n_steps += piece.n_steps
-    stacked = torch.stack(states)
-    account = _account(stacked, n_steps * len(TABLEAUX[method].b), n_steps)
-    return (_unflattened(stacked, x0, 1) if is_tuple else stacked), account
+    is_watched = can_watch() and not torch.is_inference_mode_enabled()
+
+    def callback(start: Tensor, x: Tensor, dt: Tensor | float) -> None:
+        recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)
+
+    def step(start: Tensor, x: Tensor, dt: Tensor | float) -> Tensor:
+        nonlocal vector_field
+        before, version = x, x._version if is_watched else 0
+        x = checked_explicit_step(vector_field, start, dt, x, method)
+        if is_watched and before._version != version:
+            raise_written()
+        if not (is_tuple or recorder.is_reusing_memory):
+            vector_field = recorder.timed  # once its derivatives are known to fit
+        return x
+
+    grid = subintervals(times, step_size)
+    states, n_steps = _marched(
+        flat, times, grid, lambda part: step, callback if hasattr(field, "callback_step") else None
+    )
+    outcome = _outcome(states, n_steps * len(TABLEAUX[method].b), n_steps)
+    return (_unflattened(states, x0, 1) if is_tuple else states), outcome
 
 
 def system_steps(
@@ -162,100 +164,108 @@ def system_steps(
     u: Any,
     z: Any,
     newton: Newton | None,
-) -> tuple[PhaseState, Account]:
+) -> tuple[PhaseState, Outcome]:
     """Take steps with a port-Hamiltonian system: structure-preserving ones, explicit ones where ``newton`` is None."""
-    dof, n_evals, n_steps = system.dof, 0, 0
-    x, flags, n_iters, sums = torch.cat(x0, -1), [], [], []
-    states = [x]
-    pieces = pieces_of(times, step_size, knots_of(u))
-    clock, callback = _clock_of(pieces, x), getattr(system, "callback_step", None)
-    for piece in pieces:
-        effort = piece_of(u, piece.start, piece.end, x.dtype)
+    taken: list[StructureStep] = []
+    sums: list[Tensor] = []
 
-        def rates(t: Tensor, y: Tensor, effort: Callable = effort) -> Tensor:
-            return torch.cat(system.vector_field(PhaseState(y[..., :dof], y[..., dof:]), effort(t), z), -1)
+    def split(x: Tensor) -> PhaseState:
+        return PhaseState(x[..., : system.dof], x[..., system.dof :])
 
-        dt, starts = _steps_of(piece, times, clock, x)
+    def stepper(part: Subinterval) -> Step:
+        effort = piece_of(u, part.start, part.end, x0.p.dtype)
+
+        def rates(t: Tensor, x: Tensor) -> Tensor:
+            return torch.cat(system.vector_field(split(x), effort(t), z), -1)
+
+        def explicit(start: Tensor, x: Tensor, dt: Tensor | float) -> Tensor:
+            return checked_explicit_step(rates, start, dt, x, method)
+
+        def structured(start: Tensor, x: Tensor, dt: Tensor | float) -> Tensor:
+            def held(share: float) -> Tensor | None:
+                return effort(start + share * dt if share else start)
+
+            sums.append(x.detach().sum(-1))
+            taken.append(structure_step(system, dt, split(x), method, u=held, z=z, newton=newton))
+            return torch.cat(taken[-1].x, -1)
+
+        return explicit if newton is None else structured
+
+    given = getattr(system, "callback_step", None)
+    callback = given and (lambda start, x, dt: given(start, split(x), dt))
+    grid = subintervals(times, step_size, knots_of(u))
+    states, n_steps = _marched(torch.cat(x0, -1), times, grid, stepper, callback)
+    n_evals = sum(step.n_evals for step in taken) if newton is not None else n_steps * len(TABLEAUX[method].b)
+    return split(states), _outcome(states, n_evals, n_steps, taken, sums)
+
+
+def _marched(
+    x: Tensor,
+    times: Times,
+    grid: Sequence[Subinterval],
+    stepper: Callable[[Subinterval], Step],
+    callback: Callable[[Tensor, Tensor, Any], None] | None,
+) -> tuple[Tensor, int]:
+    """Take all steps. Return the states at the output times, stacked, and the number of steps."""
+    states, first, last = [x], grid[0].start, grid[-1].end
+    shortest = min(abs(part.end - part.start) / part.n_steps for part in grid)
+    clock = clock_dtype(x, max(abs(first), abs(last)), shortest, abs(last - first))
+    for part in grid:
+        step = stepper(part)
+        dt, starts = _steps_of(part, times, clock, x)
         for start in starts:
             if callback is not None:
-                callback(start, PhaseState(x[..., :dof], x[..., dof:]), dt)
-            if newton is None:
-                x = checked_explicit_step(rates, start, dt, x, method)
-                n_evals += len(TABLEAUX[method].b)
-                continue
-            sums.append(x.detach().sum(-1))
-            step = structure_step(
-                system,
-                dt,
-                PhaseState(x[..., :dof], x[..., dof:]),
-                method,
-                u=lambda share, start=start, dt=dt, effort=effort: effort(start + share * dt if share else start),
-                z=z,
-                newton=newton,
-            )
-            x = torch.cat(step.x, -1)
-            n_evals += step.n_evals
-            flags.append(step.is_converged)
-            n_iters.append(step.n_iters)
-        n_steps += piece.n_steps
-        if piece.ends_at_output:
+                callback(start, x, dt)
+            x = step(start, x, dt)
+        if part.ends_at_output:
             states.append(x)
-    stacked = torch.stack(states)
-    account = _account(stacked, n_evals, n_steps, flags, n_iters, sums)
-    return PhaseState(stacked[..., :dof], stacked[..., dof:]), account
+    return torch.stack(states), sum(part.n_steps for part in grid)
 
 
-def _clock_of(pieces: Sequence[Piece], x: Tensor) -> torch.dtype:
-    first, last = pieces[0].start, pieces[-1].end
-    step = min(abs(piece.end - piece.start) / piece.n_steps for piece in pieces)
-    return clock_dtype(x, max(abs(first), abs(last)), step, abs(last - first))
-
-
-def _steps_of(piece: Piece, times: Times, clock: torch.dtype, x: Tensor) -> tuple[Tensor | float, Sequence[Tensor]]:
-    """Length of the steps of a piece, and the times at which they begin, as 0-d tensors."""
-    n, dt = piece.n_steps, (piece.end - piece.start) / piece.n_steps
+def _steps_of(
+    part: Subinterval, times: Times, clock: torch.dtype, x: Tensor
+) -> tuple[Tensor | float, Sequence[Tensor]]:
+    """Length of the steps of a subinterval, and the times at which they begin, as 0-d tensors."""
+    n, dt = part.n_steps, (part.end - part.start) / part.n_steps
     if n == 1 and times.tensors is None:
-        return dt, [torch.full((), piece.start, dtype=clock, device=x.device)]
+        return dt, [torch.full((), part.start, dtype=clock, device=x.device)]
     fine = time_dtype(x.device)
-    start = torch.full((), piece.start, dtype=fine, device=x.device)
+    start = torch.full((), part.start, dtype=fine, device=x.device)
     if times.tensors is not None:
         ends = dict(zip(times.numbers, times.tensors, strict=True))  # a knot is a number
-        start = ends[piece.start].to(start) if piece.start in ends else start
-        end = ends[piece.end].to(start) if piece.end in ends else torch.full_like(start, piece.end)
+        start = ends[part.start].to(start) if part.start in ends else start
+        end = ends[part.end].to(start) if part.end in ends else torch.full_like(start, part.end)
         dt = (end - start) / n
     starts = start + torch.arange(n, dtype=fine, device=x.device) * dt
     dt = dt.to(real_dtype(x)) if isinstance(dt, Tensor) else dt
     return dt, starts.to(clock).unbind()
 
 
-def _account(
-    states: Tensor,
-    n_evals: int,
-    n_steps: int,
-    flags: Sequence[Tensor] = (),
-    n_iters: Sequence[Tensor] = (),
-    sums: Sequence[Tensor] = (),
-) -> Account:
-    """Look at the values, once and at the end, where that is allowed; sums are those of the states steps began at."""
-    if takes_no_looks(states):
-        text = "the steps were mapped, compiled or captured, where no value can be looked at."
-        return Account(n_evals, n_steps, None, Status.NOT_CHECKED, text, len(states))
-    total = torch.stack(list(n_iters)).sum(0).double().mean().item() if n_iters else None
+def _outcome(
+    states: Tensor, n_evals: int, n_steps: int, taken: Sequence[StructureStep] = (), sums: Sequence[Tensor] = ()
+) -> Outcome:
+    """Check the values, once and at the end, where that is allowed; sums are those of the states steps began at."""
+    if must_not_synchronise(states):
+        text = "the steps were mapped, compiled or captured, where no value can be checked."
+        return Outcome(n_evals, n_steps, None, Status.NOT_CHECKED, text, len(states))
     is_finite = states.detach().reshape(len(states), -1).isfinite().all(1)
     n_finite = int(is_finite.cumprod(0).sum())
-    n_open, where = 0, ""
-    if flags:  # an equation that begins at NaN has no solution to be missed
-        is_open = (~torch.stack(list(flags)) & torch.stack(list(sums)).isfinite()).reshape(len(flags), -1).any(1)
+    n_iters, n_open, where = None, 0, ""
+    if taken:
+        n_iters = torch.stack([step.n_iters for step in taken]).sum(0).double().mean().item()
+        # an equation that begins at NaN has no solution to be missed
+        is_open = ~torch.stack([step.is_converged for step in taken]) & torch.stack(list(sums)).isfinite()
+        is_open = is_open.reshape(len(taken), -1).any(1)
         n_open = int(is_open.sum())
-        where = f"in {n_open} of {len(flags)} steps, first in step {int(is_open.int().argmax()) + 1}."
+        where = f"in {n_open} of {len(taken)} steps, first in step {int(is_open.int().argmax()) + 1}."
+    status, text = Status.SUCCESS, "Reached the last time."
     if n_finite < len(states):
-        text = "the next output has NaN or inf."
+        status, text, n_finite = Status.NON_FINITE_STATE, "the next output has NaN or inf.", max(1, n_finite)
         if n_open:  # which is rather the cause than the step that is blamed
             text = f"{text[:-1]}, and the implicit iteration did not converge {where}"
-        return Account(n_evals, n_steps, total, Status.NON_FINITE_STATE, text, max(1, n_finite))
-    if n_open:
-        return Account(n_evals, n_steps, total, Status.NOT_CONVERGED, where, n_finite)
-    return Account(n_evals, n_steps, total, Status.SUCCESS, "Reached the last time.", n_finite)
+    elif n_open:
+        status, text = Status.NOT_CONVERGED, where
+    return Outcome(n_evals, n_steps, n_iters, status, text, n_finite)
 
 
 def _flattened(field: Recorder, x0: tuple[Tensor, ...]) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:

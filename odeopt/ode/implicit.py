@@ -12,9 +12,9 @@ from odeopt.checks import is_integer, is_number, require
 
 Residual = Callable[[Tensor], Tensor]
 
-# So many iterations of whole steps every sample takes where nothing may look at a value (mapped, compiled or captured),
-# of which the last ones change nothing, and at most elsewhere: from an Euler predictor Newton's method needs three to
-# five, and what it has not solved by then has run away.
+# Number of iterations of whole steps: exactly these where the host must not wait for a value (mapped, compiled or
+# captured), of which the last ones change nothing, and at most these elsewhere. From an Euler predictor Newton's method
+# needs three to five, and what it has not solved by then has run away.
 _N_WHOLE = 8
 # A step of the second try that makes the residual larger is halved at most so often.
 _N_HALVINGS = 8
@@ -85,13 +85,15 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
     References:
         Bai, Kolter, Koltun (2019), Deep equilibrium models, Thm. 1: the derivative.
     """
-    is_masked = takes_no_looks(guess)
+    is_masked = must_not_synchronise(guess)
     tol = torch.finfo(guess.dtype).eps ** 0.75 if newton.tol is None else newton.tol
     n_whole = newton.max_iters or _N_WHOLE
     if not is_masked:
         n_whole = min(n_whole, _N_WHOLE)
     with torch.no_grad():
-        x, n_iters, is_converged, n_evals = _iterated(residual, guess.detach(), tol, n_whole, looks=not is_masked)
+        x, n_iters, is_converged, n_evals = _iterated(
+            residual, guess.detach(), tol, n_whole, synchronises=not is_masked
+        )
         if not is_masked and not is_converged.all():
             start = torch.where(is_converged.unsqueeze(-1), x, guess.detach())
             again = _iterated(residual, start, tol, newton.max_iters or 20, n_halvings=_N_HALVINGS)
@@ -113,14 +115,14 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
 
 
 def _iterated(
-    residual: Residual, x: Tensor, tol: float, max_iters: int, *, looks: bool = True, n_halvings: int = 0
+    residual: Residual, x: Tensor, tol: float, max_iters: int, *, synchronises: bool = True, n_halvings: int = 0
 ) -> Root:
-    """Take steps of Newton's method until all samples have converged or left all bounds, if one may look."""
+    """Take steps of Newton's method, until all samples have converged or diverged if the host may wait for them."""
     r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
     n_evals, limit = 1, _GROWTH * (1 + x.abs().amax(-1))
     for _ in range(max_iters):
         is_open = ~_is_small(r, x, tol, limit)
-        if looks and not (is_open & x.isfinite().all(-1)).any():
+        if synchronises and not (is_open & x.isfinite().all(-1)).any():
             break
         step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)
         new, n_evals = residual(x - step), n_evals + x.shape[-1] + 1
@@ -142,8 +144,8 @@ def jacobian(function: Residual, x: Tensor) -> Tensor:
     return rows.movedim(0, -2)
 
 
-def takes_no_looks(x: Tensor) -> bool:
-    """Whether a computation must not depend on values: mapped, compiled, or captured by a CUDA graph."""
+def must_not_synchronise(x: Tensor) -> bool:
+    """Return whether a computation must not depend on values: mapped, compiled, or captured by a CUDA graph."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import require
+from odeopt.ode.recorder import Timed
 
 Input = Callable[[Tensor], Tensor]
 
@@ -74,12 +75,7 @@ class ZeroOrderHold(_Sampled):
 class FirstOrderHold(_Sampled):
     """Samples joined by straight lines; held before the first knot and after the last one.
 
-    Args:
-        t: Knots, shape ``(n_knots,)``, strictly increasing.
-        values: Samples, shape ``(n_knots, *batch, n_inputs)``, on the device and in the dtype of the state.
-
-    Raises:
-        ValueError: If knots do not rise, or samples are not finite or not as many as knots.
+    The arguments and errors are those of :class:`ZeroOrderHold`.
 
     Example:
         >>> FirstOrderHold([0.0, 1.0], torch.tensor([[2.0], [3.0]]))(torch.tensor(0.5))
@@ -132,7 +128,7 @@ def piece_of(
     if isinstance(u, Tensor):
         u = u.to(dtype)
         return lambda t: u
-    piece = u.piece(start, end) if isinstance(u, _Sampled) else u
+    piece = u.piece(start, end) if isinstance(u, _Sampled) else Timed(u, dtype)
 
     def in_dtype(t: Tensor) -> Tensor | None:
         value = piece(t)

@@ -22,8 +22,8 @@ from odeopt.ode.checks import (
     tensors_of,
     time_dtype,
 )
-from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, pieces_of, system_steps, times_of
-from odeopt.ode.implicit import Newton, takes_no_looks
+from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, subintervals, system_steps, times_of
+from odeopt.ode.implicit import Newton, must_not_synchronise
 from odeopt.ode.inputs import FirstOrderHold, Input, ZeroOrderHold, checked_input, knots_of, piece_of
 from odeopt.ode.recorder import Field, restore
 from odeopt.ode.solution import Solution, Status
@@ -86,19 +86,21 @@ def integrate(
     There are the methods of the installed torchdiffeq, and :data:`~odeopt.ode.STRUCTURE_METHODS` for systems, see
     :func:`~odeopt.ode.structure_step`. The explicit fixed-step ones are written here, too. Our own steps end at the
     output times (each interval is cut into the fewest equal ones of at most ``step_size``), can be differentiated any
-    number of times, mapped (``torch.func``) and compiled (``fullgraph=True``) with ``t`` as a list of numbers, and look
-    at no value between the check of ``x0`` and the end; the Newton iterations of structure-preserving steps do, unless
-    they are mapped, compiled or captured by a CUDA graph.
+    number of times, mapped (``torch.func``) and compiled (``fullgraph=True``) with ``t`` as a list of numbers, and
+    do not synchronise with the host between the check of ``x0`` and the end; Newton iterations of structure-preserving
+    steps do, unless they are mapped, compiled or captured by a CUDA graph.
 
     Outputs between the steps of torchdiffeq are interpolated: by the fixed-step methods linearly unless
     ``options={"interp": "cubic"}``, by the adaptive ones with a quartic (dopri8, at the default tolerances,
-    is off by 1e-5 there and by 1e-10 at its steps); ``options={"step_t": t}`` puts steps on the outputs.
+    is off by 1e-5 there and by 1e-10 at its steps); ``options={"step_t": t}`` ends steps at the outputs. Where ``t``
+    requires grad, and at the knots of an input, the adaptive ones always end steps.
     ``explicit_adams`` climbs to order 11 by default and is then unstable at steps where rk4 is at home:
     give it ``options={"max_order": 5}``.
 
     Args:
         field: Module or function ``(t, x) -> dx/dt`` with the structure of ``x``, which it must not write to; ``t`` is
-            a 0-d tensor in the dtype of ``x``, or in double precision where that cannot tell the steps apart.
+            a 0-d tensor in the dtype of ``x``, or in double precision where that cannot tell the steps apart and
+            the field takes it (a float32 network of ``t`` and ``x``, joined, does not).
             torchdiffeq's callbacks (``field.callback_step`` and so on) are honoured; those that a method does not
             have are warned of. Or a system.
         x0: State at ``t[0]``: a tensor of any shape, or a (named) tuple of tensors of one dtype. That of a system is a
@@ -177,8 +179,8 @@ def integrate(
     check_options("options", options, method, _own_options(method) if is_ours else accepted_options(method))
     tensors = tensors_of(x0)
     is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
-    looks = not (is_ours and is_given and takes_no_looks(tensors[0]))
-    if looks:
+    is_checked = not (is_ours and is_given and must_not_synchronise(tensors[0]))
+    if is_checked:
         check_state(x0)
         check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
         t = check_times(t, tensors_of(x0)[0])
@@ -188,23 +190,18 @@ def integrate(
         if reads_tolerances(method):
             rtol, atol = reachable(rtol, atol, x0)
         if adjoint and reads_tolerances(adjoint_method or method):
+            tolerances = rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol
+            names = "adjoint_rtol", "adjoint_atol"
             # the adjoint begins at zero
-            adjoint_rtol, adjoint_atol = reachable(
-                rtol if adjoint_rtol is None else adjoint_rtol,
-                atol if adjoint_atol is None else adjoint_atol,
-                x0,
-                ("adjoint_rtol", "adjoint_atol"),
-                has_zeros=True,
-            )
-            for_adjoint |= {"adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol}
-        keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+            for_adjoint |= zip(names, reachable(*tolerances, x0, names, has_zeros=True), strict=True)
+        if adjoint and adjoint_params is None and system is not None:
+            for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
+        how = {"method": method, "options": options, "rtol": rtol, "atol": atol}
+        gradients = for_adjoint if adjoint else None, adjoint_params
         if system is None:
-            solution = by_torchdiffeq(field, x0, t, keywords, for_adjoint if adjoint else None, adjoint_params)
+            solution = by_torchdiffeq(field, x0, t, how, *gradients)
         else:
-            if adjoint and adjoint_params is None:
-                for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
-            for_adjoint = for_adjoint if adjoint else None
-            solution = _by_pieces(system, x0, t, times, u, z, keywords, for_adjoint, adjoint_params)
+            solution = _by_subintervals(system, x0, t, times, u, z, how, *gradients)
     if throw:
         solution.raise_for_status()
     return solution
@@ -245,7 +242,7 @@ def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: A
 def _is_ours(
     system: PortHamiltonianSystem | None, method: str, backend: str, options: Any, times: Times | None, *, adjoint: bool
 ) -> bool:
-    """Whether our own steps are taken; of a name that torchdiffeq has too, those for systems."""
+    """Return whether our own steps are taken; of a name that torchdiffeq has too, those for systems."""
     if method in STRUCTURE_METHODS and system is not None:
         if backend != "torchdiffeq" and not adjoint:
             return True
@@ -266,7 +263,7 @@ def _is_ours(
 
 
 def _divides(step_size: Any, times: Times | None) -> bool:
-    """Whether steps of a given size, counted from the first time, meet all output times, so that all grids are one."""
+    """Return whether steps of a given size from the first time on meet all output times, so that all grids are one."""
     if not isinstance(step_size, int | float) or not step_size > 0:
         return step_size is None
     if times is None or not all(map(math.isfinite, times.numbers)):
@@ -293,9 +290,9 @@ def _own_steps(
     now = (lambda: math.nan) if torch.compiler.is_compiling() else time.perf_counter  # a trace has no clock
     start = now()
     if isinstance(field, PortHamiltonianSystem):
-        states, account = system_steps(field, x0, times, method, step_size, u=u, z=z, newton=newton)
+        states, outcome = system_steps(field, x0, times, method, step_size, u=u, z=z, newton=newton)
     else:
-        states, account = explicit_steps(field, x0, times, method, step_size)
+        states, outcome = explicit_steps(field, x0, times, method, step_size)
     seconds = now() - start
     n = len(times.numbers)
     if not isinstance(t, Tensor):
@@ -303,15 +300,15 @@ def _own_steps(
         # filled, as a graph that is being captured can copy nothing from the host
         kind = {"dtype": time_dtype(like.device), "device": like.device}
         t = torch.stack([torch.full((), x, **kind) for x in times.numbers])
-    if account.n_finite < n:
-        kept = [fill(x[: account.n_finite], n) for x in tensors_of(states)]
+    if outcome.n_finite < n:
+        kept = [fill(x[: outcome.n_finite], n) for x in tensors_of(states)]
         states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
-    message = message_of(account.status, account.detail, t, account.n_finite)
-    numbers = account.n_evals, account.n_steps, seconds
-    return Solution(t, states, *numbers, account.status, message, method, account.n_iters)
+    message = message_of(outcome.status, outcome.detail, t, outcome.n_finite)
+    numbers = outcome.n_evals, outcome.n_steps, seconds
+    return Solution(t, states, *numbers, outcome.status, message, method, outcome.n_iters)
 
 
-def _by_pieces(
+def _by_subintervals(
     system: PortHamiltonianSystem,
     x0: PhaseState,
     t: Tensor,
@@ -326,8 +323,8 @@ def _by_pieces(
     n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
     span = abs(times.numbers[-1] - times.numbers[0])
     outputs = dict(zip(times.numbers, t.unbind(), strict=True))  # with their gradients, which knots have none of
-    for piece in pieces_of(times, None, knots_of(u)):
-        effort = piece_of(u, piece.start, piece.end, x0.p.dtype)
+    for part in subintervals(times, None, knots_of(u)):
+        effort = piece_of(u, part.start, part.end, x0.p.dtype)
 
         def field(time: Tensor, x: State, effort: Callable = effort) -> PhaseState:
             return system.vector_field(PhaseState(*x), effort(time), z)
@@ -335,18 +332,18 @@ def _by_pieces(
         for name in CALLBACKS:
             if hasattr(system, name):
                 setattr(field, name, getattr(system, name))
-        ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (piece.start, piece.end)]
+        ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (part.start, part.end)]
         ends = torch.stack([end.to(time_dtype(t.device)) for end in ends])
-        part = by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
-        n_evals, seconds, message = n_evals + part.n_field_evals, seconds + part.seconds, part.message
-        n_steps = None if n_steps is None or part.n_steps is None else n_steps + part.n_steps
-        if part.status not in (Status.SUCCESS, Status.NOT_CONVERGED):
+        solved = by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
+        n_evals, seconds, message = n_evals + solved.n_field_evals, seconds + solved.seconds, solved.message
+        n_steps = None if n_steps is None or solved.n_steps is None else n_steps + solved.n_steps
+        if solved.status not in (Status.SUCCESS, Status.NOT_CONVERGED):
             break
-        x0 = PhaseState(*(x[-1] for x in part.states))
-        if piece.ends_at_output:
+        x0 = PhaseState(*(x[-1] for x in solved.states))
+        if part.ends_at_output:
             states.append(x0)
     filled = PhaseState(*(fill(torch.stack(x), len(t)) for x in zip(*states, strict=True)))
-    return Solution(t, filled, n_evals, n_steps, seconds, part.status, message, keywords["method"])
+    return Solution(t, filled, n_evals, n_steps, seconds, solved.status, message, keywords["method"])
 
 
 def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: str = "auto") -> Tensor:
@@ -375,7 +372,7 @@ def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: st
         ValueError: If there is no such backend or it has no such method, or if the method passes no gradient on
             where one is recorded.
     """
-    check_choice("backend", backend, ("auto", "odeopt", "torchdiffeq"))
+    check_choice("backend", backend, BACKENDS)
     if backend == "odeopt" or method == "exponential":
         check_explicit(method)
     if backend != "torchdiffeq" and method in EXPLICIT_METHODS:

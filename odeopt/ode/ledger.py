@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,33 +102,27 @@ def energy_ledger(
             f"Found {solution.n_steps} steps between {len(times)} outputs."
         )
     energy = system.energy(states)
-    account = _of_discrete_gradients if is_discrete else _along_cubics
+    powers = _of_discrete_gradients if is_discrete else _along_cubics
     step = min(abs(end - start) for start, end in itertools.pairwise(times))
     clock = clock_dtype(states.p, max(abs(low), abs(high)), step, high - low)
     rows = []
-
-    def effort_at(piece: Callable, t: float) -> Tensor | None:
-        return piece(states.p.new_tensor(t, dtype=clock))
-
     for k, (start, end) in enumerate(itertools.pairwise(times)):
+        piece = piece_of(u, start, end, states.p.dtype)
+
+        def effort(share: float, piece: Callable = piece, start: float = start, end: float = end) -> Tensor | None:
+            return piece(states.p.new_tensor(start + share * (end - start), dtype=clock))
+
         ends = [PhaseState(*(part[i] for part in states)) for i in (k, k + 1)]
-        rows.append(account(system, *ends, start, end, partial(effort_at, piece_of(u, start, end, states.p.dtype)), z))
+        rows.append(powers(system, *ends, end - start, effort, z))
     dissipated, supplied = (torch.stack(column) for column in zip(*rows, strict=True))
     change = energy.diff(dim=0)
     return EnergyLedger(solution.t, energy, change, dissipated, supplied, change + dissipated - supplied)
 
 
 def _along_cubics(
-    system: PortHamiltonianSystem,
-    x0: PhaseState,
-    x1: PhaseState,
-    t0: float,
-    t1: float,
-    effort: Callable,
-    z: Any,
+    system: PortHamiltonianSystem, x0: PhaseState, x1: PhaseState, h: float, effort: Callable, z: Any
 ) -> tuple[Tensor, Tensor]:
-    h = t1 - t0
-    slopes = [system.vector_field(x, effort(t), z) for x, t in ((x0, t0), (x1, t1))]
+    slopes = [system.vector_field(x, effort(share), z) for x, share in ((x0, 0.0), (x1, 1.0))]
     dissipated = supplied = torch.zeros_like(x0.p[..., 0])
     for node, weight in zip(_NODES, _WEIGHTS, strict=True):
         # Hermite's cubic
@@ -137,22 +130,16 @@ def _along_cubics(
         c, d = h * node * (1 - node) ** 2, h * node**2 * (node - 1)
         parts = zip(x0, x1, *slopes, strict=True)
         x = PhaseState(*(a * left + b * right + c * first + d * last for left, right, first, last in parts))
-        balance = system.power_balance(x, effort(t0 + node * h), z)
+        balance = system.power_balance(x, effort(node), z)
         dissipated = dissipated + weight * h * balance.dissipated
         supplied = supplied + weight * h * balance.supplied
     return dissipated, supplied
 
 
 def _of_discrete_gradients(
-    system: PortHamiltonianSystem,
-    x0: PhaseState,
-    x1: PhaseState,
-    t0: float,
-    t1: float,
-    effort: Callable,
-    z: Any,
+    system: PortHamiltonianSystem, x0: PhaseState, x1: PhaseState, h: float, effort: Callable, z: Any
 ) -> tuple[Tensor, Tensor]:
-    h, u = t1 - t0, effort(t0 + 0.5 * (t1 - t0))
+    u = effort(0.5)
     e, q = discrete_gradient(system, x0, x1), (x0.q + x1.q) / 2
     # the power of a force is e_p times the force, which tells friction and ports apart
     free = system.rates_under(q, e, None, z).p
@@ -165,7 +152,7 @@ def _of_discrete_gradients(
 
 @dataclass(frozen=True)
 class DampingReport:
-    """Whether the energy that a learned system loses is lost by the system or by its solver.
+    """Comparison of the energy that a learned system loses by itself and by its solver.
 
     Attributes:
         lost: Mean energy lost over the time span, as it was trained (``"trained"``), by the same method with finer
@@ -185,7 +172,7 @@ class DampingReport:
 
     @property
     def is_real(self) -> bool:
-        """Whether the system itself loses what it loses as trained, up to the tolerance."""
+        """True if the system itself loses the energy that it loses as trained, up to the tolerance."""
         return abs(self.artefact) <= self.tolerance and self.spread <= self.tolerance
 
     def __str__(self) -> str:

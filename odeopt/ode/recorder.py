@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeopt.ode.checks import State, check_derivative, tensors_of
+from odeopt.ode.checks import State, check_derivative, real_dtype, tensors_of
 from odeopt.ode.solution import Status
 
 Field = Callable[[Tensor, Any], Any]
 
 # Evaluations that tell whether a field uses memory again: no step of fixed size that holds its stages has more.
-_N_LOOKS = 4
+_N_WATCHED = 4
 
 
 class SolverFailureError(Exception):
@@ -30,6 +30,37 @@ class UnresolvedTimesError(Exception):
     """Steps are so short that the times in the solver's precision do not tell them apart."""
 
 
+class Timed:
+    """A function of time, called with times in double precision only if it takes them.
+
+    torchdiffeq calls fields with times in the dtype of the state, and a network of the two joined takes no others.
+    Where the first call with a more precise time fails, all times are rounded to the dtype of the state.
+
+    Args:
+        function: Called with a time and further arguments.
+        dtype: The (real) dtype of the state.
+    """
+
+    def __init__(self, function: Callable, dtype: torch.dtype) -> None:
+        self.function, self.dtype = function, dtype
+        self._is_rounded: bool | None = None
+
+    def __call__(self, t: Tensor, *arguments: Any) -> Any:
+        if t.dtype is self.dtype or self._is_rounded is False or torch.compiler.is_compiling():
+            return self.function(t, *arguments)
+        if self._is_rounded is None:
+            try:
+                value = self.function(t, *arguments)
+            except RuntimeError:  # which the second call raises again if the time is not its cause
+                pass
+            else:
+                self._is_rounded = False
+                return value
+        value = self.function(t.to(self.dtype), *arguments)
+        self._is_rounded = True
+        return value
+
+
 class Recorder:
     """A field that counts its evaluations and steps, and tells the field's own errors from the solver's.
 
@@ -39,6 +70,7 @@ class Recorder:
     Attributes:
         n_evals: Evaluations of the field so far.
         user_error: The AssertionError that the field or a callback of the user raised, if any.
+        timed: The field, called with times that it takes.
         time: How far the solver has come, by its own clock; None before the first step.
         is_reusing_memory: Whether the field returned the same memory twice, so that derivatives are copied.
     """
@@ -58,6 +90,7 @@ class Recorder:
         check_leaves: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         self.field = field
+        self.timed = Timed(field, real_dtype(tensors_of(x0)[0]))
         self.x0 = x0
         self.n_evals = 0
         self.user_error: AssertionError | None = None
@@ -117,11 +150,11 @@ class Recorder:
         if self._clock is not None and now.dtype is not self._clock:
             now = now.to(self._clock)
         if self._check_leaves is None:
-            dx = self._call_user(self.field, now, x)
+            dx = self._call_user(self.timed, now, x)
         else:
             x = restore(self.x0, [part.detach() for part in x]) if isinstance(x, tuple) else x.detach()
             with torch.enable_grad():
-                dx = self._call_user(self.field, now.detach(), x)
+                dx = self._call_user(self.timed, now.detach(), x)
         if self.n_evals == 1:
             check_derivative(dx, self.x0)
         derivatives = tensors_of(dx)
@@ -164,7 +197,7 @@ class Recorder:
             self.is_reusing_memory |= not self._seen_places.isdisjoint(places)
             self._seen_places.update(places)
             self._seen += derivatives
-            if self.n_evals >= _N_LOOKS:
+            if self.n_evals >= _N_WATCHED:
                 self._seen = None
         derivatives = [(d.clone() if is_copied else d).to(self._work) for d in derivatives]
         if isinstance(self.x0, tuple):
@@ -236,7 +269,7 @@ def leaves_of(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def can_watch() -> bool:
-    """Whether tensors tell who wrote to them and where they lie: not while they are mapped or compiled."""
+    """Return whether tensors have versions and places in memory: not while they are mapped or compiled."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 

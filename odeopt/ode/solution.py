@@ -42,7 +42,7 @@ class IntegrationError(RuntimeError):
     """An integration that failed.
 
     Attributes:
-        solution: What it would have returned, with the states that it reached.
+        solution: The solution that it would have returned, with the states that it reached.
     """
 
     def __init__(self, solution: Solution) -> None:
@@ -52,9 +52,9 @@ class IntegrationError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The states at the output times, and the integration's own account.
+    """States at the output times, with the counts and the status of the integration.
 
-    An integration that failed is a solution, too: read ``status``, or call :meth:`raise_for_status`.
+    An integration that failed returns a solution, too: read ``status``, or call :meth:`raise_for_status`.
 
     Attributes:
         t: Output times, shape ``(n_times,)``.
@@ -64,7 +64,7 @@ class Solution:
         n_steps: Steps taken (the accepted ones of an adaptive method); None for ``scipy_solver``, which
             hides them.
         seconds: Wall-clock seconds of the integration; NaN where it was compiled.
-        status: How it ended; equals its text, ``solution.status == "success"``.
+        status: Reason why it ended; equals its text, ``solution.status == "success"``.
         message: What happened and where, and what to do about it.
         method: The method that was used.
         n_iters: Newton iterations of an implicit method of ours, mean over the samples of the sum over the steps;
@@ -83,7 +83,7 @@ class Solution:
 
     @property
     def is_success(self) -> bool:
-        """Whether every output time was reached with a finite, converged state."""
+        """True if every output time was reached with a finite, converged state."""
         return self.status is Status.SUCCESS
 
     def raise_for_status(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odeopt.ode.checks import check_choice, clock_dtype, real_dtype
-from odeopt.ode.recorder import Field
+from odeopt.ode.recorder import Field, Timed
 
 
 class Tableau(NamedTuple):
@@ -115,7 +115,7 @@ def explicit_step(field: Field, t0: Tensor | float, dt: Tensor | float, x: Tenso
     dtype = real_dtype(x)
     if not isinstance(t0, Tensor):
         clock = dtype if isinstance(dt, Tensor) else clock_dtype(x, max(abs(t0), abs(t0 + dt)), abs(dt))
-        t0 = torch.full((), t0, dtype=clock, device=x.device)
+        t0, field = torch.full((), t0, dtype=clock, device=x.device), Timed(field, dtype)
     elif isinstance(dt, Tensor) or t0.dtype != dtype:
         given, field = field, lambda t, x: given(t.to(dtype), x)
     return checked_explicit_step(field, t0, dt, x, method)

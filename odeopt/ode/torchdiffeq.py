@@ -23,10 +23,11 @@ from odeopt.ode.checks import (
     check_options,
     clock_dtype,
     digits_of,
+    real_dtype,
     tensors_of,
     time_dtype,
 )
-from odeopt.ode.recorder import Field, Recorder, SolverFailureError, UnresolvedTimesError, restore
+from odeopt.ode.recorder import Field, Recorder, SolverFailureError, Timed, UnresolvedTimesError, restore
 from odeopt.ode.solution import ADVICE, Solution, Status
 
 # torchdiffeq's own defaults, passed explicitly because the solver classes have others.
@@ -100,43 +101,37 @@ def by_torchdiffeq(
     given_params: Any,
     span: float | None = None,
 ) -> Solution:
-    """Let torchdiffeq solve, with the gradients that are asked for: no more than those of parameters that are given."""
-    method, options = keywords["method"], keywords["options"]
-    if for_adjoint is None:
-        _check_gradients(x0, t, method, options)
-        check_leaves = _refuse_gradients if is_external(method) else None
-        return _solved(partial(odeint, **keywords), field, x0, t, method, check_leaves, span)
-    names = ("adjoint_params", "adjoint_method", "adjoint_options")
-    params = _check_adjoint(field, method, options, *(for_adjoint[name] for name in names))
-    solve = partial(odeint_adjoint, **keywords, **(for_adjoint | {"adjoint_params": params}))
-    check_leaves = partial(_refuse_left_out, params) if given_params is None else None
-    return _solved(solve, field, x0, t, method, check_leaves, span)
-
-
-def _solved(
-    solve: partial,
-    field: Field,
-    x0: State,
-    t: Tensor,
-    method: str,
-    check_leaves: Callable[[list[Tensor]], None] | None = None,
-    span: float | None = None,
-) -> Solution:
     """Let torchdiffeq solve, and account for it.
 
     It calls fields with times in the dtype of the state. Where that is too coarse for the steps, or for the error
     estimates of an adaptive method, the solver gets the state in a finer one; the field never does.
 
     Args:
-        solve: torchdiffeq's solver, with its keywords.
         field: As in :func:`odeopt.ode.integrate`.
         x0: The first state.
         t: Output times.
-        method: Name of the method.
-        check_leaves: Called with the leaves that the field depends on and that require grad, if gradients are on.
-        span: From the first time to the last one, where ``t`` is a part of them.
+        keywords: Method, options and tolerances.
+        for_adjoint: Keywords of the adjoint; None for gradients through the steps.
+        given_params: Parameters of the adjoint that were given: no more gradients than theirs are asked for.
+        span: From the first time to the last one, where ``t`` is a subinterval between them.
     """
-    like, options = tensors_of(x0)[0], solve.keywords["options"] or {}
+    method, options = keywords["method"], keywords["options"] or {}
+    # what is interpolated has a coarse slope, and at a knot it spoils what follows
+    ends_at_outputs = span is not None or (t.requires_grad and for_adjoint is None)
+    if ends_at_outputs and "step_t" in accepted_options(method):
+        keywords = keywords | {"options": _ending_at(t, options)}
+    if for_adjoint is None:
+        _check_gradients(x0, t, method, options)
+        check_leaves = _refuse_gradients if is_external(method) else None
+        solve = partial(odeint, **keywords)
+    else:
+        params = _check_adjoint(field, method, options, for_adjoint)
+        for_adjoint = for_adjoint | {"adjoint_params": params}
+        if for_adjoint["adjoint_options"] is None:  # torchdiffeq would take those of the steps that end at outputs
+            for_adjoint["adjoint_options"] = {name: value for name, value in options.items() if name != "norm"}
+        check_leaves = partial(_refuse_left_out, params) if given_params is None else None
+        solve = partial(odeint_adjoint, **keywords, **for_adjoint)
+    like = tensors_of(x0)[0]
     numbers, callbacks = t.detach().tolist(), SOLVERS[method].valid_callbacks()
     interval = min(abs(end - start) for start, end in pairwise(numbers))
     step = min(interval, float(options.get("step_size") or interval))
@@ -181,6 +176,15 @@ def _solved(
     states = [fill(x, len(t)) for x in recorder.settled(states)]
     states = restore(x0, states) if isinstance(x0, tuple) else states[0]
     return Solution(outputs, states, *account, status, detail, method)
+
+
+def _ending_at(t: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with which an adaptive method ends steps at the outputs, beside where it is told to."""
+    kind, t = {"dtype": time_dtype(t.device), "device": t.device}, t.detach().to(time_dtype(t.device))
+    steps, jumps = (
+        torch.as_tensor(() if options.get(name) is None else options[name], **kind) for name in ("step_t", "jump_t")
+    )
+    return options | {"step_t": torch.cat([steps, t[~torch.isin(t, jumps)]]).unique()}
 
 
 def reachable(
@@ -228,7 +232,7 @@ def _at_least(tolerance: Any, floor: float) -> Any:
 
 
 def reads_tolerances(method: str) -> bool:
-    """Whether a method of torchdiffeq depends on its tolerances: an adaptive one, or one that iterates."""
+    """Return whether a method of torchdiffeq depends on its tolerances: an adaptive one, or one that iterates."""
     return not is_fixed_step(method) or ("max_iters" in accepted_options(method) and method != "explicit_adams")
 
 
@@ -318,7 +322,7 @@ def _held_warnings() -> Iterator[list[str]]:
 
 
 def is_external(method: str) -> bool:
-    """Whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
+    """Return whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
     return not issubclass(SOLVERS[method], (FixedGridODESolver, AdaptiveStepsizeODESolver))
 
 
@@ -329,24 +333,17 @@ def fill(x: Tensor, n_times: int) -> Tensor:
     return torch.cat([x, x.new_full((n_times - len(x), *x.shape[1:]), torch.nan)])
 
 
-def _check_adjoint(
-    field: Field,
-    method: str,
-    options: dict[str, Any] | None,
-    adjoint_params: Iterable[Tensor] | None,
-    adjoint_method: str | None,
-    adjoint_options: dict[str, Any] | None,
-) -> tuple[Tensor, ...]:
+def _check_adjoint(field: Field, method: str, options: dict[str, Any], for_adjoint: dict) -> tuple[Tensor, ...]:
     """Check the adjoint's parameters and return the tensors to differentiate with respect to."""
-    if adjoint_method not in (None, method) and options and adjoint_options is None:
+    name, adjoint_options = for_adjoint["adjoint_method"] or method, for_adjoint["adjoint_options"]
+    if name != method and options and adjoint_options is None:
         raise ValueError(
             "Parameter `adjoint_options` should be given when `options` are and `adjoint_method` differs "
-            f"from `method = {method!r}`. Found `adjoint_method = {adjoint_method!r}`."
+            f"from `method = {method!r}`. Found `adjoint_method = {name!r}`."
         )
-    name = adjoint_method or method
     check_options("adjoint_options", adjoint_options, name, accepted_options(name))
-    if adjoint_params is not None:
-        return tuple(adjoint_params)
+    if for_adjoint["adjoint_params"] is not None:
+        return tuple(for_adjoint["adjoint_params"])
     if not isinstance(field, nn.Module):
         raise ValueError(
             "Parameter `adjoint_params` should name the tensors that `field` depends on (`()` for none) when "
@@ -355,7 +352,7 @@ def _check_adjoint(
     return tuple(field.parameters())
 
 
-def _check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any] | None) -> None:
+def _check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any]) -> None:
     """Refuse to drop a gradient that is recorded, where no adjoint is solved."""
     if not torch.is_grad_enabled():
         return
@@ -366,7 +363,7 @@ def _check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any] 
                     f"Parameter `{name}` should not require grad with method {method!r}, which passes no gradient on. "
                     f"Found `{name}.requires_grad = True`. {_NO_GRADIENT}"
                 )
-    has_own_grid = is_fixed_step(method) and any((options or {}).get(x) for x in ("step_size", "grid_constructor"))
+    has_own_grid = is_fixed_step(method) and any(options.get(x) for x in ("step_size", "grid_constructor"))
     if t.requires_grad and has_own_grid:
         raise ValueError(
             f"Parameter `t` should not require grad where {', '.join(map(repr, options))} decide where the steps of "
@@ -445,6 +442,7 @@ def time_of_event(
     """
     like = tensors_of(x0)[0]
     origin = torch.tensor(start, dtype=time_dtype(like.device), device=like.device)
+    event, field = (Timed(function, real_dtype(like)) for function in (event, field))
     if event(origin, x0) <= 0:
         return start
 

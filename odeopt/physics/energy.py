@@ -109,7 +109,7 @@ class Hamiltonian(nn.Module):
 
     @property
     def depends_on_q(self) -> bool:
-        """Whether the energy changes with ``q``; where it does not, no positions need to be stored."""
+        """True if the energy changes with ``q``; if not, no positions need to be stored."""
         return self.mass_depends_on_q or self.potential is not None
 
     def energy(self, x: PhaseState) -> Tensor:
@@ -175,7 +175,7 @@ class Hamiltonian(nn.Module):
         return PhaseState(dH_dq, v if keep_graph else v.detach())
 
     def _part_in_q(self, q: Tensor, p: Tensor, v: Tensor) -> Tensor:
-        """What depends on q of the energy, summed over the batch."""
+        """Part of the energy that depends on q, summed over the batch."""
         total = 0.5 * (p * v).sum() if self.mass_depends_on_q else 0.0
         return total if self.potential is None else total + self._potential(q).sum()
 
@@ -193,16 +193,13 @@ class Hamiltonian(nn.Module):
 def _as_potential(value: Part | None, dof: int) -> nn.Module | None:
     if value is None:
         return None
-    if isinstance(value, Potential):
-        if value.dof != dof:
-            raise ValueError(f"Parameter `potential` should have dof = {dof}. Found `potential.dof = {value.dof}`.")
-        return value
-    if isinstance(value, GivenPotential):
+    if isinstance(value, Potential) and value.dof != dof:
+        raise ValueError(f"Parameter `potential` should have dof = {dof}. Found `potential.dof = {value.dof}`.")
+    if isinstance(value, Potential | GivenPotential):
         return value
     if not callable(value):
-        found = type(value).__name__
         raise TypeError(
             "Parameter `potential` should be a module or a function of q (a constant would change nothing). "
-            f"Found `{found}`."
+            f"Found `{type(value).__name__}`."
         )
     return GivenPotential(value)

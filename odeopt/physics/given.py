@@ -72,7 +72,7 @@ class GivenMatrix(MatrixPart):
 
     @property
     def is_constant(self) -> bool:
-        """Whether the matrix is a tensor instead of a function."""
+        """True if the matrix is a tensor instead of a function."""
         return self.function is None
 
     def forward(self, q: Tensor | None, z: Any = None) -> Tensor:

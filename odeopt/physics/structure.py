@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odeopt.checks import is_integer, require
+
 Network = nn.Module | Sequence[int] | None
 
 
@@ -41,11 +43,7 @@ def symplectic_matrix(dof: int, *, dtype: torch.dtype | None = None, device: tor
 
 
 def mlp(
-    n_inputs: int,
-    n_outputs: int,
-    *,
-    widths: Sequence[int] = (32,),
-    activation: Callable[[], nn.Module] = nn.Tanh,
+    n_inputs: int, n_outputs: int, *, widths: Sequence[int] = (32,), activation: Callable[[], nn.Module] = nn.Tanh
 ) -> nn.Sequential:
     """Multilayer perceptron with a linear output layer.
 
@@ -89,8 +87,7 @@ class ScaledSigmoid(nn.Module):
 
     def __init__(self, limit: float) -> None:
         super().__init__()
-        if not limit > 0:
-            raise ValueError(f"Parameter `limit` should be positive. Found `limit = {limit}`.")
+        require(limit > 0, "limit", limit, "positive")
         self.limit = limit
 
     def forward(self, raw: Tensor) -> Tensor:
@@ -212,8 +209,7 @@ class PositiveDefinite(LearnedMatrix):
     def __init__(self, dof: int, *, network: Network = None, start: float = 1.0, eps: float = 1e-3) -> None:
         n_numbers = dof * (dof + 1) // 2
         super().__init__(dof, n_numbers, network=network, n_signals=0)
-        if not eps > 0:
-            raise ValueError(f"Parameter `eps` should be positive. Found `eps = {eps}`.")
+        require(eps > 0, "eps", eps, "positive")
         check_not_negative("start", start)
         self.shape = (dof, dof)
         self.start, self.eps = start, eps
@@ -251,8 +247,7 @@ class PositiveSemidefinite(LearnedMatrix):
     def __init__(self, dof: int, *, network: Network = None, start: float = 0.1, n_signals: int = 0) -> None:
         super().__init__(dof, dof * dof, network=network, n_signals=n_signals)
         check_not_negative("start", start)
-        if network is None and start == 0:
-            raise ValueError("Parameter `start` should be positive for a constant. Found `start = 0`.")
+        require(network is not None or start > 0, "start", start, "positive for a constant")
         self.shape = (dof, dof)
         self.start = start
         self.register_buffer("_identity", torch.eye(dof), persistent=False)
@@ -316,13 +311,7 @@ class PortMatrix(LearnedMatrix):
     """
 
     def __init__(
-        self,
-        dof: int,
-        n_inputs: int,
-        *,
-        network: Network = None,
-        start: Tensor | None = None,
-        n_signals: int = 0,
+        self, dof: int, n_inputs: int, *, network: Network = None, start: Tensor | None = None, n_signals: int = 0
     ) -> None:
         check_count("n_inputs", n_inputs)
         super().__init__(dof, dof * n_inputs, network=network, n_signals=n_signals)
@@ -349,8 +338,7 @@ def apply(matrix: Tensor, vector: Tensor, *, diagonal: bool) -> Tensor:
 
 def check_count(name: str, value: int) -> None:
     """Raise a ValueError unless ``value`` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"Parameter `{name}` should be a positive integer. Found `{name} = {value}`.")
+    require(is_integer(value) and value >= 1, name, value, "a positive integer")
 
 
 def check_not_negative(name: str, value: float) -> None:

@@ -15,7 +15,7 @@ __all__ = ["PhaseState", "PortHamiltonianSystem", "PowerBalance", "StructureMatr
 
 
 class PowerBalance(NamedTuple):
-    r"""Where the energy goes: ``energy_rate = -dissipated + supplied`` up to rounding.
+    r"""Balance of the power: ``energy_rate = -dissipated + supplied`` up to rounding.
 
     Attributes:
         energy_rate: :math:`\nabla H \cdot \dot x`, energy per unit time, shape ``(*batch,)``.
@@ -114,12 +114,12 @@ class PortHamiltonianSystem(nn.Module):
 
     @property
     def depends_on_q(self) -> bool:
-        """Whether the energy changes with ``q``; where it does not, ``x.q`` may be None."""
+        """True if the energy changes with ``q``; if not, ``x.q`` may be None."""
         return self.hamiltonian.depends_on_q
 
     @property
     def mass_depends_on_q(self) -> bool:
-        """Whether the mass changes with ``q``; where it does not, the energy separates into parts of q and of p."""
+        """True if the mass changes with ``q``; if not, the energy separates into parts of q and of p."""
         return self.hamiltonian.mass_depends_on_q
 
     def energy(self, x: PhaseState) -> Tensor:
@@ -177,10 +177,8 @@ class PortHamiltonianSystem(nn.Module):
         References:
             Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, Eq. (8).
         """
-        self._check_state(x)
-        self._check_effort(u, x)
-        g = None if u is None else self._evaluate_port(x[0], z)
-        return self._rates(x, self.hamiltonian.gradient(x), u, g, z)
+        self._check(x, u)
+        return self._rates(x, self.hamiltonian.gradient(x), u, z)
 
     def rates_under(self, q: Tensor, gradient: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
         r"""Evaluate :math:`(J - R(q, z))\,e + B(q, z)\,u` for a vector e in the place of the energy's gradient.
@@ -198,9 +196,8 @@ class PortHamiltonianSystem(nn.Module):
             ValueError: As in :meth:`vector_field`.
         """
         x = PhaseState(q, gradient.p)
-        self._check_state(x)
-        self._check_effort(u, x)
-        return self._rates(x, gradient, u, None if u is None else self._evaluate_port(q, z), z)
+        self._check(x, u)
+        return self._rates(x, gradient, u, z)
 
     def conservative_field(self, x: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
         r"""Evaluate :math:`J\,\nabla H + B\,u`: :meth:`vector_field` without friction.
@@ -216,10 +213,8 @@ class PortHamiltonianSystem(nn.Module):
         Raises:
             ValueError: As in :meth:`vector_field`.
         """
-        self._check_state(x)
-        self._check_effort(u, x)
-        g = None if u is None else self._evaluate_port(x[0], z)
-        return self._rates(x, self.hamiltonian.gradient(x), u, g, z, has_friction=False)
+        self._check(x, u)
+        return self._rates(x, self.hamiltonian.gradient(x), u, z, has_friction=False)
 
     def vector_field_and_output(
         self, x: PhaseState, u: Tensor | None = None, z: Any = None
@@ -237,11 +232,10 @@ class PortHamiltonianSystem(nn.Module):
         Raises:
             ValueError: As in :meth:`vector_field`.
         """
-        self._check_state(x)
-        self._check_effort(u, x)
+        self._check(x, u)
         g = self._evaluate_port(x[0], z)
         gradient = self.hamiltonian.gradient(x)
-        return self._rates(x, gradient, u, g, z), self._port_output(g, gradient.p)
+        return self._rates(x, gradient, u, z, g=g), self._port_output(g, gradient.p)
 
     def output(self, x: PhaseState, z: Any = None) -> Tensor:
         r"""Power-conjugate output :math:`y = g^\top(q, z)\, \partial H/\partial p`.
@@ -318,15 +312,15 @@ class PortHamiltonianSystem(nn.Module):
         x: PhaseState,
         gradient: PhaseState,
         u: Tensor | None,
-        g: Tensor | None,
         z: Any,
         *,
+        g: Tensor | None = None,
         has_friction: bool = True,
     ) -> PhaseState:
-        q, p = x
-        dH_dq, v = gradient
-        dp = u
-        if u is not None and g is not None:
+        """Evaluate (J - R) e + B u for a vector e; g where it is known already."""
+        (q, p), (dH_dq, v), dp = x, gradient, u
+        if u is not None and self.port is not None:
+            g = self._evaluate_port(q, z) if g is None else g
             dp = g[..., 0] * u if self.n_inputs == 1 else apply(g, u, diagonal=False)
         drag = self._drag(q, v, z) if has_friction else None
         if drag is not None:
@@ -367,7 +361,8 @@ class PortHamiltonianSystem(nn.Module):
                 f"Found `x.q.shape = {tuple(q.shape)}`."
             )
 
-    def _check_effort(self, u: Tensor | None, x: PhaseState) -> None:
+    def _check(self, x: PhaseState, u: Tensor | None) -> None:
+        self._check_state(x)
         if u is None:
             return
         batch = x[1].shape[:-1]

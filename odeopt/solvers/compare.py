@@ -108,7 +108,7 @@ def compare_solvers(
         >>> [(run.setting, run.n_evals) for run in comparison.runs]
         [(2.0, 40), (1.0, 80)]
     """
-    problems, methods = _problems(problems), _methods(methods)
+    problems, methods = select_problems(problems), select_methods(methods)
     _check_sweep("tolerances", tolerances, (int, float), "falling")
     _check_sweep("n_steps", n_steps, int, "rising")
     is_right = is_list(dtypes, torch.dtype) and len(dtypes) > 0 and all(dtype.is_floating_point for dtype in dtypes)
@@ -151,28 +151,6 @@ def compare_solvers(
         **limits,
     }
     return SolverComparison(tuple(runs), tuple(orders), settings)
-
-
-def _problems(problems: Iterable[str | Problem] | None) -> list[Problem]:
-    if isinstance(problems, str | Problem):
-        problems = [problems]
-    if problems is None:
-        return select_problems()
-    flat = [x for item in problems for x in ([item] if isinstance(item, Problem) else select_problems([item]))]
-    require(len(flat) > 0, "problems", [], "at least one")
-    unique = {problem.name: problem for problem in flat}
-    return list(unique.values())
-
-
-def _methods(methods: Iterable[str | Method] | None) -> list[Method]:
-    if isinstance(methods, str | Method):
-        methods = [methods]
-    if methods is None:
-        return select_methods()
-    flat = [x for item in methods for x in ([item] if isinstance(item, Method) else select_methods([item]))]
-    require(len(flat) > 0, "methods", [], "at least one")
-    unique = {method.name: method for method in flat}
-    return list(unique.values())
 
 
 def _check_sweep(name: str, values: Sequence[float], kind: Any, direction: str) -> None:
@@ -346,11 +324,7 @@ def shortened(problem: Problem, n_intervals: int = 2) -> Problem:
 
 
 def observed_order(
-    problem: Problem,
-    method: Method | str,
-    *,
-    n_steps: Sequence[int] = _ORDER_N_STEPS,
-    states: Tensor | None = None,
+    problem: Problem, method: Method | str, *, n_steps: Sequence[int] = _ORDER_N_STEPS, states: Tensor | None = None
 ) -> OrderRun:
     """Measure the order of a method: the slope of its error against the size of its steps, in float64.
 
@@ -365,7 +339,7 @@ def observed_order(
     Returns:
         The order, from the two finest runs whose errors lie between a tenth and 2e-12; None where there are none.
     """
-    method = select_methods([method])[0] if isinstance(method, str) else method
+    (method,) = select_methods(method)
     blank = OrderRun(method.name, problem.name, problem.is_autonomous, method.order, None)
     if method.kind == "structure" and problem.system is None:
         return replace(blank, status=NOT_APPLICABLE)

@@ -15,7 +15,6 @@ import torch
 from scipy.special import ellipj
 from torch import Tensor, nn
 
-from odeopt.ode.recorder import Field
 from odeopt.solvers.initial_value import Problem
 
 Exact = Callable[[Tensor], Tensor]
@@ -245,40 +244,31 @@ def detest() -> dict[str, Problem]:
     heat51, exact51 = _heat(51)
     rates = torch.arange(1, 10, dtype=torch.float64)
     b2 = torch.tensor([[-1.0, 1.0, 0.0], [1.0, -2.0, 1.0], [0.0, 1.0, -1.0]], dtype=torch.float64)
-    spiral: Callable[[Tensor], Tensor] | None = None
-    rows: list[tuple[str, Field, object, Exact | None, Callable[[Tensor], Tensor] | None]] = [
-        ("A1", lambda t, y: -y, [1.0], lambda t: torch.exp(-t)[:, None], None),
-        ("A2", lambda t, y: -0.5 * y**3, [1.0], lambda t: (1 + t).rsqrt()[:, None], None),
-        ("A3", lambda t, y: y * torch.cos(t), [1.0], lambda t: torch.exp(torch.sin(t))[:, None], None),
-        (
-            "A4",
-            lambda t, y: 0.25 * y * (1 - 0.05 * y),
-            [1.0],
-            lambda t: 20 / (1 + 19 * torch.exp(-t / 4))[:, None],
-            None,
-        ),
-        ("A5", _a5, [4.0], None, spiral),
-        ("B1", _predator_and_prey, [1.0, 3.0], None, _volterra),
-        ("B2", LinearField(b2), [2.0, 0.0, 1.0], _exact_b2, None),
-        ("B3", _reaction, [1.0, 0.0, 0.0], None, None),
-        ("B4", _torus, [3.0, 0.0, 0.0], _exact_torus, None),
-        ("B5", _rigid_body, [0.0, 1.0, 1.0], _exact_rigid_body, None),
-        ("C1", _decay(torch.ones_like(rates)), _unit(10), _exact_c1, None),
-        ("C2", _decay(rates), _unit(10), _exact_c2, None),
-        ("C3", heat10, _unit(10), exact10, None),
-        ("C4", heat51, _unit(51), exact51, None),
-        ("C5", OuterPlanets(), [x for planet in _PLANETS for x in planet], None, None),
-    ]
+    rows: dict[str, tuple] = {  # field, first state, closed form and energy, where there are such
+        "A1": (lambda t, y: -y, [1.0], lambda t: torch.exp(-t)[:, None]),
+        "A2": (lambda t, y: -0.5 * y**3, [1.0], lambda t: (1 + t).rsqrt()[:, None]),
+        "A3": (lambda t, y: y * torch.cos(t), [1.0], lambda t: torch.exp(torch.sin(t))[:, None]),
+        "A4": (lambda t, y: 0.25 * y * (1 - 0.05 * y), [1.0], lambda t: 20 / (1 + 19 * torch.exp(-t / 4))[:, None]),
+        "A5": (_a5, [4.0]),
+        "B1": (_predator_and_prey, [1.0, 3.0], None, _volterra),
+        "B2": (LinearField(b2), [2.0, 0.0, 1.0], _exact_b2),
+        "B3": (_reaction, [1.0, 0.0, 0.0]),
+        "B4": (_torus, [3.0, 0.0, 0.0], _exact_torus),
+        "B5": (_rigid_body, [0.0, 1.0, 1.0], _exact_rigid_body),
+        "C1": (_decay(torch.ones_like(rates)), _unit(10), _exact_c1),
+        "C2": (_decay(rates), _unit(10), _exact_c2),
+        "C3": (heat10, _unit(10), exact10),
+        "C4": (heat51, _unit(51), exact51),
+        "C5": (OuterPlanets(), sum(_PLANETS, ())),
+        "E1": (_bessel, _exact_bessel(torch.zeros((), dtype=torch.float64)), _exact_bessel),
+        "E2": (_van_der_pol, [2.0, 0.0]),
+        "E3": (_duffing, [0.0, 0.0]),
+        "E4": (_falling_body, [30.0, 0.0], _exact_falling_body),
+        "E5": (_pursuit, [0.0, 0.0], _exact_pursuit),
+    }
     for i, e in enumerate((0.1, 0.3, 0.5, 0.7, 0.9), 1):
         start = [1 - e, 0.0, 0.0, math.sqrt((1 + e) / (1 - e))]
-        rows.append((f"D{i}", _orbit, start, partial(exact_orbit, eccentricity=e), _orbit_energy))
-    rows += [
-        ("E1", _bessel, _exact_bessel(torch.zeros((), dtype=torch.float64)), _exact_bessel, None),
-        ("E2", _van_der_pol, [2.0, 0.0], None, None),
-        ("E3", _duffing, [0.0, 0.0], None, None),
-        ("E4", _falling_body, [30.0, 0.0], _exact_falling_body, None),
-        ("E5", _pursuit, [0.0, 0.0], _exact_pursuit, None),
-    ]
+        rows[f"D{i}"] = (_orbit, start, partial(exact_orbit, eccentricity=e), _orbit_energy)
     t = torch.linspace(0.0, 20.0, 11, dtype=torch.float64)
     return {
         name: Problem(
@@ -287,9 +277,8 @@ def detest() -> dict[str, Problem]:
             field=field,
             x0=torch.as_tensor(x0, dtype=torch.float64),
             t=t,
-            exact=exact,
-            energy=energy,
             is_autonomous=name not in ("A3", "A5", "E1", "E3", "E5"),
+            **dict(zip(("exact", "energy"), known, strict=False)),
         )
-        for name, field, x0, exact, energy in rows
+        for name, (field, x0, *known) in sorted(rows.items())
     }

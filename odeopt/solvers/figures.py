@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from odeopt.report import plot_orders, plot_panels
 from odeopt.solvers.runs import Runs
 
 WORK_LABELS = {"n_evals": "evaluations of the field", "seconds": "seconds"}
-_MEASURES = {"error": "error", "energy_error": "error of the energy", "gradient_error": "error of the gradient"}
+_MEASURES = {"energy_error": "error of the energy", "gradient_error": "error of the gradient"}
 
 
 def draw_work_precision(runs: Runs, path: str | os.PathLike, *, kind: str, unit: str, dtype: str) -> Path:
@@ -31,7 +30,7 @@ def draw_work_precision(runs: Runs, path: str | os.PathLike, *, kind: str, unit:
     methods = _of_kind(runs, kind)
     panels = {}
     for group in runs.groups:
-        problems = list(dict.fromkeys(run.problem for run in runs.select(group=group)))
+        problems = runs.distinct("problem", group=group)
         title = f"{group}, median of {len(problems)}" if len(problems) > 1 else problems[0]
         panels[title] = {m: runs.curve(problems, m, unit=unit, dtype=dtype) for m in methods}
     words = "chosen by tolerances" if kind == "adaptive" else "of a given size"
@@ -39,35 +38,39 @@ def draw_work_precision(runs: Runs, path: str | os.PathLike, *, kind: str, unit:
     return plot_panels(panels, methods, path, title=title, xlabel=WORK_LABELS[unit], ylabel="error", n_columns=4)
 
 
-def draw_energies(runs: Runs, path: str | os.PathLike, *, dtype: str) -> Path:
-    """Draw the error of the energy against evaluations, one column per mechanical problem, and save it.
+def draw_derived(runs: Runs, measure: str, dtype: str, path: str | os.PathLike) -> Path:
+    """Draw the error of energies or gradients against evaluations and save it.
+
+    Methods that take steps of a given size stand above adaptive ones.
 
     Args:
         runs: The runs to draw.
-        path: The image file.
+        measure: ``"energy_error"``, with one column per mechanical problem, or ``"gradient_error"``, as the median over
+            all problems that have one.
         dtype: Precision.
+        path: The image file.
 
     Returns:
         The path.
     """
-    problems = list(dict.fromkeys(run.problem for run in runs.select(group="mechanics")))
-    return _by_kind(runs, {name: [name] for name in problems}, path, "energy_error", dtype)
-
-
-def draw_gradients(runs: Runs, path: str | os.PathLike, *, dtype: str) -> Path:
-    """Draw the error of the gradient against evaluations, the median over all problems that have one, and save it.
-
-    Args:
-        runs: The runs to draw.
-        path: The image file.
-        dtype: Precision.
-
-    Returns:
-        The path.
-    """
-    measured = {run.problem for run in runs.runs if run.gradient_error is not None}
-    problems = [name for name in runs.problems if name in measured]
-    return _by_kind(runs, {f"median of {len(problems)} problems": problems}, path, "gradient_error", dtype)
+    if measure == "energy_error":
+        columns = {name: [name] for name in runs.distinct("problem", group="mechanics")}
+    else:
+        measured = {run.problem for run in runs.runs if run.gradient_error is not None}
+        problems = [name for name in runs.problems if name in measured]
+        columns = {f"median of {len(problems)} problems": problems}
+    kinds = {"steps of a given size": _of_kind(runs, "fixed"), "by tolerance": _of_kind(runs, "adaptive")}
+    rows = {words: methods for words, methods in kinds.items() if methods}
+    panels = {
+        f"{name}, {words}": {m: runs.curve(problems, m, dtype=dtype, measure=measure) for m in methods}
+        for words, methods in rows.items()
+        for name, problems in columns.items()
+    }
+    methods = {name: kind for names in rows.values() for name, kind in names.items()}
+    ylabel, xlabel = _MEASURES[measure], WORK_LABELS["n_evals"]
+    title = f"Relative {ylabel} against {xlabel}, {dtype}"
+    n_columns = len(columns) if len(columns) > 1 else len(rows)
+    return plot_panels(panels, methods, path, title=title, xlabel=xlabel, ylabel=ylabel, n_columns=n_columns)
 
 
 def draw_orders(runs: Runs, path: str | os.PathLike) -> Path:
@@ -89,22 +92,6 @@ def draw_orders(runs: Runs, path: str | os.PathLike) -> Path:
             if row.nominal is not None:
                 nominal[row.method] = row.nominal
     return plot_orders(observed, nominal, path)
-
-
-def _by_kind(runs: Runs, columns: Mapping[str, list[str]], path: str | os.PathLike, measure: str, dtype: str) -> Path:
-    """Two rows, of methods that take steps of a given size and of adaptive ones."""
-    panels: dict[str, dict[str, Sequence[tuple[float, float]]]] = {}
-    rows = {"steps of a given size": "fixed", "by tolerance": "adaptive"}
-    rows = {words: methods for words, kind in rows.items() if (methods := _of_kind(runs, kind))}
-    for words, methods in rows.items():
-        for name, problems in columns.items():
-            curves = {m: runs.curve(problems, m, dtype=dtype, measure=measure) for m in methods}
-            panels[f"{name}, {words}"] = curves
-    methods = {name: kind for names in rows.values() for name, kind in names.items()}
-    label = WORK_LABELS["n_evals"]
-    title = f"Relative {_MEASURES[measure]} against {label}, {dtype}"
-    n_columns = len(columns) if len(columns) > 1 else len(rows)
-    return plot_panels(panels, methods, path, title=title, xlabel=label, ylabel=_MEASURES[measure], n_columns=n_columns)
 
 
 def _of_kind(runs: Runs, kind: str) -> dict[str, str]:

@@ -9,11 +9,9 @@ from typing import Any
 
 import scipy.integrate
 
-from odeopt.ode.checks import check_choice
 from odeopt.ode.structured import STRUCTURE_ORDER
 from odeopt.ode.torchdiffeq import ORDER, accepted_options, available_methods, is_external, is_fixed_step
-
-KINDS = ("fixed", "adaptive", "structure")
+from odeopt.solvers.selection import select
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,24 +69,17 @@ def _scipy_solvers() -> list[str]:
     ]
 
 
-def select_methods(names: Iterable[str] | None = None) -> list[Method]:
+def select_methods(methods: Iterable[str | Method] | str | Method | None = None) -> list[Method]:
     """Look methods up.
 
     Args:
-        names: Names out of :func:`comparable_methods`, or kinds (``"fixed"``, ``"adaptive"``, ``"structure"``); None
-            for all.
+        methods: Methods, names out of :func:`comparable_methods`, or kinds (``"fixed"``, ``"adaptive"``,
+            ``"structure"``), one or several; None for all.
 
     Returns:
-        The methods, each once.
+        The methods, one of each name.
 
     Raises:
-        ValueError: If there is no such method.
+        ValueError: If there is no such method, or none is wanted.
     """
-    known = comparable_methods()
-    if names is None:
-        return list(known.values())
-    found: dict[str, Method] = {}
-    for name in names:
-        check_choice("methods", name, {*known, *KINDS})
-        found |= {key: method for key, method in known.items() if name in (key, method.kind)}
-    return list(found.values())
+    return select("methods", methods, comparable_methods(), "kind")

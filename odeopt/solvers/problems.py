@@ -8,10 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from odeopt.ode.checks import check_choice
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.solvers.detest import LinearField, columns, detest, exact_orbit
 from odeopt.solvers.initial_value import Problem
+from odeopt.solvers.selection import select
 
 _F64 = torch.float64
 
@@ -60,13 +60,7 @@ def _mechanics() -> list[Problem]:
         Problem("henon-heiles", group, _state([0.0, 0.1], [0.4, 0.0]), _times(40), system=stars),
         Problem("pendulum", group, swinging, _times(20), system=pendulums[0]),
         Problem(
-            "driven-pendulum",
-            group,
-            swinging,
-            _times(20),
-            system=pendulums[1],
-            effort=_drive,
-            is_autonomous=False,
+            "driven-pendulum", group, swinging, _times(20), system=pendulums[1], effort=_drive, is_autonomous=False
         ),
     ]
 
@@ -185,25 +179,17 @@ def available_problems() -> dict[str, str]:
     return {name: problem.group for name, problem in _registry().items()}
 
 
-def select_problems(names: Iterable[str] | None = None) -> list[Problem]:
+def select_problems(problems: Iterable[str | Problem] | str | Problem | None = None) -> list[Problem]:
     """Look test problems up.
 
     Args:
-        names: Names out of :func:`available_problems` or of groups, such as ``"A3"``, ``"kepler"`` or ``"DETEST A"``;
-            None for all.
+        problems: Problems, names out of :func:`available_problems` or of groups, such as ``"A3"``, ``"kepler"`` or
+            ``"DETEST A"``, one or several; None for all.
 
     Returns:
-        The problems, in float64 on the CPU, each once.
+        The problems, one of each name; those out of :func:`available_problems` in float64 on the CPU.
 
     Raises:
-        ValueError: If there is no such problem or group.
+        ValueError: If there is no such problem or group, or none is wanted.
     """
-    registry = _registry()
-    if names is None:
-        return list(registry.values())
-    groups = {problem.group for problem in registry.values()}
-    found: dict[str, Problem] = {}
-    for name in names:
-        check_choice("problems", name, {*registry, *groups})
-        found |= {key: problem for key, problem in registry.items() if name in (key, problem.group)}
-    return list(found.values())
+    return select("problems", problems, _registry(), "group")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from odeopt.checks import require
-from odeopt.files import write_json
-from odeopt.solvers.figures import draw_energies, draw_gradients, draw_orders, draw_work_precision
+from odeopt.files import read_json, write_json
+from odeopt.solvers.figures import draw_derived, draw_orders, draw_work_precision
 from odeopt.solvers.runs import WORKS, OrderRun, Runs, SolverRun
 from odeopt.solvers.tables import draw_tables
 
@@ -66,19 +64,18 @@ class SolverComparison(Runs):
             The files, called ``solvers_*.png``.
         """
         folder, paths = Path(folder), []
-        kinds = [kind for kind, of in (("fixed", ("fixed", "structure")), ("adaptive", ("adaptive",)))
-                 if any(run.kind in of for run in self.runs)]  # fmt: skip
+        drawn = {"adaptive": "adaptive", "fixed": "fixed", "structure": "fixed"}
+        kinds = sorted({drawn[kind] for kind in self.distinct("kind")}, reverse=True)
         for i, dtype in enumerate(self.dtypes):
             suffix = f"_{dtype}" if i else ""
             for kind in kinds:
                 for unit, word in WORKS.items():
-                    paths.append(
-                        self.plot(folder / f"solvers_{kind}_{word}{suffix}.png", kind=kind, unit=unit, dtype=dtype)
-                    )
+                    path = folder / f"solvers_{kind}_{word}{suffix}.png"
+                    paths.append(self.plot(path, kind=kind, unit=unit, dtype=dtype))
             if any(run.energy_error is not None for run in self.select(group="mechanics", dtype=dtype)):
-                paths.append(draw_energies(self, folder / f"solvers_energies{suffix}.png", dtype=dtype))
+                paths.append(draw_derived(self, "energy_error", dtype, folder / f"solvers_energies{suffix}.png"))
             if any(run.gradient_error is not None for run in self.select(dtype=dtype)):
-                paths.append(draw_gradients(self, folder / f"solvers_gradients{suffix}.png", dtype=dtype))
+                paths.append(draw_derived(self, "gradient_error", dtype, folder / f"solvers_gradients{suffix}.png"))
         if any(row.observed is not None for row in self.orders):
             paths.append(draw_orders(self, folder / "solvers_orders.png"))
         return paths
@@ -98,15 +95,10 @@ class SolverComparison(Runs):
         Raises:
             ValueError: If the file holds something else.
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+
+        def parse(content: dict[str, Any]) -> SolverComparison:
             runs = [SolverRun(**dict(zip(content["columns"], row, strict=True))) for row in content["runs"]]
-            orders = [OrderRun(**_with_tuples(row)) for row in content["orders"]]
+            orders = [OrderRun(**row) for row in content["orders"]]
             return cls(tuple(runs), tuple(orders), content["settings"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a comparison of solvers: {error!r}.") from error
 
-
-def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-            for name, value in row.items()}  # fmt: skip
+        return read_json(path, parse, wanted="a comparison of solvers")

@@ -62,7 +62,7 @@ class SolverRun:
 
     @property
     def is_success(self) -> bool:
-        """Whether the run came to the last output."""
+        """True if the run reached the last output."""
         return self.status == Status.SUCCESS.value
 
 
@@ -90,9 +90,13 @@ class OrderRun:
     errors: tuple[float | None, ...] = ()
     status: str = Status.SUCCESS.value
 
+    def __post_init__(self) -> None:
+        for name in ("step_sizes", "errors"):  # lists in a file
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @property
     def is_kept(self) -> bool | None:
-        """Whether the order is the nominal one or more, to within .3; None where it is not judged or not known."""
+        """True if the order is at least the nominal one, to within .3; None where it is not judged or not known."""
         if self.nominal is None or self.observed is None:
             return None
         return self.observed >= self.nominal - LOST_ORDER
@@ -120,25 +124,29 @@ class Runs:
         """Runs whose attributes have the wanted values, such as ``method="rk4"``."""
         return [run for run in self.runs if all(getattr(run, name) == value for name, value in wanted.items())]
 
+    def distinct(self, name: str, **wanted: Any) -> list[str]:
+        """Values of an attribute over the runs of :meth:`select`, each once, in their order."""
+        return list(dict.fromkeys(getattr(run, name) for run in self.select(**wanted)))
+
     @property
     def methods(self) -> list[str]:
         """Names of the methods, in their order."""
-        return list(dict.fromkeys([run.method for run in self.runs] + [row.method for row in self.orders]))
+        return list(dict.fromkeys([*self.distinct("method"), *(row.method for row in self.orders)]))
 
     @property
     def problems(self) -> list[str]:
         """Names of the problems, in their order."""
-        return list(dict.fromkeys(run.problem for run in self.runs))
+        return self.distinct("problem")
 
     @property
     def groups(self) -> list[str]:
         """Names of the groups of problems, in their order."""
-        return list(dict.fromkeys(run.group for run in self.runs))
+        return self.distinct("group")
 
     @property
     def dtypes(self) -> list[str]:
         """Precisions, in their order."""
-        return list(dict.fromkeys(run.dtype for run in self.runs))
+        return self.distinct("dtype")
 
     def work(
         self,

@@ -48,7 +48,7 @@ def attainable(comparison: Runs, dtype: str) -> float:
 
 def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
     """Median over the problems of each group, with how many of them reach the error."""
-    in_group = {g: list(dict.fromkeys(r.problem for r in comparison.runs if r.group == g)) for g in comparison.groups}
+    in_group = {group: comparison.distinct("problem", group=group) for group in comparison.groups}
     headers = [
         ("method", ""),
         *((group, f"{len(problems)} problem{'s' * (len(problems) > 1)}") for group, problems in in_group.items()),
@@ -70,7 +70,7 @@ def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
 
 def _errors(comparison: Runs, n_evals: int, dtype: str) -> Table:
     """Errors of the run of most evaluations within a limit; of several problems the median."""
-    systems = list(dict.fromkeys(run.problem for run in comparison.runs if run.group == "mechanics"))
+    systems = comparison.distinct("problem", group="mechanics")
     headers = [("method", ""), ("state", "median"), ("gradient", "median"), ("energy", "median")]
     headers += [("energy of", name) for name in systems]
     rows = []

@@ -11,7 +11,7 @@ from odeopt.checks import require
 
 
 class Coordinates(nn.Module):
-    r"""Which positions lie on a line and which are angles, and how networks and observers see them.
+    r"""Kinds of the positions, on a line or angles, and the features by which networks and observers see them.
 
     A system is integrated in the angle itself, so that it cannot leave the circle; what reads positions sees angles as
     :math:`(\cos q, \sin q)`, so that it has their period. Derivatives by q are the chain rule's.

@@ -23,7 +23,7 @@ from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
-    """How a model is fitted.
+    """Settings of a fit.
 
     Attributes:
         n_passes: Times that training sees each window.
@@ -51,7 +51,7 @@ class FitConfig:
 
 
 class FitResult(NamedTuple):
-    """What a fit did.
+    """Losses and status of a fit.
 
     Attributes:
         losses: Mean squared error of the observations predicted, by pass; see :meth:`ObservedSystem.residual`.
@@ -317,7 +317,7 @@ def energy_rises(
 
 
 class Gauge(NamedTuple):
-    r"""What motions leave free: the unit of energy and its zero.
+    r"""Unit and zero of the energy, which motions leave free.
 
     :math:`(M^{-1}/\alpha, \alpha V + c, \alpha D, \alpha g)` moves as :math:`(M^{-1}, V, D, g)` does where the velocity
     is observed; where the momentum is, the scale is one. Where a momentum is conserved but for the inputs there is more

@@ -1,4 +1,4 @@
-"""What is learned: port-Hamiltonian systems, and the baselines that know less of mechanics."""
+"""Learned models: port-Hamiltonian systems, and baselines with less knowledge of mechanics."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.checks import require
-from odeopt.physics import (
-    PortHamiltonianSystem,
-    PortMatrix,
-    PositiveDefinite,
-    PositiveSemidefinite,
-    Potential,
-    mlp,
-)
+from odeopt.physics import PortHamiltonianSystem, PortMatrix, PositiveDefinite, PositiveSemidefinite, Potential, mlp
 from odeopt.systems.coordinates import Coordinates
-from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_part, check_seed, momentum
+from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_seed, momentum
 
 _WIDTHS, _SMALL = (40, 40), (16,)
 # bound of the inverse mass: p = M dq/dt would leave all bounds where it passes by zero
@@ -105,6 +98,8 @@ class UnstructuredHamiltonian(ObservedSystem):
         ValueError: If an argument is out of range.
     """
 
+    parts = ("inverse_mass", "dissipation", "port")
+
     def __init__(
         self,
         coordinates: str,
@@ -129,19 +124,11 @@ class UnstructuredHamiltonian(ObservedSystem):
         self.dissipation = PositiveSemidefinite(dof, network=small(dof * dof))
         self.port = PortMatrix(dof, n_inputs, network=small(dof * n_inputs))
 
-    def encode(self, x: Tensor) -> Tensor:
-        if self.inverse_mass is None:
-            return x
-        features, v = x.split((self.coordinates.n_features, self.dof), dim=-1)
-        q = self.coordinates.positions(features)
-        return torch.cat((q, momentum(as_matrix(self.inverse_mass, q), v)), dim=-1)
+    def _momentum(self, q: Tensor, v: Tensor) -> Tensor:
+        return momentum(as_matrix(self.inverse_mass, q), v)
 
-    def decode(self, state: Tensor) -> Tensor:
-        if self.inverse_mass is None:
-            return state
-        q, p = state.chunk(2, dim=-1)
-        v = (as_matrix(self.inverse_mass, q) @ p.unsqueeze(-1)).squeeze(-1)
-        return torch.cat((self.coordinates(q), v), dim=-1)
+    def _velocity(self, q: Tensor, p: Tensor) -> Tensor:
+        return (as_matrix(self.inverse_mass, q) @ p.unsqueeze(-1)).squeeze(-1)
 
     def field(self, state: Tensor, u: Tensor) -> Tensor:
         keeps_graph = torch.is_grad_enabled()
@@ -155,14 +142,6 @@ class UnstructuredHamiltonian(ObservedSystem):
         force = (self.port(q) @ u.unsqueeze(-1)).squeeze(-1)
         rate = torch.cat((dH_dp, force - dH_dq - drag), dim=-1)
         return rate if keeps_graph else rate.detach()
-
-    def check_finite(self, state: Tensor, u: Tensor) -> None:
-        with torch.no_grad():
-            q = state.chunk(2, dim=-1)[0]
-            for name in ("inverse_mass", "dissipation", "port"):
-                if getattr(self, name) is not None:
-                    check_part(name, getattr(self, name)(q))
-        super().check_finite(state, u)
 
 
 class GeometricBaseline(ObservedSystem):
@@ -189,51 +168,24 @@ class GeometricBaseline(ObservedSystem):
         activation: Callable[[], nn.Module] = nn.Tanh,
     ) -> None:
         super().__init__(coordinates, observes=observes, n_inputs=n_inputs)
-        n_seen = self.coordinates.n_features + self.dof + n_inputs
-        self.network = mlp(n_seen, 2 * self.dof, widths=widths, activation=activation)
-
-    def encode(self, x: Tensor) -> Tensor:
-        if self.observes == "momentum":
-            return x
-        features, v = x.split((self.coordinates.n_features, self.dof), dim=-1)
-        return torch.cat((self.coordinates.positions(features), v), dim=-1)
-
-    def decode(self, state: Tensor) -> Tensor:
-        if self.observes == "momentum":
-            return state
-        q, v = state.chunk(2, dim=-1)
-        return torch.cat((self.coordinates(q), v), dim=-1)
+        state = self.encode(torch.zeros(self.n_observed))
+        n_seen = len(self._seen(state)) + n_inputs
+        self.network = mlp(n_seen, len(state), widths=widths, activation=activation)
 
     def field(self, state: Tensor, u: Tensor) -> Tensor:
+        return self.network(torch.cat((self._seen(state), u.expand(*state.shape[:-1], -1)), dim=-1))
+
+    def _seen(self, state: Tensor) -> Tensor:
+        """Return what the network reads of a state."""
         q, rate = state.chunk(2, dim=-1)
-        return self.network(torch.cat((self.coordinates(q), rate, u.expand(*q.shape[:-1], -1)), dim=-1))
+        return torch.cat((self.coordinates(q), rate), dim=-1)
 
 
-class NaiveBaseline(ObservedSystem):
+class NaiveBaseline(GeometricBaseline):
     """A network of the rate of what is observed, which knows nothing: it may leave the circle.
 
-    Args:
-        coordinates: A letter for each degree of freedom, R or S, by which observations are read.
-        observes: ``"momentum"`` or ``"velocity"``.
-        n_inputs: Number of inputs.
-        widths: Hidden widths.
-        activation: Makes the activations.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    The arguments are those of :class:`GeometricBaseline`; observations are read by the coordinates.
     """
-
-    def __init__(
-        self,
-        coordinates: str,
-        *,
-        observes: str,
-        n_inputs: int = 1,
-        widths: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.Tanh,
-    ) -> None:
-        super().__init__(coordinates, observes=observes, n_inputs=n_inputs)
-        self.network = mlp(self.n_observed + n_inputs, self.n_observed, widths=widths, activation=activation)
 
     def encode(self, x: Tensor) -> Tensor:
         return x
@@ -241,8 +193,8 @@ class NaiveBaseline(ObservedSystem):
     def decode(self, state: Tensor) -> Tensor:
         return state
 
-    def field(self, state: Tensor, u: Tensor) -> Tensor:
-        return self.network(torch.cat((state, u.expand(*state.shape[:-1], -1)), dim=-1))
+    def _seen(self, state: Tensor) -> Tensor:
+        return state
 
 
 def make_model(kind: str, coordinates: str, *, observes: str, seed: int = 0, **options: object) -> ObservedSystem:

@@ -29,9 +29,14 @@ class ObservedSystem(nn.Module, ABC):
         observes: ``"momentum"`` or ``"velocity"``.
         n_inputs: Number of inputs u.
 
+    Attributes:
+        parts: Names of the functions of positions that the system is made of, which should be finite; None is no part.
+
     Raises:
         ValueError: If an argument is out of range.
     """
+
+    parts: tuple[str, ...] = ()
 
     def __init__(self, coordinates: str, *, observes: str, n_inputs: int = 1) -> None:
         super().__init__()
@@ -53,13 +58,28 @@ class ObservedSystem(nn.Module, ABC):
         """Count the learned parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """State behind an observation, both with their numbers in the last axis."""
+        """Return the state behind an observation, both with their numbers in the last axis."""
+        if self.observes == "momentum":
+            return x
+        features, v = x.split((self.coordinates.n_features, self.dof), dim=-1)
+        q = self.coordinates.positions(features)
+        return torch.cat((q, self._momentum(q, v)), dim=-1)
 
-    @abstractmethod
     def decode(self, state: Tensor) -> Tensor:
-        """Observation of a state; see :meth:`encode`."""
+        """Return the observation of a state; see :meth:`encode`."""
+        if self.observes == "momentum":
+            return state
+        q, p = state.chunk(2, dim=-1)
+        return torch.cat((self.coordinates(q), self._velocity(q, p)), dim=-1)
+
+    def _momentum(self, q: Tensor, v: Tensor) -> Tensor:
+        """Return the second half of a state; the velocity itself unless the system has a mass."""
+        return v
+
+    def _velocity(self, q: Tensor, p: Tensor) -> Tensor:
+        """Return the velocity; see :meth:`_momentum`."""
+        return p
 
     @abstractmethod
     def field(self, state: Tensor, u: Tensor) -> Tensor:
@@ -74,7 +94,7 @@ class ObservedSystem(nn.Module, ABC):
         return torch.cat((self.coordinates.shortest(q), p), dim=-1)
 
     def drift(self, x: Tensor) -> float:
-        """How far observations are off the circles; 0 where angles are observed as they are."""
+        """Distance of observations from the circles; 0 where angles are observed as they are."""
         return 0.0 if self.observes == "momentum" else self.coordinates.drift(x)
 
     def rollout(
@@ -130,8 +150,11 @@ class ObservedSystem(nn.Module, ABC):
         return self.decode(torch.stack(states))
 
     def check_finite(self, state: Tensor, u: Tensor) -> None:
-        """Raise a ValueError unless the field is finite at a state; subclasses name the part that is not."""
+        """Raise a ValueError that names the part unless all parts and the field are finite at a state."""
         with torch.no_grad():
+            for name in self.parts:
+                if getattr(self, name) is not None:
+                    check_part(name, getattr(self, name)(state.chunk(2, dim=-1)[0]))
             check_part("field", self.field(state, u))
 
 
@@ -149,24 +172,19 @@ class PortHamiltonianModel(ObservedSystem):
         ValueError: If the numbers of degrees of freedom differ, or an argument is out of range.
     """
 
+    parts = ("inverse_mass", "potential", "dissipation", "port")
+
     def __init__(self, system: PortHamiltonianSystem, coordinates: str, *, observes: str) -> None:
         super().__init__(coordinates, observes=observes, n_inputs=system.n_inputs)
         wanted = f"a letter for each of {system.dof} degrees of freedom"
         require(self.dof == system.dof, "coordinates", coordinates, wanted)
         self.system = system
 
-    def encode(self, x: Tensor) -> Tensor:
-        if self.observes == "momentum":
-            return x
-        features, v = x.split((self.coordinates.n_features, self.dof), dim=-1)
-        q = self.coordinates.positions(features)
-        return torch.cat((q, momentum(self.inverse_mass(q), v)), dim=-1)
+    def _momentum(self, q: Tensor, v: Tensor) -> Tensor:
+        return momentum(self.inverse_mass(q), v)
 
-    def decode(self, state: Tensor) -> Tensor:
-        if self.observes == "momentum":
-            return state
-        x = PhaseState(*state.chunk(2, dim=-1))
-        return torch.cat((self.coordinates(x.q), self.system.hamiltonian.velocity(x)), dim=-1)
+    def _velocity(self, q: Tensor, p: Tensor) -> Tensor:
+        return self.system.hamiltonian.velocity(PhaseState(q, p))
 
     def field(self, state: Tensor, u: Tensor) -> Tensor:
         return torch.cat(self.system.vector_field(PhaseState(*state.chunk(2, dim=-1)), u), dim=-1)
@@ -193,13 +211,6 @@ class PortHamiltonianModel(ObservedSystem):
         """Evaluate the input matrix, shape ``(*batch, dof, n_inputs)``."""
         B = self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).B
         return B[..., self.dof :, :]
-
-    def check_finite(self, state: Tensor, u: Tensor) -> None:
-        with torch.no_grad():
-            q = state.chunk(2, dim=-1)[0]
-            for name in ("inverse_mass", "potential", "dissipation", "port"):
-                check_part(name, getattr(self, name)(q))
-        super().check_finite(state, u)
 
 
 def as_matrix(part: nn.Module | None, q: Tensor) -> Tensor:
