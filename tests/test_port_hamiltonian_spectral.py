@@ -481,6 +481,42 @@ def test_step_sizes_fall_with_the_length_of_the_run(shape):
     assert ratio(4000, None) == pytest.approx(0.5 * 8**-0.4)
 
 
+@pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
+def test_decay_grows_as_gradients_vanish_up_to_its_bound(options):
+    none, plain, rule = (
+        PortHamiltonianUpdate(**options, **decay).double()
+        for decay in ({}, {"initial_decay": 0.1}, {"initial_decay": 0.1, "decay_growth": 16.0})
+    )
+    shape, param = (3, 5), draws(15, seed=3)
+
+    def moves(size, slow_scale):
+        grad = size * draws(15, seed=1)
+        state = plain.init_state(param)
+        state = state._replace(
+            scale=grad.abs().mean(-1, keepdim=True),
+            slow_scale=torch.full_like(state.scale, slow_scale),
+            step=torch.full_like(state.step, 1e6),
+        )
+        updates, (*_, after) = zip(
+            *(r(grad, state, param=param, shape=shape) for r in (none, plain, rule)), strict=True
+        )
+        assert all(update.isfinite().all() for update in updates)
+        return *((update - updates[0]) for update in updates[1:]), (after.slow_scale / after.scale).item()
+
+    for unit in (1.0, 1e-30, 1e30):
+        ratios = []
+        for times in (0.2, 0.99, 3.0, 10.0, 40.0, 1e5):
+            decay, grown, ratio = moves(unit, times * unit * 0.8)
+            torch.testing.assert_close(grown, min(max(ratio, 1.0), 16.0) * decay)
+            ratios.append(ratio)
+        assert ratios[0] < 1 < ratios[2] < 16 < ratios[-1]
+    decay, grown, _ = moves(0.0, 0.0)  # no gradient yet
+    assert torch.equal(grown, decay)
+    assert decay.abs().min() > 0
+    decay, grown, _ = moves(0.0, 1.0)  # none any more
+    torch.testing.assert_close(grown, 16 * decay)
+
+
 @pytest.mark.parametrize("variant", ["all", "output"])
 def test_a_run_that_is_over_stands_still(variant):
     param = nn.Parameter(draws(3, 5))
@@ -551,6 +587,8 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "speed_limit": 2.0}, "`speed_limit` should be 1.0 where no mode is relativistic"),
         ({"horizon_power": 0.4}, "`horizon_power` should be 0.0 where `schedule = 'none'`. Found .* = 0.4`"),
         ({"schedule": "power", "horizon_power": -1}, "`horizon_power` should be a non-negative number"),
+        ({"kinetic": "spectral", "initial_decay": 0.1, "decay_growth": 0.5}, "`decay_growth` should be a number"),
+        ({"kinetic": "spectral", "decay_growth": 4.0}, "`decay_growth` should be 1.0 where `initial_decay = 0`. Found"),
         ({"depth_power": 1.0}, "`depth_power` should be 0.0 where no energy is spectral. Found `depth_power = 1.0`"),
         ({"initial_decay": 0.1}, "`initial_decay` should be 0.0 where no energy is spectral. Found .* = 0.1`"),
         ({"matrix_scale": "muon"}, "`matrix_scale` should be 'transfer' where no energy is spectral"),

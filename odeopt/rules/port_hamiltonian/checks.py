@@ -28,6 +28,7 @@ _OF_MATRICES = (
     "initial_lookahead",
     "initial_coherence",
     "initial_decay",
+    "decay_growth",
     "depth_power",
 )
 
@@ -66,6 +67,8 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
     for name in ("initial_coherence", "initial_decay", "horizon_power", "depth_power"):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
+    growth = given["decay_growth"]
+    check("decay_growth", is_number(growth) and growth >= 1, "a number of at least 1")
     depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
     is_closed = given["solver"] in LINEAR_METHODS and not depends_on_q and given["backend"] != "torchdiffeq"
     if not is_closed:
@@ -79,6 +82,8 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         unused |= dict.fromkeys(_OF_MATRICES, "no energy is spectral")
     elif given["output"] == "spectral":
         unused |= dict.fromkeys(("initial_lookahead", "initial_coherence"), "`output = 'spectral'`")
+    if is_spectral and given["initial_decay"] == 0:
+        unused["decay_growth"] = "`initial_decay = 0`"
     if given["schedule"] == "none":
         unused["horizon_power"] = "`schedule = 'none'`"
     for name, reason in unused.items():

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 _REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
@@ -68,6 +69,12 @@ def power_schedule(progress: Tensor, log_exponent: Tensor) -> Tensor:
 def depth_factor(n_matrices: int, power: float) -> float:
     """Factor on the steps of each of ``n_matrices`` matrices in a network, by which they fall with the depth."""
     return (4 / (min(max(n_matrices, 1.5), 5) - 1)) ** power
+
+
+def decay_growth(scale: Tensor, slow_scale: Tensor, bound: float) -> Tensor:
+    """Factor on the decay where gradients have become small: their long-run magnitude over the present one."""
+    present = torch.maximum(scale, slow_scale / bound)
+    return (slow_scale / torch.where(present > 0, present, 1.0)).clamp(min=1.0)
 
 
 def horizon_factor(step: Tensor, length: Tensor | None, power: float) -> Tensor:

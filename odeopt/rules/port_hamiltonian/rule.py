@@ -20,6 +20,7 @@ from odeopt.rules.port_hamiltonian.coefficients import (
     Outputs,
     Shared,
     coefficient_network,
+    decay_growth,
     depth_factor,
     horizon_factor,
     power_schedule,
@@ -160,6 +161,10 @@ class PortHamiltonianUpdate(StagedRule):
             closed loop of a spectral mode minimises about the loss under a bound of the operator norm, not the loss
             plus a square; the decay of :class:`odeopt.LearnedOptimizer` comes on top. 0 is none, and stays none in
             training.
+        decay_growth: Bound of a factor on that decay, which is the tensor's mean magnitude of the gradient over a long
+            memory over that over a short one, at least 1. Normalised efforts do not shrink with the gradient. So where
+            a network has learned its examples by heart and gradients vanish, the decay counts as if it were a part of
+            the loss, while elsewhere it is decoupled. 1 is none.
         schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
             ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
             the run in place of the progress. ``"none"`` leaves the schedule to the network.
@@ -214,6 +219,7 @@ class PortHamiltonianUpdate(StagedRule):
         initial_lookahead: float = 1.0,
         initial_coherence: float = 0.0,
         initial_decay: float = 0.0,
+        decay_growth: float = 1.0,
         schedule: str = "none",
         horizon_power: float = 0.0,
         depth_power: float = 0.0,
@@ -231,6 +237,7 @@ class PortHamiltonianUpdate(StagedRule):
         self.matrix_normalization, self.matrix_scale = matrix_normalization, matrix_scale
         self.initial_matrix_kappa, self.initial_lookahead = initial_matrix_kappa, initial_lookahead
         self.initial_coherence, self.initial_decay = initial_coherence, initial_decay
+        self.decay_growth = decay_growth
         self.is_spectral = output == "spectral" or "spectral" in self.kinetic
         # of coordinates; those of what is no matrix have the quadratic energy in spectral modes. In a dictionary,
         # because they have no weights and are no modules of the rule
@@ -506,11 +513,12 @@ class PortHamiltonianUpdate(StagedRule):
         )
         if not self.is_spectral:
             return shared
+        growth = decay_growth(shared.scale, shared.slow_scale, self.decay_growth) if self.decay_growth > 1 else 1.0
         return shared._replace(
             matrix_kappa=self.initial_matrix_kappa * self.depth_factor * log_matrix_kappa.exp() * scheduled,
             lookahead=self.initial_lookahead * out.log_lookahead.exp(),
             # larger steps of shallow networks do not call for more decay
-            matrix_decay=self.initial_decay / self.depth_factor * out.log_matrix_decay.exp(),
+            matrix_decay=self.initial_decay / self.depth_factor * out.log_matrix_decay.exp() * growth,
             coherence=self.initial_coherence * out.log_coherence.exp(),
         )
 
