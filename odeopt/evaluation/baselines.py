@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from odeopt._version import __version__
+from odeopt.checks import require
 from odeopt.evaluation.compare import run
 from odeopt.evaluation.result import Score, scores_of
 from odeopt.files import write_json
@@ -55,8 +56,7 @@ class Family:
     first: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr[0] <= self.lr[1]:
-            raise ValueError(f"Parameter `lr` should be two rising, positive numbers. Found `lr = {self.lr}`.")
+        require(0 < self.lr[0] <= self.lr[1], "lr", self.lr, "two rising, positive numbers")
         if (self.other is None) != (not self.first) or not set(self.first) <= set(self.values):
             raise ValueError(
                 f"Parameter `first` should hold values of `{self.other}` among {self.values}. "

@@ -27,6 +27,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
+
 from .random import permutation
 
 
@@ -117,8 +119,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
         DatasetCorrupt: If a file is truncated or damaged.
     """
     name, _, factor = name.partition("/")
-    if name not in DATASETS:
-        raise ValueError(f"Parameter `name` should be one of {', '.join(DATASETS)}. Found `name = {name!r}`.")
+    require(name in DATASETS, "name", name, f"one of {', '.join(DATASETS)}")
     if factor:
         return _pooled(load_dataset(name, data_dir, download=download), factor)
     if name == "digits":
