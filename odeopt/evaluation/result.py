@@ -70,7 +70,7 @@ class RuleResult:
 
     @property
     def is_diverged(self) -> Tensor:
-        """Whether a run's final loss is not finite, or above its first; shape ``(n_runs,)``."""
+        """True where a run's final loss is not finite, or above its first; shape ``(n_runs,)``."""
         return ~(self.losses[-1] <= self.losses[0])
 
 

@@ -75,7 +75,7 @@ class SearchResult:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all trials have ended."""
+        """True once all trials have ended."""
         return len(self.trials) >= self.config.n_trials
 
     @property
@@ -223,18 +223,23 @@ class _Search:
         They depend on the seed, on the number of the trial and on what came of those before it, not on how often the
         search was interrupted.
         """
-        module, number, values = import_optuna(), len(self.trials), {}
+        module, values = import_optuna(), {}
         running = self.study.get_trials(deepcopy=False, states=(module.trial.TrialState.RUNNING,))
         asked = module.Trial(self.study, running[0]._trial_id) if running else self.study.ask()
+        self.study.sampler = self.sampler("")
+        _ = asked.relative_params  # drawn here and kept: those that the sampler draws together
         for name in self.config.space:
-            # one generator for all would depend on how many values this process has drawn
-            seed = random.Random(f"{self.config.seed}/{number}/{name}").getrandbits(32)
-            self.study.sampler = module.samplers.RandomSampler(seed)
-            if self.config.sampler == "tpe":
-                n_startup_trials = self.config.startup_trials
-                self.study.sampler = module.samplers.TPESampler(n_startup_trials=n_startup_trials, seed=seed)
+            self.study.sampler = self.sampler(name)
             values[name] = self.config.suggest(asked, name)
         return asked, values
+
+    def sampler(self, name: str) -> optuna.samplers.BaseSampler:
+        """Make the sampler of a name in the next trial: a common one would depend on how much it has drawn before."""
+        samplers, number = import_optuna().samplers, len(self.trials)
+        seed = random.Random(f"{self.config.seed}/{number}/{name}").getrandbits(32)
+        if self.config.sampler == "tpe":
+            return samplers.TPESampler(n_startup_trials=self.config.startup_trials, seed=seed)
+        return samplers.RandomSampler(seed)
 
     def run(self, seconds_left: float | None, bar: tqdm) -> Trial | None:
         """Make the next trial, and keep what comes of it; None where there was no time to end it."""
@@ -270,8 +275,8 @@ class _Search:
             if not ends and n_taken < n_wanted:
                 return None
             state, reason = ends[0] if ends else ("complete", "")
-            account = {"score": result.best_score, "best_step": result.best_step, "seconds": round(result.seconds, 3)}
-            trial = trial._replace(state=state, reason=reason, n_meta_steps=n_taken, **account)
+            numbers = {"score": result.best_score, "best_step": result.best_step, "seconds": round(result.seconds, 3)}
+            trial = trial._replace(state=state, reason=reason, n_meta_steps=n_taken, **numbers)
         asked.set_user_attr("row", trial._asdict())
         states = import_optuna().trial.TrialState
         if trial.state == "complete":

@@ -161,7 +161,7 @@ def _pooled(dataset: ImageDataset, factor: str) -> ImageDataset:
 def load_dataset_or_digits(
     name: str, data_dir: str | Path | None = None, *, download: bool = True
 ) -> tuple[ImageDataset, str | None]:
-    """Read a dataset, or scikit-learn's handwritten digits where it is not to be had.
+    """Read a dataset, or scikit-learn's handwritten digits where it is unavailable.
 
     Args:
         name: See :func:`load_dataset`.
