@@ -8,13 +8,11 @@ stands beside them. Runs are kept as they are done: an interrupted command conti
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from odeopt import PortHamiltonianUpdate
 from odeopt.cli import arguments
 from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
 from odeopt.suite.opponents import REFERENCE
-from odeopt.tasks import DATASETS
 
 COMMON = {"uses_progress": True, "ratio_floor": 0.4, "schedule": "power", "initial_kappa": 0.008}
 SPECTRAL = {"kinetic": "spectral", "initial_lookahead": 1.5}
@@ -46,19 +44,18 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     names = available_problems()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", choices=names, default=names, metavar="NAME", help="problems, of "
-                        f"{', '.join(names)} (default: all)")  # fmt: skip
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="NAME",
-                        help=f"of {', '.join(VARIANTS)} (default: all)")  # fmt: skip
-    parser.add_argument("--runs", type=arguments.positive, default=2, help="paired runs (default: %(default)s)")
-    parser.add_argument("--steps", type=arguments.positive, help="length of a run (default: each problem's own)")
-    parser.add_argument("--dataset", choices=DATASETS, default="mnist", help="images (default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, help="where images lie (default: ODEOPT_DATA or a cache folder)")
-    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--out", type=arguments.folder, default="runs/kinetic", help="folder of kinetic.json and "
-                        "kinetic.png (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown (default: as text)")
+    parser = arguments.parser(
+        __doc__,
+        "dataset data_dir markdown",
+        device={"default": "cpu"},
+        runs={"default": 2, "help": "paired runs"},
+        out={"default": "runs/kinetic"},
+    )
+    add = parser.add_argument
+    add("--problems", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
+    add("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="NAME",
+        help=f"of {', '.join(VARIANTS)}")  # fmt: skip
+    add("--steps", type=arguments.positive, help="length of a run (None: each problem's own)")
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import odeopt
 from odeopt.cli import arguments
@@ -18,7 +17,7 @@ from odeopt.meta import meta_train
 from odeopt.meta.files import load_config
 from odeopt.ode import available_methods
 from odeopt.rules import UpdateRule
-from odeopt.tasks import DATASETS, ImageDataset, MLPClassification
+from odeopt.tasks import ImageDataset, MLPClassification
 
 TITLES = {
     "mnist": "MNIST",
@@ -93,22 +92,17 @@ def with_solver(name: str, rule: UpdateRule, solver: str) -> tuple[str, UpdateRu
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "data_dir runs device seed out",
+        dataset={"help": "images to classify; for others than the default the hand-designed rules are tuned first"},
+    )
     add = parser.add_argument
     add("--train", action="store_true", help="meta-train the rules of this task from scratch first (takes long)")
-    add("--dataset", choices=DATASETS, default="mnist", help="images to classify; for others than the "
-        "default the hand-designed rules are tuned first")  # fmt: skip
-    add("--data-dir", type=Path, help="folder of the images, in torchvision's layout (None: the environment "
-        "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
     add("--steps", type=arguments.positive, default=100, help="optimizer steps per run; for others than the default "
         "the hand-designed rules are tuned first")  # fmt: skip
-    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
     add("--solver", metavar="METHOD", help="ODE solver of the port-hamiltonian rules (None: the one they were "
         f"trained with): {', '.join(available_methods())}")  # fmt: skip
-    add("--seed", type=int, default=0, help="changes initialisations and batches")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figures")
     args = parser.parse_args(argv)
     if args.solver and args.solver not in available_methods():
         parser.error(f"--solver should be one of {', '.join(available_methods())}; found {args.solver}")

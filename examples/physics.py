@@ -119,29 +119,25 @@ def table(results: dict[str, dict], *, markdown: bool) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "markdown out",
+        runs={"default": 128, "help": "first observations, an even number"},
+        device={"default": "cpu", "help": "where to train"},
+        seed={"type": arguments.natural, "help": "changes data, first weights and order of the windows"},
+    )
     add = parser.add_argument
     add("--systems", nargs="+", choices=list(MECHANISMS), default=list(MECHANISMS), help="what to learn")
-    add("--rows", default=".*", help="only models in whose name this expression is found")
+    add("--rows", type=arguments.expression, default=".*", help="only models in whose name this expression is found")
     add("--steps", type=arguments.positive, default=1000, help="passes over the windows in each training")
-    add("--runs", type=arguments.positive, default=128, help="first observations, an even number")
     add("--quick", action="store_true", help="few passes and first observations, unless told otherwise")
-    add("--device", type=arguments.device, default="cpu", help="where to train")
-    add("--seed", type=arguments.natural, default=0, help="changes data, first weights and order of the windows")
     add("--folder", type=Path, default=Path("runs/physics"), help="where trained models are kept")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figure and its numbers")
-    add("--markdown", action="store_true", help="print the tables as markdown")
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
     if args.runs % 2:
         parser.error(f"argument --runs: should be even; found {args.runs}")
-    try:
-        args.rows = re.compile(args.rows)
-    except re.error as error:
-        parser.error(f"argument --rows: should be a regular expression; found {args.rows} ({error})")
     return args
 
 

@@ -42,15 +42,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "device out",
+        runs={"default": 2000, "help": "number of problems"},
+        seed={"help": "changes the problems"},
+    )
     add = parser.add_argument
     add("--steps", type=arguments.positive, default=100, help="optimizer steps per problem; for other numbers than the "
         "default the hand-designed rules are tuned first")  # fmt: skip
-    add("--runs", type=arguments.positive, default=2000, help="number of problems")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes the problems")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figure")
     return parser.parse_args(argv)
 
 

@@ -104,15 +104,15 @@ def rows(task: Saddle, comparison: Comparison) -> list[list[str]]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "device out",
+        runs={"default": 200, "help": "starting points per landscape"},
+        seed={"help": "changes the starting points"},
+    )
     add = parser.add_argument
     add("--steps", type=arguments.positive, default=500, help="optimizer steps per run")
-    add("--runs", type=arguments.positive, default=200, help="starting points per landscape")
     add("--dim", type=arguments.positive, default=100, help="dimensions of the second landscape, 2 or more")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes the starting points")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figure")
     args = parser.parse_args(argv)
     if args.dim < 2:
         parser.error(f"--dim should be 2 or more; found {args.dim}")

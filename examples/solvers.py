@@ -122,24 +122,20 @@ def costs_table(costs: dict[str, dict[str, float]], args: argparse.Namespace) ->
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "data_dir runs device seed markdown out",
+        dataset={"choices": ("mnist/4", "mnist/2", *DATASETS), "default": "mnist/4", "help": "images"},
+    )
     add = parser.add_argument
     fixed = ["exponential", *filter(is_fixed_step, available_methods())]
     solvers = [*fixed, *(name for name in available_methods() if name not in (*fixed, *EXTERNAL))]
-    add("--dataset", choices=("mnist/4", "mnist/2", *DATASETS), default="mnist/4", help="images")
-    add("--data-dir", type=Path, help="folder of the images, as examples/mnist.py takes it")
     add("--trained", nargs="+", choices=solvers, default=list(TRAINED), help="solvers to train with")
     add("--solvers", nargs="+", choices=solvers, default=[*fixed, *ADAPTIVE], help="solvers to run with, beside those")
     add("--steps", type=arguments.positive, help="meta-steps of each training (None: those of ablation.toml)")
     add("--horizon", type=arguments.positive, default=100, help="steps of a run")
     add("--seeds", type=arguments.positive, default=2, help="meta-trainings with each solver")
-    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes initialisations and batches")
     add("--folder", type=Path, default=Path("runs/optimizers-view"), help="where trained rules are kept")
-    add("--out", type=arguments.folder, default="figs", help="folder of the numbers")
-    add("--markdown", action="store_true", help="print the tables as markdown")
     args = parser.parse_args(argv)
     args.solvers = list(dict.fromkeys([*args.trained, *args.solvers]))
     return args

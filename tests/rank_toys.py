@@ -26,7 +26,7 @@ class Thread(World):
         self.broadcasted.append(type(value))
         return self._exchange(value)[0]
 
-    def from_first(self, make):
+    def broadcast_result(self, make):
         return self._exchange(make() if self.is_first else None)[0]
 
     def _exchange(self, value):

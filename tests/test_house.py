@@ -49,7 +49,7 @@ DOORS = {
     "matplotlib": ["report/"],
     "torchvision": ["tasks/datasets.py"],
     "sklearn": ["tasks/datasets.py"],
-    "optuna": ["meta/study.py"],
+    "optuna": ["meta/search_files.py"],
     "safetensors": ["artifacts.py"],
     "schedulefree": ["suite/opponents.py"],
     "prodigyopt": ["suite/opponents.py"],

@@ -78,9 +78,9 @@ def exchanges(rank):
         "average": world.average(ours, weight=1 + 2 * rank),
         "gather": world.gather(torch.arange(3.0 * rank).view(-1, 1)),
         "broadcast": world.broadcast({"rank": rank}),
-        "from_first": world.from_first(lambda: rank),
-        "error": raised(world.from_first, lambda: 1 / rank),
-        "in_turn": world.in_turn(lambda: rank),
+        "broadcast_result": world.broadcast_result(lambda: rank),
+        "error": raised(world.broadcast_result, lambda: 1 / rank),
+        "local_first": world.local_first(lambda: rank),
     }
 
 
@@ -181,7 +181,7 @@ def test_process_alone_exchanges_nothing():
     values = [torch.ones(2), torch.zeros(1)]
     assert all(a is b for a, b in zip(ALONE.average(values, weight=3), values, strict=True))
     assert ALONE.gather(values[0]) is values[0]
-    assert ALONE.broadcast(5) == ALONE.from_first(lambda: 5) == ALONE.in_turn(lambda: 5) == 5
+    assert ALONE.broadcast(5) == ALONE.broadcast_result(lambda: 5) == ALONE.local_first(lambda: 5) == 5
     assert ALONE.share(7) == slice(0, 7)
 
 
@@ -256,13 +256,13 @@ def test_ranks_exchange_numbers_that_all_of_them_see(pair):
     first, second = (result["exchanges"] for result in pair)
     assert (first.pop("rank"), second.pop("rank")) == ((0, 2, True), (1, 2, False))
     assert [sum(n) for n in zip(first.pop("share"), second.pop("share"), strict=True)] == [5, 1, 4]
-    assert (first.pop("in_turn"), second.pop("in_turn")) == (0, 1)
+    assert (first.pop("local_first"), second.pop("local_first")) == (0, 1)
     for result in (first, second):
         column, number = result["average"]
         assert torch.equal(column, torch.full((2, 1), 1.75))  # (1 * 1 + 2 * 3) / 4
         assert torch.equal(number, torch.tensor(7.5, dtype=torch.float64))
         assert torch.equal(result["gather"], torch.arange(3.0).view(-1, 1))
-        assert (result["broadcast"], result["from_first"]) == ({"rank": 0}, 0)
+        assert (result["broadcast"], result["broadcast_result"]) == ({"rank": 0}, 0)
         assert result["error"] == ("ZeroDivisionError", "division by zero")
 
 

@@ -14,7 +14,7 @@ from odeopt.meta import (
     meta_train,
     unroll,
 )
-from odeopt.meta.layouts import CompiledSteps, Separate, SideBySide, layout_for
+from odeopt.meta.layouts import CompiledSteps, Packed, Separate, layout_for
 from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate
 from odeopt.tasks import MLPClassification, RandomQuadratic, load_dataset
 
@@ -71,7 +71,7 @@ def test_run_continued_from_its_states_is_the_whole_run():
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (port_hamiltonian(), SideBySide),
+        (port_hamiltonian(), Packed),
         (port_hamiltonian("potential"), Separate),  # it would move what pads the rows
         (port_hamiltonian(solver="dopri5"), Separate),  # it chooses one step size for all coordinates
         (LSTMUpdate(), Separate),

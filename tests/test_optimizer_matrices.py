@@ -13,7 +13,7 @@ from torch import nn
 
 from odeopt.meta import unroll
 from odeopt.meta.estimators.perturbations import Perturbed, perturbed
-from odeopt.meta.layouts import CompiledSteps, Grouped, Separate, SideBySide, Stacked, layout_for
+from odeopt.meta.layouts import CompiledSteps, Grouped, Packed, Separate, Stacked, layout_for
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate
 from odeopt.tasks import ScaledTask, Task
@@ -176,14 +176,14 @@ def test_matrices_are_stacked_by_shapes_and_the_rest_lies_side_by_side():
         return {tuple(part.shapes): type(part) for part in layout.layouts.values()}
 
     assert parts(shapes) == {
-        ("bias", "table", "row", "scalar"): SideBySide,
+        ("bias", "table", "row", "scalar"): Packed,
         ("first", "second", "third"): Stacked,
         ("wide",): Stacked,
         ("kernel",): Stacked,
         ("empty",): Separate,
     }
     assert parts({"first": shapes["first"]}) == {("first",): Stacked}
-    assert parts({name: shapes[name] for name in ("bias", "table")}) is SideBySide
+    assert parts({name: shapes[name] for name in ("bias", "table")}) is Packed
     assert parts({name: shapes[name] for name in ("table", "empty")}) is Separate
 
 

@@ -21,8 +21,7 @@ from odeopt.artifacts import read_metadata
 from odeopt.meta import meta_train
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.search import search
-from odeopt.meta.search_files import load_search
-from odeopt.meta.study import MissingOptunaError, OpenTrial, Study
+from odeopt.meta.search_files import MissingOptunaError, load_search
 from odeopt.tasks import RandomQuadratic
 
 # the extra that searches need; where it is not installed, the other tests can still be collected
@@ -222,39 +221,41 @@ def test_what_is_proposed_and_pruned_does_not_depend_on_interruptions(tmp_path, 
     check_pieces(whole, config, tmp_path / "pieces", steps, 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "when"), [("ask", "after"), ("end", "before"), ("close", "before"), ("close", "after")]
-)
-def test_search_that_is_killed_between_trials_ends_as_the_uninterrupted_one(
+@pytest.mark.parametrize("name", ["set_user_attr", "tell", "report", "set_trial_param"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_search_that_is_killed_between_two_writes_ends_as_the_uninterrupted_one(
     tmp_path, monkeypatch, whole, steps, name, when
 ):
-    interrupt(monkeypatch, OpenTrial if name == "end" else Study, name, when)
+    owners = {"set_user_attr": optuna.Trial, "tell": optuna.Study, "report": optuna.Trial}
+    interrupt(monkeypatch, owners.get(name, optuna.storages._CachedStorage), name, when)
     check_pieces(whole, whole.config, tmp_path, steps, 1)
-    # Optuna, whose samplers and pruners look at states and not at rows, holds the same
+    # Optuna, whose samplers and pruners look at its own states, holds the same
     storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
     kept = optuna.load_study(study_name=None, storage=storage).trials
     storage.remove_session()
     storage.engine.dispose()
-    ended = {trial.state.name for trial in kept if "row" in trial.user_attrs}
-    others = {trial.state.name for trial in kept if "row" not in trial.user_attrs}
-    assert ended == {"COMPLETE"}
-    assert others <= {"FAIL"}
+    assert [(trial.state.name, trial.value) for trial in kept] == [("COMPLETE", t.score) for t in whole.trials]
 
 
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
-def test_search_that_is_killed_before_a_trial_is_asked_for_ends_as_the_uninterrupted_one(
-    tmp_path, monkeypatch, scores, sampler
+@pytest.mark.parametrize("name", ["create_new_trial", "set_trial_param", "set_trial_state_values"])
+def test_search_that_is_killed_while_a_trial_is_proposed_ends_as_the_uninterrupted_one(
+    tmp_path, monkeypatch, scores, sampler, name
 ):
     scores(lambda config, step: config.lr)
-    config = load_search(write(tmp_path)) if sampler == "grid" else written(tmp_path, **TPE)
+    # three values per trial: every other write is then within a trial, not always at its end
+    third = {"grid": "training.clip = [0.1, 0.2]\n", "tpe": "training.clip = {low = 0.1, high = 0.3}\n"}[sampler]
+    space = third + ("training.lr = [0.1, 0.01]\nrule.initial_kappa = [0.3]\n" if sampler == "grid" else RANGES)
+    config = written(tmp_path, space=space) if sampler == "grid" else written(tmp_path, **{**TPE, "space": space})
     whole = go(config, tmp_path / "whole")
-    interrupt(monkeypatch, trainer_module._Run, "save", "after")  # so that trials are asked for again
-    interrupt(monkeypatch, optuna.Study, "enqueue_trial", "after")
-    result = None
-    for _ in range(60):
+    interrupt(monkeypatch, trainer_module._Run, "save", "after")  # so that trials are taken up again
+    interrupt(monkeypatch, optuna.storages._CachedStorage, name, "after")
+    result, n_calls = None, 0
+    while result is None or not result.is_finished:
+        n_calls += 1
+        assert n_calls < 60  # each gets somewhere
         with contextlib.suppress(KeyboardInterrupt):
             result = go(config, tmp_path / "pieces")
-    assert result.is_finished
     assert told(result) == told(whole)
 
 
@@ -289,7 +290,8 @@ def test_checkpoint_of_a_deleted_study_is_not_continued(tmp_path):
     other = load_search(write(tmp_path, **{"dim = 3": "dim = 2"}))
     result = go(other, folder)
     assert {trial.state for trial in result.trials} == {"complete"}
-    assert list(folder.glob("*/checkpoint.pt")) == []
+    # which holds the best weights
+    assert list(folder.glob("*/checkpoint.pt")) == [folder / f"trial-{result.best.number:03d}" / "checkpoint.pt"]
 
 
 CHANGES = {
@@ -323,8 +325,8 @@ def test_folder_that_cannot_be_used_is_refused(tmp_path):
             go(config, folder)
         process.kill()  # which frees it
     assert go(config, folder).is_finished
-    (folder / "best.pt").unlink()
-    with pytest.raises(ValueError, match=r"should hold the weights of the best trial, 1. Found `.*best.pt`"):
+    (folder / "trial-001" / "checkpoint.pt").write_text("something else")
+    with pytest.raises(ValueError, match=r"should .* hold a whole checkpoint. Found `.*trial-001.checkpoint.pt`"):
         go(config, folder)
     (folder / "study.db").write_text("something else, and long enough to be read as a header of SQLite" * 9)
     with pytest.raises(ValueError, match=r"Found `.*study.db`, which cannot be read \(.*\); delete it"):
@@ -418,7 +420,7 @@ def test_optuna_is_imported_in_one_file_and_only_when_it_is_called():
     package = Path(odeopt.__file__).parent
     lines = [(path.name, line) for path in package.rglob("*.py") for line in path.read_text().splitlines()]
     found = [(name, line) for name, line in lines if re.match(r"\s*(import|from) (optuna|sqlalchemy|alembic)", line)]
-    assert {name for name, _ in found} == {"study.py"}
+    assert {name for name, _ in found} == {"search_files.py"}
     assert all(line.startswith("    ") for _, line in found)
 
 

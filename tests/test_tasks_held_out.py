@@ -99,7 +99,7 @@ def test_held_out_text_is_all_that_no_window_reaches(name):
     task = TEXT_TASKS[name](n_characters=0.3, context=20, batch_size=2)
     assert task.examples.n_trained == int(0.3 * len(task.symbols))
     # a text of 200 characters, each by its place, which 2,000 windows cover
-    task.symbols, task.n_windows = torch.arange(200), 500
+    task.symbols, task.batch_size = torch.arange(200), 500
     task.examples = replace(task.examples, n_all=200, n_trained=60)
     for k in range(len(INDICES)):
         inner, outer = (

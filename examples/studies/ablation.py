@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from pathlib import Path
 
@@ -111,33 +110,27 @@ def table(columns: dict[str, dict], seconds: dict[str, list[float]], *, markdown
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "data_dir runs tuning_runs device out markdown",
+        dataset={
+            "choices": ("mnist/4", "mnist/2", *DATASETS),
+            "default": "mnist/4",
+            "help": "images; mnist/4 has 7 x 7 pixels",
+        },
+        seed={"help": "changes initialisations and batches of the comparison"},
+    )
     add = parser.add_argument
-    add("--dataset", choices=("mnist/4", "mnist/2", *DATASETS), default="mnist/4", help="images; mnist/4 has "
-        "7 x 7 pixels")  # fmt: skip
-    add("--data-dir", type=Path, help="folder of the images, in torchvision's layout (None: the environment "
-        "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
     add("--steps", type=arguments.positive, help="meta-steps of each training (None: those of ablation.toml)")
     add("--horizon", type=arguments.positive, help="steps of a run (None: those of ablation.toml)")
     add("--seeds", type=arguments.positive, default=2, help="meta-trainings of each variant")
-    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
-    add("--tuning-runs", type=arguments.positive, default=4, help="runs per setting that is tried in tuning")
-    add("--rows", default=".*", help="only rows in whose name this expression is found")
+    add("--rows", type=arguments.expression, default=".*", help="only rows in whose name this expression is found")
     add("--quick", action="store_true", help="on the digits, with few and short runs, unless told otherwise")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes initialisations and batches of the comparison")
     add("--folder", type=Path, default=Path("runs/ablation"), help="where trained rules are kept")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figure and its numbers")
-    add("--markdown", action="store_true", help="print the table as markdown")
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
-    try:
-        args.rows = re.compile(args.rows)
-    except re.error as error:
-        parser.error(f"argument --rows: should be a regular expression; found {args.rows} ({error})")
     return args
 
 

@@ -132,16 +132,16 @@ def plot(widths: list[int], steps: list[int], changes: dict[str, Tensor], path: 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", type=arguments.positive, default=[32, 64, 128, 256, 512],
-                        help="widths of the hidden layers (default: 32 64 128 256 512)")  # fmt: skip
-    parser.add_argument("--steps", nargs="+", type=arguments.positive, default=[1, 10, 100],
-                        help="when to measure, rising (default: 1 10 100)")  # fmt: skip
-    parser.add_argument("--runs", type=arguments.positive, default=2, help="seeds (default: %(default)s)")
-    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--out", type=arguments.folder, default="runs/coordinate-check", help="folder of "
-                        "coordinate_check.json and coordinate_check.png (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown (default: as text)")
+    parser = arguments.parser(
+        __doc__,
+        "markdown",
+        runs={"default": 2, "help": "seeds"},
+        device={"default": "cpu"},
+        out={"default": "runs/coordinate-check"},
+    )
+    add = parser.add_argument
+    add("--widths", nargs="+", type=arguments.positive, default=[32, 64, 128, 256, 512], help="of the hidden layers")
+    add("--steps", nargs="+", type=arguments.positive, default=[1, 10, 100], help="when to measure, rising")
     return parser.parse_args(argv)
 
 

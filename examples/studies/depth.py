@@ -106,21 +106,18 @@ def plot(content: Mapping[str, Any], path: Path) -> Path:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="mnist", help="images (default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, help="folder of the images, in torchvision's layout (default: the "
-                        "environment variable ODEOPT_DATA, else a cache folder)")  # fmt: skip
-    parser.add_argument("--width", type=arguments.positive, default=64, help="of all hidden layers (default: 64)")
-    parser.add_argument("--depths", nargs="+", type=arguments.natural, default=[0, 1, 2, 3, 4, 8],
-                        help="numbers of hidden layers (default: 0 1 2 3 4 8)")  # fmt: skip
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.25, 0.5, 1.0, 2.0, 4.0, 8.0],
-                        help="learning rates (default: 0.25 0.5 1 2 4 8)")  # fmt: skip
-    parser.add_argument("--steps", type=arguments.positive, default=200, help="of a run (default: %(default)s)")
-    parser.add_argument("--runs", type=arguments.positive, default=2, help="networks (default: %(default)s)")
-    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--out", type=arguments.folder, default="runs/depth",
-                        help="folder of depth.json and depth.png (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown (default: as text)")
+    parser = arguments.parser(
+        __doc__,
+        "dataset data_dir markdown",
+        runs={"default": 2, "help": "networks"},
+        device={"default": "cpu"},
+        out={"default": "runs/depth"},
+    )
+    add = parser.add_argument
+    add("--width", type=arguments.positive, default=64, help="of all hidden layers")
+    add("--depths", nargs="+", type=arguments.natural, default=[0, 1, 2, 3, 4, 8], help="numbers of hidden layers")
+    add("--rates", nargs="+", type=float, default=[0.25, 0.5, 1.0, 2.0, 4.0, 8.0], help="learning rates")
+    add("--steps", type=arguments.positive, default=200, help="of a run")
     return parser.parse_args(argv)
 
 

@@ -124,15 +124,15 @@ def train(rule, task, args: argparse.Namespace, **options):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "device out",
+        runs={"default": 100, "help": "estimates of each kind that are random"},
+        seed={"help": "changes the problems and the perturbations"},
+    )
     add = parser.add_argument
     add("--steps", type=arguments.positive, default=200, help="meta-steps")
-    add("--runs", type=arguments.positive, default=100, help="estimates of each kind that are random")
     add("--quick", action="store_true", help="a tenth of the meta-steps and of the estimates")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes the problems and the perturbations")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figure")
     args = parser.parse_args(argv)
     if args.quick:
         args.steps, args.runs = max(1, args.steps // 10), max(1, args.runs // 10)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 
 import odeopt
 from odeopt.cli import arguments
@@ -18,7 +17,7 @@ from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.evaluation.baselines import FAMILIES, Family, build, tune_all
 from odeopt.report import draw_table
 from odeopt.rules import AdamUpdate
-from odeopt.tasks import DATASETS, MLPClassification
+from odeopt.tasks import MLPClassification
 
 RULES = ("port-hamiltonian", "port-hamiltonian-mnist")
 HAND_DESIGNED = (
@@ -68,20 +67,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(__doc__, "dataset data_dir runs tuning_runs device seed out markdown")
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help="images to classify")
-    add("--data-dir", type=Path, help="folder of the images, in torchvision's layout (None: the environment "
-        "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
     add("--steps", type=arguments.positive, default=100, help="steps of the short runs; the long ones have ten times "
         "as many")  # fmt: skip
-    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
-    add("--tuning-runs", type=arguments.positive, default=4, help="runs per setting that is tried in tuning")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes initialisations and batches")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figures")
-    add("--markdown", action="store_true", help="print the last table as markdown")
     return parser.parse_args(argv)
 
 

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 from held_out import (
     by_level,
@@ -32,7 +31,7 @@ from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import TUNING_SEED, Family, build, tune_all
 from odeopt.evaluation.matrix import fingerprint
 from odeopt.rules import AdamUpdate, SGDUpdate
-from odeopt.tasks import DATASETS, MLPClassification
+from odeopt.tasks import MLPClassification
 from odeopt.tasks.classification import SPLITS
 
 RULE = "port-hamiltonian"
@@ -101,22 +100,16 @@ def late(losses: Tensor) -> Tensor:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "dataset data_dir runs device seed markdown",
+        tuning_runs={"default": 2},
+        out={"help": "folder of the figure and its numbers; columns that these have are not run again"},
+    )
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help="images to classify")
-    add("--data-dir", type=Path, help="folder of the images, in torchvision's layout (None: the environment "
-        "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
     add("--steps", type=arguments.positive, nargs="+", default=[1000, 3000], help="lengths of the runs; few "
         "images are learned over the first length only")  # fmt: skip
-    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
-    add("--tuning-runs", type=arguments.positive, default=2, help="runs per setting that is tried in tuning")
     add("--quick", action="store_true", help="digits, 3 runs, a thirtieth of the steps")
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes initialisations and batches")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figure and its numbers; columns that these "
-        "have are not run again")  # fmt: skip
-    add("--markdown", action="store_true", help="print the tables as markdown")
     args = parser.parse_args(argv)
     if args.quick:
         args.dataset, args.runs, args.tuning_runs = "digits", min(args.runs, 3), 1

@@ -24,7 +24,7 @@ from odeopt.evaluation.baselines import FAMILIES, build, tune_all
 from odeopt.files import write_json
 from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
-from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
+from odeopt.tasks import DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
 
 FOLDER = Path(__file__).with_suffix("")
 COLUMNS = (((20,), "sigmoid", 1), ((20,), "relu", 1), ((100, 100), "relu", 1), ((20,), "sigmoid", 10))
@@ -124,24 +124,18 @@ def table(columns: dict[str, Rows], of_groups: dict[str, list[dict]], *, markdow
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = arguments.parser(
+        __doc__,
+        "dataset data_dir runs device markdown out",
+        tuning_runs={"help": "runs per setting that is tried in tuning; on quadratics as many as problems"},
+        seed={"help": "changes initialisations, batches and problems"},
+    )
     add = parser.add_argument
     add("rules", type=Path, nargs="*", help="files of rules (none: the shipped ones and those beside this file)")
-    add("--dataset", choices=DATASETS, default="mnist", help="images to classify")
-    add("--data-dir", type=Path, help="folder of the images, in torchvision's layout (None: the environment "
-        "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded")  # fmt: skip
     add("--steps", type=arguments.positive, default=100, help="steps of a short run; long ones have ten times as many")
-    add("--runs", type=arguments.positive, default=20, help="initialisations, each with its own batches")
     add("--problems", type=arguments.positive, default=2000, help="number of quadratics")
-    add("--tuning-runs", type=arguments.positive, default=4, help="runs per setting that is tried in tuning; on "
-        "quadratics as many as problems")  # fmt: skip
     add("--validate", type=arguments.natural, default=0, help="validate anew, on this many times the tasks of "
         "meta-training, the same for all seeds (0: show what meta-training noted)")  # fmt: skip
-    add("--device", type=arguments.device, default="auto", help="where to compute; auto takes CUDA if there is one")
-    add("--seed", type=int, default=0, help="changes initialisations, batches and problems")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figures and their numbers")
-    add("--markdown", action="store_true", help="print the tables as markdown")
     return parser.parse_args(argv)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from odeopt.tasks import DatasetCorrupt, ImageDataset, load_dataset_or_digits
+from odeopt.tasks import DATASETS, DatasetCorrupt, ImageDataset, load_dataset_or_digits
 
 
 def positive(text: str) -> int:
@@ -24,6 +26,14 @@ def natural(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"should be an integer of at least 0 and below 2^63; found {text}")
     return int(text)
+
+
+def expression(text: str) -> re.Pattern:
+    """Read a regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"should be a regular expression; found {text} ({error})") from error
 
 
 def device(text: str) -> torch.device:
@@ -58,3 +68,30 @@ def dataset(args: argparse.Namespace) -> ImageDataset:
     if notice:
         print(notice)
     return found
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "dataset": {"choices": DATASETS, "default": "mnist", "help": "images to classify"},
+    "data_dir": {"type": Path, "help": "folder of the images, in torchvision's layout (None: the environment variable "
+                 "ODEOPT_DATA, else a cache folder); what is missing is downloaded"},
+    "runs": {"type": positive, "default": 20, "help": "initialisations, each with its own batches"},
+    "tuning_runs": {"type": positive, "default": 4, "help": "runs per setting that is tried in tuning"},
+    "device": {"type": device, "default": "auto", "help": "where to compute; auto takes CUDA if there is one"},
+    "seed": {"type": int, "default": 0, "help": "changes initialisations and batches"},
+    "out": {"type": folder, "default": "figs", "help": "folder of figures and numbers"},
+    "markdown": {"action": "store_true", "help": "print the tables as markdown"},
+}  # fmt: skip
+
+
+def parser(description: str, names: str, **changed: dict[str, Any]) -> argparse.ArgumentParser:
+    """Make the parser of an example, with options that several examples have.
+
+    Args:
+        description: Text for ``--help``.
+        names: Names of options, separated by spaces.
+        changed: Further options by name, with arguments of ``add_argument`` that take the place of the usual ones.
+    """
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, changes in ({key: {} for key in names.split()} | changed).items():
+        made.add_argument(f"--{name.replace('_', '-')}", **{**_SHARED[name], **changes})
+    return made

@@ -11,7 +11,7 @@ import sys
 
 from odeopt.cli import matrix, search, solvers, suite, train, tune
 from odeopt.meta.distributed import LostRankError
-from odeopt.meta.study import MissingOptunaError
+from odeopt.meta.search_files import MissingOptunaError
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
 
 

@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_with(world: World, config: Config, folder: Path, out: Path, args: argparse.Namespace) -> int:
-    world.from_first(lambda: prepare(out, args.overwrite))
+    world.broadcast_result(lambda: prepare(out, args.overwrite))
     rule = config.build_rule().to(args.device)
-    task = world.in_turn(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
+    task = world.local_first(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
     began, results = time.monotonic(), []
     for stage in config.stages:
         is_start = stage is config.start

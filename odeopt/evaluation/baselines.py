@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from odeopt._version import __version__
+from odeopt.checks import require
 from odeopt.evaluation.compare import run
 from odeopt.evaluation.result import Score, scores_of
 from odeopt.files import write_json
@@ -25,11 +26,8 @@ from odeopt.tasks.base import Task
 TUNING_SEED = 2_000_003  # streams of their own, as evaluation's
 # twenty preferred numbers per decade, rounded, times powers of ten: the lattice of learning rates
 _MANTISSAS = (1, 1.1, 1.25, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5, 5.6, 6.3, 7, 8, 9)
-_STRIDES = (
-    10,
-    2,
-    1,
-)  # of the searches, in turn: 1, 3.2, 10, ..., then ten values a decade, then all
+# of the searches, in turn: 1, 3.2, 10, ..., then ten values a decade, then all
+_STRIDES = (10, 2, 1)
 _N_EXTENSIONS = 100  # lattice points that a search may walk beyond its first grid: five decades
 _MOMENTA = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 
@@ -55,8 +53,7 @@ class Family:
     first: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr[0] <= self.lr[1]:
-            raise ValueError(f"Parameter `lr` should be two rising, positive numbers. Found `lr = {self.lr}`.")
+        require(0 < self.lr[0] <= self.lr[1], "lr", self.lr, "two rising, positive numbers")
         if (self.other is None) != (not self.first) or not set(self.first) <= set(self.values):
             raise ValueError(
                 f"Parameter `first` should hold values of `{self.other}` among {self.values}. "
@@ -332,7 +329,7 @@ def make_baselines_table(
         progress_bar: Whether to show one.
 
     Raises:
-        DatasetUnavailable: If MNIST is not to be had.
+        DatasetUnavailable: If MNIST is unavailable.
     """
     from odeopt.tasks import MLPClassification, RandomQuadratic, load_dataset
 

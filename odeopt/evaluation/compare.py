@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from odeopt.checks import require
 from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
@@ -61,13 +62,9 @@ def compare(
     """
     if not rules:
         raise ValueError("Parameter `rules` should hold at least one rule. Found none.")
-    if n_runs < 1:
-        raise ValueError(f"Parameter `n_runs` should be at least 1. Found `n_runs = {n_runs}`.")
-    if reference != BEST_HAND_DESIGNED and reference not in rules:
-        raise ValueError(
-            f"Parameter `reference` should be {BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}. "
-            f"Found `reference = {reference!r}`."
-        )
+    require(n_runs >= 1, "n_runs", n_runs, "at least 1")
+    wanted = f"{BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}"
+    require(reference in (BEST_HAND_DESIGNED, *rules), "reference", reference, wanted)
     check_score(score)
     if device is not None:
         task.to(device)
@@ -129,8 +126,7 @@ def run(
     Raises:
         ValueError: If ``runs_per_batch`` is not positive.
     """
-    if runs_per_batch is not None and runs_per_batch < 1:
-        raise ValueError(f"Parameter `runs_per_batch` should be positive. Found `runs_per_batch = {runs_per_batch}`.")
+    require(runs_per_batch is None or runs_per_batch >= 1, "runs_per_batch", runs_per_batch, "positive")
     losses, accuracies = [], []
     for indices in torch.arange(n_runs).split(runs_per_batch or fast_batch(rule, task)):
         trajectory = unroll(rule, task, indices=indices, n_steps=n_steps, seed=seed, total_steps=n_steps)

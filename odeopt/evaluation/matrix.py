@@ -98,7 +98,7 @@ def grid(
     """Cells that differ from one, 784-20-10 on MNIST for 100 steps, by one factor at a time; and some corners.
 
     Args:
-        datasets: Those that are to be had; cells of others are left out.
+        datasets: Those that are available; cells of others are left out.
         max_horizon: Leave out cells of more steps.
         pattern: Leave out cells in whose name this regular expression is not found.
         quick: Everything on the digits, for at most 50 steps.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
 from odeopt.evaluation.intervals import Interval, student_interval, trailing_mean
 from odeopt.report import draw_table, number_text, plot_losses
 
@@ -43,8 +44,7 @@ def scores_of(losses: Tensor, score: str | Score) -> Tensor:
 
 def check_score(score: str) -> None:
     """Refuse a name that no score has."""
-    if score not in SCORES:
-        raise ValueError(f"Parameter `score` should be one of {', '.join(SCORES)}. Found `score = {score!r}`.")
+    require(score in SCORES, "score", score, f"one of {', '.join(SCORES)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class RuleResult:
 
     @property
     def is_diverged(self) -> Tensor:
-        """Whether a run's final loss is not finite, or above its first; shape ``(n_runs,)``."""
+        """True where a run's final loss is not finite, or above its first; shape ``(n_runs,)``."""
         return ~(self.losses[-1] <= self.losses[0])
 
 

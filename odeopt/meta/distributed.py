@@ -39,7 +39,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """True on the rank that writes files and prints."""
         return self.rank == 0
 
     def share(self, n: int) -> slice:
@@ -69,11 +69,11 @@ class World:
         """Return the first rank's value on every rank."""
         return value
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_result(self, make: Callable[[], T]) -> T:
         """Call ``make`` on the first rank; return its value, or raise its exception, on every rank."""
         return make()
 
-    def in_turn(self, make: Callable[[], T]) -> T:
+    def local_first(self, make: Callable[[], T]) -> T:
         """Call ``make`` on one process of each machine, then on the others, which find its files already there."""
         return make()
 
@@ -116,7 +116,7 @@ class Ranks(World):
             dist.broadcast_object_list(box, src=0, device=self._device)
         return box[0]
 
-    def from_first(self, make):
+    def broadcast_result(self, make):
         value = error = None
         if self.is_first:
             try:
@@ -128,7 +128,7 @@ class Ranks(World):
             raise error
         return value
 
-    def in_turn(self, make):
+    def local_first(self, make):
         is_first_here = (local_rank() or 0) == 0
         value = make() if is_first_here else None
         self.gather(torch.zeros(0))

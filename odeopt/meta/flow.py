@@ -42,7 +42,7 @@ class GradientFlow(NamedTuple):
         gradient_norms: Euclidean norms of the whole gradient, shape ``(n_times, n_tasks)``.
         energy: Loss plus stored energy, which never rises along the flow, shape ``(n_times, n_tasks)``.
         event_time: When all gradients had come down to the tolerance; None if they did not, or none was given.
-        solution: The integration's own account.
+        solution: Result of the integration, with its status and number of field evaluations.
     """
 
     t: Tensor
@@ -74,7 +74,7 @@ def gradient_flow(
     atol: float = ATOL,
     backend: str = "auto",
 ) -> GradientFlow:
-    r"""Solve an optimization problem as one differential equation, the gradient taken wherever the solver looks.
+    r"""Solve an optimization problem as one differential equation, its gradient evaluated wherever the solver asks.
 
     .. math:: \dot\theta = \kappa\, y, \quad \dot x = (J - R)\,\nabla H + B u, \quad u = -s\, \nabla f(\theta),
               \quad y = B^\top \nabla H

@@ -46,7 +46,7 @@ def differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def are_close(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    """Whether weights are the same to the rounding of another machine's initialisation."""
+    """Compare weights, up to the rounding of another machine's initialisation."""
     pairs = [(value.cpu().double(), others.get(name, value).cpu().double()) for name, value in weights.items()]
     return weights.keys() == others.keys() and all(
         a.shape == b.shape and torch.allclose(a, b, atol=1e-7, equal_nan=True) for a, b in pairs

@@ -1,4 +1,4 @@
-"""Layouts of the parameters of a task while it is optimized: one by one, or packed so that one call steps all."""
+"""Layouts of the parameters of a task while it is optimized: separate, or packed so that one call steps all."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Separate:
         return rule(grad, state, param=param, shape=self.shapes[name][1:], progress=progress)
 
 
-class SideBySide(Separate):
-    """All parameters as one, shape ``(n_tasks, n_rows * n_columns)``; the last row of each is filled up with zeros.
+class Packed(Separate):
+    """All parameters as one, shape ``(n_tasks, n_rows * n_columns)``; the last row of each is padded with zeros.
 
     A step then costs as many operations as that of a single parameter. The state lies in rows.
 
@@ -238,7 +238,7 @@ class CompiledSteps:
         self.rule = rule
         self._compiled = torch.compile(_forward_rows, dynamic=True, fullgraph=True)
 
-    def forward_rows(self, rule, layout: SideBySide, *args) -> tuple[Tensor, NamedTuple]:
+    def forward_rows(self, rule, layout: Packed, *args) -> tuple[Tensor, NamedTuple]:
         """One step, compiled where that works."""
         try:
             return self._compiled(rule, layout, *args)
@@ -262,7 +262,7 @@ class CompiledSteps:
         return self.rule.parameters()
 
 
-def _forward_rows(rule, layout: SideBySide, grad, state, param, progress) -> tuple[Tensor, NamedTuple]:
+def _forward_rows(rule, layout: Packed, grad, state, param, progress) -> tuple[Tensor, NamedTuple]:
     return rule.forward_rows(grad, state, layout.features, layout, param=param, progress=progress)
 
 
@@ -290,7 +290,7 @@ def layout_for(
             (alike[shape] if is_whole else others)[name] = shape
     if not alike and (empty or (len(shapes) == 1 and staged is rule)):
         return Separate(shapes, tables)
-    layouts: list[Separate] = [SideBySide(others, staged, like, tables)] if others else []
+    layouts: list[Separate] = [Packed(others, staged, like, tables)] if others else []
     n_matrices = sum(map(len, alike.values()))
     layouts += [Stacked(shapes, n_matrices) for shapes in alike.values()]
     layouts += [Separate(empty)] if empty else []

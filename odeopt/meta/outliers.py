@@ -27,7 +27,7 @@ class Outliers:
         self.surplus: list[float] = []
 
     def has(self, norm: float) -> bool:
-        """Whether the next norm, a finite number, is an outlier; called once for each norm."""
+        """Decide whether the next norm, a finite number, is an outlier; called once for each norm."""
         if not self._is_beyond(norm):
             self.accepted = [*self.accepted, norm][-_N_NORMS:]
             self.surplus = self.surplus[1:]

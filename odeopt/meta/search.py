@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import random
+import sqlite3
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -16,11 +20,14 @@ from tqdm.auto import tqdm
 from odeopt.files import write_json
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
-from odeopt.meta.search_files import SearchConfig
-from odeopt.meta.study import OpenTrial, Study, open_study
+from odeopt.meta.search_files import SearchConfig, import_optuna
 from odeopt.meta.trainer import meta_train
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
+from odeopt.tasks.fingerprint import are_alike
+
+if TYPE_CHECKING:
+    from odeopt.meta.search_files import optuna
 
 _STATES = ("complete", "pruned", "diverged", "failed")
 
@@ -49,15 +56,6 @@ class Trial(NamedTuple):
     seconds: float = 0.0
     reason: str = ""
 
-    def as_json(self) -> dict[str, Any]:
-        """Fields that JSON can hold, which has no infinity."""
-        return {**self._asdict(), "score": self.score if math.isfinite(self.score) else None}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Trial:
-        """Read what :meth:`as_json` gives."""
-        return cls(**{**fields, "score": math.inf if fields["score"] is None else fields["score"]})
-
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
@@ -77,7 +75,7 @@ class SearchResult:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all trials have ended."""
+        """True once all trials have ended."""
         return len(self.trials) >= self.config.n_trials
 
     @property
@@ -135,9 +133,8 @@ def search(
 
     Args:
         config: The search, from :func:`odeopt.meta.search_files.load_search`.
-        folder: Where the study goes (``study.db``, SQLite), the table (``trials.json``), the best weights
-            (``best.pt``), and for each trial TensorBoard scalars and, until it ends, a checkpoint. A study found there
-            is continued.
+        folder: Where the study goes (``study.db``, SQLite), the table (``trials.json``), and for each trial TensorBoard
+            scalars and a checkpoint, of which the best trial's is kept. A study found there is continued.
         data_dir: Where image datasets lie; see :func:`odeopt.tasks.load_dataset`.
         device: Where to train.
         stop_after: Seconds after which this call stops at the next validation, to be resumed later.
@@ -153,11 +150,10 @@ def search(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_study(config, folder) as study:
+    with _opened(config, folder) as study:
         run = _Search(config, study, folder, data_dir, torch.device(device))
         run.check_tasks()
-        if len(run.trials) < config.n_trials:
-            run.go_on(stop_after, progress_bar)
+        run.go_on(stop_after, progress_bar)
         run.write_table()
         return run.result()
 
@@ -168,14 +164,15 @@ class _Search:
     def __init__(
         self,
         config: SearchConfig,
-        study: Study,
+        study: optuna.Study,
         folder: Path,
         data_dir: str | os.PathLike | None,
         device: torch.device,
     ) -> None:
         self.config, self.study, self.folder = config, study, folder
         self.data_dir, self.device = data_dir, device
-        self.trials = [Trial.from_json(row) for row in study.rows()]
+        ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        self.trials = [Trial(**trial.user_attrs["row"]) for trial in ended]
         self.task: tuple[dict[str, Any], Task | Mixture] | None = None
 
     @property
@@ -190,7 +187,14 @@ class _Search:
             if config.task not in seen:
                 seen.append(config.task)
                 fingerprints.append(self.task_of(config).fingerprint())
-        self.study.check_tasks(fingerprints)
+        kept = self.study.user_attrs.get("tasks")
+        if kept is None and not self.trials:
+            self.study.set_user_attr("tasks", fingerprints)
+        elif kept is None or len(kept) != len(fingerprints) or not all(map(are_alike, fingerprints, kept)):
+            raise ValueError(
+                "Parameter `folder` should be empty or hold a study of the same search. Found one whose trials were "
+                "made on other tasks, or on other data; choose another folder or delete it."
+            )
 
     def task_of(self, config: Config) -> Task | Mixture:
         """The tasks of a trial, kept until others are wanted."""
@@ -200,115 +204,160 @@ class _Search:
 
     def go_on(self, stop_after: float | None, progress_bar: bool) -> None:
         """Make the trials that are left, or as many as there is time for."""
-        began, n_wanted = time.perf_counter(), self.config.n_trials
-        with tqdm(
-            total=n_wanted, initial=len(self.trials), disable=not progress_bar, desc="search", unit=" trials"
-        ) as bar:
-            while len(self.trials) < n_wanted:
+        began, n_done, n_wanted = time.perf_counter(), len(self.trials), self.config.n_trials
+        with tqdm(total=n_wanted, initial=n_done, disable=not progress_bar, desc="search", unit=" trials") as bar:
+            for _ in range(n_done, n_wanted):
                 seconds_left = None if stop_after is None else stop_after - (time.perf_counter() - began)
-                trial = self.run(self.study.ask(), seconds_left, bar)
+                if seconds_left is not None and seconds_left < 0 and len(self.trials) > n_done:
+                    return
+                trial = self.run(seconds_left, bar)
                 if trial is None:
                     return
                 self.trials.append(trial)
                 self.write_table()
                 bar.update()
-                if stop_after is not None and time.perf_counter() - began > stop_after:
-                    return
 
-    def run(self, asked: OpenTrial, seconds_left: float | None, bar: tqdm) -> Trial | None:
-        """Train, and keep what comes of it; None where there was no time to end the trial."""
-        number = len(self.trials) + 1
-        folder = self.folder / f"trial-{number:03d}"
-        checkpoint = folder / "checkpoint.pt"
-        if not asked.is_continued:  # then what lies there is of a study that was deleted
-            checkpoint.unlink(missing_ok=True)
-        trial = Trial(number, asked.values, "complete")
-        try:
-            config = self.config.at(asked.values)
-            rule = config.build_rule().to(self.device)
-            result, state, reason = self.train(config, rule, asked, folder, seconds_left, bar)
-        except ValueError as error:
-            if asked.is_continued and checkpoint.exists():  # one that cannot be continued, says the error
-                raise
-            # values that are good one by one and not together
-            trial = trial._replace(state="failed", reason=str(error).rstrip("."))
-        else:
-            if state is None:
-                return None
-            account = {"score": result.best_score, "best_step": result.best_step, "seconds": round(result.seconds, 3)}
-            trial = trial._replace(state=state, reason=reason, n_meta_steps=len(result.meta_losses), **account)
-            if state == "complete" and (self.best is None or trial.score < self.best.score):
-                tried = {"trial": number, "values": trial.values}
-                self.write_best(rule, {**config.trained_for(result), "search": tried})
-        asked.end(trial.as_json())
-        checkpoint.unlink(missing_ok=True)
-        return trial
+    def ask(self) -> tuple[optuna.Trial, dict[str, Any]]:
+        """Return the next trial, the interrupted one if there is one, and the values that are tried in it.
 
-    def train(
-        self,
-        config: Config,
-        rule: UpdateRule,
-        asked: OpenTrial,
-        folder: Path,
-        seconds_left: float | None,
-        bar: tqdm,
-    ) -> tuple[MetaResult, str | None, str]:
-        """Train until the end or until there is a reason to stop: the state, None if it is time, and the reason."""
-        n_wanted, broken_off = config.training.n_meta_steps, []
+        They depend on the seed, on the number of the trial and on what came of those before it, not on how often the
+        search was interrupted.
+        """
+        module, values = import_optuna(), {}
+        running = self.study.get_trials(deepcopy=False, states=(module.trial.TrialState.RUNNING,))
+        asked = module.Trial(self.study, running[0]._trial_id) if running else self.study.ask()
+        self.study.sampler = self.sampler("")
+        _ = asked.relative_params  # drawn here and kept: those that the sampler draws together
+        for name in self.config.space:
+            self.study.sampler = self.sampler(name)
+            values[name] = self.config.suggest(asked, name)
+        return asked, values
+
+    def sampler(self, name: str) -> optuna.samplers.BaseSampler:
+        """Make the sampler of a name in the next trial: a common one would depend on how much it has drawn before."""
+        samplers, number = import_optuna().samplers, len(self.trials)
+        seed = random.Random(f"{self.config.seed}/{number}/{name}").getrandbits(32)
+        if self.config.sampler == "tpe":
+            return samplers.TPESampler(n_startup_trials=self.config.startup_trials, seed=seed)
+        return samplers.RandomSampler(seed)
+
+    def run(self, seconds_left: float | None, bar: tqdm) -> Trial | None:
+        """Make the next trial, and keep what comes of it; None where there was no time to end it."""
+        asked, values = self.ask()
+        # judged before an interruption, which it did not end the trial at
+        last_step = self.study.get_trials(deepcopy=False)[asked.number].last_step
+        trial, ends = Trial(asked.number + 1, values, "complete"), []
         best = f", best {self.best.score:.4f}" if self.best is not None else ""
 
         def on_validation(step: int, score: float) -> bool:
             bar.set_postfix_str(f"meta-step {step} of {n_wanted}{best}")
-            is_worse = asked.report(step, score)
+            if last_step is not None and step < last_step:
+                return False
+            if step != last_step:
+                asked.report(score, step)
             if step > 0 and not math.isfinite(score):  # an untrained rule may diverge and learn not to
-                broken_off.append(("diverged", f"validation not finite at meta-step {step}"))
-            elif is_worse and step < n_wanted:
-                broken_off.append(("pruned", f"worse than the median at meta-step {step}"))
-            return bool(broken_off)
+                ends.append(("diverged", f"validation not finite at meta-step {step}"))
+            elif asked.should_prune() and step < n_wanted:
+                ends.append(("pruned", f"worse than the median at meta-step {step}"))
+            return bool(ends)
 
+        try:
+            config = self.config.at(values)
+            n_wanted = config.training.n_meta_steps
+            result = self.train(config, trial, stop_after=seconds_left, on_validation=on_validation)
+        except ValueError as error:
+            if last_step is not None and self.checkpoint(trial).exists():  # it cannot be continued, says the error
+                raise
+            # values that are good one by one and not together
+            trial = trial._replace(state="failed", reason=str(error).rstrip("."))
+        else:
+            n_taken = len(result.meta_losses)
+            if not ends and n_taken < n_wanted:
+                return None
+            state, reason = ends[0] if ends else ("complete", "")
+            numbers = {"score": result.best_score, "best_step": result.best_step, "seconds": round(result.seconds, 3)}
+            trial = trial._replace(state=state, reason=reason, n_meta_steps=n_taken, **numbers)
+        asked.set_user_attr("row", trial._asdict())
+        states = import_optuna().trial.TrialState
+        if trial.state == "complete":
+            self.study.tell(asked, trial.score)
+        else:  # samplers keep away from what diverged as from what was pruned
+            self.study.tell(asked, state=states.FAIL if trial.state == "failed" else states.PRUNED)
+        return trial
+
+    def train(self, config: Config, trial: Trial, **options: Any) -> MetaResult:
+        """Train, or go on from the checkpoint of the trial."""
+        rule = config.build_rule().to(self.device)
+        options |= {"folder": self.checkpoint(trial).parent, "progress_bar": False}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No validation came out finite", RuntimeWarning)
-            result = meta_train(
-                rule,
-                self.task_of(config),
-                config.training,
-                folder=folder,
-                stop_after=seconds_left,
-                progress_bar=False,
-                on_validation=on_validation,
-            )
-        if broken_off:
-            return result, *broken_off[0]
-        return result, "complete" if len(result.meta_losses) == n_wanted else None, ""
+            return meta_train(rule, self.task_of(config), config.training, **options)
 
-    def write_best(self, rule: UpdateRule, trained_for: dict[str, Any]) -> None:
-        temporary = self.folder / "best.tmp"
-        torch.save({"weights": rule.state_dict(), "trained_for": trained_for}, temporary)
-        os.replace(temporary, self.folder / "best.pt")
+    def checkpoint(self, trial: Trial) -> Path:
+        return self.folder / f"trial-{trial.number:03d}" / "checkpoint.pt"
 
     def write_table(self) -> None:
-        ranked = SearchResult(self.config, tuple(self.trials)).ranked
+        """Write the table, and delete the checkpoints of all trials but the best."""
+        result = SearchResult(self.config, tuple(self.trials))
+        rows = [trial._asdict() for trial in result.ranked]
+        rows = [{**row, "score": row["score"] if math.isfinite(row["score"]) else None} for row in rows]
         content = {"config": self.config.name, "n_trials": self.config.n_trials, "settings": self.config.identity()}
-        content["trials"] = [trial.as_json() for trial in ranked]
-        write_json(self.folder / "trials.json", content)
+        write_json(self.folder / "trials.json", {**content, "trials": rows})
+        for trial in result.trials:
+            if trial != result.best:
+                self.checkpoint(trial).unlink(missing_ok=True)
 
     def result(self) -> SearchResult:
-        trials = tuple(self.trials)
-        if self.best is None:
+        """Return the trials and the rule of the best one, which its checkpoint holds."""
+        best, trials = self.best, tuple(self.trials)
+        if best is None:
             return SearchResult(self.config, trials)
-        path = self.folder / "best.pt"
+        config = self.config.at(best.values)
+        trained = self.train(config, best)
+        tried = {"trial": best.number, "values": best.values}
+        return SearchResult(self.config, trials, trained.rule.cpu(), {**config.trained_for(trained), "search": tried})
+
+
+@contextlib.contextmanager
+def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
+    """Open the study in ``study.db``, new or begun before, for this process alone."""
+    module, path = import_optuna(), folder / "study.db"
+    with contextlib.ExitStack() as stack:
+        # SQLite's lock goes with the process, however that ends
+        lock = stack.enter_context(contextlib.closing(sqlite3.connect(folder / "lock", timeout=0)))
         try:
-            kept = torch.load(path, weights_only=True, map_location="cpu")
-            number = kept["trained_for"]["search"]["trial"]
-        except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            number, kept, reason = None, None, str(error).splitlines()[0]
-        else:
-            reason = f"it is of trial {number}"
-        if number != self.best.number:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            wanted = "one that can be written to and that no other process works on"
+            raise ValueError(f"Parameter `folder` should be {wanted}. Found `{folder}`: {error}.") from error
+        stack.callback(module.logging.set_verbosity, module.logging.get_verbosity())
+        module.logging.set_verbosity(module.logging.ERROR)
+        pruner = module.pruners.NopPruner()
+        if config.pruner == "median":
+            pruner = module.pruners.MedianPruner(config.startup_trials, config.warmup_steps)
+        try:
+            storage = module.storages.RDBStorage(f"sqlite:///{path}")
+            stack.callback(storage.engine.dispose)  # else the file stays open
+            stack.callback(storage.remove_session)
+            study = module.create_study(storage=storage, pruner=pruner, study_name="search", load_if_exists=True)
+            kept = study.user_attrs.get("settings")
+        except Exception as error:  # SQLite's, SQLAlchemy's, Alembic's or Optuna's
             raise ValueError(
-                f"Parameter `folder` should hold the weights of the best trial, {self.best.number}. Found `{path}`: "
-                f"{reason}; delete the folder to start anew."
+                f"Parameter `folder` should be empty or hold a study. Found `{path}`, which cannot be read "
+                f"({str(error).splitlines()[0]}); delete it to start anew."
+            ) from error
+        wanted = config.identity()
+        if kept is None:
+            for checkpoint in folder.glob("trial-*/checkpoint.pt"):  # of a study that was deleted
+                checkpoint.unlink()
+            study.set_user_attr("settings", wanted)
+        elif kept != wanted:
+            names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
+            changed = ", ".join(f"`{name} = {kept.get(name)!r}` in place of {wanted.get(name)!r}" for name in names)
+            raise ValueError(
+                f"Parameter `folder` should be empty or hold a study of the same search. Found `{path}` with "
+                f"{changed}; choose another folder or delete it."
             )
-        rule = self.config.at(self.best.values).build_rule()
-        rule.load_state_dict(kept["weights"])
-        return SearchResult(self.config, trials, rule, kept["trained_for"])
+        for values in config.probes() if config.sampler == "grid" else ():
+            study.enqueue_trial({name: repr(value) for name, value in values.items()}, skip_if_exists=True)
+        yield study

@@ -7,50 +7,38 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
+import warnings
 from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from odeopt.checks import is_integer, is_number, require
 from odeopt.meta.config import MetaConfig
 from odeopt.meta.files import SECTIONS, START, Config, check_keys, make_config, read_toml
 
+if TYPE_CHECKING:
+    import optuna
+
 SAMPLERS = ("grid", "random", "tpe")
 PRUNERS = ("median", "none")
 _DEFAULTS = {"pruner": "median", "startup_trials": 5, "warmup_steps": 1, "seed": 0}
+_READ_BY = {"startup_trials": {"tpe", "median"}, "warmup_steps": {"median"}, "seed": {"random", "tpe"}}
 
 
-class Choices(NamedTuple):
-    """Values that are tried.
-
-    Attributes:
-        values: The values, all different.
-    """
-
-    values: tuple[Any, ...]
+class MissingOptunaError(ImportError):
+    """Optuna, which searches need and nothing else does, is not installed."""
 
 
-class Range(NamedTuple):
-    """Numbers that are tried, integers where ``low``, ``high`` and ``step`` are.
-
-    Attributes:
-        low: The least.
-        high: The greatest.
-        log: Whether they are drawn evenly on a logarithmic scale.
-        step: Distance between neighbours, from ``low`` on; None for every number.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = None
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether only integers are tried."""
-        return all(is_integer(number) for number in (self.low, self.high, self.step) if number is not None)
+def import_optuna() -> ModuleType:
+    """Import Optuna, or raise :class:`MissingOptunaError`."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingOptunaError(f'Searching needs Optuna: pip install "odeopt[search]" ({error}).') from error
+    return optuna
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +50,9 @@ class SearchConfig:
     Attributes:
         path: The file.
         sections: ``rule``, ``task`` and ``training``, as in :class:`odeopt.meta.files.Config`.
-        space: What is tried, by the dotted name of what it replaces, as ``training.lr``.
+        space: What is tried, by the dotted name of what it replaces, as ``training.lr``: a list of values, or a range,
+            a table of the arguments ``low``, ``high``, ``log`` and ``step`` of Optuna's ``suggest_float``, or, where
+            they are integers, ``suggest_int``.
         sampler: ``"grid"``, every combination in order; ``"random"``; or ``"tpe"``, Optuna's tree-structured Parzen
             estimator.
         n_trials: Trials in all; by default the size of the grid, where there is one.
@@ -75,7 +65,7 @@ class SearchConfig:
 
     path: Path
     sections: dict[str, dict[str, Any]]
-    space: dict[str, Choices | Range]
+    space: dict[str, list[Any] | dict[str, Any]]
     sampler: str
     n_trials: int
     pruner: str = _DEFAULTS["pruner"]
@@ -106,26 +96,27 @@ class SearchConfig:
             raise ValueError(f"{self.path} with {assignments(values)}: {reason}") from error
         return config
 
-    def grid(self) -> list[dict[str, Any]]:
-        """Every combination of the values, the last name changing fastest."""
-        lists = [choices.values for choices in self.space.values()]
-        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*lists)]
+    def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Any:
+        """Let an Optuna trial choose among the values of a name."""
+        tried = self.space[name]
+        if isinstance(tried, list):  # which may hold lists and tables, that Optuna does not keep
+            values = {repr(value): value for value in tried}
+            return values[trial.suggest_categorical(name, list(values))]
+        are_integers = all(is_integer(value) for key, value in tried.items() if key != "log")
+        return (trial.suggest_int if are_integers else trial.suggest_float)(name, **tried)
 
     def probes(self) -> list[dict[str, Any]]:
-        """Combinations in which each value, and each end of a range, comes up: those to check before any work."""
+        """Combinations to check before any work: those of a grid, else some with each value and end of a range."""
+        tried = {name: x if isinstance(x, list) else [x["low"], x["high"]] for name, x in self.space.items()}
         if self.sampler == "grid":
-            return self.grid()
-        tried = {name: x.values if isinstance(x, Choices) else (x.low, x.high) for name, x in self.space.items()}
+            return [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
         first = {name: values[0] for name, values in tried.items()}
-        others = ({**first, name: value} for name, values in tried.items() for value in values[1:])
-        return [first, *others]
+        return [first, *({**first, name: value} for name, values in tried.items() for value in values[1:])]
 
     def identity(self) -> dict[str, Any]:
         """Settings that two searches share if they are one, by dotted names; a search may go on to more trials."""
-        search = {name: getattr(self, name) for name in ("sampler", *_DEFAULTS)}
-        space = {name: x.values if isinstance(x, Choices) else x._asdict() for name, x in self.space.items()}
-        tables = {**self.sections, "search": search}
-        return json.loads(json.dumps({**_flat(tables), **space}, default=str))
+        tables = {**self.sections, "search": {name: getattr(self, name) for name in ("sampler", *_DEFAULTS)}}
+        return json.loads(json.dumps({**_flat(tables), **self.space}, default=str))
 
 
 def assignments(values: dict[str, Any]) -> str:
@@ -170,7 +161,7 @@ def load_search(
     make_config(path, sections)
     _check_search(path, options, space)
     if options["sampler"] == "grid":
-        size = len(SearchConfig(path, sections, space, "grid", 1).grid())
+        size = math.prod(map(len, space.values()))
         options.setdefault("n_trials", size)
         _require(options["n_trials"] <= size, path, options, "n_trials", f"at most {size}, the size of the grid")
     config = SearchConfig(path, sections, space, **options)
@@ -219,7 +210,7 @@ def _shorten(training: dict[str, Any], options: dict[str, Any], n_meta_steps: in
         options["warmup_steps"] = round(options["warmup_steps"] * n_meta_steps / before)
 
 
-def _check_search(path: Path, options: dict[str, Any], space: dict[str, Choices | Range]) -> None:
+def _check_search(path: Path, options: dict[str, Any], space: dict[str, list[Any] | dict[str, Any]]) -> None:
     sampler, pruner = options.get("sampler"), options.get("pruner", _DEFAULTS["pruner"])
     _require(sampler in SAMPLERS, path, options, "sampler", f"one of {', '.join(SAMPLERS)}")
     _require(pruner in PRUNERS, path, options, "pruner", f"one of {', '.join(PRUNERS)}")
@@ -227,13 +218,11 @@ def _check_search(path: Path, options: dict[str, Any], space: dict[str, Choices 
         is_needed = name in options or (name == "n_trials" and sampler != "grid")
         is_good = is_integer(options.get(name)) and options[name] >= least
         _require(is_good or not is_needed, path, options, name, f"an integer of at least {least}")
-    unread = {"seed": sampler == "grid", "warmup_steps": pruner == "none"}
-    unread["startup_trials"] = pruner == "none" and sampler != "tpe"
-    for name, is_unread in unread.items():
-        wanted = f'left out where `sampler = "{sampler}"` and `pruner = "{pruner}"`, which have no such option'
-        _require(not (is_unread and name in options), path, options, name, wanted)
+    wanted = f'left out where `sampler = "{sampler}"` and `pruner = "{pruner}"`, which have no such option'
+    for name, readers in _READ_BY.items():
+        _require(name not in options or bool(readers & {sampler, pruner}), path, options, name, wanted)
     for name, tried in space.items():
-        if sampler == "grid" and isinstance(tried, Range):
+        if sampler == "grid" and isinstance(tried, dict):
             wanted = 'a list of values where `sampler = "grid"`'
             raise ValueError(f"{path}: `{name}` in [search.space] should be {wanted}. Found a range.")
 
@@ -244,43 +233,35 @@ def _require(condition: bool, path: Path, options: dict[str, Any], name: str, wa
         raise ValueError(f"{path}: `{name}` in [search] should be {wanted}. Found `{name} = {found!r}`.")
 
 
-def _read_space(path: Path, table: Any) -> dict[str, Choices | Range]:
+def _read_space(path: Path, table: Any) -> dict[str, list[Any] | dict[str, Any]]:
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path} should have a section [search.space] with what is tried. Found `space = {table!r}`.")
     # training.lr = ... is a table in TOML, "training.lr" = ... is not
     flat = _flat(table, is_value=lambda value: not value.keys().isdisjoint(("low", "high")))
-    for name in flat:
+    for name, tried in flat.items():
         section, _, option = name.partition(".")
         if section not in SECTIONS or not option:
             wanted = f"names such as training.lr, in one of {', '.join(SECTIONS)}"
             raise ValueError(f"{path}: [search.space] should hold {wanted}. Found `{section}`.")
-    return {name: _read_tried(path, name, value) for name, value in flat.items()}
+        if wanted := _wanted_of(path, name, tried):
+            raise ValueError(f"{path}: `{name}` in [search.space] should be {wanted}. Found `{name} = {tried!r}`.")
+    return flat
 
 
-def _read_tried(path: Path, name: str, value: Any) -> Choices | Range:
-    wanted = _wanted_of_list(value) if isinstance(value, list) else _wanted_of_range(value)
-    if wanted is not None:
-        raise ValueError(f"{path}: `{name}` in [search.space] should be {wanted}. Found `{name} = {value!r}`.")
-    return Choices(tuple(value)) if isinstance(value, list) else Range(**value)
-
-
-def _wanted_of_list(values: list[Any]) -> str | None:
-    """Say what a list should be, unless it is that."""
-    is_good = len(values) > 0 and not any(a == b for a, b in itertools.combinations(values, 2))
-    return None if is_good else "a list of different values"
-
-
-def _wanted_of_range(value: Any) -> str | None:
-    """Say what a table should be, unless it is that."""
-    if not isinstance(value, dict) or not {"low", "high"} <= set(value) <= set(Range._fields):
+def _wanted_of(path: Path, name: str, tried: Any) -> str:
+    """Say what the values of a name should be; nothing if they are that."""
+    if isinstance(tried, list):
+        is_good = tried and all(tried.count(value) == 1 for value in tried)
+        return "" if is_good else "a list of different values"
+    if not isinstance(tried, dict):
         return "a list of values, or a table with low and high, and log or step if wanted"
-    low, high, log, step = Range(**value)
-    numbers = [number for number in (low, high, step) if number is not None]
-    if not all(map(is_number, numbers)) or not low < high:
-        return "a range of numbers, its low less than its high"
-    if not isinstance(log, bool) or (log and (low <= 0 or step is not None)):
-        return "a range whose log is true or false, and true only where low is positive and there is no step"
-    # in decimals, where 0.1 goes into 0.3
-    low, high, step = (Decimal(str(number)) for number in (low, high, 1 if step is None else step))
-    is_good = "step" not in value or (step > 0 and (high - low) % step == 0)
-    return None if is_good else "a range with a positive step that leads from its low to its high"
+    if not all(isinstance(value, bool) if key == "log" else is_number(value) for key, value in tried.items()):
+        return "a range of numbers, and log true or false"
+    config = SearchConfig(path, {}, {name: tried}, "random", 1)
+    try:
+        with warnings.catch_warnings(action="error"):  # of a step that does not lead to the end
+            for end in ("low", "high"):
+                config.suggest(import_optuna().trial.FixedTrial({name: tried.get(end)}), name)
+    except (ValueError, TypeError, UserWarning) as error:
+        return f"a table with low and high, and log or step if wanted, that Optuna takes ({str(error).rstrip('.')})"
+    return ""

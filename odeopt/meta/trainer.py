@@ -273,7 +273,7 @@ class _Run:
         return mean.item()
 
     def _is_kept(self, norm: float) -> bool:
-        """Whether a meta-gradient of this length counts; called once for each."""
+        """Decide whether a meta-gradient of this length counts; called once for each."""
         if not norm < float("inf"):
             self.result.n_skipped_nonfinite += 1
             return False
@@ -359,7 +359,7 @@ class _Run:
             self.identity = identity_of(self.rule, self.task, self.validation_task, self.config)
         self._start_alike()
         self.initial = _copy(self.rule.state_dict())
-        content = self.world.from_first(self._read)
+        content = self.world.broadcast_result(self._read)
         if content is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""The one loop that optimizes a batch of tasks with a rule."""
+"""Optimization of a batch of tasks with a rule: the loop that training and evaluation share."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class _Unroll(NamedTuple):
             values = iter(tensors[len(kinds) :])
             return flat, {name: kind(*itertools.islice(values, n)) for name, (kind, n) in kinds.items()}
 
-        # the reentrant form: the other one computes everything before a segment again for each inner gradient;
+        # the reentrant form: the non-reentrant one computes everything before a segment again for each inner gradient;
         # it differentiates only what depends on an input that requires it. Random numbers are counter-based.
         inputs = [_differentiable(value) for value in pack(flat, states)]
         outputs = activation_checkpoint(packed_steps, *inputs, use_reentrant=True, preserve_rng_state=False)

@@ -49,7 +49,7 @@ class Contender:
 
 
 def opponents() -> tuple[dict[str, Contender], tuple[str, ...]]:
-    """Return the hand-designed contenders that can be had, by name, and a note on each of the others."""
+    """Return the hand-designed contenders that are installed, by name, and a note on each of the others."""
     found, notes = dict(OPPONENTS), []
     for name, (is_there, remedy) in _NEEDS.items():
         if not is_there():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from .random import normal
 LIKELIHOODS = ("bernoulli", "gaussian")
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Autoencoder(ImageTask):
     r"""Reconstruct images through a few latent numbers; encoder and decoder are perceptrons, mirror images in widths.
 
@@ -50,58 +52,41 @@ class Autoencoder(ImageTask):
         Kingma, Welling (2014), Auto-encoding variational Bayes, Eq. (10).
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset | str,
-        *,
-        is_variational: bool = True,
-        n_latent: int = 8,
-        width: int = 64,
-        depth: int = 1,
-        activation: str = "relu",
-        likelihood: str = "bernoulli",
-        batch_size: int = 64,
-        split: str = "meta-train",
-        n_examples: float | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        check_network(width, depth, activation)
-        require(is_integer(n_latent) and n_latent >= 1, "n_latent", n_latent, "a positive integer")
-        require(likelihood in LIKELIHOODS, "likelihood", likelihood, f"one of {', '.join(LIKELIHOODS)}")
-        require(isinstance(is_variational, bool), "is_variational", is_variational, "True or False")
-        self.is_variational, self.n_latent, self.likelihood = is_variational, n_latent, likelihood
-        kind = _Variational if is_variational else _Plain
-        super().__init__(
-            lambda dataset: kind((dataset.train_images.shape[1], *(width,) * depth, n_latent), activation),
-            dataset,
-            loss_fn=self._nats,
-            batch_size=batch_size,
-            split=split,
-            n_examples=n_examples,
-            device=device,
-            is_variational=is_variational,
-            n_latent=n_latent,
-            width=width,
-            depth=depth,
-            activation=activation,
-            likelihood=likelihood,
-        )
+    is_variational: bool = True
+    n_latent: int = 8
+    width: int = 64
+    depth: int = 1
+    activation: str = "relu"
+    likelihood: str = "bernoulli"
 
-    def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+    def __post_init__(self, dataset: ImageDataset | str) -> None:
+        check_network(self.width, self.depth, self.activation)
+        require(is_integer(self.n_latent) and self.n_latent >= 1, "n_latent", self.n_latent, "a positive integer")
+        wanted = f"one of {', '.join(LIKELIHOODS)}"
+        require(self.likelihood in LIKELIHOODS, "likelihood", self.likelihood, wanted)
+        require(isinstance(self.is_variational, bool), "is_variational", self.is_variational, "True or False")
+        super().__post_init__(dataset)
+
+    def build(self) -> nn.Module:
+        sizes = (self.n_pixels, *(self.width,) * self.depth, self.n_latent)
+        return (_Variational if self.is_variational else _Plain)(sizes, self.activation)
+
+    def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         """Images, with the noise of their latent numbers behind the pixels, and images."""
-        images, _ = super()._batch(indices, step, seed, held_out=held_out)
+        images, _ = super().draw(indices, step, seed, held_out=held_out)
         if not self.is_variational:
             return images, images
-        stream, shape = f"{self.examples.stream}/{'held-out-' if held_out else ''}noise", (self.n_images, self.n_latent)
+        stream = f"{self.examples.stream}/{'held-out-' if held_out else ''}noise"
+        shape = self.batch_size, self.n_latent
         noise = normal(indices, shape, seed=seed, stream=stream, step=step, dtype=self.dtype)
         return torch.cat((images, noise), dim=-1), images
 
-    def _nats(self, output: Tensor | tuple[Tensor, ...], images: Tensor) -> Tensor:
+    def criterion(self, output: Tensor | tuple[Tensor, ...], target: Tensor) -> Tensor:
         decoded, *latent = output if self.is_variational else (output,)
         if self.likelihood == "bernoulli":
-            nats = F.binary_cross_entropy_with_logits(decoded, images, reduction="none").sum(-1).mean()
+            nats = F.binary_cross_entropy_with_logits(decoded, target, reduction="none").sum(-1).mean()
         else:
-            nats = (decoded - images).square().sum(-1).mean() / 2
+            nats = (decoded - target).square().sum(-1).mean() / 2
         if latent:
             mean, log_variance = latent
             nats = nats + (log_variance.exp() + mean.square() - 1 - log_variance).sum(-1).mean() / 2

@@ -25,8 +25,7 @@ def load_split(dataset: ImageDataset | str, split: str) -> tuple[ImageDataset, T
     Raises:
         ValueError: If there is no such split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"Parameter `split` should be one of {', '.join(SPLITS)}. Found `split = {split!r}`.")
+    require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
     if isinstance(dataset, str):
         dataset = load_dataset(dataset)
     halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)
@@ -81,8 +80,7 @@ class MLPClassification(PerceptronTask):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
+        require(batch_size >= 1, "batch_size", batch_size, "positive")
         dataset, members = load_split(dataset, split)
         n_trained = count_of(n_examples, len(members))
         is_right = n_examples is not None or not has_own_examples

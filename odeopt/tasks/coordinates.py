@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,12 @@ from .base import Batch
 from .classification import SPLITS, load_split
 from .datasets import ImageDataset
 from .layers import Activation, check_network
-from .module import ModuleTask
+from .module import NetworkTask
 from .random import integers, normal, uniform
 
 
-class CoordinateNetwork(ModuleTask):
+@dataclass(eq=False, repr=False)
+class CoordinateNetwork(NetworkTask):
     r"""Fit a perceptron to a picture, a new one for each problem, from points of the unit square.
 
     .. math:: f_t(\theta) = \frac{1}{B m} \sum_b \lVert n_\theta(\gamma(x_{tb})) - y(x_{tb}) \rVert^2, \qquad
@@ -50,77 +53,62 @@ class CoordinateNetwork(ModuleTask):
         Section 6.1.
     """
 
-    N_WAVES = 24
+    N_WAVES: ClassVar[int] = 24
 
-    def __init__(
-        self,
-        dataset: ImageDataset | str | None = None,
-        *,
-        n_features: int = 32,
-        bandwidth: float = 2.0,
-        detail: float | None = None,
-        n_channels: int = 1,
-        width: int = 64,
-        depth: int = 2,
-        activation: str = "relu",
-        batch_size: int = 128,
-        n_points: int | None = None,
-        split: str = "meta-train",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        check_network(width, depth, activation)
-        for name, value in (("n_channels", n_channels), ("batch_size", batch_size), ("n_points", n_points)):
+    dataset: InitVar[ImageDataset | str | None] = None
+    _: KW_ONLY
+    n_features: int = 32
+    bandwidth: float = 2.0
+    detail: float | None = None
+    n_channels: int = 1
+    width: int = 64
+    depth: int = 2
+    activation: str = "relu"
+    batch_size: int = 128
+    n_points: int | None = None
+    split: str = "meta-train"
+
+    def __post_init__(self, dataset: ImageDataset | str | None) -> None:
+        check_network(self.width, self.depth, self.activation)
+        for name in ("n_channels", "batch_size", "n_points"):
+            value = getattr(self, name)
             is_right = (is_integer(value) and value >= 1) or (name, value) == ("n_points", None)
             require(is_right, name, value, "a positive integer")
-        require(is_integer(n_features) and n_features >= 0, "n_features", n_features, "an integer of at least 0")
-        require(is_number(bandwidth) and bandwidth > 0, "bandwidth", bandwidth, "a positive number")
-        is_right = detail is None or (dataset is None and is_number(detail) and detail > 0)
-        require(is_right, "detail", detail, "a positive number, or None where there is a dataset")
-        require(dataset is None or n_channels == 1, "n_channels", n_channels, "1 where there is a dataset")
-        require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
-        self.images = None
+        is_right = is_integer(self.n_features) and self.n_features >= 0
+        require(is_right, "n_features", self.n_features, "an integer of at least 0")
+        is_right = is_number(self.bandwidth) and self.bandwidth > 0
+        require(is_right, "bandwidth", self.bandwidth, "a positive number")
+        is_right = self.detail is None or (dataset is None and is_number(self.detail) and self.detail > 0)
+        require(is_right, "detail", self.detail, "a positive number, or None where there is a dataset")
+        require(dataset is None or self.n_channels == 1, "n_channels", self.n_channels, "1 where there is a dataset")
+        require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
+        self.images, self.stream = None, f"picture/{self.split}"
         if dataset is not None:
-            dataset, self.members = load_split(dataset, split)
+            dataset, self.members = load_split(dataset, self.split)
             self.images = dataset.train_images.unflatten(1, (1, *dataset.image_shape))
-        self.n_features, self.bandwidth, self.detail = n_features, bandwidth, 1.5 if detail is None else detail
-        self.n_channels, self.n_drawn, self.n_points, self.stream = n_channels, batch_size, n_points, f"picture/{split}"
+        super().__post_init__()
+        self.config["dataset"] = None if dataset is None else dataset.name
 
-        def make() -> nn.Module:
-            layers, n_in = [], 2 * n_features or 2
-            for _ in range(depth):
-                layers += [nn.Linear(n_in, width), Activation(activation)]
-                n_in = width
-            return nn.Sequential(*layers, nn.Linear(width, n_channels))
+    def build(self) -> nn.Module:
+        layers, n_in = [], 2 * self.n_features or 2
+        for _ in range(self.depth):
+            layers += [nn.Linear(n_in, self.width), Activation(self.activation)]
+            n_in = self.width
+        return nn.Sequential(*layers, nn.Linear(self.width, self.n_channels))
 
-        super().__init__(make, self._points, loss_fn=F.mse_loss, device=device)
-        self.config = {
-            "dataset": None if dataset is None else dataset.name,
-            "n_features": n_features,
-            "bandwidth": bandwidth,
-            "detail": detail,
-            "n_channels": n_channels,
-            "width": width,
-            "depth": depth,
-            "activation": activation,
-            "batch_size": batch_size,
-            "n_points": n_points,
-            "split": split,
-        }
+    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output, target)
 
-    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
-        """Draw points of the picture that no step trains on; see :meth:`Task.sample_held_out`."""
-        return self._points(self._indices(indices), step, seed, held_out=True)
-
-    def _points(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+    def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         """Features of points, ``(n_tasks, batch_size, 2 n_features)``, and the picture there."""
         options = {"seed": seed, "dtype": self.dtype}
         if held_out or self.n_points is None:
             stream = f"{self.stream}/{'held-out' if held_out else 'points'}"
-            x = uniform(indices, (self.n_drawn, 2), stream=stream, step=step, **options)
+            x = uniform(indices, (self.batch_size, 2), stream=stream, step=step, **options)
         else:
             pool = uniform(indices, (self.n_points, 2), stream=f"{self.stream}/points", **options)
             stream = f"{self.stream}/minibatch"
-            chosen = integers(indices, (self.n_drawn, 1), self.n_points, seed=seed, stream=stream, step=step)
+            chosen = integers(indices, (self.batch_size, 1), self.n_points, seed=seed, stream=stream, step=step)
             x = pool.take_along_dim(chosen, dim=1)
         return self._features(x, indices, options), self.picture(x, indices, seed)
 
@@ -147,10 +135,10 @@ class CoordinateNetwork(ModuleTask):
             images = self.images[self.members[which]].to(self.dtype) / 255
             return F.grid_sample(images, (2 * x - 1).unsqueeze(2), align_corners=True).flatten(2).mT
 
-        def draw(*shape: int, of: str) -> Tensor:
+        def numbers(*shape: int, of: str) -> Tensor:
             return normal(indices, shape, seed=seed, stream=f"{self.stream}/{of}", dtype=self.dtype)
 
-        K = self.N_WAVES
+        K, detail = self.N_WAVES, 1.5 if self.detail is None else self.detail
         phase = uniform(indices, (1, K), seed=seed, stream=f"{self.stream}/phases", dtype=self.dtype)
-        waves = (2 * math.pi * (self.detail * (x @ draw(2, K, of="waves")) + phase)).sin()
-        return math.sqrt(2 / K) * waves @ draw(K, self.n_channels, of="amplitudes")
+        waves = (2 * math.pi * (detail * (x @ numbers(2, K, of="waves")) + phase)).sin()
+        return math.sqrt(2 / K) * waves @ numbers(K, self.n_channels, of="amplitudes")

@@ -27,6 +27,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
+
 from .random import permutation
 
 
@@ -117,8 +119,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
         DatasetCorrupt: If a file is truncated or damaged.
     """
     name, _, factor = name.partition("/")
-    if name not in DATASETS:
-        raise ValueError(f"Parameter `name` should be one of {', '.join(DATASETS)}. Found `name = {name!r}`.")
+    require(name in DATASETS, "name", name, f"one of {', '.join(DATASETS)}")
     if factor:
         return _pooled(load_dataset(name, data_dir, download=download), factor)
     if name == "digits":
@@ -160,7 +161,7 @@ def _pooled(dataset: ImageDataset, factor: str) -> ImageDataset:
 def load_dataset_or_digits(
     name: str, data_dir: str | Path | None = None, *, download: bool = True
 ) -> tuple[ImageDataset, str | None]:
-    """Read a dataset, or scikit-learn's handwritten digits where it is not to be had.
+    """Read a dataset, or scikit-learn's handwritten digits where it is unavailable.
 
     Args:
         name: See :func:`load_dataset`.

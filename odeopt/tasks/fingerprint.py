@@ -39,7 +39,7 @@ def digest(value: Any) -> str:
 
 
 def are_alike(fingerprint: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two results of :meth:`Task.fingerprint` tell of one distribution; losses may differ by rounding."""
+    """Compare two results of :meth:`Task.fingerprint`, whose losses may differ by rounding."""
     a, b = (torch.tensor(each["losses"], dtype=torch.float64) for each in (fingerprint, other))
     if fingerprint["content"] != other["content"] or a.shape != b.shape:
         return False

@@ -7,6 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
+
 from .base import Batch, FixedBatchTask, Params
 from .random import normal, uniform
 
@@ -163,8 +165,7 @@ class HighDimSaddle(Saddle):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if dim < 2:
-            raise ValueError(f"Parameter `dim` should be 2 or more. Found `dim = {dim}`.")
+        require(dim >= 2, "dim", dim, "2 or more")
         super().__init__(offset=offset, device=device, dtype=dtype, dim=dim, rotated=rotated)
         self.dim = dim
         self.rotated = rotated

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,28 +84,42 @@ def check_network(width: int, depth: int, activation: str) -> None:
     require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
 
 
-def check_std(init_std: float | None) -> None:
-    """Raise a ValueError unless a deviation of initial weights is a positive number or None."""
-    is_right = init_std is None or (is_number(init_std) and init_std > 0)
-    require(is_right, "init_std", init_std, "a positive number or None")
+@dataclass(eq=False, repr=False, kw_only=True)
+class TransformerFields:
+    """Fields of the tasks that train a transformer, beside a subclass of :class:`~odeopt.tasks.module.NetworkTask`."""
 
+    width: int = 32
+    depth: int = 2
+    n_heads: int = 2
+    expansion: int = 2
+    norm: str = "pre"
+    activation: str = "gelu"
+    init_std: float | None = None
 
-def check_attention(width: int, n_heads: int, expansion: int, norm: str) -> None:
-    """Raise a ValueError that names the argument of :func:`attention_layers` that is out of range."""
-    for name, value in (("n_heads", n_heads), ("expansion", expansion)):
-        require(is_integer(value) and value >= 1, name, value, "a positive integer")
-    require(width % n_heads == 0, "width", width, f"a multiple of `n_heads = {n_heads}`")
-    require(norm in NORMS, "norm", norm, f"one of {', '.join(NORMS)}")
+    def __post_init__(self, *args: Any) -> None:
+        check_network(self.width, self.depth, self.activation)
+        for name in ("n_heads", "expansion"):
+            value = getattr(self, name)
+            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        require(self.width % self.n_heads == 0, "width", self.width, f"a multiple of `n_heads = {self.n_heads}`")
+        require(self.norm in NORMS, "norm", self.norm, f"one of {', '.join(NORMS)}")
+        is_right = self.init_std is None or (is_number(self.init_std) and self.init_std > 0)
+        require(is_right, "init_std", self.init_std, "a positive number or None")
+        super().__post_init__(*args)
 
+    def layers(self, *, is_causal: bool) -> list[nn.Module]:
+        """Build the layers of attention and of perceptrons."""
+        options = {"n_heads": self.n_heads, "expansion": self.expansion, "norm": self.norm, "is_causal": is_causal}
+        return attention_layers(self.width, self.depth, self.activation, **options)
 
-def draw_small(module: nn.Module, std: float) -> nn.Module:
-    """Draw the weights of linear layers and embeddings anew, normal with a deviation, biases at zero, as GPT-2 does."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Embedding):
-            nn.init.normal_(layer.weight, std=std)
-        if isinstance(layer, nn.Linear) and layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return module
+    def drawn(self, module: nn.Module) -> nn.Module:
+        """Draw the weights of linear layers and embeddings anew if ``init_std`` says so, biases at zero, as GPT-2."""
+        for layer in module.modules() if self.init_std is not None else ():
+            if isinstance(layer, nn.Linear | nn.Embedding):
+                nn.init.normal_(layer.weight, std=self.init_std)
+            if isinstance(layer, nn.Linear) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        return module
 
 
 class Recurrence(nn.Module):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -159,6 +162,45 @@ class ModuleTask(Task):
                 "Parameters `make_module` and `loss_fn` should give a loss that depends on parameters and batch alone. "
                 f"Found {losses.tolist()}, and {again.tolist()} when evaluated again."
             )
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class NetworkTask(ModuleTask):
+    """A network on data that are drawn anew at each step; its arguments are the fields of a dataclass.
+
+    To write one, derive a dataclass with a field for each further argument, check them in ``__post_init__`` before
+    calling this one's, and implement :meth:`build` and :meth:`draw`. :meth:`describe` reports the fields.
+
+    Args:
+        batch_size: Examples per step.
+        device: See :class:`Task`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    batch_size: int = 16
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        super().__init__(self.build, self.draw, loss_fn=self.criterion, batch_size=self.batch_size, device=self.device)
+        self.config = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Build the network of a problem; see :class:`ModuleTask`."""
+
+    @abstractmethod
+    def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+        """Draw the inputs and the target of a step, each ``(n_tasks, batch_size, ...)``."""
+
+    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
+        """Loss of one problem, a 0-d tensor: the mean cross-entropy in nats."""
+        return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw data that a problem does not train on; see :meth:`Task.sample_held_out`."""
+        return self.draw(self._indices(indices), step, seed, held_out=True)
 
 
 def _trained(module: nn.Module) -> Params:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import KW_ONLY, InitVar, dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeopt.checks import is_integer, require
@@ -24,14 +22,12 @@ from .layers import (
     AsRows,
     Mean,
     Residual,
+    TransformerFields,
     WithPositions,
     attention_layers,
-    check_attention,
     check_network,
-    check_std,
-    draw_small,
 )
-from .module import ModuleTask
+from .module import NetworkTask
 
 
 def _normalised(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
@@ -115,58 +111,51 @@ ARCHITECTURES: dict[str, Callable[[int, int, int, int, str], nn.Module]] = {
 }
 
 
-class ImageTask(ModuleTask):
+@dataclass(eq=False, repr=False)
+class ImageTask(NetworkTask):
     """A network on the images of a split, or on some of them that each problem has for its own.
 
+    Networks take rows of pixels in [0, 1]. To write one, see :class:`NetworkTask`.
+
     Args:
-        make_module: Builds a network for a dataset, on rows of pixels in [0, 1]; see :class:`ModuleTask`.
         dataset: Images, or the name of a dataset for :func:`load_dataset`.
-        loss_fn: Maps the output of one problem's network, and labels, to a 0-d tensor.
         batch_size: Images per step, drawn with replacement.
         split: ``"meta-train"`` or ``"evaluation"``.
         n_examples: Images of the split that a problem trains on, or a fraction of them; it holds out the others. All by
             default, so that none is held out, and :meth:`sample_held_out` draws from the same.
         device: See :class:`Task`.
-        **config: See :class:`Task`.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        make_module: Callable[[ImageDataset], nn.Module],
-        dataset: ImageDataset | str,
-        *,
-        loss_fn: Callable[..., Tensor],
-        batch_size: int,
-        split: str,
-        n_examples: float | None,
-        device: torch.device | str,
-        **config: Any,
-    ) -> None:
-        require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "positive")
-        dataset, members = load_split(dataset, split)
+    dataset: InitVar[ImageDataset | str]
+    _: KW_ONLY
+    batch_size: int = 64
+    split: str = "meta-train"
+    n_examples: float | None = None
+
+    def __post_init__(self, dataset: ImageDataset | str) -> None:
+        require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "positive")
+        dataset, members = load_split(dataset, self.split)
         # all images, which tasks share, and not a copy of the split, of which a mixture would hold dozens
         self.images, self.labels, self.members = dataset.train_images, dataset.train_labels, members
-        self.examples = Examples(len(members), count_of(n_examples, len(members)), f"image-network/{split}")
-        self.n_images = batch_size
-        super().__init__(lambda: make_module(dataset), self._batch, loss_fn=loss_fn, device=device)
-        self.config = {"dataset": dataset.name, **config, "batch_size": batch_size, "split": split}
-        if n_examples is not None:  # whole splits are described as they were before there were parts of them
-            self.config["n_examples"] = n_examples
+        self.n_pixels, self.n_classes, self.image_shape = self.images.shape[1], dataset.n_classes, dataset.image_shape
+        n_trained = count_of(self.n_examples, len(members))
+        self.examples = Examples(len(members), n_trained, f"image-network/{self.split}")
+        super().__post_init__()
+        self.config["dataset"] = dataset.name
+        if self.n_examples is None:  # whole splits are described as they were before there were parts of them
+            del self.config["n_examples"]
 
-    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
-        """Draw images that a problem does not train on; see :meth:`Task.sample_held_out`."""
-        return self._batch(self._indices(indices), step, seed, held_out=True)
-
-    def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+    def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and labels."""
-        members = self.members[self.examples.draw(indices, self.n_images, step=step, seed=seed, held_out=held_out)]
+        members = self.members[self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)]
         images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
         return images.to(self.dtype).div_(255), self.labels[members]
 
 
+@dataclass(eq=False, repr=False)
 class ImageNetwork(ImageTask):
     r"""Networks other than perceptrons on images: classification, or reconstruction by an autoencoder.
 
@@ -192,50 +181,43 @@ class ImageNetwork(ImageTask):
         ValueError: If an argument is not one of these.
 
     Example:
+        >>> import torch
         >>> task = ImageNetwork("digits", "convolutional", width=4, depth=2)
         >>> indices = torch.arange(3)
         >>> task.loss(task.init_params(indices, seed=0), task.sample_batch(indices, step=0, seed=0)).shape
         torch.Size([3])
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset | str,
-        architecture: str = "convolutional",
-        *,
-        width: int = 8,
-        depth: int = 1,
-        activation: str = "relu",
-        batch_size: int = 64,
-        split: str = "meta-train",
-        n_examples: float | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    architecture: str = "convolutional"
+    _: KW_ONLY
+    width: int = 8
+    depth: int = 1
+    activation: str = "relu"
+
+    def __post_init__(self, dataset: ImageDataset | str) -> None:
         wanted = f"one of {', '.join(ARCHITECTURES)}"
-        require(architecture in ARCHITECTURES, "architecture", architecture, wanted)
-        check_network(width, depth, activation)
-        require(architecture != "attention" or width % 2 == 0, "width", width, "even for two heads")
-        self.is_autoencoder, make = architecture == "autoencoder", ARCHITECTURES[architecture]
-        super().__init__(
-            lambda dataset: make(dataset.train_images.shape[1], dataset.n_classes, width, depth, activation),
-            dataset,
-            loss_fn=_reconstruction_loss if self.is_autoencoder else F.cross_entropy,
-            batch_size=batch_size,
-            split=split,
-            n_examples=n_examples,
-            device=device,
-            architecture=architecture,
-            width=width,
-            depth=depth,
-            activation=activation,
-        )
+        require(self.architecture in ARCHITECTURES, "architecture", self.architecture, wanted)
+        check_network(self.width, self.depth, self.activation)
+        is_right = self.architecture != "attention" or self.width % 2 == 0
+        require(is_right, "width", self.width, "even for two heads")
+        super().__post_init__(dataset)
 
-    def _batch(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
-        images, labels = super()._batch(indices, step, seed, held_out=held_out)
-        return images, images if self.is_autoencoder else labels
+    def build(self) -> nn.Module:
+        make = ARCHITECTURES[self.architecture]
+        return make(self.n_pixels, self.n_classes, self.width, self.depth, self.activation)
+
+    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.architecture == "autoencoder":
+            return (output - target).square().sum(-1).mean() / 2
+        return super().criterion(output, target)
+
+    def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+        images, labels = super().draw(indices, step, seed, held_out=held_out)
+        return images, images if self.architecture == "autoencoder" else labels
 
 
-class VisionTransformer(ImageTask):
+@dataclass(eq=False, repr=False, kw_only=True)
+class VisionTransformer(TransformerFields, ImageTask):
     """A transformer that classifies images by their patches: learned positions, no class token, the mean of positions.
 
     Args:
@@ -260,56 +242,16 @@ class VisionTransformer(ImageTask):
         Dosovitskiy et al. (2021), An image is worth 16x16 words, Section 3.1.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset | str,
-        *,
-        patch: int = 4,
-        width: int = 32,
-        depth: int = 2,
-        n_heads: int = 2,
-        expansion: int = 2,
-        norm: str = "pre",
-        activation: str = "gelu",
-        init_std: float | None = None,
-        batch_size: int = 64,
-        split: str = "meta-train",
-        n_examples: float | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        check_network(width, depth, activation)
-        check_attention(width, n_heads, expansion, norm)
-        check_std(init_std)
-        require(is_integer(patch) and patch >= 1, "patch", patch, "a positive integer")
+    patch: int = 4
 
-        def make(dataset: ImageDataset) -> nn.Module:
-            is_right = all(side % patch == 0 for side in dataset.image_shape)
-            require(is_right, "patch", patch, f"a divisor of {dataset.image_shape}")
-            n_patches = math.prod(side // patch for side in dataset.image_shape)
-            options = {"n_heads": n_heads, "expansion": expansion, "norm": norm, "is_causal": False}
-            layers = attention_layers(width, depth, activation, **options)
-            first = AsPatches(patch), nn.Linear(patch**2, width), WithPositions(n_patches, width)
-            module = nn.Sequential(*first, *layers, Mean(), nn.Linear(width, dataset.n_classes))
-            return module if init_std is None else draw_small(module, init_std)
+    def __post_init__(self, dataset: ImageDataset | str) -> None:
+        require(is_integer(self.patch) and self.patch >= 1, "patch", self.patch, "a positive integer")
+        super().__post_init__(dataset)
 
-        super().__init__(
-            make,
-            dataset,
-            loss_fn=F.cross_entropy,
-            batch_size=batch_size,
-            split=split,
-            n_examples=n_examples,
-            device=device,
-            patch=patch,
-            width=width,
-            depth=depth,
-            n_heads=n_heads,
-            expansion=expansion,
-            norm=norm,
-            activation=activation,
-            init_std=init_std,
-        )
-
-
-def _reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
-    return (output - images).square().sum(-1).mean() / 2
+    def build(self) -> nn.Module:
+        is_right = all(side % self.patch == 0 for side in self.image_shape)
+        require(is_right, "patch", self.patch, f"a divisor of {self.image_shape}")
+        n_patches = math.prod(side // self.patch for side in self.image_shape)
+        layers = self.layers(is_causal=False)
+        first = AsPatches(self.patch), nn.Linear(self.patch**2, self.width), WithPositions(n_patches, self.width)
+        return self.drawn(nn.Sequential(*first, *layers, Mean(), nn.Linear(self.width, self.n_classes)))

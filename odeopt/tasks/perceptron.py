@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from odeopt.checks import require
+
 from .base import Params, Task
 from .random import uniform
 
@@ -55,13 +57,8 @@ class PerceptronTask(Task):
         if any(width < 1 for width in widths):
             raise ValueError(f"Parameter `widths` should hold positive numbers. Found `widths = {tuple(widths)}`.")
         for name, size in (("n_inputs", n_inputs), ("n_outputs", n_outputs)):
-            if size < 1:
-                raise ValueError(f"Parameter `{name}` should be positive. Found `{name} = {size}`.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Parameter `activation` should be one of {', '.join(ACTIVATIONS)}. "
-                f"Found `activation = {activation!r}`."
-            )
+            require(size >= 1, name, size, "positive")
+        require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
         super().__init__(device=device, dtype=dtype, widths=widths, activation=activation, **config)
         self.activation, self.stream = ACTIVATIONS[activation], stream
         self.sizes = tuple(sizes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
+
 from .base import Batch, FixedBatchTask, Params
 from .random import normal, uniform
 
@@ -32,8 +34,7 @@ class RandomQuadratic(FixedBatchTask):
     def __init__(
         self, dim: int = 10, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"Parameter `dim` should be positive. Found `dim = {dim}`.")
+        require(dim >= 1, "dim", dim, "positive")
         super().__init__(device=device, dtype=dtype, dim=dim)
         self.dim = dim
 
@@ -97,8 +98,7 @@ class NoisyQuadratic(FixedBatchTask):
             ("condition", condition, 1 <= condition < float("inf"), "a finite number of at least 1"),
             ("noise", noise, 0 <= noise < float("inf"), "a finite number of at least 0"),
         ):
-            if not is_right:
-                raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value}`.")
+            require(is_right, name, value, wanted)
         super().__init__(device=device, dtype=dtype, dim=dim, condition=condition, noise=noise)
         self.dim, self.condition, self.noise = dim, condition, noise
 

@@ -21,6 +21,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
+
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -158,8 +160,7 @@ def permutation(n: int, *, seed: int, stream: str) -> Tensor:
 
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise a ValueError unless ``dtype`` is float32 or float64."""
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"Parameter `dtype` should be torch.float32 or torch.float64. Found `dtype = {dtype}`.")
+    require(dtype in (torch.float32, torch.float64), "dtype", dtype, "torch.float32 or torch.float64")
 
 
 @lru_cache(maxsize=4096)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
+
 from .base import Batch, Params
 from .perceptron import ACTIVATIONS, PerceptronTask, perceptron, perceptron_shapes
 from .random import normal
@@ -52,10 +54,8 @@ class TeacherStudent(PerceptronTask):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, value in (("teacher_width", teacher_width), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"Parameter `{name}` should be positive. Found `{name} = {value}`.")
-        if not 0 <= spread < math.inf:
-            raise ValueError(f"Parameter `spread` should be a finite number of at least 0. Found `spread = {spread}`.")
+            require(value >= 1, name, value, "positive")
+        require(0 <= spread < math.inf, "spread", spread, "a finite number of at least 0")
         super().__init__(
             (n_inputs, *widths, n_outputs),
             activation=activation,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import math
 import sysconfig
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeopt.checks import is_integer, require
@@ -19,17 +17,8 @@ from odeopt.checks import is_integer, require
 from .base import Batch
 from .classification import SPLITS
 from .examples import Examples, count_of
-from .layers import (
-    CELLS,
-    WithPositions,
-    attention_layers,
-    check_attention,
-    check_network,
-    check_std,
-    draw_small,
-    recurrent_layer,
-)
-from .module import ModuleTask
+from .layers import CELLS, TransformerFields, WithPositions, check_network, recurrent_layer
+from .module import NetworkTask
 from .random import uniform
 
 N_SYMBOLS = 96  # the printable characters of ASCII and the end of a line
@@ -80,71 +69,55 @@ def _symbols() -> Tensor:
     return torch.where(codes == ord("\n"), N_SYMBOLS - 1, codes - 32)[(codes >= 32) & (codes < 127) | (codes == 10)]
 
 
-class TextNetwork(ModuleTask):
+@dataclass(eq=False, repr=False, kw_only=True)
+class TextNetwork(NetworkTask):
     r"""A network that predicts characters of English text, the docstrings of Python's standard library.
 
     Each problem trains on a stretch of the text of its own and holds out the others. The loss is the mean cross-entropy
     in nats over the predicted positions: of the next character each (``"next"``), or of 15 % of the characters, which
     are replaced by a symbol of their own (``"masked"``).
 
+    Networks map symbols ``(batch_size, context)``, integers below :data:`N_SYMBOLS` or that number for the mask, to
+    scores ``(batch_size, context, N_SYMBOLS)``. To write one, see :class:`NetworkTask`.
+
     Args:
-        make_module: Builds a network that maps symbols ``(batch_size, context)``, integers below :data:`N_SYMBOLS` or
-            that number for the mask, to scores ``(batch_size, context, N_SYMBOLS)``; see :class:`ModuleTask`.
         context: Characters that are predicted from.
         objective: ``"next"`` or ``"masked"``.
         batch_size: Windows of the text per step.
         n_characters: Characters of the split that a problem trains on, or a fraction of them.
         split: ``"meta-train"`` or ``"evaluation"``, the halves of the text.
         device: See :class:`Task`.
-        **config: See :class:`Task`.
 
     Raises:
         ValueError: If an argument is out of range.
         RuntimeError: If the sources of the standard library are not installed.
     """
 
-    def __init__(
-        self,
-        make_module: Callable[[], nn.Module],
-        *,
-        context: int = 32,
-        objective: str = "next",
-        batch_size: int = 16,
-        n_characters: float = 0.9,
-        split: str = "meta-train",
-        device: torch.device | str = "cpu",
-        **config: Any,
-    ) -> None:
-        for name, value in (("context", context), ("batch_size", batch_size)):
+    context: int = 32
+    objective: str = "next"
+    n_characters: float = 0.9
+    split: str = "meta-train"
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch_size"):
+            value = getattr(self, name)
             require(is_integer(value) and value >= 1, name, value, "a positive integer")
-        require(objective in OBJECTIVES, "objective", objective, f"one of {', '.join(OBJECTIVES)}")
-        require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
-        symbols = _symbols().tensor_split(2)[SPLITS.index(split)]
-        n, span = count_of(n_characters, len(symbols), name="n_characters"), context + 1
-        is_right = span <= n <= len(symbols) - span
-        wanted = f"between {span} and {len(symbols) - span}, characters of a window and those of all others"
-        require(is_right, "n_characters", n_characters, wanted)
-        self.examples = Examples(len(symbols), n, f"text/{split}", span=span)
-        self.symbols, self.n_windows, self.context, self.is_masked = symbols, batch_size, context, objective == "masked"
-        super().__init__(make_module, self._windows, loss_fn=_loss, device=device)
-        self.config = config | {
-            "context": context,
-            "objective": objective,
-            "batch_size": batch_size,
-            "n_characters": n_characters,
-            "split": split,
-        }
+        require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
+        require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
+        self.symbols = _symbols().tensor_split(2)[SPLITS.index(self.split)]
+        n_all, span = len(self.symbols), self.context + 1
+        n = count_of(self.n_characters, n_all, name="n_characters")
+        wanted = f"between {span} and {n_all - span}, characters of a window and those of all others"
+        require(span <= n <= n_all - span, "n_characters", self.n_characters, wanted)
+        self.examples = Examples(n_all, n, f"text/{self.split}", span=span)
+        super().__post_init__()
 
-    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
-        """Draw windows of the text that a problem does not train on; see :meth:`Task.sample_held_out`."""
-        return self._windows(self._indices(indices), step, seed, held_out=True)
-
-    def _windows(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
+    def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         """Symbols ``(n_tasks, batch_size, context)``, and what is predicted of them, -100 where nothing is."""
-        first = self.examples.draw(indices, self.n_windows, step=step, seed=seed, held_out=held_out)
+        first = self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
         places = first.unsqueeze(-1) + torch.arange(self.context + 1, device=first.device)
         windows = self.symbols[places % len(self.symbols)]
-        if not self.is_masked:
+        if self.objective == "next":
             return windows[..., :-1], windows[..., 1:]
         windows, stream = windows[..., :-1], f"{self.examples.stream}/{'held-out' if held_out else 'minibatch'}/mask"
         ranks = uniform(indices, windows.shape[1:], seed=seed, stream=stream, step=step).argsort(-1).argsort(-1)
@@ -152,7 +125,8 @@ class TextNetwork(ModuleTask):
         return windows.masked_fill(is_masked, N_SYMBOLS), windows.masked_fill(~is_masked, -100)
 
 
-class TextTransformer(TextNetwork):
+@dataclass(eq=False, repr=False, kw_only=True)
+class TextTransformer(TransformerFields, TextNetwork):
     """A transformer on characters; causal where the next one is predicted, and not where masked ones are.
 
     Args:
@@ -176,52 +150,16 @@ class TextTransformer(TextNetwork):
         torch.Size([2])
     """
 
-    def __init__(
-        self,
-        *,
-        width: int = 32,
-        depth: int = 2,
-        n_heads: int = 2,
-        expansion: int = 4,
-        norm: str = "pre",
-        activation: str = "gelu",
-        init_std: float | None = None,
-        context: int = 32,
-        objective: str = "next",
-        batch_size: int = 16,
-        n_characters: float = 0.9,
-        split: str = "meta-train",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        check_network(width, depth, activation)
-        check_attention(width, n_heads, expansion, norm)
-        check_std(init_std)
+    expansion: int = 4
 
-        def make() -> nn.Module:
-            options = {"n_heads": n_heads, "expansion": expansion, "norm": norm, "is_causal": objective == "next"}
-            layers = attention_layers(width, depth, activation, **options)
-            ends = nn.Embedding(N_SYMBOLS + (objective == "masked"), width), nn.Linear(width, N_SYMBOLS)
-            module = nn.Sequential(ends[0], WithPositions(context, width), *layers, ends[1])
-            return module if init_std is None else draw_small(module, init_std)
-
-        super().__init__(
-            make,
-            context=context,
-            objective=objective,
-            batch_size=batch_size,
-            n_characters=n_characters,
-            split=split,
-            device=device,
-            width=width,
-            depth=depth,
-            n_heads=n_heads,
-            expansion=expansion,
-            norm=norm,
-            activation=activation,
-            init_std=init_std,
-        )
+    def build(self) -> nn.Module:
+        is_causal = self.objective == "next"
+        layers = self.layers(is_causal=is_causal)
+        embedding, last = nn.Embedding(N_SYMBOLS + (not is_causal), self.width), nn.Linear(self.width, N_SYMBOLS)
+        return self.drawn(nn.Sequential(embedding, WithPositions(self.context, self.width), *layers, last))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TextRecurrence(TextNetwork):
     """A recurrent network that predicts the next character.
 
@@ -237,39 +175,18 @@ class TextRecurrence(TextNetwork):
         RuntimeError: If the sources of the standard library are not installed.
     """
 
-    def __init__(
-        self,
-        *,
-        cell: str = "gru",
-        width: int = 32,
-        depth: int = 1,
-        activation: str = "tanh",
-        context: int = 24,
-        batch_size: int = 16,
-        n_characters: float = 0.9,
-        split: str = "meta-train",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        check_network(width, depth, activation)
-        require(cell in CELLS, "cell", cell, f"one of {', '.join(CELLS)}")
+    cell: str = "gru"
+    width: int = 32
+    depth: int = 1
+    activation: str = "tanh"
+    context: int = 24
+    objective: str = field(default="next", init=False)
 
-        def make() -> nn.Module:
-            layers = (recurrent_layer(cell, width, activation) for _ in range(depth))
-            return nn.Sequential(nn.Embedding(N_SYMBOLS, width), *layers, nn.Linear(width, N_SYMBOLS))
+    def __post_init__(self) -> None:
+        check_network(self.width, self.depth, self.activation)
+        require(self.cell in CELLS, "cell", self.cell, f"one of {', '.join(CELLS)}")
+        super().__post_init__()
 
-        super().__init__(
-            make,
-            context=context,
-            batch_size=batch_size,
-            n_characters=n_characters,
-            split=split,
-            device=device,
-            cell=cell,
-            width=width,
-            depth=depth,
-            activation=activation,
-        )
-
-
-def _loss(scores: Tensor, symbols: Tensor) -> Tensor:
-    return F.cross_entropy(scores.flatten(0, -2), symbols.flatten())
+    def build(self) -> nn.Module:
+        layers = (recurrent_layer(self.cell, self.width, self.activation) for _ in range(self.depth))
+        return nn.Sequential(nn.Embedding(N_SYMBOLS, self.width), *layers, nn.Linear(self.width, N_SYMBOLS))

@@ -78,7 +78,7 @@ class Hybrid(DampedBackpropagation):
             # where every rank can receive them
             return meta_loss.cpu(), [None if p.grad is None else p.grad.cpu() for p in weights]
 
-        meta_loss, grads = world.from_first(perturbations)
+        meta_loss, grads = world.broadcast_result(perturbations)
         for p, grad in zip(weights, grads, strict=True):
             p.grad = None if grad is None else grad.to(p.device)
         yield meta_loss.to(task.device)
