@@ -69,37 +69,58 @@ TARGET static inline void ISA(store)(void *x, int type, int64_t start, int n, co
     }
 }
 
-/* Port effort u and second moment of a block. */
-TARGET static inline void ISA(observe)(const Rule *rule, const Shared *c, const float *restrict g,
-                                       const float *restrict v, int n, float *restrict u, float *restrict square)
+/* Port effort u and second moment of one coordinate, normalised as `kind` says. */
+TARGET static ALWAYS_INLINE float ISA(effort)(const Shared *c, const int kind, float g, float v, float *second_moment)
 {
-    if (rule->coordinatewise) {
-        const float weight = c->weight, keep = 1.0f - c->weight, sign = -c->sign;
+    if (kind == BY_HISTORY) {
+        const float magnitude = fabsf(g), largest = magnitude > v ? magnitude : v;
+        const float divisor = largest == 0.0f ? 1.0f : largest, a = v / divisor, b = g / divisor;
+        const float rms = largest * sqrtf((1.0f - c->weight) * (a * a) + c->weight * (b * b));
+        *second_moment = rms;
+        return -c->sign * g / (rms > 0.0f ? rms : 1.0f);
+    }
+    const float relative = g * c->inverse[0] * c->inverse[1], square = relative * relative;
+    *second_moment = kind == BY_TENSOR ? square : c->carried * v + c->weight * square;
+    return kind == BY_TENSOR ? relative : relative / sqrtf(*second_moment + EPS_EFFORT);
+}
+
+/* Efforts of a block and their sums: of the second moments, u^2 and theta^2. */
+TARGET static ALWAYS_INLINE void ISA(sum_efforts)(const Shared *shared, const int kind, const float *restrict g,
+                                                  const float *restrict v, const float *restrict theta, int n,
+                                                  float *restrict u, double *sums)
+{
+    const Shared c = *shared;
+    float v_sum = 0.0f, u_sum = 0.0f, theta_sum = 0.0f;
+#pragma omp simd reduction(+ : v_sum, u_sum, theta_sum)
+    for (int j = 0; j < n; j++) {
+        float square;
+        const float effort = ISA(effort)(&c, kind, g[j], v[j], &square);
+        u[j] = effort;
+        v_sum += square;
+        u_sum += effort * effort;
+        theta_sum += theta[j] * theta[j];
+    }
+    sums[0] += v_sum;
+    sums[1] += u_sum;
+    sums[2] += theta_sum;
+}
+
+/* Efforts of a block, its second moments in place, and the logarithms of magnitudes over that of the tensor. */
+TARGET static ALWAYS_INLINE void ISA(observe)(const Shared *shared, const int kind, float floor,
+                                              const float *restrict g, float *restrict v, int n, float *restrict u,
+                                              float *restrict log_ratio)
+{
+    const Shared c = *shared;
 #pragma omp simd
-        for (int j = 0; j < n; j++) {
-            const float magnitude = fabsf(g[j]), largest = magnitude > v[j] ? magnitude : v[j];
-            const float divisor = largest == 0.0f ? 1.0f : largest;
-            const float a = v[j] / divisor, b = g[j] / divisor;
-            const float rms = largest * sqrtf(keep * (a * a) + weight * (b * b));
-            square[j] = rms;
-            u[j] = sign * g[j] / (rms > 0.0f ? rms : 1.0f);
-        }
-    } else if (rule->is_tensor_wide) {
-        const float first = c->inverse[0], second = c->inverse[1];
-#pragma omp simd
-        for (int j = 0; j < n; j++) {
-            u[j] = g[j] * first * second;
-            square[j] = u[j] * u[j];
-        }
-    } else {
-        const float first = c->inverse[0], second = c->inverse[1], carried = c->carried, weight = c->weight;
-#pragma omp simd
-        for (int j = 0; j < n; j++) {
-            const float relative = g[j] * first * second;
-            const float moment = carried * v[j] + weight * (relative * relative);
-            square[j] = moment;
-            u[j] = relative / sqrtf(moment + EPS_EFFORT);
-        }
+    for (int j = 0; j < n; j++) {
+        float square;
+        const float effort = ISA(effort)(&c, kind, g[j], kind == BY_TENSOR ? 0.0f : v[j], &square);
+        const float seen = kind == BY_HISTORY ? effort * effort : square;
+        const float x = 0.5f * ISA(log2)(seen + EPS_SIGNAL) - c.log_rms;
+        log_ratio[j] = x < floor ? floor : x;
+        u[j] = effort;
+        if (kind != BY_TENSOR)
+            v[j] = square;
     }
 }
 
@@ -172,7 +193,7 @@ TARGET static int ISA(magnitude)(const Rule *rule, const Tensor *t, const void *
 TARGET static void ISA(statistics)(const Rule *rule, const Tensor *t, const Shared *c, const void *grad,
                                    const void *param, int64_t start, int64_t stop, double *sums)
 {
-    float g_buffer[BLOCK], theta_buffer[BLOCK], x_buffer[BLOCK], u[BLOCK], square[BLOCK];
+    float g_buffer[BLOCK], theta_buffer[BLOCK], x_buffer[BLOCK], u[BLOCK];
     const int modes = rule->n_modes;
     for (int k = 0; k < 3 + 2 * modes; k++)
         sums[k] = 0.0;
@@ -180,18 +201,12 @@ TARGET static void ISA(statistics)(const Rule *rule, const Tensor *t, const Shar
         const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
         const float *g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
         const float *theta = ISA(load)((void *)param, t->param_type, i, n, theta_buffer);
-        const float *v = t->second_moment ? ISA(load)(t->second_moment, t->state_type, i, n, x_buffer) : g;
-        float v_sum = 0.0f, u_sum = 0.0f, theta_sum = 0.0f;
-        ISA(observe)(rule, c, g, v, n, u, square);
-#pragma omp simd reduction(+ : v_sum, u_sum, theta_sum)
-        for (int j = 0; j < n; j++) {
-            v_sum += square[j];
-            u_sum += u[j] * u[j];
-            theta_sum += theta[j] * theta[j];
+        if (t->second_moment) {
+            const float *v = ISA(load)(t->second_moment, t->state_type, i, n, x_buffer);
+            ISA(sum_efforts)(c, BY_COORDINATE, g, v, theta, n, u, sums);
+        } else {
+            ISA(sum_efforts)(c, BY_TENSOR, g, g, theta, n, u, sums);
         }
-        sums[0] += v_sum;
-        sums[1] += u_sum;
-        sums[2] += theta_sum;
         for (int k = 0; k < modes; k++) {
             const float *p = ISA(load)(t->p, t->state_type, k * t->mode_stride + i, n, x_buffer);
             float up_sum = 0.0f, p_sum = 0.0f;
@@ -210,25 +225,22 @@ TARGET static void ISA(statistics)(const Rule *rule, const Tensor *t, const Shar
 TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared *c, const Options *options,
                                 const void *grad, void *param, int64_t start, int64_t stop)
 {
-    float g_buffer[BLOCK], x_buffer[BLOCK], u[BLOCK], square[BLOCK], log_ratio[BLOCK], delta[BLOCK];
-    const float log_rms = c->log_rms, floor = rule->log_floor, lr = options->lr, keep = options->keep, kappa = c->kappa;
+    float g_buffer[BLOCK], x_buffer[BLOCK], u[BLOCK], log_ratio[BLOCK], delta[BLOCK];
+    const float floor = rule->log_floor, lr = options->lr, keep = options->keep, kappa = c->kappa;
     for (int64_t i = start; i < stop; i += BLOCK) {
         const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
         const float *g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
-        float *v = t->second_moment ? ISA(load)(t->second_moment, t->state_type, i, n, x_buffer) : NULL;
-        ISA(observe)(rule, c, g, v ? v : g, n, u, square);
-        const float *seen = rule->coordinatewise ? u : square;
-        const int is_effort = rule->coordinatewise;
-#pragma omp simd
-        for (int j = 0; j < n; j++) {
-            const float x = 0.5f * ISA(log2)((is_effort ? seen[j] * seen[j] : seen[j]) + EPS_SIGNAL) - log_rms;
-            log_ratio[j] = x < floor ? floor : x;
-            delta[j] = 0.0f;
-        }
-        if (v) {
-            memcpy(v, square, n * sizeof(float));
+        if (t->second_moment) {
+            float *v = ISA(load)(t->second_moment, t->state_type, i, n, x_buffer);
+            if (rule->coordinatewise)
+                ISA(observe)(c, BY_HISTORY, floor, g, v, n, u, log_ratio);
+            else
+                ISA(observe)(c, BY_COORDINATE, floor, g, v, n, u, log_ratio);
             ISA(store)(t->second_moment, t->state_type, i, n, v);
+        } else {
+            ISA(observe)(c, BY_TENSOR, floor, g, NULL, n, u, log_ratio);
         }
+        memset(delta, 0, n * sizeof(float));
         for (int k = 0; k < rule->n_modes; k++) {
             const float *coefficients = c->per_mode + 6 * k;
             const int64_t at = k * t->mode_stride + i;

@@ -25,7 +25,7 @@ class Rule(ctypes.Structure):
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales", "n_memory")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent")),
-        *((name, c_int32) for name in ("coordinatewise", "is_tensor_wide", "is_exponential", "uses_progress")),
+        *((name, c_int32) for name in ("coordinatewise", "is_exponential", "uses_progress")),
     )
 
 

@@ -23,7 +23,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # psi(z) = sum z^k / (k + 2)! up to this power, of explicit solvers (see odeopt.ode.linear_step)
 _PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
 # Coordinates for each thread, at least: beginning one takes as long as stepping ten thousand.
-_PER_THREAD = 2**16
+_PER_THREAD = 2**15
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
@@ -187,7 +187,6 @@ class _Constants:
             at_memory=at["memory_moves"],
             at_exponent=at["log_exponent"] if rule.schedule == "power" else -1,
             coordinatewise=rule.coordinatewise,
-            is_tensor_wide=rule.normalization == "tensor",
             is_exponential=rule.solver == "exponential",
             uses_progress=rule.uses_progress,
         )

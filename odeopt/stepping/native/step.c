@@ -33,7 +33,7 @@
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
-#define SPLIT 131072 /* coordinates from which on threads share a tensor */
+#define SPLIT 65536  /* coordinates from which on threads share a tensor */
 
 #define LOG2_E 1.44269504f
 
@@ -45,6 +45,7 @@
 #define ANYTIME 100.0f
 
 enum { FLOAT32, BFLOAT16 };
+enum { BY_COORDINATE, BY_TENSOR, BY_HISTORY }; /* what efforts are normalised by; the last one coordinatewise */
 enum { SIZE, SHRINK, KAPPA_FACTOR, THETA_FACTOR, SIGNALS, N_SIGNALS = 3 }; /* features of a tensor's shape */
 
 typedef struct {
@@ -61,7 +62,7 @@ typedef struct {
     float log_floor; /* the binary logarithm */
     int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales, n_memory;
     int32_t at_kappa, at_memory, at_exponent; /* places in the outputs of the network; -1 for none */
-    int32_t coordinatewise, is_tensor_wide, is_exponential, uses_progress;
+    int32_t coordinatewise, is_exponential, uses_progress;
 } Rule;
 
 typedef struct {
@@ -305,60 +306,47 @@ static void finish(const Rule *rule, const Tensor *t, const Shared *c)
         t->memory[k] = c->memory[k];
 }
 
-/* ---------- threads */
+/* ---------- one step, in pieces of work */
 
-/* A step; what several threads change is changed under the lock. */
+/* A chunk of a tensor that threads share; or, where `chunk` is negative, all of a smaller one. */
+typedef struct {
+    int64_t tensor, chunk;
+} Piece;
+
 typedef struct {
     const Rule *rule;
     const Tensor *tensors;
     const Options *options;
     const Kernels *kernels;
     void *const *grads, *const *params;
-    Shared *shared;
-    int64_t n_tensors;
-    double *partial; /* sums of each chunk of the tensors that threads share */
-    int64_t n_chunks, next;
-    int n_sums, width; /* of the network, at most */
-    int n_threads, n_waiting, generation;
-    int64_t split;
+    int n_sums, width;      /* of the network, at most */
+    Shared *shared;         /* of each tensor */
+    float *activations;     /* two buffers for each tensor */
+    double *partial;        /* sums of each piece */
+    Piece *pieces;          /* the chunks first */
+    int64_t n_chunks, n_pieces;
 #if HAS_THREADS
-    pthread_mutex_t lock;
+    pthread_mutex_t lock; /* of all below */
     pthread_cond_t changed;
+    int pass, n_threads, is_done;
+    int64_t n_taken, n_finished; /* pieces of this pass */
 #endif
 } Job;
+
+enum { MAGNITUDE, STATISTICS, ADVANCE };
 
 static int64_t n_chunks_of(const Tensor *t)
 {
     return (t->n + CHUNK - 1) / CHUNK;
 }
 
-static int is_stepped(const Job *job, int64_t i)
-{
-    return job->grads[i] != NULL;
-}
-
-static int is_split(const Job *job, int64_t i)
-{
-    return is_stepped(job, i) && job->tensors[i].n >= job->split;
-}
-
-static float *activations(const Job *job, int64_t i)
-{
-    return (float *)(job->shared + job->n_tensors) + 2 * (size_t)job->width * i;
-}
-
-static void skip(const Job *job, int64_t i)
-{
-    *job->tensors[i].n_skipped += 1;
-}
-
-enum { MAGNITUDE, STATISTICS, ADVANCE };
-
-/* One pass over a chunk of a tensor. */
-static int pass_chunk(const Job *job, int pass, int64_t i, int64_t chunk, double *sums)
+/* One pass over a chunk of a tensor; the second pass begins with what the first has left in the cache, at the end, and
+   the third at the start again. */
+static int pass_chunk(const Job *job, int pass, int64_t i, int64_t number, double *sums)
 {
     const Tensor *t = job->tensors + i;
-    const int64_t start = chunk * CHUNK, stop = start + CHUNK < t->n ? start + CHUNK : t->n;
+    const int64_t start = CHUNK * (pass == STATISTICS ? n_chunks_of(t) - 1 - number : number);
+    const int64_t stop = start + CHUNK < t->n ? start + CHUNK : t->n;
     const Kernels *kernels = job->kernels;
     if (pass == MAGNITUDE)
         return kernels->magnitude(job->rule, t, job->grads[i], start, stop, sums);
@@ -374,10 +362,9 @@ static void close_pass(const Job *job, int pass, int64_t i)
 {
     const Tensor *t = job->tensors + i;
     Shared *c = job->shared + i;
-    float *x = activations(job, i);
+    float *x = job->activations + 2 * (size_t)job->width * i;
     if (c->is_broken) {
-        if (pass == MAGNITUDE)
-            skip(job, i);
+        *t->n_skipped += pass == MAGNITUDE;
         return;
     }
     if (pass == MAGNITUDE)
@@ -417,112 +404,173 @@ static void step_whole(const Job *job, int64_t i, double *sums)
 
 #if HAS_THREADS
 
-/* Number of the next piece of work. */
-static int64_t take(Job *job)
+static int64_t pieces_of(const Job *job, int pass)
 {
-    pthread_mutex_lock(&job->lock);
-    const int64_t number = job->next++;
-    pthread_mutex_unlock(&job->lock);
-    return number;
+    return pass == ADVANCE ? job->n_pieces : has_pass(job, pass) ? job->n_chunks : 0;
 }
 
-/* Wait for all threads; the last one closes the pass over the tensors that they share. */
-static void meet(Job *job, int pass)
+/* Begin the next pass that has pieces, under the lock. */
+static void open_pass(Job *job)
+{
+    while (job->pass <= ADVANCE && pieces_of(job, job->pass) == 0)
+        job->pass++;
+    job->n_taken = job->n_finished = 0;
+    job->is_done = job->pass > ADVANCE;
+    pthread_cond_broadcast(&job->changed);
+}
+
+/* Close a pass over the tensors that threads share, under the lock. */
+static void close_shared(Job *job)
+{
+    for (int64_t number = 0, end; number < job->n_chunks; number = end) {
+        const int64_t i = job->pieces[number].tensor;
+        double *sums = job->shared[i].sums;
+        memset(sums, 0, job->n_sums * sizeof(double));
+        for (end = number; end < job->n_chunks && job->pieces[end].tensor == i; end++)
+            for (int k = 0; k < sums_of(job, job->pass); k++)
+                sums[k] += job->partial[job->n_sums * end + k];
+        close_pass(job, job->pass, i);
+    }
+    job->pass++;
+    open_pass(job);
+}
+
+/* Take pieces until all are finished. No thread waits for one that has not come yet, as it would beside other work. */
+static void work(Job *job)
 {
     pthread_mutex_lock(&job->lock);
-    const int generation = job->generation;
-    if (++job->n_waiting == job->n_threads) {
-        double *partial = job->partial;
-        for (int64_t i = 0; i < job->n_tensors; i++) {
-            if (!is_split(job, i))
-                continue;
-            Shared *c = job->shared + i;
-            memset(c->sums, 0, job->n_sums * sizeof(double));
-            for (int64_t chunk = 0; chunk < n_chunks_of(job->tensors + i); chunk++, partial += job->n_sums)
-                for (int k = 0; k < sums_of(job, pass); k++)
-                    c->sums[k] += partial[k];
-            close_pass(job, pass, i);
-        }
-        job->n_waiting = 0;
-        job->next = 0;
-        job->generation++;
-        pthread_cond_broadcast(&job->changed);
-    } else {
-        while (generation == job->generation)
+    while (!job->is_done) {
+        const int pass = job->pass;
+        if (job->n_taken == pieces_of(job, pass)) {
             pthread_cond_wait(&job->changed, &job->lock);
+            continue;
+        }
+        const int64_t number = job->n_taken++;
+        const Piece piece = job->pieces[number];
+        const int is_left = pass != MAGNITUDE && job->shared[piece.tensor].is_broken;
+        pthread_mutex_unlock(&job->lock);
+        double *sums = job->partial + job->n_sums * number;
+        int is_broken = 0;
+        if (piece.chunk < 0)
+            step_whole(job, piece.tensor, sums);
+        else if (!is_left)
+            is_broken = pass_chunk(job, pass, piece.tensor, piece.chunk, sums);
+        pthread_mutex_lock(&job->lock);
+        job->shared[piece.tensor].is_broken |= is_broken;
+        if (++job->n_finished == pieces_of(job, pass))
+            close_shared(job);
     }
     pthread_mutex_unlock(&job->lock);
 }
 
-/* Work on what is left until nothing is. */
-static void *work(void *argument)
+/* Leave a job that is done; the last thread frees it. */
+static void leave(Job *job)
 {
-    Job *job = argument;
-    int64_t number = take(job);
-    for (int pass = MAGNITUDE; pass <= ADVANCE; pass++) {
-        if (!has_pass(job, pass))
-            continue;
-        if (pass != MAGNITUDE)
-            number = take(job);
-        /* numbers count the chunks of shared tensors, then, in the last pass, the other tensors */
-        int64_t before = 0;
-        for (int64_t i = 0; i < job->n_tensors; i++) {
-            if (!is_split(job, i))
-                continue;
-            const int64_t n_chunks = n_chunks_of(job->tensors + i);
-            for (; number < before + n_chunks; number = take(job)) {
-                double *sums = job->partial + job->n_sums * number;
-                Shared *c = job->shared + i;
-                if (pass != MAGNITUDE && c->is_broken)
-                    continue;
-                if (pass_chunk(job, pass, i, number - before, sums)) {
-                    pthread_mutex_lock(&job->lock);
-                    c->is_broken = 1;
-                    pthread_mutex_unlock(&job->lock);
-                }
-            }
-            before += n_chunks;
-        }
-        if (pass == ADVANCE)
-            for (int64_t i = 0; i < job->n_tensors; i++) {
-                if (!is_stepped(job, i) || is_split(job, i))
-                    continue;
-                if (number == before) {
-                    step_whole(job, i, job->partial + job->n_sums * (job->n_chunks + i));
-                    number = take(job);
-                }
-                before++;
-            }
-        meet(job, pass);
+    pthread_mutex_lock(&job->lock);
+    const int is_last = --job->n_threads == 0;
+    pthread_mutex_unlock(&job->lock);
+    if (is_last) {
+        pthread_mutex_destroy(&job->lock);
+        pthread_cond_destroy(&job->changed);
+        free(job);
     }
+}
+
+static void *help(void *job)
+{
+    work(job);
+    leave(job);
     return NULL;
 }
 
+/* Step with threads that end by themselves. */
 static void step_in_threads(Job *job, int n_threads)
 {
-    pthread_t *threads = malloc(n_threads * sizeof(pthread_t));
+    pthread_t thread;
+    pthread_attr_t detached;
     sigset_t all, before;
     pthread_mutex_init(&job->lock, NULL);
     pthread_cond_init(&job->changed, NULL);
-    job->n_threads = 1;
-    /* the lock keeps those that have begun from meeting before it is known how many there are */
-    pthread_mutex_lock(&job->lock);
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     sigfillset(&all); /* signals are for the threads of the caller */
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (threads && job->n_threads < n_threads &&
-           pthread_create(threads + job->n_threads, NULL, work, job) == 0)
-        job->n_threads++;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_mutex_lock(&job->lock);
+    open_pass(job);
+    for (job->n_threads = 1; job->n_threads < n_threads; job->n_threads++)
+        if (pthread_create(&thread, &detached, help, job) != 0)
+            break;
     pthread_mutex_unlock(&job->lock);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&detached);
     work(job);
-    for (int i = 1; i < job->n_threads; i++)
-        pthread_join(threads[i], NULL);
-    pthread_mutex_destroy(&job->lock);
-    pthread_cond_destroy(&job->changed);
-    free(threads);
 }
 
 #endif
+
+/* Room for a part of a job, at a multiple of 64 bytes. */
+static void *room(char **next, size_t size)
+{
+    char *found = *next;
+    *next += (size + 63) / 64 * 64;
+    return found;
+}
+
+/* Lay out the pieces and the room for their sums; NULL where there is no memory. */
+static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
+                     void *const *params, const Options *options)
+{
+    const int has_threads = HAS_THREADS && options->n_threads > 1;
+    int64_t n_chunks = 0, n_wholes = 0;
+    int width = 1;
+    for (int k = 0; k <= rule->n_layers; k++)
+        width = rule->widths[k] > width ? rule->widths[k] : width;
+    for (int64_t i = 0; i < n_tensors; i++) {
+        if (grads[i] == NULL)
+            continue;
+        const int is_shared = has_threads && tensors[i].n >= SPLIT;
+        n_chunks += is_shared ? n_chunks_of(tensors + i) : 0;
+        n_wholes += !is_shared;
+    }
+    const int64_t n_pieces = n_chunks + n_wholes;
+    const size_t n_sums = 3 + 2 * rule->n_modes, n_numbers = 6 * rule->n_modes + rule->n_memory;
+    const size_t sizes[] = {sizeof(Job), n_tensors * sizeof(Shared), 2 * n_tensors * width * sizeof(float),
+                            n_pieces * n_sums * sizeof(double), n_pieces * sizeof(Piece),
+                            n_tensors * n_sums * sizeof(double), n_tensors * n_numbers * sizeof(float)};
+    size_t total = 0;
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
+        total += sizes[k] + 64;
+    char *next = calloc(1, total);
+    if (next == NULL)
+        return NULL;
+    Job *job = room(&next, sizes[0]);
+    *job = (Job){.rule = rule, .tensors = tensors, .options = options, .grads = grads, .params = params};
+    job->kernels = kernels_of(options->instructions);
+    job->n_sums = (int)n_sums;
+    job->width = width;
+    job->shared = room(&next, sizes[1]);
+    job->activations = room(&next, sizes[2]);
+    job->partial = room(&next, sizes[3]);
+    job->pieces = room(&next, sizes[4]);
+    double *sums = room(&next, sizes[5]);
+    float *numbers = room(&next, sizes[6]);
+    job->n_chunks = n_chunks;
+    job->n_pieces = n_pieces;
+    int64_t chunk = 0, whole = n_chunks;
+    for (int64_t i = 0; i < n_tensors; i++, sums += n_sums, numbers += n_numbers) {
+        job->shared[i].sums = sums;
+        job->shared[i].per_mode = numbers;
+        job->shared[i].memory = numbers + 6 * rule->n_modes;
+        if (grads[i] == NULL)
+            continue;
+        if (has_threads && tensors[i].n >= SPLIT)
+            for (int64_t k = 0; k < n_chunks_of(tensors + i); k++)
+                job->pieces[chunk++] = (Piece){i, k};
+        else
+            job->pieces[whole++] = (Piece){i, -1};
+    }
+    return job;
+}
 
 /* Step all tensors that have a gradient; one whose gradient is not finite is left as it is, and counted.
 
@@ -530,51 +578,25 @@ static void step_in_threads(Job *job, int n_threads)
 EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
                            void *const *params, const Options *options)
 {
-    int width = 1;
-    for (int k = 0; k <= rule->n_layers; k++)
-        width = rule->widths[k] > width ? rule->widths[k] : width;
-    Job job = {.rule = rule,
-               .tensors = tensors,
-               .options = options,
-               .kernels = kernels_of(options->instructions),
-               .grads = grads,
-               .params = params,
-               .n_tensors = n_tensors,
-               .n_sums = 3 + 2 * rule->n_modes,
-               .width = width,
-               .split = SPLIT};
-    for (int64_t i = 0; i < n_tensors; i++)
-        if (is_split(&job, i))
-            job.n_chunks += n_chunks_of(tensors + i);
-
-    /* doubles first, then what needs less alignment */
-    const size_t n_doubles = (size_t)job.n_sums * (job.n_chunks + 2 * n_tensors);
-    const size_t n_floats = (size_t)n_tensors * (2 * width + 6 * rule->n_modes + rule->n_memory);
-    char *memory = calloc(1, n_doubles * sizeof(double) + n_tensors * sizeof(Shared) + n_floats * sizeof(float));
-    if (memory == NULL)
+    Job *job = make_job(rule, tensors, n_tensors, grads, params, options);
+    int64_t n_broken = 0;
+    if (job == NULL)
         return -1;
-    job.partial = (double *)memory;
-    job.shared = (Shared *)(memory + n_doubles * sizeof(double));
-    double *sums = job.partial + job.n_sums * (job.n_chunks + n_tensors);
-    float *numbers = (float *)(job.shared + n_tensors) + 2 * (size_t)width * n_tensors;
-    for (int64_t i = 0; i < n_tensors; i++) {
-        job.shared[i].sums = sums + job.n_sums * i;
-        job.shared[i].per_mode = numbers;
-        job.shared[i].memory = numbers + 6 * rule->n_modes;
-        numbers += 6 * rule->n_modes + rule->n_memory;
-    }
 #if HAS_THREADS
     if (options->n_threads > 1)
-        step_in_threads(&job, options->n_threads);
+        step_in_threads(job, options->n_threads);
     else
 #endif
-        for (int64_t i = 0; i < n_tensors; i++)
-            if (is_stepped(&job, i))
-                step_whole(&job, i, job.partial + job.n_sums * job.n_chunks);
-
-    int64_t n_skipped = 0;
+        for (int64_t k = 0; k < job->n_pieces; k++)
+            step_whole(job, job->pieces[k].tensor, job->partial);
     for (int64_t i = 0; i < n_tensors; i++)
-        n_skipped += job.shared[i].is_broken;
-    free(memory);
-    return n_skipped;
+        n_broken += job->shared[i].is_broken;
+#if HAS_THREADS
+    if (options->n_threads > 1) {
+        leave(job);
+        return n_broken;
+    }
+#endif
+    free(job);
+    return n_broken;
 }
