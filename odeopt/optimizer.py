@@ -69,7 +69,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ``NamedTuple``, in the shape of the parameter; as in ``torch.optim``, each step changes it in place, and what is
     edited, replaced or deleted there, or in the groups, counts from the next step on.
 
-    The parameters of a group are stepped in a few calls: large ones in place, all others (under 2**16
+    The native step takes all parameters of a group in place, in one call. Elsewhere they are stepped in a few calls:
+    large ones in place, all others (under 2**16
     coordinates on a CPU, 2**24 on a GPU) of one device and dtype packed into a buffer. There each is padded to a
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
     Matrices that a rule steps by their singular values are stacked by shapes, and stepped without compiling. Rules
@@ -101,7 +102,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             where unknown.
         compile: Whether the loops over coordinates go through ``torch.compile``, which takes about half a minute
             once per kind of rule, dtype and layout, whatever the sizes. ``"auto"`` does so from a million
-            parameters on. Where compiling fails a warning says so and the step runs eagerly, a few times slower.
+            parameters on, where the step is not native; True compiles in place of the native step. Where compiling
+            fails a warning says so and the step runs eagerly, a few times slower.
         implementation: ``"auto"`` takes the native step, in C, of port-Hamiltonian rules on a CPU, where it can
             (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form, all but the matrices
             that are stepped by their singular values. It is the eager step to rounding. ``"native"`` raises where it
@@ -160,6 +162,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         require(isinstance(compile, bool) or compile == "auto", "compile", compile, "True, False or 'auto'")
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
+        is_either = compile is not True or implementation != "native"
+        require(is_either, "implementation", implementation, "'auto' or 'eager' where `compile = True`")
         is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
         require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
@@ -201,8 +205,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             The loss that ``closure`` returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, a learning rate out of range, or a state that was put into
-                :attr:`state` not the rule's; nothing has moved then.
+            ValueError: If a gradient is sparse or complex, a learning rate out of range, a state that was put into
+                :attr:`state` not the rule's, or ``implementation="native"`` cannot step these parameters; nothing has
+                moved then.
             RuntimeError: If the parameters hold averages (:meth:`eval`).
         """
         if averages.are_shown(self.state):

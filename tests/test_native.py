@@ -507,6 +507,11 @@ def test_implementation_is_checked(implementation):
         LearnedOptimizer([parameter([1.0], [1.0])], implementation=implementation)
 
 
+def test_one_step_is_not_native_and_compiled():
+    with pytest.raises(ValueError, match=r"`implementation` should be 'auto' or 'eager' where `compile = True`"):
+        LearnedOptimizer([parameter([1.0], [1.0])], implementation="native", compile=True)
+
+
 # -------------------- the library
 
 
