@@ -18,6 +18,7 @@ from odeopt.rules import (
     UpdateRule,
 )
 from odeopt.solvers import compare_solvers
+from odeopt.stepping.native import native_status
 
 __all__ = [
     "AdamUpdate",
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "load_pretrained",
     "meta_train",
+    "native_status",
     "param_groups",
     "save",
     "unroll",

@@ -19,6 +19,7 @@ from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.checks import check_options, check_sharding, is_supported, warn_caller
 from odeopt.stepping.copies import copied, copy_beside, frozen_copy
 from odeopt.stepping.loops import StepOptions, step_bucket
+from odeopt.stepping.native import NativeStep, native_obstacle
 from odeopt.stepping.shards import Shard
 from odeopt.stepping.states import check_rule, empty_state, matched_state, saved_state
 
@@ -49,6 +50,13 @@ class _Placed(NamedTuple):
         return all(map(is_, found, self.handed)) and not self.bucket.has_moved()
 
 
+class _Plan(NamedTuple):
+    """Buckets of one group and rule that are stepped together natively, or a bucket that is not."""
+
+    native: NativeStep | None
+    placed: list[_Placed]
+
+
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""Steps the parameters of a model with an update rule.
 
@@ -61,7 +69,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ``NamedTuple``, in the shape of the parameter; as in ``torch.optim``, each step changes it in place, and what is
     edited, replaced or deleted there, or in the groups, counts from the next step on.
 
-    The parameters of a group are stepped in a few calls: large ones in place, all others (under 2**16
+    The native step takes all parameters of a group in place, in one call. Elsewhere they are stepped in a few calls:
+    large ones in place, all others (under 2**16
     coordinates on a CPU, 2**24 on a GPU) of one device and dtype packed into a buffer. There each is padded to a
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
     Matrices that a rule steps by their singular values are stacked by shapes, and stepped without compiling. Rules
@@ -93,7 +102,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             where unknown.
         compile: Whether the loops over coordinates go through ``torch.compile``, which takes about half a minute
             once per kind of rule, dtype and layout, whatever the sizes. ``"auto"`` does so from a million
-            parameters on. Where compiling fails a warning says so and the step runs eagerly, a few times slower.
+            parameters on, where the step is not native; True compiles in place of the native step. Where compiling
+            fails a warning says so and the step runs eagerly, a few times slower.
+        implementation: ``"auto"`` takes the native step, in C, of port-Hamiltonian rules on a CPU, where it can
+            (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form, all but the matrices
+            that are stepped by their singular values. It is the eager step to rounding. ``"native"`` raises where it
+            cannot, ``"eager"`` never takes it.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
@@ -132,6 +146,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         total_steps: int | None = None,
         compile: bool | str = "auto",
+        implementation: str = "auto",
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
         averaging: float | None = None,
@@ -145,13 +160,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"`odeopt.load_pretrained`, or the name of a shipped one. Found `rule = {found}`."
             )
         require(isinstance(compile, bool) or compile == "auto", "compile", compile, "True, False or 'auto'")
+        choices = ("auto", "native", "eager")
+        require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
+        is_either = compile is not True or implementation != "native"
+        require(is_either, "implementation", implementation, "'auto' or 'eager' where `compile = True`")
         is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
         require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
         self.rule = frozen_copy(rule)
-        self.compile, self.state_dtype, self.capturable, self.averaging = compile, state_dtype, capturable, averaging
+        self.compile, self.implementation = compile, implementation
+        self.state_dtype, self.capturable, self.averaging = state_dtype, capturable, averaging
         self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
         self._warned: set[str] = set()
         self._forget_buckets()
@@ -185,8 +205,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             The loss that ``closure`` returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, a learning rate out of range, or a state that was put into
-                :attr:`state` not the rule's; nothing has moved then.
+            ValueError: If a gradient is sparse or complex, a learning rate out of range, a state that was put into
+                :attr:`state` not the rule's, or ``implementation="native"`` cannot step these parameters; nothing has
+                moved then.
             RuntimeError: If the parameters hold averages (:meth:`eval`).
         """
         if averages.are_shown(self.state):
@@ -203,10 +224,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
         self._lay_out()
         may_warn = False
-        for bucket, rule, group, _ in self._placed:
-            if any(param.grad is not None for param in bucket.params):
-                step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule, bucket))
-                may_warn = may_warn or (bucket.is_on_host and bool(bucket.n_skipped.any()))
+        for plan in self._plans:
+            n_skipped = self._step_natively(plan)
+            if n_skipped is None:
+                n_skipped = sum(map(self._step_eagerly, plan.placed))
+            may_warn = may_warn or n_skipped > 0
         for group in self.param_groups:
             group["n_steps"] += 1
             if "momentum" in group:
@@ -221,6 +243,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if may_warn:
             self._fetch_skipped(is_on_host=True)
         return loss
+
+    def _step_natively(self, plan: _Plan) -> int | None:
+        """Step the buckets of a plan; return the number of gradients that were skipped, None where nothing is done."""
+        if plan.native is None:
+            return None
+        group = plan.placed[0].group
+        progress = None if group["total_steps"] is None else min(float(group["n_steps"] / group["total_steps"]), 1.0)
+        return plan.native.step(float(group["lr"]), float(group["weight_decay"]), progress, maximize=group["maximize"])
+
+    def _step_eagerly(self, placed: _Placed) -> int:
+        """Step a bucket; return whether a gradient was skipped, where that is known without a host synchronisation."""
+        bucket, rule, group, _ = placed
+        if all(param.grad is None for param in bucket.params):
+            return 0
+        step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule, bucket))
+        return int(bucket.is_on_host and bool(bucket.n_skipped.any()))
 
     def eval(self) -> None:
         """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
@@ -333,7 +371,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
         state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of packed tensors
-        names = ("rule", "compile", "state_dtype", "capturable", "averaging")
+        names = ("rule", "compile", "implementation", "state_dtype", "capturable", "averaging")
         own = {name: getattr(self, name) for name in names} | {"_warned": set()}
         return super().__getstate__() | {"state": state} | own
 
@@ -347,6 +385,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _forget_buckets(self) -> None:
         """Let the next step pack the parameters anew, with the state that :attr:`state` holds."""
         self._placed: list[_Placed] = []
+        self._plans: list[_Plan] = []
         self._is_placed: set[Tensor] = set()
         self._placed_groups: list[list[int]] = []
 
@@ -425,6 +464,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if new:
                 self._place(group, [p for p in new if p.numel() > 0])
                 self._place_empty([p for p in new if p.numel() == 0])
+                self._plans = self._make_plans()
 
     def _place(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Lay out parameters that have their first gradient, and begin or take up their state."""
@@ -462,6 +502,23 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._placed.append(_Placed(bucket, rule, group, handed))
             self._is_placed.update(together)
         self._n_coordinates = sum(param.numel() for param in self._is_placed)
+
+    def _make_plans(self) -> list[_Plan]:
+        """Gather the buckets that are stepped natively, by group and rule."""
+        together: dict[tuple[int, int], list[_Placed]] = defaultdict(list)
+        plans = []
+        for placed in self._placed:
+            obstacle = native_obstacle(placed.rule, placed.bucket)
+            if obstacle is None and self.implementation != "eager" and self.compile is not True:
+                together[id(placed.group), id(placed.rule)].append(placed)
+                continue
+            is_matrix = placed.bucket.is_whole and placed.rule.is_staged
+            if self.implementation == "native" and not is_matrix:
+                self._forget_buckets()
+                require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
+            plans.append(_Plan(None, [placed]))
+        plans += [_Plan(NativeStep(some[0].rule, [x.bucket for x in some]), some) for some in together.values()]
+        return plans
 
     def _place_empty(self, params: list[Tensor]) -> None:
         """Give parameters without elements their state."""

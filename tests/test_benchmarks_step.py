@@ -114,7 +114,7 @@ def test_the_script_prints_tables_and_saves_figure_and_numbers(load, uncompiled,
     rows = {row["optimizer"]: row for row in results["rows"] if row["workload"] == "300"}
     assert all(len(row["ms"]) == 2 and min(row["ms"]) > 0 for row in rows.values())
     # beside 12 bytes per parameter three numbers and counts per tensor
-    assert 12 <= rows[workloads.COMPILED]["state_bytes"] / 300 < 12.1
+    assert 12 <= rows[workloads.FAST]["state_bytes"] / 300 < 12.1
     assert 6 <= rows[workloads.NARROW]["state_bytes"] / 300 < 6.1
     assert rows[workloads.LSTM]["state_bytes"] == rows[workloads.LOOP]["state_bytes"] == 300 * 320
     assert f"{workloads.LOOP} / {workloads.LSTM}, 300: " in text
@@ -135,7 +135,7 @@ def test_memory_is_printed_for_the_parent_process(load, uncompiled, monkeypatch,
 def test_sizes_are_numbers_or_models(load, size, capsys):
     with pytest.raises(SystemExit, match="2"):
         load("step").parse(["--sizes", size])
-    message = f"--sizes: should be a number of parameters or one of resnet18, gpt2; found {size}"
+    message = f"--sizes: should be a number of parameters or one of mlp, resnet18, gpt2; found {size}"
     assert capsys.readouterr().err.strip().endswith(message)
 
 
@@ -143,4 +143,4 @@ def test_the_largest_tensor_is_for_gpus_and_the_patient(load):
     parse = load("step").parse
     assert "1e8" not in parse([]).sizes
     assert "1e8" in parse(["--full"]).sizes
-    assert parse(["--quick"]).sizes == ["1e4", "1e5", "1e6", "resnet18"]
+    assert parse(["--quick"]).sizes == ["mlp", "1e4", "1e5", "1e6", "resnet18"]

@@ -1,7 +1,8 @@
 """Time one optimizer step: learned rules and torch.optim on the same parameters and gradients, in turns.
 
-Runs on single tensors of 1e4 to 1e7 parameters and on the parameters of ResNet-18 and GPT-2 small. Compare the
-ratios of one run; the times depend on the machine. At the end, what a state in bfloat16 does to the loss.
+Runs on single tensors of 1e4 to 1e7 parameters and on the parameters of a 784-20-10 network, ResNet-18 and GPT-2
+small. Compare the ratios of one run; the times depend on the machine. At the end, what a state in bfloat16 does to the
+loss.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.repeats = args.repeats or (5 if args.quick else 21)
     is_large = args.full or args.device.type == "cuda"
     if args.sizes is None:
-        args.sizes = ["1e4", "1e5", "1e6", *([] if args.quick else ["1e7"]), *(["1e8"] if is_large else [])]
+        args.sizes = ["mlp", "1e4", "1e5", "1e6", *([] if args.quick else ["1e7"]), *(["1e8"] if is_large else [])]
         args.sizes += ["resnet18", *([] if args.quick else ["gpt2"])]
     return args
 

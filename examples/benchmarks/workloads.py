@@ -15,10 +15,11 @@ import odeopt
 from odeopt import LearnedOptimizer, LSTMUpdate
 from odeopt.rules.preprocessing import log_sign
 
-LEARNED = COMPILED, NARROW, EAGER, LSTM = (
-    "port-hamiltonian, compiled",
-    "port-hamiltonian, compiled, bfloat16",
+LEARNED = FAST, NARROW, EAGER, DEFAULT, LSTM = (
+    "port-hamiltonian",  # native on a CPU, compiled on CUDA
+    "port-hamiltonian, bfloat16",
     "port-hamiltonian, eager",
+    "port-hamiltonian-spectral",
     "lstm",
 )
 LOOP = "lstm, loop of cells"
@@ -46,7 +47,12 @@ def gpt2() -> list[tuple[int, ...]]:
     return [(50257, d), (1024, d), *12 * (attention + perceptron), *norm]
 
 
-MODELS = {"resnet18": resnet18, "gpt2": gpt2}
+def mlp() -> list[tuple[int, ...]]:
+    """Shapes of the parameters of a 784-20-10 network: 15,910 of them."""
+    return [(20, 784), (20,), (10, 20), (10,)]
+
+
+MODELS = {"mlp": mlp, "resnet18": resnet18, "gpt2": gpt2}
 
 
 def workload(text: str) -> str:
@@ -116,10 +122,12 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
     capturable = {"capturable": True} if device.type == "cuda" else {}
     rule, lstm = odeopt.load_pretrained("port-hamiltonian"), odeopt.load_pretrained("lstm")
     learned = partial(LearnedOptimizer, **capturable)
+    fast = {"implementation": "native"} if device.type == "cpu" else {"compile": True}
     makes = {
-        COMPILED: partial(learned, rule=rule, compile=True),
-        NARROW: partial(learned, rule=rule, compile=True, state_dtype=torch.bfloat16),
-        EAGER: partial(learned, rule=rule, compile=False),
+        FAST: partial(learned, rule=rule, **fast),
+        NARROW: partial(learned, rule=rule, **fast, state_dtype=torch.bfloat16),
+        EAGER: partial(learned, rule=rule, compile=False, implementation="eager"),
+        DEFAULT: learned,
         "AdamUpdate, compiled": partial(learned, rule=odeopt.AdamUpdate(), compile=True),
         FOREACH: partial(Adam, foreach=True, **capturable),
         FUSED: partial(Adam, fused=True, **capturable),

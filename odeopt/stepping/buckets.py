@@ -120,10 +120,7 @@ class Bucket:
             None if axis is None else 1 if isinstance(field, tuple) else axis + 1
             for axis, field in zip(self._axes.values(), self.state, strict=True)
         )
-        if self.is_packed:
-            self.grad, self.theta = (torch.zeros(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
-            parts = range(len(self.params))
-            self._grads, self._thetas = ([self._view(x, i, 0) for i in parts] for x in (self.grad, self.theta))
+        self.grad = self.theta = None  # of a packed bucket, from the first step on that needs them
 
     def has_moved(self) -> bool:
         """Return True if a parameter has changed its device or dtype, or can no longer be stepped in place."""
@@ -145,6 +142,10 @@ class Bucket:
             grads = [None if grad is None else shard.local(grad) for shard, grad in pairs]
         if not self.is_packed:
             return grads[0].reshape(1, -1), params[0].view(1, -1), self._mask(has_grad)
+        if self.grad is None:
+            self.grad, self.theta = (torch.zeros(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            parts = range(len(self.params))
+            self._grads, self._thetas = ([self._view(x, i, 0) for i in parts] for x in (self.grad, self.theta))
         torch._foreach_copy_(self._thetas, params)
         if all(has_grad):
             torch._foreach_copy_(self._grads, grads)

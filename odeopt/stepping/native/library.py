@@ -1,0 +1,96 @@
+"""The compiled library: where it is, the structures that it takes, and whether it can be used here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_VERSION = 1  # of the structures; step.c has the same
+_FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
+_INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
+
+
+class Rule(ctypes.Structure):
+    """Constants of a rule, as step.c declares them."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weights", "start", "time_scales", "widths", "is_relativistic")),
+        ("speed_limit", c_double),
+        ("psi", c_float * 3),
+        ("decays", c_float * 2),
+        *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
+        *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales", "n_memory")),
+        *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent")),
+        *((name, c_int32) for name in ("coordinatewise", "is_exponential", "uses_progress")),
+    )
+
+
+class TensorState(ctypes.Structure):
+    """Where the state of one tensor lies, as step.c declares it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("p", "second_moment", "scale", "slow_scale", "step", "memory")),
+        *((name, c_void_p) for name in ("features", "n_skipped")),
+        *((name, c_int64) for name in ("n", "mode_stride")),
+        *((name, c_int32) for name in ("param_type", "state_type")),
+    )
+
+
+class Options(ctypes.Structure):
+    """Options of a step, as step.c declares them."""
+
+    _fields_ = (
+        *((name, c_float) for name in ("lr", "keep", "progress")),
+        *((name, c_int32) for name in ("knows_progress", "maximize", "n_threads", "instructions")),
+    )
+
+
+class Library(NamedTuple):
+    """Functions of the library, and the instruction set that they use."""
+
+    step: ctypes._CFuncPtr
+    functions: ctypes._CFuncPtr
+    instructions: int
+
+
+def native_status() -> str:
+    """Tell whether the compiled step of the port-Hamiltonian rules is used on a CPU, and why not if it is not.
+
+    Returns:
+        ``"native (...)"`` with the instruction set, or ``"eager: ..."`` with the reason.
+
+    Example:
+        >>> native_status().split()[0] in ("native", "eager:")
+        True
+    """
+    found = library()
+    return f"eager: {found}" if isinstance(found, str) else f"native ({_INSTRUCTIONS[found.instructions]})"
+
+
+@cache
+def library() -> Library | str:
+    """Load the library, once, or say why it cannot be used."""
+    file = _FOLDER / _NAME
+    if not file.is_file():
+        return "the step was not compiled when odeopt was installed (no C compiler?); reinstall it where there is one"
+    try:
+        loaded = ctypes.CDLL(str(file))
+        layout = loaded.odeopt_layout
+        layout.restype = c_int64
+        if layout() != _layout():
+            return f"{file.name} belongs to another version of odeopt; reinstall it"
+        step, functions, instructions = loaded.odeopt_step, loaded.odeopt_functions, loaded.odeopt_instructions
+    except (OSError, AttributeError) as error:
+        return f"{file.name} cannot be loaded ({error}); reinstall odeopt"
+    step.restype = c_int64
+    step.argtypes = POINTER(Rule), POINTER(TensorState), c_int64, c_void_p, c_void_p, POINTER(Options)
+    functions.restype, functions.argtypes = None, (c_void_p, c_int64, c_int, c_int)
+    return Library(step, functions, instructions())
+
+
+def _layout() -> int:
+    return _VERSION + 1000 * sum(1000**k * ctypes.sizeof(kind) for k, kind in enumerate((Rule, TensorState, Options)))

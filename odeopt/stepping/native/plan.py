@@ -1,0 +1,192 @@
+"""Plan of a native step: all tensors of a group, by their addresses."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+from odeopt.rules.base import UpdateRule, has_values
+from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
+from odeopt.rules.port_hamiltonian.coefficients import Outputs
+from odeopt.stepping.buckets import Bucket
+from odeopt.stepping.native.library import Options, Rule, TensorState, library
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+# psi(z) = sum z^k / (k + 2)! up to this power, of explicit solvers (see odeopt.ode.linear_step)
+_PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
+# Coordinates for each thread, at least: beginning one takes as long as stepping ten thousand.
+_PER_THREAD = 2**15
+
+
+def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
+    """Return why a bucket cannot be stepped natively, as a half sentence; None where it can."""
+    found = library()
+    if isinstance(found, str):
+        return found
+    if type(rule) is not PortHamiltonianUpdate:
+        return f"there is no native step of {type(rule).__name__}"
+    if not rule.is_linear:
+        return "momenta are not stepped in closed form (`solver`, `backend`, networks of q)"
+    if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
+        return "the weights of the rule are not float32"
+    if bucket.is_whole:
+        return "matrices are stepped by their singular values"
+    is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
+    if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
+        return "the parameters are not plain tensors on a CPU"
+    if bucket.param_dtype not in _TYPES or bucket.state.p[0].dtype not in _TYPES:
+        return "parameters or state are neither float32 nor bfloat16"
+    return None
+
+
+class NativeStep:
+    """Step of all parameters of one group under one rule, in place where they lie.
+
+    A gradient or parameter that is not contiguous is copied. The result does not depend on the number of threads.
+    Parameters that overlap in memory are stepped one after the other.
+
+    Args:
+        rule: The rule, which :func:`native_obstacle` allows beside each of the buckets.
+        buckets: Parameters and their state.
+    """
+
+    def __init__(self, rule: PortHamiltonianUpdate, buckets: Sequence[Bucket]) -> None:
+        self.buckets, self._constants = list(buckets), _Constants(rule)
+        self.params = [param for bucket in buckets for param in bucket.params]
+        n, self._sizes = len(self.params), [param.numel() for param in self.params]
+        self._dtypes = [param.dtype for param in self.params]
+        self._tensors, self._options = (TensorState * n)(), Options()
+        self._pointers = ctypes.c_void_p * n
+        self._disjoint_at: list[int | None] = []
+        self._lock = threading.Lock()
+        pairs = [(bucket, index) for bucket in buckets for index in range(len(bucket.params))]
+        for tensor, (bucket, index) in zip(self._tensors, pairs, strict=True):
+            state = bucket.views(index)
+            for name in ("p", "scale", "slow_scale", "step", "memory"):
+                setattr(tensor, name, state[name].data_ptr())
+            if rule.normalization == "coordinate":
+                tensor.second_moment = state["second_moment"].data_ptr()
+            tensor.features, tensor.n_skipped = (
+                bucket.rows.features[index].data_ptr(),
+                bucket.n_skipped[index].data_ptr(),
+            )
+            tensor.n, tensor.mode_stride = bucket.params[index].numel(), state["p"].stride(0)
+            tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
+
+    def step(self, lr: float, decay: float, progress: float | None, *, maximize: bool) -> int | None:
+        """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
+
+        Args:
+            lr: Factor on the update.
+            decay: Decoupled weight decay per unit of ``lr``.
+            progress: Fraction of the run that is done; None where unknown.
+            maximize: Whether to climb.
+
+        Returns:
+            Number of gradients that were not finite; None where nothing has been done, because these gradients or what
+            surrounds the step (modes of dispatch, ``torch.func``) ask for the eager step.
+
+        Raises:
+            MemoryError: If there is none for a few numbers per tensor.
+        """
+        if _get_current_dispatch_mode() is not None or peek_interpreter_stack() is not None:
+            return None
+        grads, values, copies = [], [], []
+        for param, n, dtype in zip(self.params, self._sizes, self._dtypes, strict=True):
+            grad = param.grad
+            if grad is None:
+                grads.append(None)
+                values.append(None)
+                continue
+            if type(grad) is not Tensor or grad.dtype is not dtype or not n == grad.numel() == param.numel():
+                return None
+            if not grad.is_contiguous() or grad.is_neg():
+                grad = grad.resolve_neg().contiguous()
+            if param.is_contiguous():
+                value = param
+            else:
+                value = param.detach().contiguous()
+                copies.append((param, value))
+            grads.append(grad)
+            values.append(value)
+        options, found = self._options, library()
+        with self._lock:
+            options.lr, options.keep, options.maximize = lr, 1 - lr * decay, maximize
+            options.knows_progress, options.progress = progress is not None, progress or 0.0
+            options.instructions = found.instructions
+            pointers = [None if x is None else x.data_ptr() for x in values]
+            options.n_threads = self._n_threads(pointers)
+            at = [None if x is None else x.data_ptr() for x in grads]
+            arrays = self._pointers(*at), self._pointers(*pointers)
+            n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, options)
+        if n_skipped < 0:
+            raise MemoryError("There is no memory for the sums of a step.")
+        for param, value in copies:
+            param.copy_(value)
+        # autograd has to know that tensors which it keeps have changed
+        torch.autograd.graph.increment_version([x for x in values if x is not None])
+        return n_skipped
+
+    def _n_threads(self, pointers: list[int | None]) -> int:
+        """Threads that are worth beginning; one where parameters overlap, so that no two write to the same place."""
+        n_coordinates = sum(n for n, pointer in zip(self._sizes, pointers, strict=True) if pointer is not None)
+        n_threads = min(torch.get_num_threads(), n_coordinates // _PER_THREAD)
+        if n_threads <= 1 or pointers == self._disjoint_at:
+            return max(1, n_threads)
+        ends = sorted(
+            (pointer, pointer + n * dtype.itemsize)
+            for pointer, n, dtype in zip(pointers, self._sizes, self._dtypes, strict=True)
+            if pointer is not None
+        )
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(ends)):
+            return 1
+        self._disjoint_at = pointers
+        return n_threads
+
+
+class _Constants:
+    """Constants of a rule, and the memory that they lie in."""
+
+    @_disable_current_modes()
+    def __init__(self, rule: PortHamiltonianUpdate) -> None:
+        layers = [layer for layer in rule.coefficient_network if isinstance(layer, nn.Linear)]
+        weights = torch.cat([x.detach().flatten() for layer in layers for x in (layer.weight.mT, layer.bias)])
+        numbers = {"weights": weights, "start": rule.start.float(), "time_scales": rule.time_scales.float()}
+        numbers["widths"] = torch.tensor(
+            [layers[0].in_features, *(layer.out_features for layer in layers)], device="cpu"
+        ).int()
+        numbers["is_relativistic"] = rule.is_relativistic_mode.int()
+        self._numbers = {name: x.contiguous() for name, x in numbers.items()}
+        at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule._output_sizes)), strict=False))
+        floor = rule.ratio_floor
+        # in powers of the friction, -z
+        terms = [1 / math.factorial(k + 2) * (-1) ** k for k in range(_PSI_TERMS.get(rule.solver, 0))]
+        self.rule = Rule(
+            **{name: x.data_ptr() for name, x in self._numbers.items()},
+            speed_limit=rule.config["speed_limit"],
+            psi=(ctypes.c_float * 3)(*terms),
+            decays=(ctypes.c_float * 2)(*rule.decays.tolist()),
+            initial_kappa=rule.initial_kappa,
+            horizon_power=rule.horizon_power,
+            log_floor=math.log2(floor) if floor > 0 else -math.inf,
+            n_layers=len(layers),
+            n_modes=rule.modes,
+            n_gain=rule.n_gain,
+            n_friction=rule.n_friction,
+            n_time_scales=len(rule.time_scales),
+            n_memory=rule.memory,
+            at_kappa=at["log_kappa"],
+            at_memory=at["memory_moves"],
+            at_exponent=at["log_exponent"] if rule.schedule == "power" else -1,
+            coordinatewise=rule.coordinatewise,
+            is_exponential=rule.solver == "exponential",
+            uses_progress=rule.uses_progress,
+        )

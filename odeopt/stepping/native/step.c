@@ -1,0 +1,602 @@
+/* Step of many tensors under the coordinate part of a port-Hamiltonian rule, on a CPU: what
+   odeopt.rules.PortHamiltonianUpdate does in tensor operations, in three passes over each tensor. Plain C, called by
+   pointers from odeopt/stepping/native/plan.py, which declares the same structures. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__FAST_MATH__)
+#error "infinities and NaN have to be told apart here: compile without -ffast-math"
+#endif
+
+#if defined(_MSC_VER)
+#define EXPORT __declspec(dllexport)
+#define ALWAYS_INLINE __forceinline
+#define restrict __restrict
+#else
+#define EXPORT __attribute__((visibility("default")))
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#endif
+
+#if defined(__unix__) || defined(__APPLE__)
+#define HAS_THREADS 1
+#include <pthread.h>
+#include <signal.h>
+#else
+#define HAS_THREADS 0
+#endif
+
+#define VERSION 1    /* of the structures below */
+#define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
+#define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
+                        order, whatever the number of threads */
+#define SPLIT 65536  /* coordinates from which on threads share a tensor */
+
+#define LOG2_E 1.44269504f
+
+#define EPS_EFFORT 1e-10f /* the constants of the rule of the same names */
+#define EPS_SIGNAL 1e-4f
+#define MEMORY_WARMUP 10.0f
+#define REFERENCE 500.0f
+#define SHORTEST 30.0f
+#define ANYTIME 100.0f
+
+enum { FLOAT32, BFLOAT16 };
+enum { BY_COORDINATE, BY_TENSOR, BY_HISTORY }; /* what efforts are normalised by; the last one coordinatewise */
+enum { SIZE, SHRINK, KAPPA_FACTOR, THETA_FACTOR, SIGNALS, N_SIGNALS = 3 }; /* features of a tensor's shape */
+
+typedef struct {
+    const float *weights; /* of the network: for each layer the matrix (in, out), then the bias */
+    const float *start;   /* of the coefficients per mode */
+    const float *time_scales;
+    const int32_t *widths; /* n_layers + 1 */
+    const int32_t *is_relativistic;
+    double speed_limit;
+    float psi[3]; /* of an explicit solver: psi = psi[0] + psi[1] D + psi[2] D^2, D the friction */
+    float decays[2];
+    float initial_kappa;
+    float horizon_power;
+    float log_floor; /* the binary logarithm */
+    int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales, n_memory;
+    int32_t at_kappa, at_memory, at_exponent; /* places in the outputs of the network; -1 for none */
+    int32_t coordinatewise, is_exponential, uses_progress;
+} Rule;
+
+typedef struct {
+    void *p;             /* momenta, a mode each mode_stride */
+    void *second_moment; /* NULL for none */
+    float *scale, *slow_scale, *step, *memory;
+    const float *features;
+    int64_t *n_skipped;
+    int64_t n, mode_stride;
+    int32_t param_type, state_type;
+} Tensor;
+
+typedef struct {
+    float lr, keep, progress;
+    int32_t knows_progress, maximize, n_threads, instructions;
+} Options;
+
+/* Numbers that the coordinates of a tensor share over one step. */
+typedef struct {
+    double *sums;    /* 3 + 2 modes */
+    float *per_mode; /* log gain, its slope, a logit and three slopes for each mode, such that all powers are of two */
+    float *memory;
+    float step, weight, carried, scale, slow_scale, magnitudes[2];
+    float sign, inverse[2]; /* the product of the inverses is sign / scale, and neither is out of range */
+    float log_rms, kappa; /* binary logarithm */
+    int is_broken;
+} Shared;
+
+typedef struct {
+    int (*magnitude)(const Rule *, const Tensor *, const void *, int64_t, int64_t, double *);
+    void (*statistics)(const Rule *, const Tensor *, const Shared *, const void *, const void *, int64_t, int64_t,
+                       double *);
+    void (*advance)(const Rule *, const Tensor *, const Shared *, const Options *, const void *, void *, int64_t,
+                    int64_t);
+    void (*functions)(float *, int64_t, int);
+} Kernels;
+
+static inline int32_t bits_of(float x)
+{
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(int32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+#define ISA(name) name##_any
+#define TARGET
+#include "kernels.h"
+
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#define HAS_X86 1
+#define ISA(name) name##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#include "kernels.h"
+#define ISA(name) name##_avx512
+#if defined(__clang__)
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#else
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#endif
+#include "kernels.h"
+#else
+#define HAS_X86 0
+#endif
+
+/* Number of the best instruction set here: 0 for what every processor of this kind has, 1 for AVX2, 2 for AVX-512. */
+EXPORT int odeopt_instructions(void)
+{
+#if HAS_X86
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+               ? 2
+               : 1;
+#else
+    return 0;
+#endif
+}
+
+static const Kernels *kernels_of(int instructions)
+{
+#if HAS_X86
+    if (instructions == 2)
+        return &kernels_avx512;
+    if (instructions == 1)
+        return &kernels_avx2;
+#endif
+    (void)instructions;
+    return &kernels_any;
+}
+
+/* What a caller that declares the same structures finds equal: version and sizes. */
+EXPORT int64_t odeopt_layout(void)
+{
+    return VERSION + 1000 * (int64_t)(sizeof(Rule) + 1000 * (sizeof(Tensor) + 1000 * sizeof(Options)));
+}
+
+/* 2^x, or the binary logarithm, of numbers in place. */
+EXPORT void odeopt_functions(float *x, int64_t n, int is_log, int instructions)
+{
+    kernels_of(instructions)->functions(x, n, is_log);
+}
+
+/* ---------- once per tensor */
+
+static float averaging_weight(float step, float decay)
+{
+    return (float)(((double)decay - 1.0) / expm1((double)step * log((double)decay)));
+}
+
+static void running_scales(const Rule *rule, const Tensor *t, const Options *options, Shared *c)
+{
+    c->step = *t->step + 1.0f;
+    c->weight = averaging_weight(c->step, rule->decays[0]);
+    c->scale = *t->scale;
+    c->slow_scale = *t->slow_scale;
+    c->sign = options->maximize ? -1.0f : 1.0f;
+    if (rule->coordinatewise)
+        return;
+    const float mean = (float)c->sums[0] / (t->features[SIZE] * t->features[SHRINK]);
+    const float weights[2] = {c->weight, averaging_weight(c->step, rule->decays[1])};
+    float scales[2] = {c->scale, c->slow_scale};
+    for (int k = 1; k >= 0; k--) {
+        const float keep = 1.0f - weights[k], next = keep * scales[k] + weights[k] * mean;
+        const float divisor = next > 0.0f ? next : 1.0f, ratio = scales[k] / divisor;
+        c->magnitudes[k] = logf(mean / divisor + EPS_SIGNAL) * (k ? 0.5f : 1.0f);
+        scales[k] = next;
+        if (k == 0) {
+            c->carried = keep * (ratio * ratio);
+            /* the inverse of a number near either end of the range is beyond the other one */
+            const float unit = divisor < 0x1p-100f ? 0x1p60f : divisor > 0x1p100f ? 0x1p-60f : 1.0f;
+            c->inverse[0] = unit;
+            c->inverse[1] = -c->sign / (divisor * unit);
+        }
+    }
+    c->scale = scales[0];
+    c->slow_scale = scales[1];
+}
+
+/* Outputs of the network of a tensor; its activations take turns in two buffers. */
+static const float *network(const Rule *rule, float *x, float *y)
+{
+    const float *w = rule->weights;
+    for (int layer = 0; layer < rule->n_layers; layer++) {
+        const int n_in = rule->widths[layer], n_out = rule->widths[layer + 1];
+        const float *bias = w + (size_t)n_in * n_out;
+        memcpy(y, bias, n_out * sizeof(float));
+        for (int i = 0; i < n_in; i++, w += n_out)
+            for (int j = 0; j < n_out; j++)
+                y[j] += x[i] * w[j];
+        w = bias + n_out;
+        if (layer < rule->n_layers - 1)
+            for (int j = 0; j < n_out; j++)
+                y[j] = tanhf(y[j]);
+        float *swap = x;
+        x = y;
+        y = swap;
+    }
+    return x;
+}
+
+static void coefficients(const Rule *rule, const Tensor *t, const Options *options, Shared *c, float *x, float *y)
+{
+    const int modes = rule->n_modes, told = options->knows_progress;
+    const int knows_length = told && options->progress > 0.0f, has_schedule = rule->at_exponent >= 0;
+    const float length = knows_length ? fmaxf(c->step - 1.0f, 1.0f) / options->progress : NAN;
+    float *input = x;
+    for (int k = 0; k < rule->n_time_scales; k++)
+        *input++ = tanhf(c->step / rule->time_scales[k]);
+    if (rule->uses_progress) {
+        *input++ = (float)told;
+        if (has_schedule)
+            *input++ = knows_length ? tanhf(logf(length / 100.0f) / 4.0f) : 0.0f;
+        else
+            *input++ = told ? options->progress : 0.0f;
+    }
+    if (!rule->coordinatewise) {
+        const float size = t->features[SIZE];
+        const float v = (float)c->sums[0] / size, u2 = (float)c->sums[1] / size, theta2 = (float)c->sums[2] / size;
+        *input++ = c->magnitudes[0];
+        *input++ = c->magnitudes[1];
+        for (int k = 0; k < modes; k++) {
+            const float up = (float)c->sums[3 + k] / size, p2 = (float)c->sums[3 + modes + k] / size;
+            *input++ = up / sqrtf(u2 * p2 + EPS_SIGNAL);
+        }
+        for (int k = 0; k < modes; k++)
+            *input++ = 0.5f * logf((float)c->sums[3 + modes + k] / size + EPS_SIGNAL);
+        *input++ = 0.25f * logf(theta2 * t->features[THETA_FACTOR] + 1e-6f);
+        for (int k = 0; k < N_SIGNALS; k++)
+            *input++ = t->features[SIGNALS + k];
+        c->log_rms = LOG2_E * 0.5f * logf(v + EPS_SIGNAL);
+    } else {
+        c->log_rms = 0.0f;
+    }
+    for (int k = 0; k < rule->n_memory; k++)
+        *input++ = tanhf(t->memory[k]);
+
+    const float *out = network(rule, x, y);
+    float log_kappa = out[rule->at_kappa];
+    for (int k = 0; k < rule->n_memory; k++)
+        c->memory[k] = t->memory[k] + tanhf(out[rule->at_memory + k]) / fmaxf(c->step, MEMORY_WARMUP);
+    if (rule->n_memory > 0)
+        log_kappa += c->memory[0];
+    c->kappa = rule->initial_kappa * (rule->coordinatewise ? 1.0f : t->features[KAPPA_FACTOR]) * expf(log_kappa);
+    if (has_schedule && told) {
+        const float left = logf(fmaxf(1.0f - options->progress, 1e-6f));
+        c->kappa *= expf(left * expf(out[rule->at_exponent]));
+    }
+    if (rule->horizon_power > 0.0f) {
+        if (!told)
+            c->kappa *= 0.5f * powf(fmaxf(c->step, ANYTIME) / REFERENCE, -rule->horizon_power);
+        else if (knows_length)
+            c->kappa *= powf(fmaxf(length, SHORTEST) / REFERENCE, -rule->horizon_power);
+    }
+    /* by kind, then by mode, as the network gives them; a constant has no slopes. Those of log_ratio are not converted,
+       because log_ratio is. */
+    for (int k = 0; k < modes; k++) {
+        float *to = c->per_mode + 6 * k;
+        memset(to, 0, 6 * sizeof(float));
+        for (int kind = 0; kind < rule->n_gain + rule->n_friction; kind++) {
+            const int from = kind * modes + k, at = kind < rule->n_gain ? kind : 2 + kind - rule->n_gain;
+            to[at] = (out[from] + rule->start[from]) * (at == 1 || at == 3 ? 1.0f : LOG2_E);
+        }
+    }
+}
+
+static void finish(const Rule *rule, const Tensor *t, const Shared *c)
+{
+    *t->step = c->step;
+    *t->scale = c->scale;
+    *t->slow_scale = c->slow_scale;
+    for (int k = 0; k < rule->n_memory; k++)
+        t->memory[k] = c->memory[k];
+}
+
+/* ---------- one step, in pieces of work */
+
+/* A chunk of a tensor that threads share; or, where `chunk` is negative, all of a smaller one. */
+typedef struct {
+    int64_t tensor, chunk;
+} Piece;
+
+typedef struct {
+    const Rule *rule;
+    const Tensor *tensors;
+    const Options *options;
+    const Kernels *kernels;
+    void *const *grads, *const *params;
+    int n_sums, width;      /* of the network, at most */
+    Shared *shared;         /* of each tensor */
+    float *activations;     /* two buffers for each tensor */
+    double *partial;        /* sums of each piece */
+    Piece *pieces;          /* the chunks first */
+    int64_t n_chunks, n_pieces;
+#if HAS_THREADS
+    pthread_mutex_t lock; /* of all below */
+    pthread_cond_t changed;
+    int pass, n_threads, is_done;
+    int64_t n_taken, n_finished; /* pieces of this pass */
+#endif
+} Job;
+
+enum { MAGNITUDE, STATISTICS, ADVANCE };
+
+static int64_t n_chunks_of(const Tensor *t)
+{
+    return (t->n + CHUNK - 1) / CHUNK;
+}
+
+/* One pass over a chunk of a tensor; the second pass begins with what the first has left in the cache, at the end, and
+   the third at the start again. */
+static int pass_chunk(const Job *job, int pass, int64_t i, int64_t number, double *sums)
+{
+    const Tensor *t = job->tensors + i;
+    const int64_t start = CHUNK * (pass == STATISTICS ? n_chunks_of(t) - 1 - number : number);
+    const int64_t stop = start + CHUNK < t->n ? start + CHUNK : t->n;
+    const Kernels *kernels = job->kernels;
+    if (pass == MAGNITUDE)
+        return kernels->magnitude(job->rule, t, job->grads[i], start, stop, sums);
+    if (pass == STATISTICS)
+        kernels->statistics(job->rule, t, job->shared + i, job->grads[i], job->params[i], start, stop, sums);
+    else
+        kernels->advance(job->rule, t, job->shared + i, job->options, job->grads[i], job->params[i], start, stop);
+    return 0;
+}
+
+/* What follows a pass, from the sums over all chunks. */
+static void close_pass(const Job *job, int pass, int64_t i)
+{
+    const Tensor *t = job->tensors + i;
+    Shared *c = job->shared + i;
+    float *x = job->activations + 2 * (size_t)job->width * i;
+    if (c->is_broken) {
+        *t->n_skipped += pass == MAGNITUDE;
+        return;
+    }
+    if (pass == MAGNITUDE)
+        running_scales(job->rule, t, job->options, c);
+    if (pass == (job->rule->coordinatewise ? MAGNITUDE : STATISTICS))
+        coefficients(job->rule, t, job->options, c, x, x + job->width);
+    if (pass == ADVANCE)
+        finish(job->rule, t, c);
+}
+
+static int has_pass(const Job *job, int pass)
+{
+    return pass != STATISTICS || !job->rule->coordinatewise;
+}
+
+static int sums_of(const Job *job, int pass)
+{
+    return pass == MAGNITUDE ? 1 : pass == STATISTICS ? job->n_sums : 0;
+}
+
+static void step_whole(const Job *job, int64_t i, double *sums)
+{
+    Shared *c = job->shared + i;
+    const int64_t n_chunks = n_chunks_of(job->tensors + i);
+    for (int pass = MAGNITUDE; pass <= ADVANCE; pass++) {
+        if (!has_pass(job, pass) || c->is_broken)
+            continue;
+        memset(c->sums, 0, job->n_sums * sizeof(double));
+        for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
+            c->is_broken |= pass_chunk(job, pass, i, chunk, sums);
+            for (int k = 0; k < sums_of(job, pass); k++)
+                c->sums[k] += sums[k];
+        }
+        close_pass(job, pass, i);
+    }
+}
+
+#if HAS_THREADS
+
+static int64_t pieces_of(const Job *job, int pass)
+{
+    return pass == ADVANCE ? job->n_pieces : has_pass(job, pass) ? job->n_chunks : 0;
+}
+
+/* Begin the next pass that has pieces, under the lock. */
+static void open_pass(Job *job)
+{
+    while (job->pass <= ADVANCE && pieces_of(job, job->pass) == 0)
+        job->pass++;
+    job->n_taken = job->n_finished = 0;
+    job->is_done = job->pass > ADVANCE;
+    pthread_cond_broadcast(&job->changed);
+}
+
+/* Close a pass over the tensors that threads share, under the lock. */
+static void close_shared(Job *job)
+{
+    for (int64_t number = 0, end; number < job->n_chunks; number = end) {
+        const int64_t i = job->pieces[number].tensor;
+        double *sums = job->shared[i].sums;
+        memset(sums, 0, job->n_sums * sizeof(double));
+        for (end = number; end < job->n_chunks && job->pieces[end].tensor == i; end++)
+            for (int k = 0; k < sums_of(job, job->pass); k++)
+                sums[k] += job->partial[job->n_sums * end + k];
+        close_pass(job, job->pass, i);
+    }
+    job->pass++;
+    open_pass(job);
+}
+
+/* Take pieces until all are finished. No thread waits for one that has not come yet, as it would beside other work. */
+static void work(Job *job)
+{
+    pthread_mutex_lock(&job->lock);
+    while (!job->is_done) {
+        const int pass = job->pass;
+        if (job->n_taken == pieces_of(job, pass)) {
+            pthread_cond_wait(&job->changed, &job->lock);
+            continue;
+        }
+        const int64_t number = job->n_taken++;
+        const Piece piece = job->pieces[number];
+        const int is_left = pass != MAGNITUDE && job->shared[piece.tensor].is_broken;
+        pthread_mutex_unlock(&job->lock);
+        double *sums = job->partial + job->n_sums * number;
+        int is_broken = 0;
+        if (piece.chunk < 0)
+            step_whole(job, piece.tensor, sums);
+        else if (!is_left)
+            is_broken = pass_chunk(job, pass, piece.tensor, piece.chunk, sums);
+        pthread_mutex_lock(&job->lock);
+        job->shared[piece.tensor].is_broken |= is_broken;
+        if (++job->n_finished == pieces_of(job, pass))
+            close_shared(job);
+    }
+    pthread_mutex_unlock(&job->lock);
+}
+
+/* Leave a job that is done; the last thread frees it. */
+static void leave(Job *job)
+{
+    pthread_mutex_lock(&job->lock);
+    const int is_last = --job->n_threads == 0;
+    pthread_mutex_unlock(&job->lock);
+    if (is_last) {
+        pthread_mutex_destroy(&job->lock);
+        pthread_cond_destroy(&job->changed);
+        free(job);
+    }
+}
+
+static void *help(void *job)
+{
+    work(job);
+    leave(job);
+    return NULL;
+}
+
+/* Step with threads that end by themselves. */
+static void step_in_threads(Job *job, int n_threads)
+{
+    pthread_t thread;
+    pthread_attr_t detached;
+    sigset_t all, before;
+    pthread_mutex_init(&job->lock, NULL);
+    pthread_cond_init(&job->changed, NULL);
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all); /* signals are for the threads of the caller */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_mutex_lock(&job->lock);
+    open_pass(job);
+    for (job->n_threads = 1; job->n_threads < n_threads; job->n_threads++)
+        if (pthread_create(&thread, &detached, help, job) != 0)
+            break;
+    pthread_mutex_unlock(&job->lock);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&detached);
+    work(job);
+}
+
+#endif
+
+/* Room for a part of a job, at a multiple of 64 bytes. */
+static void *room(char **next, size_t size)
+{
+    char *found = *next;
+    *next += (size + 63) / 64 * 64;
+    return found;
+}
+
+/* Lay out the pieces and the room for their sums; NULL where there is no memory. */
+static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
+                     void *const *params, const Options *options)
+{
+    const int has_threads = HAS_THREADS && options->n_threads > 1;
+    int64_t n_chunks = 0, n_wholes = 0;
+    int width = 1;
+    for (int k = 0; k <= rule->n_layers; k++)
+        width = rule->widths[k] > width ? rule->widths[k] : width;
+    for (int64_t i = 0; i < n_tensors; i++) {
+        if (grads[i] == NULL)
+            continue;
+        const int is_shared = has_threads && tensors[i].n >= SPLIT;
+        n_chunks += is_shared ? n_chunks_of(tensors + i) : 0;
+        n_wholes += !is_shared;
+    }
+    const int64_t n_pieces = n_chunks + n_wholes;
+    const size_t n_sums = 3 + 2 * rule->n_modes, n_numbers = 6 * rule->n_modes + rule->n_memory;
+    const size_t sizes[] = {sizeof(Job), n_tensors * sizeof(Shared), 2 * n_tensors * width * sizeof(float),
+                            n_pieces * n_sums * sizeof(double), n_pieces * sizeof(Piece),
+                            n_tensors * n_sums * sizeof(double), n_tensors * n_numbers * sizeof(float)};
+    size_t total = 0;
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
+        total += sizes[k] + 64;
+    char *next = calloc(1, total);
+    if (next == NULL)
+        return NULL;
+    Job *job = room(&next, sizes[0]);
+    *job = (Job){.rule = rule, .tensors = tensors, .options = options, .grads = grads, .params = params};
+    job->kernels = kernels_of(options->instructions);
+    job->n_sums = (int)n_sums;
+    job->width = width;
+    job->shared = room(&next, sizes[1]);
+    job->activations = room(&next, sizes[2]);
+    job->partial = room(&next, sizes[3]);
+    job->pieces = room(&next, sizes[4]);
+    double *sums = room(&next, sizes[5]);
+    float *numbers = room(&next, sizes[6]);
+    job->n_chunks = n_chunks;
+    job->n_pieces = n_pieces;
+    int64_t chunk = 0, whole = n_chunks;
+    for (int64_t i = 0; i < n_tensors; i++, sums += n_sums, numbers += n_numbers) {
+        job->shared[i].sums = sums;
+        job->shared[i].per_mode = numbers;
+        job->shared[i].memory = numbers + 6 * rule->n_modes;
+        if (grads[i] == NULL)
+            continue;
+        if (has_threads && tensors[i].n >= SPLIT)
+            for (int64_t k = 0; k < n_chunks_of(tensors + i); k++)
+                job->pieces[chunk++] = (Piece){i, k};
+        else
+            job->pieces[whole++] = (Piece){i, -1};
+    }
+    return job;
+}
+
+/* Step all tensors that have a gradient; one whose gradient is not finite is left as it is, and counted.
+
+   Returns the number of those; -1 where memory ran out, and nothing has changed. */
+EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
+                           void *const *params, const Options *options)
+{
+    Job *job = make_job(rule, tensors, n_tensors, grads, params, options);
+    int64_t n_broken = 0;
+    if (job == NULL)
+        return -1;
+#if HAS_THREADS
+    if (options->n_threads > 1)
+        step_in_threads(job, options->n_threads);
+    else
+#endif
+        for (int64_t k = 0; k < job->n_pieces; k++)
+            step_whole(job, job->pieces[k].tensor, job->partial);
+    for (int64_t i = 0; i < n_tensors; i++)
+        n_broken += job->shared[i].is_broken;
+#if HAS_THREADS
+    if (options->n_threads > 1) {
+        leave(job);
+        return n_broken;
+    }
+#endif
+    free(job);
+    return n_broken;
+}

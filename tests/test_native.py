@@ -1,0 +1,553 @@
+"""The step in C: equal to the eager one, for all that it takes, and out of the way where it is not."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from optimizer_toys import parameter, port_hamiltonian
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import odeopt
+from odeopt.ode import LINEAR_METHODS
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.rules import AdamUpdate, PortHamiltonianUpdate
+from odeopt.stepping.native import library as libraries
+from odeopt.stepping.native import plan as plans
+from odeopt.stepping.native.library import library
+
+pytestmark = [
+    pytest.mark.skipif(isinstance(library(), str), reason="the step in C was not built (.ci/run fails then)"),
+    pytest.mark.filterwarnings("ignore:.*is not finite:RuntimeWarning"),
+]
+
+OPTIONS = {
+    "default": {},
+    "one mode, memory": {"modes": 1, "memory": 2, "hidden": (7,)},
+    "three modes": {"modes": 3, "hidden": (), "time_scales": (5.0,)},
+    **{f"{solver}": {"solver": solver} for solver in LINEAR_METHODS},
+    "constant friction": {"friction": "constant", "modes": 3},
+    "constant port": {"port": "constant", "solver": "exponential"},
+    "both constant, coordinatewise": {"friction": "constant", "port": "constant", "coordinatewise": True},
+    "coordinatewise": {"coordinatewise": True, "memory": 1, "uses_progress": True, "initial_kappa": 0.02},
+    "tensor normalization": {"normalization": "tensor", "memory": 1},
+    "ratio floor": {"ratio_floor": 0.9},
+    "relativistic": {"kinetic": ("relativistic", "quadratic"), "speed_limit": 0.03},
+    "relativistic, exponential": {"kinetic": "relativistic", "solver": "exponential", "modes": 1},
+    "progress": {"uses_progress": True, "decay": 0.0},
+    "schedule": {"schedule": "power", "uses_progress": True, "horizon_power": 0.3, "memory": 1},
+    "vectors of a spectral rule": {"kinetic": ("spectral", "quadratic"), "schedule": "power"},
+    "vectors, spectral output": {"output": "spectral"},
+}
+SETTINGS = {
+    "plain": {},
+    "decay, length told": {"lr": 0.7, "weight_decay": 0.01, "total_steps": 5},
+    "climbing, tensor lr": {"lr": torch.tensor(0.3), "maximize": True},
+}
+VECTORS, LARGE = [(), (5,), (1030,)], [(150_001,), (3,)]
+SHAPES = [(3, 2), (40, 50), *VECTORS]
+BFLOAT16 = torch.bfloat16
+
+over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def pair(rule, shapes, *, dtype=torch.float32, **settings):
+    """An eager optimizer and a native one, on equal parameters."""
+    generator, optimizers = torch.Generator().manual_seed(0), []
+    start = [0.3 * torch.randn(shape, generator=generator) for shape in shapes]
+    for implementation in ("eager", "native"):
+        params = [nn.Parameter(x.clone().to(dtype)) for x in start]
+        optimizers.append(LearnedOptimizer(params, rule, implementation=implementation, compile=False, **settings))
+    return optimizers
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def give(optimizers, step, *, scale=1.0):
+    """Set the same gradients, which a tenth of the coordinates sees a hundred times as large."""
+    generator = torch.Generator().manual_seed(step + 1)
+    for params in zip(*map(params_of, optimizers), strict=True):
+        grad = scale * torch.randn(params[0].shape, generator=generator)
+        grad = torch.where(torch.rand(grad.shape, generator=generator) < 0.1, 100 * grad, grad)
+        for param in params:
+            param.grad = grad.to(param.dtype)
+
+
+def is_native(optimizer):
+    return all(plan.native is not None for plan in optimizer._plans)
+
+
+def equal_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def copy(optimizer):
+    """Parameters, gradients and state, by value."""
+    state = {i: {k: v.clone() for k, v in optimizer.state[p].items()} for i, p in enumerate(params_of(optimizer))}
+    return [p.detach().clone() for p in params_of(optimizer)], state
+
+
+def assert_rounded_alike(found, wanted):
+    """In bfloat16, only what lies within a rounding of float32 of the middle between two numbers may go elsewhere."""
+    if wanted.dtype == BFLOAT16 and wanted.numel() > 1000:
+        assert (found == wanted).float().mean() > 0.97
+
+
+def assert_steps_alike(optimizers, n_steps=3):
+    """Take each step from a common state, so that no difference grows."""
+    eager, native = optimizers
+    for step in range(n_steps):
+        give(optimizers, step)
+        before = [param.detach().clone() for param in params_of(eager)]
+        for optimizer in optimizers:
+            optimizer.step()
+        for start, a, b in zip(before, params_of(eager), params_of(native), strict=True):
+            # a few roundings of float32 in sums, logarithms and exponentials, some of them times slopes of order one;
+            # and one rounding onto the parameter
+            update = (a - start).abs().max().item()
+            rounding = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(b, a, rtol=rounding, atol=1e-5 * update)
+            assert update > 0 or step == 0  # of euler, which moves by the momenta at the start
+            for name, wanted in eager.state[a].items():
+                found = native.state[b][name]
+                rtol = 2**-7 if wanted.dtype == BFLOAT16 else 1e-5
+                # momenta are sums that may cancel
+                atol = 1e-5 * wanted.abs().max().item() if wanted.numel() > 0 else 0
+                torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
+                assert_rounded_alike(found, wanted)
+                found.copy_(wanted)
+            assert_rounded_alike(b, a)
+            with torch.no_grad():
+                b.copy_(a)
+    assert native.n_steps == eager.n_steps == n_steps
+
+
+# -------------------- parity
+
+
+@over_options
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_step_is_the_eager_one(options, settings):
+    is_spectral = "spectral" in (*options.get("kinetic", ()), options.get("output"))
+    optimizers = pair(port_hamiltonian(**options), VECTORS if is_spectral else SHAPES, **settings)
+    assert_steps_alike(optimizers)
+    assert is_native(optimizers[1])
+    assert not is_native(optimizers[0])
+
+
+@over_options
+@pytest.mark.parametrize(
+    "dtypes", [{"dtype": BFLOAT16}, {"state_dtype": BFLOAT16}, {"dtype": BFLOAT16, "state_dtype": BFLOAT16}], ids=str
+)
+def test_step_is_the_eager_one_in_bfloat16(options, dtypes):
+    optimizers = pair(port_hamiltonian(**options), VECTORS, **dtypes, weight_decay=0.01)
+    assert_steps_alike(optimizers)
+    assert is_native(optimizers[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["port-hamiltonian", "port-hamiltonian-coordinatewise-mnist", "port-hamiltonian-spectral"]
+)
+def test_shipped_rules_take_the_native_step_for_all_but_matrices(name):
+    optimizers = pair(odeopt.load_pretrained(name), LARGE + VECTORS, total_steps=100)
+    assert_steps_alike(optimizers)
+    assert is_native(optimizers[1])
+
+
+def test_matrices_of_a_spectral_rule_take_the_eager_step_and_tables_the_native_one():
+    rule = odeopt.load_pretrained("port-hamiltonian-spectral")
+    for is_table in (False, True):
+        params = [parameter(torch.ones(4, 3), torch.ones(4, 3)), parameter(torch.ones(3), torch.ones(3))]
+        optimizer = LearnedOptimizer([{"params": params, "is_table": is_table}], rule, implementation="native")
+        optimizer.step()
+        assert sorted(plan.native is not None for plan in optimizer._plans) == ([True] if is_table else [False, True])
+
+
+@pytest.mark.parametrize("instructions", range(3))
+@pytest.mark.parametrize("options", [{}, {"coordinatewise": True}, {"solver": "exponential"}], ids=str)
+def test_every_instruction_set_takes_the_same_step(options, instructions, monkeypatch):
+    if instructions > library().instructions:
+        pytest.skip("not on this processor")
+    chosen = library()._replace(instructions=instructions)
+    monkeypatch.setattr(plans, "library", lambda: chosen)
+    assert_steps_alike(pair(port_hamiltonian(**options), SHAPES))
+
+
+def test_scale_of_the_loss_changes_nothing_to_the_bit():
+    found = []
+    for power in (-100, 0, 100):
+        _, optimizer = pair(port_hamiltonian(), SHAPES)
+        for step in range(3):
+            give([optimizer], step, scale=2.0**power)
+            optimizer.step()
+        found.append(params_of(optimizer))
+    for params in zip(*found, strict=True):
+        assert torch.equal(params[0], params[1])
+        assert torch.equal(params[1], params[2])
+
+
+# -------------------- exponentials and logarithms
+
+
+def evaluated(x, *, is_log, instructions):
+    x = x.clone()
+    library().functions(x.data_ptr(), len(x), is_log, instructions)
+    return x
+
+
+def units_of_rounding(found, wanted):
+    """Error in units of the spacing of float32 at the result, which is given in double precision."""
+    exponent = torch.frexp(wanted).exponent
+    return ((found.double() - wanted).abs() / torch.ldexp(torch.ones_like(wanted), exponent - 24)).max().item()
+
+
+@pytest.mark.parametrize("instructions", range(3))
+def test_powers_and_logarithms_are_within_their_bounds(instructions):
+    if instructions > library().instructions:
+        pytest.skip("not on this processor")
+    x = torch.cat((torch.linspace(-126, 127, 1_000_003), torch.linspace(-1, 1, 300_001)))
+    assert units_of_rounding(evaluated(x, is_log=0, instructions=instructions), x.double().exp2()) <= 3
+    # all mantissas near one, where the logarithm is small, and all magnitudes
+    x = torch.cat((torch.linspace(0.5, 2, 1_000_003), torch.linspace(-33, 120, 300_001).exp2()))
+    x = x[x != 1]
+    assert units_of_rounding(evaluated(x, is_log=1, instructions=instructions), x.double().log2()) <= 6
+
+
+def test_powers_saturate_and_nan_stays():
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([-inf, -1e30, -127.0, 0.0, 128.0, 1e30, inf, nan])
+    found = evaluated(x, is_log=0, instructions=library().instructions)
+    low, high = 2.0**-126, 2.0**127
+    assert found[:-1].tolist() == [low, low, low, 1.0, high, high, high]
+    logs = evaluated(torch.tensor([1.0, inf, nan]), is_log=1, instructions=library().instructions)
+    assert logs[:2].tolist() == [0.0, inf]
+    assert found[-1].isnan()
+    assert logs[-1].isnan()
+
+
+# -------------------- gradients that are not finite, or not there
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 77_777, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"coordinatewise": True}], ids=str)
+def test_gradient_that_is_not_finite_leaves_its_tensor_as_it_is(bad, place, dtype, options):
+    _, optimizer = pair(port_hamiltonian(**options), [*LARGE, (9,)], dtype=dtype, weight_decay=0.01)
+    give([optimizer], 0)
+    optimizer.step()
+    params, state = copy(optimizer)
+    give([optimizer], 1)
+    for i in (0, 2):
+        params_of(optimizer)[i].grad[place if i == 0 else 4] = bad
+    optimizer.step()
+    after, state_after = copy(optimizer)
+    for i, moves in enumerate((False, True, False)):
+        assert torch.equal(params[i], after[i]) != moves
+        assert equal_state(state[i], state_after[i]) != moves
+    assert optimizer.n_skipped == 2
+
+
+def test_parameters_without_a_gradient_are_left_alone():
+    optimizers = pair(port_hamiltonian(), SHAPES)
+    give(optimizers, 0)
+    for optimizer in optimizers:
+        optimizer.step()
+    give(optimizers, 1)
+    for optimizer in optimizers:
+        params_of(optimizer)[1].grad = None
+        optimizer.step()
+    before, state = copy(optimizers[1])
+    assert torch.equal(before[1], params_of(optimizers[1])[1])
+    assert [int(state[i]["step"]) for i in range(len(SHAPES))] == [2, 1, 2, 2, 2]
+    for a, b in zip(params_of(optimizers[0]), before, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+# -------------------- layouts of memory
+
+
+def strided(layout):
+    """Parameters and gradients of which some are not contiguous."""
+    x, grad = torch.arange(24.0).reshape(2, 3, 2, 2) / 10 - 1, torch.cos(torch.arange(24.0)).reshape(2, 3, 2, 2)
+    if layout == "transposed":
+        return x.mT, grad.mT
+    if layout == "channels last":
+        return x.to(memory_format=torch.channels_last), grad
+    if layout == "expanded gradient":
+        return x, torch.tensor(0.7).expand(x.shape)
+    if layout == "negated gradient":
+        return x, torch._neg_view(-grad)
+    return x[:, ::2], grad[:, ::2]
+
+
+@pytest.mark.parametrize(
+    "layout", ["transposed", "channels last", "expanded gradient", "negated gradient", "every other"]
+)
+def test_memory_that_is_not_contiguous_gives_the_same_numbers(layout):
+    moved = []
+    for is_contiguous in (False, True):
+        x, grad = strided(layout)
+        if is_contiguous:
+            x, grad = x.clone(memory_format=torch.contiguous_format), grad.resolve_neg().contiguous()
+        param = nn.Parameter(x.clone() if layout == "channels last" else x)
+        optimizer = LearnedOptimizer([param, parameter([1.0], [1.0])], port_hamiltonian(), implementation="native")
+        for _ in range(2):
+            param.grad = grad
+            optimizer.step()
+        moved.append(param.detach())
+    assert torch.equal(*moved)
+    assert not torch.equal(moved[0], strided(layout)[0])
+
+
+@pytest.mark.parametrize("size", [40, 400_000])
+def test_parameters_that_overlap_are_stepped_one_after_the_other(size, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+    def parts():
+        flat = torch.linspace(-1, 1, size)
+        params = [nn.Parameter(flat[: 3 * size // 4]), nn.Parameter(flat[size // 4 :])]
+        for param in params:
+            param.grad = torch.cos(torch.arange(float(len(param))))
+        return flat, params
+
+    rule = port_hamiltonian()
+    found, params = parts()
+    LearnedOptimizer(params, rule, implementation="native").step()
+    wanted, params = parts()
+    for param in params:
+        LearnedOptimizer([param], rule, implementation="native").step()
+    assert torch.equal(found, wanted)
+
+
+def test_parts_of_one_tensor_that_do_not_overlap_share_threads(monkeypatch):
+    flat, grad = torch.zeros(300_000), torch.cos(torch.arange(300_000.0))
+    params = [nn.Parameter(x) for x in flat.split(100_000)]
+    optimizer = LearnedOptimizer(params, port_hamiltonian(), implementation="native")
+    for param, part in zip(params, grad.split(100_000), strict=True):
+        param.grad = part
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    optimizer.step()
+    (plan,) = optimizer._plans
+    assert plan.native._options.n_threads == 3
+    assert flat.count_nonzero() == len(flat)
+
+
+def test_parameter_that_was_given_other_memory_is_followed():
+    optimizers = pair(port_hamiltonian(), SHAPES)
+    for step in range(3):
+        give(optimizers, step)
+        for optimizer in optimizers:
+            for param in params_of(optimizer):
+                param.data = param.data.clone()
+            optimizer.step()
+    for a, b in zip(*map(params_of, optimizers), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+# -------------------- threads and processes
+
+
+@pytest.mark.parametrize("options", [{}, {"coordinatewise": True}], ids=str)
+def test_number_of_threads_changes_nothing_to_the_bit(options, monkeypatch):
+    found = []
+    for n_threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        _, optimizer = pair(port_hamiltonian(**options), [(200_003,), *SHAPES, (500, 333), (70_000,)])
+        for step in range(3):
+            give([optimizer], step)
+            if step == 1:
+                params_of(optimizer)[0].grad[-1] = float("nan")
+            optimizer.step()
+        assert optimizer.n_skipped == 1
+        (plan,) = optimizer._plans
+        assert plan.native._options.n_threads == n_threads
+        found.append(copy(optimizer))
+    for params, state in found[1:]:
+        assert all(map(torch.equal, params, found[0][0]))
+        assert all(equal_state(state[i], found[0][1][i]) for i in state)
+
+
+def run_steps(optimizer, n_steps=10):
+    for step in range(n_steps):
+        give([optimizer], step)
+        optimizer.step()
+
+
+def test_threads_that_step_at_once_do_not_meet(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rule = port_hamiltonian(memory=1)
+    wanted, *found = (pair(rule, [(140_000,), (50,)])[1] for _ in range(4))
+    run_steps(wanted)
+    threads = [threading.Thread(target=run_steps, args=(optimizer,)) for optimizer in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for optimizer in found:
+        assert all(map(torch.equal, params_of(optimizer), params_of(wanted)))
+
+
+def test_threads_that_step_one_optimizer_take_turns():
+    wanted, found = (pair(port_hamiltonian(), [(60_000,), (50,)])[1] for _ in range(2))
+    give([wanted, found], 0)
+    for _ in range(9):
+        wanted.step()
+    found.step()  # lays out the state
+    threads = [threading.Thread(target=lambda: [found.step() for _ in range(2)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, params_of(found), params_of(wanted)))
+
+
+SCRIPT = """
+import os, sys, torch, odeopt
+from odeopt.stepping.native.library import library
+assert library.cache_info().currsize == 0, "loaded by the import"
+torch.set_num_threads(2)
+rule = odeopt.load_pretrained("port-hamiltonian")
+param = torch.nn.Parameter(torch.zeros(200_000))
+optimizer = odeopt.LearnedOptimizer([param], rule, implementation="native")
+param.grad = torch.cos(torch.arange(200_000.0))
+optimizer.step()
+tiny = torch.tensor(1e-40)
+assert (tiny * 1).item() != 0 and (torch.full((100,), 1e-40) * 1).count_nonzero() == 100, "denormals are flushed"
+read, write = os.pipe()
+if os.fork() == 0:
+    optimizer.step()
+    os.write(write, param.detach().numpy().tobytes()[:4000])
+    os._exit(0)
+optimizer.step()
+assert os.read(read, 4000) == param.detach().numpy().tobytes()[:4000], "the child took another step"
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_child_process_steps_right_after_a_fork_and_no_number_is_flushed():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# -------------------- what surrounds a step
+
+
+def test_autograd_sees_that_parameters_have_changed():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = LearnedOptimizer([param], port_hamiltonian(), implementation="native")
+    loss = param.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_step_of_fake_parameters_is_left_to_torch():
+    with FakeTensorMode():
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = LearnedOptimizer([param], port_hamiltonian())
+        optimizer.step()
+    assert not is_native(optimizer)
+
+
+class Subclass(torch.Tensor):
+    """A tensor that is none of torch's own."""
+
+
+REFUSED = {
+    "other rule": (AdamUpdate, {}, r"no native step of AdamUpdate"),
+    "subclass of the rule": (lambda: type("Mine", (PortHamiltonianUpdate,), {})(), {}, r"no native step of Mine"),
+    "network of q": (lambda: port_hamiltonian(mass="network"), {}, r"not stepped in closed form"),
+    "adaptive solver": (lambda: port_hamiltonian(solver="dopri5", coordinatewise=True), {}, r"closed form"),
+    "torchdiffeq": (lambda: port_hamiltonian(backend="torchdiffeq"), {}, r"closed form"),
+    "rule in double": (lambda: port_hamiltonian().double(), {}, r"weights of the rule are not float32"),
+    "parameters in double": (port_hamiltonian, {"dtype": torch.float64}, r"neither float32 nor bfloat16"),
+    "parameters in half": (port_hamiltonian, {"dtype": torch.float16}, r"neither float32 nor bfloat16"),
+    "state in half": (port_hamiltonian, {"state_dtype": torch.float16}, r"neither float32 nor bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_native_says_why_where_it_is_asked_for(make, options, reason):
+    dtype, rule = options.get("dtype", torch.float32), make()
+    options = {name: value for name, value in options.items() if name != "dtype"}
+    params = [parameter(torch.ones(3), torch.ones(3), dtype)]
+    optimizer = LearnedOptimizer(params, rule, implementation="native", **options)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"`implementation` should be 'auto' or 'eager' here: .*{reason}"):
+            optimizer.step()
+        assert torch.equal(params[0], torch.ones(3, dtype=dtype))
+    optimizer = LearnedOptimizer(params, rule, **options)
+    optimizer.step()
+    assert not is_native(optimizer)
+    assert not torch.equal(params[0], torch.ones(3, dtype=dtype))
+
+
+def test_gradients_of_a_subclass_take_the_eager_step():
+    optimizers = pair(port_hamiltonian(), SHAPES)
+    for step in range(2):
+        give(optimizers, step)
+        params_of(optimizers[1])[0].grad = params_of(optimizers[1])[0].grad.as_subclass(Subclass)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(*map(params_of, optimizers), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["fast", None, True])
+def test_implementation_is_checked(implementation):
+    with pytest.raises(ValueError, match=r"`implementation` should be 'auto', 'native' or 'eager'\. Found"):
+        LearnedOptimizer([parameter([1.0], [1.0])], implementation=implementation)
+
+
+def test_one_step_is_not_native_and_compiled():
+    with pytest.raises(ValueError, match=r"`implementation` should be 'auto' or 'eager' where `compile = True`"):
+        LearnedOptimizer([parameter([1.0], [1.0])], implementation="native", compile=True)
+
+
+# -------------------- the library
+
+
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path):
+    """A folder in place of that of the library, which is looked for anew."""
+    monkeypatch.setattr(libraries, "_FOLDER", tmp_path)
+    libraries.library.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    libraries.library.cache_clear()
+
+
+def test_status_names_the_instruction_set():
+    assert odeopt.native_status() == f"native ({libraries._INSTRUCTIONS[library().instructions]})"
+
+
+def test_without_the_library_steps_are_eager_and_the_status_says_why(unloaded):
+    assert odeopt.native_status().startswith("eager: the step was not compiled when odeopt was installed")
+    eager, other = (LearnedOptimizer([parameter([1.0, 2.0], [0.3, 0.4])], port_hamiltonian(), implementation=name)
+                    for name in ("eager", "auto"))  # fmt: skip
+    for optimizer in (eager, other):
+        optimizer.step()
+    assert torch.equal(params_of(eager)[0], params_of(other)[0])
+    with pytest.raises(ValueError, match=r"should be 'auto' or 'eager' here: the step was not compiled"):
+        LearnedOptimizer([parameter([1.0], [1.0])], port_hamiltonian(), implementation="native").step()
+
+
+def test_library_that_cannot_be_loaded_is_no_error_but_a_status(unloaded):
+    (unloaded / libraries._NAME).write_bytes(b"not a library")
+    assert "cannot be loaded" in odeopt.native_status()
+
+
+def test_library_of_another_version_is_not_called(monkeypatch):
+    monkeypatch.setattr(libraries, "_VERSION", 2)
+    libraries.library.cache_clear()
+    assert "belongs to another version" in odeopt.native_status()
+    monkeypatch.undo()
+    libraries.library.cache_clear()
