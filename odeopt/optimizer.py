@@ -57,6 +57,14 @@ class _Plan(NamedTuple):
     placed: list[_Placed]
 
 
+def _share_done(group: dict[str, Any]) -> float | Tensor | None:
+    """Fraction of the run that is done, at most one: a tensor where the steps are counted by one; None if unknown."""
+    if group["total_steps"] is None:
+        return None
+    done = group["n_steps"] / group["total_steps"]
+    return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
+
+
 class LearnedOptimizer(torch.optim.Optimizer):
     r"""Steps the parameters of a model with an update rule.
 
@@ -249,7 +257,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if plan.native is None:
             return None
         group = plan.placed[0].group
-        progress = None if group["total_steps"] is None else min(float(group["n_steps"] / group["total_steps"]), 1.0)
+        done = _share_done(group)
+        progress = None if done is None else float(done)
         return plan.native.step(float(group["lr"]), float(group["weight_decay"]), progress, maximize=group["maximize"])
 
     def _step_eagerly(self, placed: _Placed) -> int:
@@ -442,13 +451,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         def scalar(x: float | Tensor) -> Tensor:
             return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype, device="cpu")
 
-        progress = None
-        if group["total_steps"] is not None:
-            done = group["n_steps"] / group["total_steps"]
-            if isinstance(done, Tensor):
-                progress = done.clamp(max=1.0).to(bucket.device, bucket.dtype)
-            else:
-                progress = torch.full((), min(done, 1.0), dtype=bucket.dtype, device=bucket.device)
+        progress = _share_done(group)
+        if isinstance(progress, Tensor):
+            progress = progress.to(bucket.device, bucket.dtype)
+        elif progress is not None:
+            progress = torch.full((), progress, dtype=bucket.dtype, device=bucket.device)
         decay = scalar(group["weight_decay"]) if group["weight_decay"] != 0 else None
         return StepOptions(scalar(group["lr"]), decay, progress, group["maximize"])
 
@@ -484,10 +491,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             key = (param.device, has_values(param), param.dtype, shard.group_key)
             alone = param if is_alone or is_large else None
             alike[(*key, alone, param.shape if is_whole else None)].append(param)
+        n_matrices = self._n_matrices()
         for (*_, shape), together in alike.items():
             rule = self._rule_for(together[0], group["is_table"])
             is_whole = shape is not None or (rule.crosses_coordinates and not rule.is_staged)
-            rule = rule.for_depth(self._n_matrices()) if shape is not None else rule
+            rule = rule.for_depth(n_matrices) if shape is not None else rule
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole)
             for index, param in enumerate(together):
                 held = self.state.get(param, {})  # others may keep something of theirs there too

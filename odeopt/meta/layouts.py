@@ -45,11 +45,14 @@ class Separate:
         """Each parameter in its own shape, as functions of the packed ones."""
         return {name: param.view(self.shapes[name]) for name, param in packed.items()}
 
+    def placed(self, rule: UpdateRule, name: str) -> UpdateRule:
+        """The rule as it steps the parameter ``name``."""
+        return rule.for_tables() if name in self.tables else rule
+
     def step(self, rule: UpdateRule, name: str, grad: Tensor, state: NamedTuple, param: Tensor, progress) -> tuple:
         """Update and next state of one packed parameter."""
         rule = rule.rule if isinstance(rule, CompiledSteps) else rule
-        rule = rule.for_tables() if name in self.tables else rule
-        return rule(grad, state, param=param, shape=self.shapes[name][1:], progress=progress)
+        return self.placed(rule, name)(grad, state, param=param, shape=self.shapes[name][1:], progress=progress)
 
 
 class Packed(Separate):
@@ -164,9 +167,10 @@ class Stacked(Separate):
     def views(self, packed):
         return {name: x.view(self.shapes[name]) for name, x in zip(self.shapes, packed[""].unbind(1), strict=True)}
 
+    def placed(self, rule, name):
+        return rule.for_depth(self.n_matrices)
+
     def step(self, rule, name, grad, state, param, progress):
-        rule = rule.rule if isinstance(rule, CompiledSteps) else rule
-        rule = rule.for_depth(self.n_matrices)
         return super().step(rule, next(iter(self.shapes)), grad, state, param, progress)
 
 

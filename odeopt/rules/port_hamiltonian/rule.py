@@ -337,6 +337,8 @@ class PortHamiltonianUpdate(StagedRule):
 
     def for_depth(self, n_matrices: int) -> PortHamiltonianUpdate:
         """The rule as it steps one of ``n_matrices`` matrices of a network; see ``depth_power``."""
+        if self.depth_power == 0:  # nothing changes: no copy at each step of a run
+            return self
         rule = copy.copy(self)
         rule.depth_factor = depth_factor(n_matrices, self.depth_power)
         return rule
