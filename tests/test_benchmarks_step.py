@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 import odeopt
@@ -36,13 +37,40 @@ def parameters():
 
 @pytest.mark.parametrize(
     ("workload", "n_tensors", "n_parameters"),
-    # torchvision's resnet18(), and GPT2LMHeadModel of transformers with its tied head
-    [("resnet18", 62, 11_689_512), ("gpt2", 148, 124_439_808), ("1e4", 1, 10_000)],
+    # torchvision's resnet18(), ViT-S/16 of timm, and GPT2LMHeadModel of transformers with its tied head
+    [("resnet18", 62, 11_689_512), ("vit-s", 152, 22_050_664), ("gpt2", 148, 124_439_808), ("1e4", 1, 10_000)],
 )
 def test_workloads_have_as_many_parameters_as_the_models(load, workload, n_tensors, n_parameters):
     workloads = load("workloads")
-    assert len(workloads.shapes_of(workload)) == n_tensors
+    assert len(list(workloads.module(workload, "meta").parameters())) == n_tensors
     assert workloads.n_parameters(workload) == n_parameters
+
+
+def test_gpt2_sees_no_token_before_its_turn_and_learns_from_all(load):
+    torch.manual_seed(0)
+    model = load("workloads").GPT2().eval()
+    tokens = torch.randint(50257, (1, 6))
+    changed = tokens.clone()
+    changed[0, -1] += 1
+    logits, others = model(tokens), model(changed)
+    torch.testing.assert_close(logits[:, :-1], others[:, :-1], rtol=0, atol=1e-4)
+    assert not torch.allclose(logits[:, -1], others[:, -1], atol=1e-2)
+    assert all(grad.abs().max() > 0 for grad in torch.autograd.grad(logits.square().mean(), list(model.parameters())))
+
+
+def test_muon_beside_adam_steps_every_parameter_and_matrices_as_muon_does(load):
+    workloads = load("workloads")
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Conv1d(4, 3, 2), nn.LayerNorm(3))
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    before, kernel = [param.clone() for param in model.parameters()], nn.Parameter(model[1].weight.detach().flatten(1))
+    kernel.grad = model[1].weight.grad.flatten(1)
+    torch.optim.Muon([kernel]).step()
+    optimizer = workloads.MuonAndAdam(model)
+    optimizer.step()
+    torch.testing.assert_close(model[1].weight.flatten(1), kernel)
+    assert all((a != b).all() for a, b in zip(before, model.parameters(), strict=True))
+    assert len(optimizer.state) == len(before)
 
 
 @pytest.mark.parametrize("preprocess", [False, True])
@@ -135,7 +163,7 @@ def test_memory_is_printed_for_the_parent_process(load, uncompiled, monkeypatch,
 def test_sizes_are_numbers_or_models(load, size, capsys):
     with pytest.raises(SystemExit, match="2"):
         load("step").parse(["--sizes", size])
-    message = f"--sizes: should be a number of parameters or one of mlp, resnet18, gpt2; found {size}"
+    message = f"--sizes: should be a number of parameters or one of mlp, resnet18, vit-s, gpt2; found {size}"
     assert capsys.readouterr().err.strip().endswith(message)
 
 

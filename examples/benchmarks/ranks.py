@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from measuring import machine
 from torch import nn
-from workloads import n_parameters, shapes_of
+from workloads import module, n_parameters
 
 import odeopt
 from odeopt.cli import arguments
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 def measured(args: argparse.Namespace) -> list[str]:
     """Lines of the report; every rank has to come here."""
     rule, world = odeopt.load_pretrained("port-hamiltonian"), current_world()
-    n_tensors, n, n_weights = len(shapes_of(MODEL)), n_parameters(MODEL), rule.n_parameters()
+    n_tensors, n, n_weights = len(list(module(MODEL, "meta").parameters())), n_parameters(MODEL), rule.n_parameters()
     sums = [torch.zeros(n_tensors, k) for k in (2, 3 + 2 * rule.modes)]  # of the two stages of a step
     weights = [torch.zeros_like(weight) for weight in rule.parameters()]
     exchange = seconds(lambda: [dist.all_reduce(x) for x in sums], args.repeats)

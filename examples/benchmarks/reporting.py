@@ -27,8 +27,11 @@ def timing_table(rows: list[dict]) -> str:
         extra = "-" if row["extra_bytes"] is None else f"{max(0, row['extra_bytes']) / n:.1f}"
         cells = [spread(row["ms"]), number(1e6 * statistics.median(row["ms"]) / n), spread(foreach)]
         cells += [number(statistics.median(fused)), number(statistics.median(momentum))]
-        cells += [f"{row['state_bytes'] / n:.2f}", extra, f"{row['first_s']:.2f}"]
-        table.append([row["optimizer"], *cells])
+        if "batch" in row:  # a network, beside its optimizers
+            table.append([f"{row['optimizer']}, {row['batch']}", *cells, "", "", ""])
+        else:
+            cells += [f"{row['state_bytes'] / n:.2f}", extra, f"{row['first_s']:.2f}"]
+            table.append([row["optimizer"], *cells])
     return draw_table(headers, table)
 
 

@@ -1,8 +1,8 @@
 """Time one optimizer step: learned rules and torch.optim on the same parameters and gradients, in turns.
 
-Runs on single tensors of 1e4 to 1e7 parameters and on the parameters of a 784-20-10 network, ResNet-18 and GPT-2
-small. Compare the ratios of one run; the times depend on the machine. At the end, what a state in bfloat16 does to the
-loss.
+Runs on single tensors of 1e4 to 1e7 parameters and on a 784-20-10 network, ResNet-18, ViT-S and GPT-2 small, beside the
+forward and backward pass of a small batch. Compare the ratios of one run; the times depend on the machine. At the end,
+what a state in bfloat16 does to the loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from pathlib import Path
 import torch
 from measuring import captured, clock, extra_bytes, interleaved, machine, scores_with_state, state_bytes
 from reporting import CAPTION, draw, summary, timing_table
-from workloads import LOOP, LSTM, MODELS, Make, contenders, n_parameters, parameters, workload
+from workloads import (
+    LOOP,
+    LSTM,
+    MODELS,
+    MUON,
+    NETWORK,
+    Make,
+    contenders,
+    forward_and_backward,
+    module,
+    n_parameters,
+    workload,
+)
 
 from odeopt.cli import arguments
 from odeopt.evaluation import student_interval
@@ -54,19 +66,23 @@ def main(argv: list[str] | None = None) -> None:
 def timed(workload: str, args: argparse.Namespace) -> list[dict]:
     """Milliseconds per step of each contender, one repeat of all after the other."""
     gc.collect()
-    params, n, is_cuda = parameters(workload, args.device), n_parameters(workload), args.device.type == "cuda"
+    model, n, is_cuda = module(workload, args.device), n_parameters(workload), args.device.type == "cuda"
     n_steps = max(10 if is_cuda else 1, min(100, 10**6 // n))  # as one, so that the clock does not count
     steps, rows = {}, {}
     for name, make in all_contenders(workload, args).items():
         began = clock(args.device)
-        optimizer = make(params)
+        optimizer = make(model)
         optimizer.step()
         row = {"workload": workload, "n": n, "optimizer": name}
         row |= {"first_s": clock(args.device) - began, "state_bytes": state_bytes(optimizer)}
         steps[name], rows[name] = optimizer.step, row
-        if is_cuda and name not in (LSTM, LOOP):
+        if is_cuda and name not in (LSTM, LOOP, MUON):
             graph = f"{name}, graph"
             steps[graph], rows[graph] = captured(optimizer.step), row | {"optimizer": graph}
+    if workload in MODELS:
+        steps[NETWORK] = forward_and_backward(workload, model)
+        steps[NETWORK]()
+        rows[NETWORK] = {"workload": workload, "n": n, "optimizer": NETWORK, "batch": MODELS[workload].batch}
     for name, seconds in interleaved(steps, args.device, n_repeats=args.repeats, n_calls=n_steps).items():
         rows[name]["ms"] = [1e3 * each for each in seconds]
     return list(rows.values())
@@ -83,9 +99,9 @@ def peak_memory(args: argparse.Namespace) -> dict[str, dict[str, int | None]]:
     peaks = {}
     for name in args.sizes:
         if n_parameters(name) >= LARGE:
-            params = parameters(name, args.device)
+            model = module(name, args.device)
             makes = {label: make for label, make in all_contenders(name, args).items() if label != LOOP}
-            peaks[name] = {label: extra_bytes(partial(make, params), args.device) for label, make in makes.items()}
+            peaks[name] = {label: extra_bytes(partial(make, model), args.device) for label, make in makes.items()}
     return peaks
 
 
@@ -138,7 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     is_large = args.full or args.device.type == "cuda"
     if args.sizes is None:
         args.sizes = ["mlp", "1e4", "1e5", "1e6", *([] if args.quick else ["1e7"]), *(["1e8"] if is_large else [])]
-        args.sizes += ["resnet18", *([] if args.quick else ["gpt2"])]
+        args.sizes += ["resnet18", *([] if args.quick else ["vit-s", "gpt2"])]
     return args
 
 

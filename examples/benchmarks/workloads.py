@@ -1,19 +1,20 @@
-"""Workloads of the benchmark of the step: shapes of real models, and the optimizers that step them."""
+"""Workloads of the benchmark of the step: real networks, and the optimizers that step them."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import odeopt
 from odeopt import LearnedOptimizer, LSTMUpdate
 from odeopt.rules.preprocessing import log_sign
+from odeopt.tasks.datasets import import_torchvision
 
 LEARNED = FAST, NARROW, EAGER, DEFAULT, LSTM = (
     "port-hamiltonian",  # native on a CPU, compiled on CUDA
@@ -22,37 +23,58 @@ LEARNED = FAST, NARROW, EAGER, DEFAULT, LSTM = (
     "port-hamiltonian-spectral",
     "lstm",
 )
-LOOP = "lstm, loop of cells"
+LOOP, MUON, NETWORK = "lstm, loop of cells", "Muon and fused Adam", "forward and backward"
 FOREACH, FUSED, MOMENTUM = REFERENCES = ("Adam, foreach", "Adam, fused", "SGD, momentum")
-Make = Callable[[list[Tensor]], Optimizer]
+Make = Callable[[nn.Module], Optimizer]
+
+models = import_torchvision().models
 
 
-def resnet18() -> list[tuple[int, ...]]:
-    """Shapes of the parameters of ResNet-18 (He et al., 2016) with a thousand classes: 11,689,512 of them."""
-    shapes, fan_in = [(64, 3, 7, 7), (64,), (64,)], 64
-    for width in (64, 128, 256, 512):
-        for block in range(2):
-            shapes += [(width, fan_in, 3, 3), (width,), (width,), (width, width, 3, 3), (width,), (width,)]
-            if block == 0 and fan_in != width:  # the shortcut has to grow too
-                shapes += [(width, fan_in, 1, 1), (width,), (width,)]
-            fan_in = width
-    return [*shapes, (1000, 512), (1000,)]
+class GPT2(nn.Module):
+    """GPT-2 small (Radford et al., 2019), its head tied to the embedding: 124,439,808 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(50257, 768), nn.Embedding(1024, 768)
+        block = partial(nn.TransformerEncoderLayer, 768, 12, 3072, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks, self.norm = nn.ModuleList(block() for _ in range(12)), nn.LayerNorm(768)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits of the next token, shape ``(n_texts, n_tokens, 50257)``."""
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], x.device)
+        for block in self.blocks:
+            x = block(x, src_mask=mask, is_causal=True)
+        return self.norm(x) @ self.tokens.weight.mT
 
 
-def gpt2() -> list[tuple[int, ...]]:
-    """Shapes of the parameters of GPT-2 small (Radford et al., 2019): 124,439,808 of them."""
-    d, norm = 768, [(768,), (768,)]
-    attention = [*norm, (d, 3 * d), (3 * d,), (d, d), (d,)]
-    perceptron = [*norm, (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
-    return [(50257, d), (1024, d), *12 * (attention + perceptron), *norm]
+class Model(NamedTuple):
+    """A real network, and a batch for it.
+
+    Attributes:
+        make: Builds the network.
+        batch: The batch in words.
+        shape: Shape of its inputs.
+        n_tokens: Number of tokens to choose inputs from; 0 for normal numbers.
+    """
+
+    make: Callable[[], nn.Module]
+    batch: str
+    shape: tuple[int, ...]
+    n_tokens: int = 0
 
 
-def mlp() -> list[tuple[int, ...]]:
-    """Shapes of the parameters of a 784-20-10 network: 15,910 of them."""
-    return [(20, 784), (20,), (10, 20), (10,)]
+def images(n: int) -> tuple[str, tuple[int, ...]]:
+    """Return a batch of images as ImageNet has them."""
+    return f"{n} images of 224 x 224", (n, 3, 224, 224)
 
 
-MODELS = {"mlp": mlp, "resnet18": resnet18, "gpt2": gpt2}
+MODELS = {
+    "mlp": Model(lambda: nn.Sequential(nn.Linear(784, 20), nn.Sigmoid(), nn.Linear(20, 10)), "128 digits", (128, 784)),
+    "resnet18": Model(models.resnet18, *images(8)),
+    "vit-s": Model(partial(models.VisionTransformer, 224, 16, 12, 6, 384, 1536), *images(8)),
+    "gpt2": Model(GPT2, "a text of 128 tokens", (1, 128), 50257),
+}
 
 
 def workload(text: str) -> str:
@@ -67,23 +89,32 @@ def workload(text: str) -> str:
     raise argparse.ArgumentTypeError(f"should be a number of parameters or one of {', '.join(MODELS)}; found {text}")
 
 
-def shapes_of(workload: str) -> list[tuple[int, ...]]:
-    """Shapes of a model in :data:`MODELS`, or of one tensor of that size."""
-    return MODELS[workload]() if workload in MODELS else [(int(float(workload)),)]
+def module(workload: str, device: torch.device | str) -> nn.Module:
+    """Build a model in :data:`MODELS`, or one tensor of that size; with gradients that stay as they are."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        if workload in MODELS:
+            built = MODELS[workload].make()
+        else:
+            built = nn.ParameterList([nn.Parameter(0.02 * torch.randn(int(float(workload))))])
+    for param in built.parameters():
+        param.grad = 1e-3 * torch.randn_like(param)
+    return built
 
 
 def n_parameters(workload: str) -> int:
     """Number of parameters."""
-    return sum(map(math.prod, shapes_of(workload)))
+    return sum(param.numel() for param in module(workload, "meta").parameters())
 
 
-def parameters(workload: str, device: torch.device) -> list[Tensor]:
-    """Parameters with gradients that stay as they are."""
-    generator = torch.Generator(device).manual_seed(0)
-    params = [0.02 * torch.randn(shape, generator=generator, device=device) for shape in shapes_of(workload)]
-    for param in params:
-        param.grad = 1e-3 * torch.randn(param.shape, generator=generator, device=device)
-    return params
+def forward_and_backward(workload: str, model: nn.Module) -> Callable[[], None]:
+    """Return what a step of training computes before the optimizer's step: the share that the latter has."""
+    _, _, shape, n_tokens = MODELS[workload]
+    device = next(model.parameters()).device
+    inputs = torch.randint(n_tokens, shape, device=device) if n_tokens else torch.randn(shape, device=device)
+    params = list(model.parameters())
+    # the gradients of the optimizers stay as they are
+    return lambda: torch.autograd.grad(model(inputs).square().mean(), params) and None
 
 
 class CellLoop(Optimizer):
@@ -112,6 +143,33 @@ class CellLoop(Optimizer):
             param.add_(self.rule.output(state["h2"]).view_as(param), alpha=self.rule.output_scale)
 
 
+class MuonAndAdam(Optimizer):
+    """``torch.optim.Muon`` on matrices and, as views, convolutions; fused Adam on embeddings and vectors.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+        groups = odeopt.param_groups(model)
+        hidden = [
+            param for group in groups if "is_table" not in group for _, param in group["params"] if param.ndim > 1
+        ]
+        self._views = [(param, nn.Parameter(param.detach().flatten(1))) for param in hidden]
+        others = list({*self.param_groups[0]["params"]} - {*hidden})
+        muon = [torch.optim.Muon([view for _, view in self._views])] if self._views else []
+        self._parts = [*muon, *([Adam(others, fused=True)] if others else [])]
+
+    def step(self, closure: None = None) -> None:
+        """Move every parameter."""
+        for param, view in self._views:
+            view.grad = param.grad.flatten(1)
+        for part in self._parts:
+            part.step()
+            self.state.update(part.state)
+
+
 def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
     """Ways to build an optimizer, by name.
 
@@ -121,18 +179,26 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
     """
     capturable = {"capturable": True} if device.type == "cuda" else {}
     rule, lstm = odeopt.load_pretrained("port-hamiltonian"), odeopt.load_pretrained("lstm")
-    learned = partial(LearnedOptimizer, **capturable)
     fast = {"implementation": "native"} if device.type == "cpu" else {"compile": True}
+
+    def learned(**options) -> Make:
+        return lambda model: LearnedOptimizer(odeopt.param_groups(model), **options, **capturable)
+
+    def given(optimizer: Callable[..., Optimizer], **options) -> Make:
+        return lambda model: optimizer(model.parameters(), **options)
+
     makes = {
-        FAST: partial(learned, rule=rule, **fast),
-        NARROW: partial(learned, rule=rule, **fast, state_dtype=torch.bfloat16),
-        EAGER: partial(learned, rule=rule, compile=False, implementation="eager"),
-        DEFAULT: learned,
-        "AdamUpdate, compiled": partial(learned, rule=odeopt.AdamUpdate(), compile=True),
-        FOREACH: partial(Adam, foreach=True, **capturable),
-        FUSED: partial(Adam, fused=True, **capturable),
-        MOMENTUM: partial(SGD, lr=1e-3, momentum=0.9, foreach=True),
+        FAST: learned(rule=rule, **fast),
+        NARROW: learned(rule=rule, **fast, state_dtype=torch.bfloat16),
+        EAGER: learned(rule=rule, compile=False, implementation="eager"),
+        DEFAULT: learned(),
+        "AdamUpdate, compiled": learned(rule=odeopt.AdamUpdate(), compile=True),
+        FOREACH: given(Adam, foreach=True, **capturable),
+        FUSED: given(Adam, fused=True, **capturable),
+        MOMENTUM: given(SGD, lr=1e-3, momentum=0.9, foreach=True),
     }
+    if device.type == "cpu":  # torch.optim.Muon cannot be captured
+        makes[MUON] = MuonAndAdam
     if has_lstm:
-        makes |= {LSTM: partial(learned, rule=lstm, compile=True), LOOP: partial(CellLoop, rule=lstm)}
+        makes |= {LSTM: learned(rule=lstm, compile=True), LOOP: given(CellLoop, rule=lstm)}
     return makes
