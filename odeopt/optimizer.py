@@ -269,6 +269,51 @@ class LearnedOptimizer(torch.optim.Optimizer):
         step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule, bucket))
         return int(bucket.is_on_host and bool(bucket.n_skipped.any()))
 
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """Tell what the next step will do to each parameter that has a gradient; nothing moves.
+
+        Call it between ``backward`` and :meth:`step`, as often as is of use: it costs about three eager steps, and the
+        singular values of matrices that a spectral energy steps; where it is not called, nothing.
+
+        Returns:
+            By the name of each parameter, tensors on its device: ``update_to_weight``, the norm of the change over that
+            of the parameter (infinite where that is zero); and what the rule's ``account`` gives. Of
+            port-Hamiltonian rules: ``energy``, ``energy_rate``, ``dissipated`` and ``supplied`` power per step,
+            ``step_size``, all 0-d, and ``friction`` and ``gain`` of each mode, shape ``(modes,)``.
+
+        Raises:
+            ValueError: If a parameter is sharded.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(3, 2))
+            >>> optimizer = LearnedOptimizer([("weight", weight)])
+            >>> weight.square().sum().backward()
+            >>> sorted(optimizer.diagnostics()["weight"])[:3]
+            ['dissipated', 'energy', 'energy_rate']
+        """
+        self._lay_out()
+        found = {}
+        for bucket, rule, group, _ in self._placed:
+            options = self._options(group, bucket)
+            for index, param in enumerate(bucket.params):
+                require(not bucket.is_shared, self._name(param), "a shard of it", "whole on each process")
+                if param.grad is not None:
+                    found[self._name(param)] = self._diagnosed(bucket, index, rule, options)
+        names = (self._name(param) for group in self.param_groups for param in group["params"])
+        return {name: found[name] for name in names if name in found}
+
+    @staticmethod
+    def _diagnosed(bucket: Bucket, index: int, rule: UpdateRule, options: StepOptions) -> dict[str, Tensor]:
+        """Quantities of one parameter of a bucket."""
+        theta, grad = (x.detach().flatten().to(bucket.dtype) for x in (bucket.params[index], bucket.params[index].grad))
+        grad, state = -grad if options.maximize else grad, bucket.rule_state(index)
+        signals = {"param": theta, "shape": bucket.params[index].shape, "progress": options.progress}
+        change = options.lr * rule(grad, state, **signals)[0]
+        if options.decay is not None:
+            change = change - options.lr * options.decay * theta
+        return {"update_to_weight": change.norm() / theta.norm()} | rule.account(grad, state, **signals)
+
     def eval(self) -> None:
         """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
         averages.show(self.state)

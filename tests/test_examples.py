@@ -29,6 +29,7 @@ SCRIPTS = {
 TINY = {
     "ablation": ["--quick", "--steps", "1", "--horizon", "2", "--runs", "2", "--rows", "one mode"],
     "depth": ["--dataset", "digits", "--width", "8", "--depths", "0", "2", "--rates", "1", "4", "--steps", "3"],
+    "diagnostics": ["--dataset", "digits", "--steps", "4", "--every", "2"],
     "coordinate_check": ["--widths", "8", "16", "--steps", "1", "2", "--runs", "2"],
     "estimators": ["--steps", "2", "--runs", "2"],
     "generalisation": ["--quick", "--runs", "2", "--tuning-runs", "1", "--steps", "60"],
@@ -45,7 +46,7 @@ TINY = {
     "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",
                 "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "bosh3"],
 }  # fmt: skip
-WITH_OPTIONS = tuple(TINY)
+WITH_OPTIONS = tuple(name for name in TINY if name != "diagnostics")  # which makes one run
 MNIST_RULES = ("port-hamiltonian-mnist", "port-hamiltonian-coordinatewise-mnist", "lstm-mnist", "hamiltonian-mnist")
 COLUMNS = ("losses", "all losses", "accuracy", "difference", "diverged", "time", "state", "looks across")
 HAND_DESIGNED = ("Adam (lr", "RMSprop (lr", "Momentum (lr", "Nesterov (lr")
@@ -244,6 +245,15 @@ def test_kinetic_compares_energies_with_tuned_adamw(tmp_path, capsys):
     assert all(name in table for name in ("AdamW", "quadratic", "spectral, coherent"))
     assert (tmp_path / "kinetic.png").is_file()
     assert (tmp_path / "kinetic.json").is_file()
+
+
+def test_diagnostics_draws_a_run_and_feeds_tensorboard(tmp_path, capsys):
+    run("diagnostics", *TINY["diagnostics"], "--out", str(tmp_path), "--log-dir", str(tmp_path / "board"))
+    assert f"Figure: {tmp_path / 'diagnostics.png'}" in capsys.readouterr().out
+    assert (tmp_path / "diagnostics.png").is_file()
+    (events,) = (tmp_path / "board").iterdir()
+    content = events.read_bytes()
+    assert all(tag in content for tag in (b"loss", b"energy/0.weight", b"friction/4.bias/mode 2"))
 
 
 def test_saddle_reports_quartiles_and_runs_that_stay(tmp_path, capsys):

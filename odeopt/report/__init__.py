@@ -1,5 +1,6 @@
 """Tables and figures, from plain rows and arrays."""
 
+from odeopt.report.diagnostics import plot_diagnostics, write_diagnostics
 from odeopt.report.energy import plot_ledger
 from odeopt.report.figure import (
     PALETTE,
@@ -26,6 +27,7 @@ __all__ = [
     "new_figure",
     "number_text",
     "panel_grid",
+    "plot_diagnostics",
     "plot_escape",
     "plot_ledger",
     "plot_losses",
@@ -37,4 +39,5 @@ __all__ = [
     "style",
     "use_logarithms",
     "use_plain_numbers",
+    "write_diagnostics",
 ]

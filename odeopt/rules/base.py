@@ -96,6 +96,22 @@ class UpdateRule(nn.Module, ABC):
             The update, shape ``(*batch, n)``, to be ADDED to the parameter; and the next state.
         """
 
+    def account(
+        self,
+        grad: Tensor,
+        state: NamedTuple,
+        *,
+        param: Tensor | None = None,
+        shape: torch.Size | tuple[int, ...] | None = None,
+        progress: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Name what moves a tensor in the step that ``grad`` drives, for :meth:`odeopt.LearnedOptimizer.diagnostics`.
+
+        Takes what :meth:`forward` takes; returns quantities of shape ``(*batch,)``, or ``(*batch, modes)``. A rule
+        without such quantities has none.
+        """
+        return {}
+
     @property
     def is_staged(self) -> bool:
         """True if coordinates interact only through the sums of :class:`StagedRule`."""

@@ -175,6 +175,15 @@ class Bucket:
                 views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
         return views
 
+    def rule_state(self, index: int) -> NamedTuple:
+        """State of one parameter as the rule takes it, flattened, in the dtype of the step."""
+        state, shape = self.views(index), self._shapes[index]
+        for name, axis in self._axes.items():
+            if axis is not None:
+                before, after = state[name].shape[:axis], state[name].shape[axis + len(shape) :]
+                state[name] = state[name].reshape(*before, shape.numel(), *after).to(self.dtype)
+        return self._type(**state)
+
     def set_state(self, index: int, state: dict[str, Tensor]) -> None:
         """Overwrite the state of one parameter."""
         start, end = self._starts[index : index + 2]

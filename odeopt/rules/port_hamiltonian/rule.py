@@ -671,6 +671,29 @@ class PortHamiltonianUpdate(StagedRule):
             total = [x + y.sum(-1) for x, y in zip(total, coordinates, strict=True)]
         return PowerBalance(*(x.unsqueeze(-1) for x in total))
 
+    def account(self, grad, state, *, param=None, shape=None, progress=None):
+        """Energy and powers, summed over the tensor; its step size; friction and port gain of each mode, on average.
+
+        The step size is the factor on the system's output, of a matrix the operator norm that the output is given. A
+        friction or port that is a network of q is left out.
+        """
+        signals = {"param": param, "shape": shape, "progress": progress}
+        balance = self.power_balance(grad, state, **signals)
+        found = {"energy": self.energy(state, shape=shape), "energy_rate": balance.energy_rate}
+        found |= {"dissipated": balance.dissipated, "supplied": balance.supplied}
+        observation, shared = self._prepare(grad, state, *signals.values())
+        if self.is_whole(shape):
+            step_size = shared.matrix_kappa * energies.operator_scale(tuple(shape), self.matrix_scale)
+            modulation = self._matrix_modulation(observation, state, shared)
+        else:
+            step_size, u = shared.kappa, observation.u.unsqueeze(-2)
+            log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
+            modulation = self._modulation(state.p, u, log_ratio, self._by_kind(shared))
+        found = {name: x.sum(-1) for name, x in found.items()} | {"step_size": step_size.squeeze(-1)}
+        if self.stores_q:
+            return found
+        return found | {name: x.mean(-1) for name, x in zip(("friction", "gain"), modulation, strict=True)}
+
     def _coordinate_energy(self, state) -> Tensor:
         """Energies of coordinates, summed over all modes, shape ``(*batch, n)``."""
         if "relativistic" in self.kinetic:
