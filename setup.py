@@ -63,6 +63,7 @@ setup(
         "odeopt": ["pretrained/*.safetensors", "pretrained/*.json", "configs/*.toml", "configs/search/*.toml"],
         "odeopt.stepping.native": ["*.c", "*.h"],
     },
+    entry_points={"console_scripts": ["odeopt = odeopt.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

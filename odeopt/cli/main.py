@@ -1,4 +1,6 @@
-"""Command line: ``python -m odeopt train``, ``search``, ``tune``, ``matrix``, ``suite`` and ``solvers``.
+"""Command line: ``odeopt rules``, ``show``, ``train``, ``search``, ``tune``, ``matrix``, ``suite`` and ``solvers``.
+
+``python -m odeopt`` does the same.
 
 Under ``torchrun`` (``torchrun --nproc-per-node 2 -m odeopt train ...``) all its processes train one rule together.
 """
@@ -8,8 +10,9 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 
-from odeopt.cli import matrix, search, solvers, suite, train, tune
+from odeopt.cli import matrix, rules, search, solvers, suite, train, tune
 from odeopt.meta.distributed import LostRankError
 from odeopt.meta.search_files import MissingOptunaError
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
@@ -17,9 +20,11 @@ from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m odeopt", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="odeopt" if Path(sys.argv[0]).stem == "odeopt" else "python -m odeopt", description=__doc__
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (train, search, tune, matrix, suite, solvers):
+    for command in (rules, train, search, tune, matrix, suite, solvers):
         command.add(commands)
     args = parser.parse_args(argv)
     try:

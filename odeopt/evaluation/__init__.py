@@ -4,6 +4,7 @@ from odeopt.evaluation.baselines import FAMILIES, Family, Tuned, baselines_for, 
 from odeopt.evaluation.compare import BEST_HAND_DESIGNED, EVALUATION_SEED, compare, fast_batch, run, time_step
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text, student_interval, trailing_mean
 from odeopt.evaluation.matrix import Cell, Matrix, evaluate_matrix, grid
+from odeopt.evaluation.response import Response, response
 from odeopt.evaluation.result import SCORES, Comparison, RuleResult, scores_of
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Family",
     "Interval",
     "Matrix",
+    "Response",
     "RuleResult",
     "Tuned",
     "baselines_for",
@@ -26,6 +28,7 @@ __all__ = [
     "grid",
     "ratio_interval",
     "ratio_text",
+    "response",
     "run",
     "scores_of",
     "student_interval",

@@ -15,6 +15,7 @@ from odeopt.report.figure import (
 )
 from odeopt.report.losses import plot_escape, plot_losses
 from odeopt.report.matrix import plot_ratios
+from odeopt.report.response import plot_response
 from odeopt.report.solvers import plot_orders, plot_panels
 from odeopt.report.suite import plot_suite
 from odeopt.report.table import draw_table, number_text
@@ -34,6 +35,7 @@ __all__ = [
     "plot_orders",
     "plot_panels",
     "plot_ratios",
+    "plot_response",
     "plot_suite",
     "save_figure",
     "style",

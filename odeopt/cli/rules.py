@@ -1,0 +1,88 @@
+"""``odeopt rules`` and ``odeopt show``: the rules that ship, what they were trained for, cost and answer."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from odeopt import artifacts
+from odeopt.cli import arguments
+from odeopt.cli.files import named_rule
+from odeopt.evaluation.response import response
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.parameters import param_groups
+from odeopt.report import draw_table, plot_response
+from odeopt.rules.base import UpdateRule
+
+_N_REPEATS, _N_STEPS = 5, 5
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add both commands."""
+    text = "list the rules that ship: what they were trained for, parameters, and what a step costs here"
+    rules = commands.add_parser("rules", help=text, description=text + ", on the parameters of a 784-20-10 network.")
+    rules.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    rules.set_defaults(run=run_rules)
+    text = "draw how a rule answers gradients: update, step size over a run, singular values"
+    show = commands.add_parser("show", help=text, description=text + ".")
+    show.add_argument("rule", help="a .safetensors file, or a name that `odeopt rules` lists")
+    show.add_argument("--out", type=arguments.folder, default="figs", help="folder of the figure (default: figs)")
+    show.set_defaults(run=run_show)
+
+
+def run_rules(args: argparse.Namespace) -> int:
+    """Print the table; return the exit status."""
+    names = artifacts.available_pretrained()
+    rules = {name: artifacts.load_pretrained(name) for name in names}
+    prices = _prices(rules)
+    rows = [[name, *_account(rule), f"{prices[name]:.1f}"] for name, rule in rules.items()]
+    headers = [("rule", ""), ("trained on", ""), ("horizon", "steps"), ("weights", ""), ("state", "B/parameter"),
+               ("step", "x Adam's")]  # fmt: skip
+    print(draw_table(headers, rows, markdown=args.markdown))
+    print(
+        f"\nTimes on {torch.get_num_threads()} thread(s), over those of torch.optim.Adam. `odeopt show RULE` draws one."
+    )
+    return 0
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Draw a rule; return the exit status."""
+    name, rule = named_rule(args.rule)
+    task, horizon, *_ = _account(rule)
+    path = plot_response(*response(rule), args.out / f"rule-{name}.png", title=f"{name} ({type(rule).__name__})")
+    print(f"{type(rule).__name__}, trained on {task} for {horizon} steps, {rule.n_parameters():,} weights.")
+    print(f"Figure: {path}")
+    return 0
+
+
+def _account(rule: UpdateRule) -> list[str]:
+    """Task, horizon, number of weights and size of the state."""
+    account = rule.trained_for or {}
+    task, horizon = account.get("task", "?"), account.get("horizon", "?")
+    name = task.get("class", "?") if isinstance(task, dict) else task
+    n = 1000
+    state = rule.init_state(torch.zeros(n))
+    per_parameter = sum(x.numel() * x.element_size() for x in state if x.numel() >= n) / n
+    return [str(name), str(horizon), f"{rule.n_parameters():,}", f"{per_parameter:g}"]
+
+
+def _prices(rules: dict[str, UpdateRule]) -> dict[str, float]:
+    """Time of a step over that of Adam, in turns, each the median."""
+    model = nn.Sequential(nn.Linear(784, 20), nn.Linear(20, 10))
+    for param in model.parameters():
+        param.grad = 1e-3 * torch.randn_like(param)
+    steps = {"Adam": torch.optim.Adam(model.parameters()).step}
+    steps |= {name: LearnedOptimizer(param_groups(model), rule).step for name, rule in rules.items()}
+    seconds = {name: [] for name in steps}
+    for _ in range(_N_REPEATS + 1):  # the first is for laying out the state
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for _ in range(_N_STEPS):
+                step()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(a / b for a, b in zip(seconds[name][1:], seconds["Adam"][1:], strict=True))
+            for name in rules}  # fmt: skip
