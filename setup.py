@@ -15,6 +15,7 @@ version = next(
 
 search_requires = ["optuna>=4.0"]
 opponents_requires = ["schedulefree>=1.4", "prodigyopt>=1.1.2"]
+hub_requires = ["huggingface_hub>=0.30"]
 docs_requires = ["sphinx>=8.1", "myst-parser>=4.0.1", "furo>=2024.8.6"]
 
 
@@ -79,6 +80,7 @@ setup(
     extras_require={
         "search": search_requires,
         "opponents": opponents_requires,
+        "hub": hub_requires,
         "docs": docs_requires,
         "test": [
             "pytest>=8",
@@ -90,6 +92,7 @@ setup(
             "setuptools>=70",
             *search_requires,
             *opponents_requires,
+            *hub_requires,
         ],
     },
 )

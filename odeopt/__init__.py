@@ -1,8 +1,9 @@
 """odeopt: optimizers learned as port-Hamiltonian systems and integrated by ODE solvers."""
 
 from odeopt._version import __version__
-from odeopt.artifacts import available_pretrained, load, load_pretrained, save
+from odeopt.artifacts import available_pretrained, load_pretrained, save
 from odeopt.evaluation import compare
+from odeopt.hub import load
 from odeopt.meta import MetaConfig, gradient_flow, meta_train, unroll
 from odeopt.ode import integrate
 from odeopt.optimizer import LearnedOptimizer

@@ -33,6 +33,7 @@ ARROWS = {
     "systems": ("ode",),
     "rules": ("ode",),
     "artifacts": ("rules", "_version"),
+    "hub": ("artifacts",),
     "parameters": ("rules",),
     "stepping": ("rules",),
     "optimizer": ("stepping", "artifacts"),
@@ -40,7 +41,7 @@ ARROWS = {
     "meta": ("stepping", "tasks", "files"),
     "evaluation": ("meta", "report", "_version"),
     "suite": ("evaluation", "optimizer", "parameters"),
-    "cli": ("evaluation", "suite", "solvers", "artifacts"),
+    "cli": ("evaluation", "suite", "solvers", "hub"),
 }
 TOP = {"__init__", "__main__"}  # may import everything
 
@@ -53,6 +54,7 @@ DOORS = {
     "safetensors": ["artifacts.py"],
     "schedulefree": ["suite/opponents.py"],
     "prodigyopt": ["suite/opponents.py"],
+    "huggingface_hub": ["hub.py"],
     "tensorboard": [],
 }
 

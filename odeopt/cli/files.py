@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from odeopt import artifacts
+from odeopt import artifacts, hub
 from odeopt.rules import UpdateRule
 
 
@@ -17,6 +17,6 @@ def prepare(out: Path, may_overwrite: bool) -> None:
 
 def named_rule(text: str) -> tuple[str, UpdateRule]:
     """Load a rule from a file, or one of the package; and its name."""
-    if text.endswith(".safetensors"):
-        return Path(text).stem, artifacts.load(text)
+    if text.endswith(".safetensors") or text.startswith(hub.PREFIX):
+        return Path(text).stem, hub.load(text)
     return text, artifacts.load_pretrained(text)
