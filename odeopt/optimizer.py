@@ -385,7 +385,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> None:
-            options = self.defaults.keys() - {"rule_digest", "momentum"}
+            # loading leaves a default of torch's own behind, `differentiable`, which no group has
+            options = self.defaults.keys() - {"rule_digest", "momentum", "differentiable"}
             missing = {name for group in final.get("param_groups", [{}]) for name in options - group.keys()}
             lacks = f", with {', '.join(sorted(missing))} in each group"
             require(not missing, "state_dict", sorted(final), f"the state of a LearnedOptimizer{lacks}")

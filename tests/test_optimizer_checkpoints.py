@@ -37,6 +37,21 @@ CARRIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.du
 over_carries = pytest.mark.parametrize("carry", CARRIES.values(), ids=CARRIES)
 
 
+@pytest.mark.parametrize("again", CARRIES.values(), ids=CARRIES)
+@over_carries
+def test_an_optimizer_that_was_carried_along_can_be_carried_again(carry, again):
+    param, other = (parameter(torch.ones(3), torch.tensor([1.0, -2.0, 0.5])) for _ in range(2))
+    once, twice = LearnedOptimizer([param], AdamUpdate(0.1)), LearnedOptimizer([other], AdamUpdate(0.1))
+    for optimizer in (once, twice):
+        optimizer.step()
+    twice = again(carry(twice))
+    [other] = twice.param_groups[0]["params"]
+    other.grad = param.grad.clone()
+    for optimizer in (once, reloaded(twice)):
+        optimizer.step()
+    assert torch.equal(param, other)
+
+
 @over_carries
 @pytest.mark.parametrize("size", [3, 2**16])
 def test_callers_entries_are_carried_along_to_the_bit(carry, size):
