@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -113,9 +114,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             parameters on, where the step is not native; True compiles in place of the native step. Where compiling
             fails a warning says so and the step runs eagerly, a few times slower.
         implementation: ``"auto"`` takes the native step, in C, of port-Hamiltonian rules on a CPU, where it can
-            (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form, all but the matrices
-            that are stepped by their singular values. It is the eager step to rounding. ``"native"`` raises where it
-            cannot, ``"eager"`` never takes it.
+            (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form, matrices by spectral
+            modes alone. It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes
+            it.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
@@ -232,11 +233,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
         self._lay_out()
         may_warn = False
-        for plan in self._plans:
-            n_skipped = self._step_natively(plan)
-            if n_skipped is None:
-                n_skipped = sum(map(self._step_eagerly, plan.placed))
-            may_warn = may_warn or n_skipped > 0
+        with self._without_autocast():
+            for plan in self._plans:
+                n_skipped = self._step_natively(plan)
+                if n_skipped is None:
+                    n_skipped = sum(map(self._step_eagerly, plan.placed))
+                may_warn = may_warn or n_skipped > 0
         for group in self.param_groups:
             group["n_steps"] += 1
             if "momentum" in group:
@@ -251,6 +253,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if may_warn:
             self._fetch_skipped(is_on_host=True)
         return loss
+
+    def _without_autocast(self) -> AbstractContextManager:
+        """Compute in the dtypes of rule and state: what autocast narrows in a model it would narrow in a rule, too."""
+        stack = ExitStack()
+        for kind in {placed.bucket.device.type for placed in self._placed}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     def _step_natively(self, plan: _Plan) -> int | None:
         """Step the buckets of a plan; return the number of gradients that were skipped, None where nothing is done."""
@@ -294,12 +304,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """
         self._lay_out()
         found = {}
-        for bucket, rule, group, _ in self._placed:
-            options = self._options(group, bucket)
-            for index, param in enumerate(bucket.params):
-                require(not bucket.is_shared, self._name(param), "a shard of it", "whole on each process")
-                if param.grad is not None:
-                    found[self._name(param)] = self._diagnosed(bucket, index, rule, options)
+        with self._without_autocast():
+            for bucket, rule, group, _ in self._placed:
+                options = self._options(group, bucket)
+                for index, param in enumerate(bucket.params):
+                    require(not bucket.is_shared, self._name(param), "a shard of it", "whole on each process")
+                    if param.grad is not None:
+                        found[self._name(param)] = self._diagnosed(bucket, index, rule, options)
         names = (self._name(param) for group in self.param_groups for param in group["params"])
         return {name: found[name] for name in names if name in found}
 
@@ -537,11 +548,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             key = (param.device, has_values(param), param.dtype, shard.group_key)
             alone = param if is_alone or is_large else None
             alike[(*key, alone, param.shape if is_whole else None)].append(param)
-        n_matrices = self._n_matrices()
+        n_matrices, deep = self._n_matrices(), {}
         for (*_, shape), together in alike.items():
             rule = self._rule_for(together[0], group["is_table"])
             is_whole = shape is not None or (rule.crosses_coordinates and not rule.is_staged)
-            rule = rule.for_depth(n_matrices) if shape is not None else rule
+            if shape is not None:  # one for all matrices, which go through one call then
+                rule = deep.setdefault(id(rule), rule.for_depth(n_matrices))
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole)
             for index, param in enumerate(together):
                 held = self.state.get(param, {})  # others may keep something of theirs there too
@@ -566,8 +578,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if obstacle is None and self.implementation != "eager" and self.compile is not True:
                 together[id(placed.group), id(placed.rule)].append(placed)
                 continue
-            is_matrix = placed.bucket.is_whole and placed.rule.is_staged
-            if self.implementation == "native" and not is_matrix:
+            if self.implementation == "native":
                 self._forget_buckets()
                 require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
             plans.append(_Plan(None, [placed]))

@@ -41,6 +41,17 @@ OPTIONS = {
     "vectors of a spectral rule": {"kinetic": ("spectral", "quadratic"), "schedule": "power"},
     "vectors, spectral output": {"output": "spectral"},
 }
+SPECTRAL = {
+    "default": {},
+    "one mode, memory": {"modes": 1, "memory": 2},
+    "exponential": {"solver": "exponential", "modes": 3},
+    "euler": {"solver": "euler"},
+    "coherence": {"initial_coherence": 0.75, "normalization": "tensor"},
+    "decay that grows": {"initial_decay": 0.3, "decay_growth": 16.0},
+    "schedule, depth": {"schedule": "power", "horizon_power": 0.4, "depth_power": 1.0, "uses_progress": True},
+    "Muon's scale": {"matrix_scale": "muon", "initial_lookahead": 1.5, "friction": "constant"},
+}
+MATRICES = [(3, 2), (2, 30), (40, 50), (40, 50), (1, 7), (9, 1), (8, 3, 3, 3), (), (5,)]
 SETTINGS = {
     "plain": {},
     "decay, length told": {"lr": 0.7, "weight_decay": 0.01, "total_steps": 5},
@@ -97,7 +108,7 @@ def assert_rounded_alike(found, wanted):
         assert (found == wanted).float().mean() > 0.97
 
 
-def assert_steps_alike(optimizers, n_steps=3):
+def assert_steps_alike(optimizers, n_steps=3, tolerance=1e-5):
     """Take each step from a common state, so that no difference grows."""
     eager, native = optimizers
     for step in range(n_steps):
@@ -110,7 +121,7 @@ def assert_steps_alike(optimizers, n_steps=3):
             # and one rounding onto the parameter
             update = (a - start).abs().max().item()
             rounding = torch.finfo(a.dtype).eps
-            torch.testing.assert_close(b, a, rtol=rounding, atol=1e-5 * update)
+            torch.testing.assert_close(b, a, rtol=rounding, atol=tolerance * update)
             assert update > 0 or step == 0  # of euler, which moves by the momenta at the start
             for name, wanted in eager.state[a].items():
                 found = native.state[b][name]
@@ -152,19 +163,86 @@ def test_step_is_the_eager_one_in_bfloat16(options, dtypes):
 @pytest.mark.parametrize(
     "name", ["port-hamiltonian", "port-hamiltonian-coordinatewise-mnist", "port-hamiltonian-spectral"]
 )
-def test_shipped_rules_take_the_native_step_for_all_but_matrices(name):
+def test_shipped_rules_take_the_native_step(name):
     optimizers = pair(odeopt.load_pretrained(name), LARGE + VECTORS, total_steps=100)
     assert_steps_alike(optimizers)
     assert is_native(optimizers[1])
 
 
-def test_matrices_of_a_spectral_rule_take_the_eager_step_and_tables_the_native_one():
+@pytest.mark.parametrize("options", SPECTRAL.values(), ids=SPECTRAL)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_step_of_matrices_is_the_eager_one(options, settings):
+    optimizers = pair(port_hamiltonian(**{"kinetic": "spectral"} | options), MATRICES, **settings)
+    # the factors multiply small singular values by up to 480, and what was rounded with them
+    assert_steps_alike(optimizers, n_steps=5, tolerance=1e-4)
+    assert is_native(optimizers[1])
+    assert not is_native(optimizers[0])
+
+
+@pytest.mark.parametrize(
+    "dtypes", [{"dtype": BFLOAT16}, {"state_dtype": BFLOAT16}, {"dtype": BFLOAT16, "state_dtype": BFLOAT16}], ids=str
+)
+def test_step_of_matrices_is_the_eager_one_in_bfloat16(dtypes):
+    optimizers = pair(port_hamiltonian(kinetic="spectral", initial_coherence=0.5), MATRICES, **dtypes)
+    assert_steps_alike(optimizers, tolerance=1e-4)
+    assert is_native(optimizers[1])
+
+
+def test_matrices_that_take_turns_are_stepped_as_those_that_do_not(monkeypatch):
+    monkeypatch.setattr(plans, "_AT_ONCE", 4000)  # one of (40, 50), and all that is smaller
+    optimizers = pair(odeopt.load_pretrained("port-hamiltonian-spectral"), [*MATRICES, (40, 50)], total_steps=9)
+    assert_steps_alike(optimizers, tolerance=1e-4)
+    (plan,) = (plan for plan in optimizers[1]._plans if len(plan.placed) > 1)
+    assert len(plan.native._calls) == 4
+    assert is_native(optimizers[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+def test_matrices_whose_gradient_is_missing_or_not_finite_stay_as_they_are(dtype):
+    optimizers = pair(odeopt.load_pretrained("port-hamiltonian-spectral"), [(4, 6)] * 4 + [(3, 3), (2,)], dtype=dtype)
+    for step in range(3):
+        give(optimizers, step)
+        for optimizer in optimizers:
+            params = params_of(optimizer)
+            params[1].grad, params[4].grad = (
+                None if step == 1 else params[1].grad,
+                None if step == 1 else params[4].grad,
+            )
+            if step > 0:
+                params[2].grad[1, 2] = float("nan")
+        before = copy(optimizers[1])
+        for optimizer in optimizers:
+            optimizer.step()
+        after = copy(optimizers[1])
+        for i in (1, 2, 4) if step == 1 else (2,) if step == 2 else ():
+            assert torch.equal(before[0][i], after[0][i])
+            assert step == 0 or equal_state(before[1][i], after[1][i])
+        for a, b in zip(*map(params_of, optimizers), strict=True):
+            torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert [optimizer.n_skipped for optimizer in optimizers] == [2, 2]
+    assert is_native(optimizers[1])
+
+
+def test_autocast_around_a_step_changes_nothing_to_the_bit():
+    optimizers = [pair(odeopt.load_pretrained("port-hamiltonian-spectral"), MATRICES) for _ in range(2)]
+    for step in range(2):
+        for inside, some in zip((False, True), optimizers, strict=True):
+            give(some, step)
+            with torch.autocast("cpu", enabled=inside):
+                for optimizer in some:
+                    optimizer.step()
+    for plain, inside in zip(*optimizers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(params_of(plain), params_of(inside), strict=True))
+
+
+@pytest.mark.parametrize("is_table", [False, True])
+def test_one_call_steps_all_matrices_of_a_group(is_table):
     rule = odeopt.load_pretrained("port-hamiltonian-spectral")
-    for is_table in (False, True):
-        params = [parameter(torch.ones(4, 3), torch.ones(4, 3)), parameter(torch.ones(3), torch.ones(3))]
-        optimizer = LearnedOptimizer([{"params": params, "is_table": is_table}], rule, implementation="native")
-        optimizer.step()
-        assert sorted(plan.native is not None for plan in optimizer._plans) == ([True] if is_table else [False, True])
+    params = [parameter(torch.ones(shape), torch.ones(shape)) for shape in ((4, 3), (3, 4), (3,))]
+    optimizer = LearnedOptimizer([{"params": params, "is_table": is_table}], rule, implementation="native")
+    optimizer.step()
+    assert is_native(optimizer)
+    assert len(optimizer._plans) == (1 if is_table or rule.depth_power == 0 else 2)
 
 
 @pytest.mark.parametrize("instructions", range(3))
@@ -467,6 +545,17 @@ REFUSED = {
     "network of q": (lambda: port_hamiltonian(mass="network"), {}, r"not stepped in closed form"),
     "adaptive solver": (lambda: port_hamiltonian(solver="dopri5", coordinatewise=True), {}, r"closed form"),
     "torchdiffeq": (lambda: port_hamiltonian(backend="torchdiffeq"), {}, r"closed form"),
+    "modes of several kinds": (
+        lambda: port_hamiltonian(kinetic=("spectral", "quadratic")),
+        {"shape": (3, 2)},
+        r"more than spectral modes",
+    ),
+    "energy of the sum": (lambda: port_hamiltonian(output="spectral"), {"shape": (3, 2)}, r"by their sum"),
+    "efforts by coordinate": (
+        lambda: port_hamiltonian(kinetic="spectral", matrix_normalization="coordinate"),
+        {"shape": (3, 2)},
+        r"normalised by coordinate",
+    ),
     "rule in double": (lambda: port_hamiltonian().double(), {}, r"weights of the rule are not float32"),
     "parameters in double": (port_hamiltonian, {"dtype": torch.float64}, r"neither float32 nor bfloat16"),
     "parameters in half": (port_hamiltonian, {"dtype": torch.float16}, r"neither float32 nor bfloat16"),
@@ -476,18 +565,18 @@ REFUSED = {
 
 @pytest.mark.parametrize(("make", "options", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_native_says_why_where_it_is_asked_for(make, options, reason):
-    dtype, rule = options.get("dtype", torch.float32), make()
-    options = {name: value for name, value in options.items() if name != "dtype"}
-    params = [parameter(torch.ones(3), torch.ones(3), dtype)]
+    options = {"dtype": torch.float32, "shape": (3,)} | options
+    dtype, shape, rule = options.pop("dtype"), options.pop("shape"), make()
+    params = [parameter(torch.ones(shape), torch.ones(shape), dtype)]
     optimizer = LearnedOptimizer(params, rule, implementation="native", **options)
     for _ in range(2):
         with pytest.raises(ValueError, match=rf"`implementation` should be 'auto' or 'eager' here: .*{reason}"):
             optimizer.step()
-        assert torch.equal(params[0], torch.ones(3, dtype=dtype))
+        assert torch.equal(params[0], torch.ones(shape, dtype=dtype))
     optimizer = LearnedOptimizer(params, rule, **options)
     optimizer.step()
     assert not is_native(optimizer)
-    assert not torch.equal(params[0], torch.ones(3, dtype=dtype))
+    assert not torch.equal(params[0], torch.ones(shape, dtype=dtype))
 
 
 def test_gradients_of_a_subclass_take_the_eager_step():
@@ -546,7 +635,7 @@ def test_library_that_cannot_be_loaded_is_no_error_but_a_status(unloaded):
 
 
 def test_library_of_another_version_is_not_called(monkeypatch):
-    monkeypatch.setattr(libraries, "_VERSION", 2)
+    monkeypatch.setattr(libraries, "_VERSION", libraries._VERSION + 1)
     libraries.library.cache_clear()
     assert "belongs to another version" in odeopt.native_status()
     monkeypatch.undo()

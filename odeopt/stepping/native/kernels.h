@@ -129,7 +129,8 @@ TARGET static ALWAYS_INLINE void ISA(mode)(const Rule *rule, const float *c, flo
                                            const float *restrict log_ratio, int n, float *restrict delta,
                                            const int is_exponential, const int is_relativistic)
 {
-    const float log_gain = c[0], gain_slope = c[1], logit = c[2], by_log_rms = c[3], by_power = c[4], by_effort = c[5];
+    const float log_gain = c[LOG_GAIN], gain_slope = c[GAIN_SLOPE], logit = c[LOGIT];
+    const float by_log_rms = c[BY_LOG_RMS], by_power = c[BY_POWER], by_effort = c[BY_EFFORT];
     const float psi0 = rule->psi[0], psi1 = rule->psi[1], psi2 = rule->psi[2];
     const double limit = rule->speed_limit;
 #pragma omp simd
@@ -242,7 +243,7 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
         }
         memset(delta, 0, n * sizeof(float));
         for (int k = 0; k < rule->n_modes; k++) {
-            const float *coefficients = c->per_mode + 6 * k;
+            const float *coefficients = c->per_mode + N_NUMBERS * k;
             const int64_t at = k * t->mode_stride + i;
             float *p = ISA(load)(t->p, t->state_type, at, n, x_buffer);
             switch (2 * rule->is_exponential + rule->is_relativistic[k]) {
@@ -261,6 +262,54 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
     }
 }
 
+/* Step the momenta of a part of a matrix, and write those at the lookahead point. */
+TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const Shared *shared, const void *grad,
+                                       int64_t start, int64_t stop)
+{
+    float g_buffer[BLOCK], x_buffer[BLOCK];
+    const Shared c = *shared;
+    for (int64_t i = start; i < stop; i += BLOCK) {
+        const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
+        const float *restrict g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
+        for (int k = 0; k < rule->n_modes; k++) {
+            const float *number = c.per_mode + N_NUMBERS * k;
+            const float end_by_p = number[END_BY_P], end_by_u = number[END_BY_U];
+            const float ahead_by_p = number[AHEAD_BY_P], ahead_by_u = number[AHEAD_BY_U];
+            const int64_t at = k * t->mode_stride + i;
+            float *restrict p = ISA(load)(t->p, t->state_type, at, n, x_buffer), *restrict ahead = t->ahead + k * t->n + i;
+#pragma omp simd
+            for (int j = 0; j < n; j++) {
+                float square;
+                const float u = ISA(effort)(&c, BY_TENSOR, g[j], 0.0f, &square), old = p[j];
+                p[j] = end_by_p * old + end_by_u * u;
+                ahead[j] = ahead_by_p * old + ahead_by_u * u;
+            }
+            ISA(store)(t->p, t->state_type, at, n, p);
+        }
+    }
+}
+
+/* Move a matrix by the velocities of its modes. */
+TARGET static void ISA(move)(const Tensor *t, int n_modes, void *param)
+{
+    float buffer[BLOCK];
+    for (int64_t i = 0; i < t->n; i += BLOCK) {
+        const int n = (int)(t->n - i < BLOCK ? t->n - i : BLOCK);
+        float *restrict theta = ISA(load)(param, t->param_type, i, n, buffer);
+        const float keep = t->result[1];
+#pragma omp simd
+        for (int j = 0; j < n; j++)
+            theta[j] *= keep;
+        for (int k = 0; k < n_modes; k++) {
+            const float factor = t->result[2 + k], *restrict velocity = t->ahead + k * t->n + i;
+#pragma omp simd
+            for (int j = 0; j < n; j++)
+                theta[j] += factor * velocity[j];
+        }
+        ISA(store)(param, t->param_type, i, n, theta);
+    }
+}
+
 TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
 {
     if (is_log) {
@@ -274,7 +323,8 @@ TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
     }
 }
 
-static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advance), ISA(functions)};
+static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics),     ISA(advance),
+                                      ISA(advance_matrix), ISA(move), ISA(functions)};
 
 #undef ISA
 #undef TARGET

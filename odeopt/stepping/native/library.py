@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_VERSION = 1  # of the structures; step.c has the same
+_VERSION = 2  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -23,8 +23,11 @@ class Rule(ctypes.Structure):
         ("psi", c_float * 3),
         ("decays", c_float * 2),
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
+        *((name, c_float) for name in ("matrix_kappa", "lookahead", "matrix_decay", "coherence")),
+        *((name, c_float) for name in ("decay_growth", "start_gain")),
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales", "n_memory")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent")),
+        *((name, c_int32) for name in ("at_matrix_kappa", "at_lookahead", "at_matrix_decay", "at_coherence")),
         *((name, c_int32) for name in ("coordinatewise", "is_exponential", "uses_progress")),
     )
 
@@ -34,9 +37,10 @@ class TensorState(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("p", "second_moment", "scale", "slow_scale", "step", "memory")),
-        *((name, c_void_p) for name in ("features", "n_skipped")),
+        *((name, c_void_p) for name in ("features", "n_skipped", "ahead", "result")),
         *((name, c_int64) for name in ("n", "mode_stride")),
         *((name, c_int32) for name in ("param_type", "state_type")),
+        *((name, c_float) for name in ("operator_scale", "unused")),
     )
 
 
@@ -53,6 +57,7 @@ class Library(NamedTuple):
     """Functions of the library, and the instruction set that they use."""
 
     step: ctypes._CFuncPtr
+    move: ctypes._CFuncPtr
     functions: ctypes._CFuncPtr
     instructions: int
 
@@ -83,13 +88,15 @@ def library() -> Library | str:
         layout.restype = c_int64
         if layout() != _layout():
             return f"{file.name} belongs to another version of odeopt; reinstall it"
-        step, functions, instructions = loaded.odeopt_step, loaded.odeopt_functions, loaded.odeopt_instructions
+        step, move = loaded.odeopt_step, loaded.odeopt_move
+        functions, instructions = loaded.odeopt_functions, loaded.odeopt_instructions
     except (OSError, AttributeError) as error:
         return f"{file.name} cannot be loaded ({error}); reinstall odeopt"
     step.restype = c_int64
-    step.argtypes = POINTER(Rule), POINTER(TensorState), c_int64, c_void_p, c_void_p, POINTER(Options)
+    step.argtypes = POINTER(Rule), c_void_p, c_int64, c_void_p, c_void_p, POINTER(Options)
+    move.restype, move.argtypes = None, (POINTER(Rule), c_void_p, c_int64, c_void_p, POINTER(Options))
     functions.restype, functions.argtypes = None, (c_void_p, c_int64, c_int, c_int)
-    return Library(step, functions, instructions())
+    return Library(step, move, functions, instructions())
 
 
 def _layout() -> int:

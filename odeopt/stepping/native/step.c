@@ -1,6 +1,7 @@
-/* Step of many tensors under the coordinate part of a port-Hamiltonian rule, on a CPU: what
-   odeopt.rules.PortHamiltonianUpdate does in tensor operations, in three passes over each tensor. Plain C, called by
-   pointers from odeopt/stepping/native/plan.py, which declares the same structures. */
+/* Step of many tensors under a port-Hamiltonian rule, on a CPU: what odeopt.rules.PortHamiltonianUpdate does in tensor
+   operations, in three passes over each tensor. A matrix that is stepped by its singular values ends here with the
+   momenta that a caller is to orthogonalise; odeopt_move then moves it by the velocities. Plain C, called by pointers
+   from odeopt/stepping/native/plan.py, which declares the same structures. */
 
 #include <math.h>
 #include <stddef.h>
@@ -29,7 +30,7 @@
 #define HAS_THREADS 0
 #endif
 
-#define VERSION 1    /* of the structures below */
+#define VERSION 2    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -60,8 +61,11 @@ typedef struct {
     float initial_kappa;
     float horizon_power;
     float log_floor; /* the binary logarithm */
+    float matrix_kappa, lookahead, matrix_decay, coherence; /* of matrices, where the network says zero */
+    float decay_growth, start_gain;
     int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales, n_memory;
     int32_t at_kappa, at_memory, at_exponent; /* places in the outputs of the network; -1 for none */
+    int32_t at_matrix_kappa, at_lookahead, at_matrix_decay, at_coherence;
     int32_t coordinatewise, is_exponential, uses_progress;
 } Rule;
 
@@ -71,8 +75,11 @@ typedef struct {
     float *scale, *slow_scale, *step, *memory;
     const float *features;
     int64_t *n_skipped;
+    float *ahead;  /* of a matrix: where its momenta at the lookahead point go, over their norm; NULL for coordinates */
+    float *result; /* likewise: whether it moves, the factor on the parameter, and those on the velocities */
     int64_t n, mode_stride;
     int32_t param_type, state_type;
+    float operator_scale, unused;
 } Tensor;
 
 typedef struct {
@@ -97,8 +104,16 @@ typedef struct {
                        double *);
     void (*advance)(const Rule *, const Tensor *, const Shared *, const Options *, const void *, void *, int64_t,
                     int64_t);
+    void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t);
+    void (*move)(const Tensor *, int, void *);
     void (*functions)(float *, int64_t, int);
 } Kernels;
+
+/* Places in the numbers of a mode: of coordinates the log of its gain and its slope, the logit of its friction and
+   three slopes; of matrices, whose modes have one gain and one friction, the momentum after the step and that at the
+   lookahead point, over its norm, as multiples of the momentum before and of the effort. */
+enum { LOG_GAIN, GAIN_SLOPE, LOGIT, BY_LOG_RMS, BY_POWER, BY_EFFORT, N_NUMBERS };
+enum { END_BY_P, END_BY_U, AHEAD_BY_P = 3, AHEAD_BY_U };
 
 static inline int32_t bits_of(float x)
 {
@@ -232,6 +247,60 @@ static const float *network(const Rule *rule, float *x, float *y)
     return x;
 }
 
+/* The linear step of a mode of friction f: the momentum after it is decay p + share u gain. */
+static void linear_step(const Rule *rule, double f, double *decay, double *share)
+{
+    if (rule->is_exponential) {
+        *decay = exp(-f);
+        *share = f > 0.0 ? -expm1(-f) / f : 1.0;
+    } else {
+        const double psi = rule->psi[0] + f * (rule->psi[1] + f * rule->psi[2]);
+        *share = 1.0 - f * psi;
+        *decay = 1.0 - f * *share;
+    }
+}
+
+/* Numbers of a matrix. Its momenta are multiples of those before and of the effort, so their norms follow from sums. */
+static void matrix_coefficients(const Rule *rule, const Tensor *t, const Options *options, Shared *c, const float *out,
+                                float schedule)
+{
+    const int modes = rule->n_modes;
+    const double n = (double)t->n, u2 = c->sums[1], lookahead = rule->lookahead * expf(out[rule->at_lookahead]);
+    const double effort = fmax(sqrt(u2 / n), 1.0), power = rule->coherence * expf(out[rule->at_coherence]);
+    const float log_kappa = out[rule->at_matrix_kappa] + (rule->n_memory > 0 ? c->memory[0] : 0.0f);
+    const double kappa = rule->matrix_kappa * expf(log_kappa) * schedule;
+    double decay = rule->matrix_decay * expf(out[rule->at_matrix_decay]);
+    if (rule->decay_growth > 1.0f) {
+        const float least = c->slow_scale / rule->decay_growth, present = c->scale > least ? c->scale : least;
+        const float growth = c->slow_scale / (present > 0.0f ? present : 1.0f);
+        decay *= growth > 1.0f ? growth : 1.0f;
+    }
+    t->result[0] = 1.0f;
+    t->result[1] = (float)(options->keep - options->lr * kappa * decay);
+    for (int k = 0; k < modes; k++) {
+        float *number = c->per_mode + N_NUMBERS * k;
+        const double up = c->sums[3 + k], p2 = c->sums[3 + modes + k], gain = exp2(number[LOG_GAIN]);
+        const double friction = 2.0 / (1.0 + exp2(-number[LOGIT]));
+        double by_p, share;
+        linear_step(rule, friction, &by_p, &share);
+        const double by_u = share * gain, ahead_by_p = 1.0 + lookahead * (by_p - 1.0), ahead_by_u = lookahead * by_u;
+        const double after = by_p * by_p * p2 + 2.0 * by_p * by_u * up + by_u * by_u * u2;
+        const double ahead = ahead_by_p * ahead_by_p * p2 + 2.0 * ahead_by_p * ahead_by_u * up +
+                             ahead_by_u * ahead_by_u * u2;
+        const double largest = sqrt(fmax(p2, fmax(after, ahead))), inverse = largest > 0.0 ? 1.0 / largest : 1.0;
+        double factor = options->lr * kappa * t->operator_scale * gain / rule->start_gain;
+        if (rule->coherence > 0.0f) {
+            const double rms = sqrt(fmax(after, 0.0) / n + 1e-12);
+            factor *= pow(fmin(rms * friction / (gain * effort), 1.0), power);
+        }
+        number[END_BY_P] = (float)by_p;
+        number[END_BY_U] = (float)by_u;
+        number[AHEAD_BY_P] = (float)(ahead_by_p * inverse);
+        number[AHEAD_BY_U] = (float)(ahead_by_u * inverse);
+        t->result[2 + k] = (float)factor;
+    }
+}
+
 static void coefficients(const Rule *rule, const Tensor *t, const Options *options, Shared *c, float *x, float *y)
 {
     const int modes = rule->n_modes, told = options->knows_progress;
@@ -274,27 +343,31 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
         c->memory[k] = t->memory[k] + tanhf(out[rule->at_memory + k]) / fmaxf(c->step, MEMORY_WARMUP);
     if (rule->n_memory > 0)
         log_kappa += c->memory[0];
-    c->kappa = rule->initial_kappa * (rule->coordinatewise ? 1.0f : t->features[KAPPA_FACTOR]) * expf(log_kappa);
+    float schedule = 1.0f;
     if (has_schedule && told) {
         const float left = logf(fmaxf(1.0f - options->progress, 1e-6f));
-        c->kappa *= expf(left * expf(out[rule->at_exponent]));
+        schedule = expf(left * expf(out[rule->at_exponent]));
     }
     if (rule->horizon_power > 0.0f) {
         if (!told)
-            c->kappa *= 0.5f * powf(fmaxf(c->step, ANYTIME) / REFERENCE, -rule->horizon_power);
+            schedule *= 0.5f * powf(fmaxf(c->step, ANYTIME) / REFERENCE, -rule->horizon_power);
         else if (knows_length)
-            c->kappa *= powf(fmaxf(length, SHORTEST) / REFERENCE, -rule->horizon_power);
+            schedule *= powf(fmaxf(length, SHORTEST) / REFERENCE, -rule->horizon_power);
     }
+    const float start = rule->initial_kappa * (rule->coordinatewise ? 1.0f : t->features[KAPPA_FACTOR]);
+    c->kappa = start * expf(log_kappa) * schedule;
     /* by kind, then by mode, as the network gives them; a constant has no slopes. Those of log_ratio are not converted,
        because log_ratio is. */
     for (int k = 0; k < modes; k++) {
-        float *to = c->per_mode + 6 * k;
-        memset(to, 0, 6 * sizeof(float));
+        float *to = c->per_mode + N_NUMBERS * k;
+        memset(to, 0, N_NUMBERS * sizeof(float));
         for (int kind = 0; kind < rule->n_gain + rule->n_friction; kind++) {
-            const int from = kind * modes + k, at = kind < rule->n_gain ? kind : 2 + kind - rule->n_gain;
-            to[at] = (out[from] + rule->start[from]) * (at == 1 || at == 3 ? 1.0f : LOG2_E);
+            const int from = kind * modes + k, at = kind < rule->n_gain ? kind : LOGIT + kind - rule->n_gain;
+            to[at] = (out[from] + rule->start[from]) * (at == GAIN_SLOPE || at == BY_LOG_RMS ? 1.0f : LOG2_E);
         }
     }
+    if (t->ahead)
+        matrix_coefficients(rule, t, options, c, out, schedule);
 }
 
 static void finish(const Rule *rule, const Tensor *t, const Shared *c)
@@ -352,6 +425,8 @@ static int pass_chunk(const Job *job, int pass, int64_t i, int64_t number, doubl
         return kernels->magnitude(job->rule, t, job->grads[i], start, stop, sums);
     if (pass == STATISTICS)
         kernels->statistics(job->rule, t, job->shared + i, job->grads[i], job->params[i], start, stop, sums);
+    else if (t->ahead)
+        kernels->advance_matrix(job->rule, t, job->shared + i, job->grads[i], start, stop);
     else
         kernels->advance(job->rule, t, job->shared + i, job->options, job->grads[i], job->params[i], start, stop);
     return 0;
@@ -533,7 +608,7 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
         n_wholes += !is_shared;
     }
     const int64_t n_pieces = n_chunks + n_wholes;
-    const size_t n_sums = 3 + 2 * rule->n_modes, n_numbers = 6 * rule->n_modes + rule->n_memory;
+    const size_t n_sums = 3 + 2 * rule->n_modes, n_numbers = N_NUMBERS * rule->n_modes + rule->n_memory;
     const size_t sizes[] = {sizeof(Job), n_tensors * sizeof(Shared), 2 * n_tensors * width * sizeof(float),
                             n_pieces * n_sums * sizeof(double), n_pieces * sizeof(Piece),
                             n_tensors * n_sums * sizeof(double), n_tensors * n_numbers * sizeof(float)};
@@ -560,7 +635,7 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     for (int64_t i = 0; i < n_tensors; i++, sums += n_sums, numbers += n_numbers) {
         job->shared[i].sums = sums;
         job->shared[i].per_mode = numbers;
-        job->shared[i].memory = numbers + 6 * rule->n_modes;
+        job->shared[i].memory = numbers + N_NUMBERS * rule->n_modes;
         if (grads[i] == NULL)
             continue;
         if (has_threads && tensors[i].n >= SPLIT)
@@ -572,7 +647,8 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     return job;
 }
 
-/* Step all tensors that have a gradient; one whose gradient is not finite is left as it is, and counted.
+/* Step all tensors that have a gradient; one whose gradient is not finite is left as it is, and counted. Matrices are
+   left where they are until odeopt_move.
 
    Returns the number of those; -1 where memory ran out, and nothing has changed. */
 EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
@@ -582,6 +658,9 @@ EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_te
     int64_t n_broken = 0;
     if (job == NULL)
         return -1;
+    for (int64_t i = 0; i < n_tensors; i++)
+        if (tensors[i].ahead)
+            tensors[i].result[0] = 0.0f;
 #if HAS_THREADS
     if (options->n_threads > 1)
         step_in_threads(job, options->n_threads);
@@ -599,4 +678,13 @@ EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_te
 #endif
     free(job);
     return n_broken;
+}
+
+/* Move the matrices of a step by the velocities that now stand where their momenta stood. */
+EXPORT void odeopt_move(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *params,
+                        const Options *options)
+{
+    for (int64_t i = 0; i < n_tensors; i++)
+        if (tensors[i].ahead && tensors[i].result[0] != 0.0f)
+            kernels_of(options->instructions)->move(tensors + i, rule->n_modes, params[i]);
 }
