@@ -9,7 +9,7 @@ import argparse
 import signal
 import sys
 
-from odeopt.cli import matrix, search, solvers, suite, train, tune
+from odeopt.cli import arguments, matrix, search, solvers, suite, train, tune
 from odeopt.meta.distributed import LostRankError
 from odeopt.meta.search_files import MissingOptunaError
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (train, search, tune, matrix, suite, solvers):
         command.add(commands)
+    for each in commands.choices.values():
+        arguments.add(each, "threads")
     args = parser.parse_args(argv)
     try:
         return args.run(args)
