@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from odeopt.files import write_json
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
 from odeopt.meta.search_files import SearchConfig, import_optuna
 from odeopt.meta.trainer import meta_train
+from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 from odeopt.tasks.fingerprint import are_alike

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from odeopt.checks import is_number, require
 from odeopt.meta.config import MetaConfig, MetaResult
@@ -23,6 +22,7 @@ from odeopt.meta.identity import are_close, differences, identity_of
 from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.outliers import Outliers
 from odeopt.meta.validation import validation_score
+from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Draw, Mixture, Task
 
