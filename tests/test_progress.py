@@ -1,13 +1,9 @@
-"""Progress bars: where they come from, and that a notebook without widgets warns of nothing."""
+"""Progress bars in notebooks."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-import odeopt
 
 KERNEL = """
 import sys, types
@@ -27,9 +23,3 @@ def test_notebook_without_widgets_has_a_bar_as_text_and_no_warning(door, is_sile
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "shown" in done.stderr
     assert ("Warning" not in done.stderr) is is_silent  # tqdm's own does warn: the test can fail
-
-
-def test_tqdm_is_imported_in_one_file():
-    files = Path(odeopt.__file__).parent.rglob("*.py")
-    found = {path.name for path in files if re.search(r"^\s*(import|from) tqdm", path.read_text(), re.MULTILINE)}
-    assert found == {"progress.py"}
