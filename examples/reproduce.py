@@ -16,11 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
+from odeopt.progress import tqdm
 
 EXAMPLES = Path(__file__).resolve().parent
 QUICK_SEEDS = "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1"

@@ -13,6 +13,7 @@ from variants import train_variants
 import odeopt
 from odeopt.__main__ import main
 from odeopt.artifacts import read_metadata
+from odeopt.cli import arguments
 from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective
 from odeopt.meta.files import available_configs, load_config
 from odeopt.meta.search_files import load_search
@@ -577,10 +578,10 @@ def test_module_runs_as_a_program_and_reports_errors_by_its_exit_status(tmp_path
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["fly"], ["train", "--config", "x", "--fast"]])
-def test_command_line_is_checked(arguments, capsys):
+@pytest.mark.parametrize("given", [[], ["train"], ["fly"], ["train", "--config", "x", "--fast"]])
+def test_command_line_is_checked(given, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+        main(given)
     assert "python -m odeopt" in capsys.readouterr().err
 
 
@@ -597,3 +598,37 @@ def test_help_explains_every_option(command, capsys):
         rest = option.strip().split("  ", 1)[1:] or [lines[lines.index(option) + 1]]
         assert rest[0].strip()
         assert not rest[0].strip().startswith("--")
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Numbers of threads that torch is asked for."""
+    numbers = []
+    monkeypatch.setattr("torch.set_num_threads", numbers.append)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "wanted"),
+    [(None, [], [1]), ("2", [], []), (None, ["--threads", "3"], [3]), ("2", ["--threads", "3"], [3])],
+)
+def test_commands_and_examples_compute_on_one_thread_unless_told(
+    monkeypatch, capsys, chosen, environment, given, wanted
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    parse_example = arguments.parser("An example.", "seed").parse_args
+    for parse in (lambda given: main(["solvers", "--problems", "none", *given]), parse_example):
+        parse(given)
+        assert chosen == wanted
+        assert ("computing on one thread; for more, set --threads" in capsys.readouterr().err) is (wanted == [1])
+        chosen.clear()
+
+
+@pytest.mark.parametrize("found", ["0", "-1", "many"])
+def test_number_of_threads_is_checked(capsys, chosen, found):
+    with pytest.raises(SystemExit):
+        main(["matrix", "--threads", found])
+    assert f"--threads: should be a positive integer; found {found}" in capsys.readouterr().err
+    assert chosen == []

@@ -26,10 +26,11 @@ ARROWS = {
     "_version": (),
     "checks": (),
     "files": (),
+    "progress": (),
     "report": ("checks",),
     "physics": ("checks",),
     "ode": ("physics", "report"),  # an energy ledger draws itself
-    "solvers": ("ode", "report", "files", "_version"),
+    "solvers": ("ode", "report", "files", "progress", "_version"),
     "systems": ("ode",),
     "rules": ("ode",),
     "artifacts": ("rules", "_version"),
@@ -38,7 +39,7 @@ ARROWS = {
     "stepping": ("rules",),
     "optimizer": ("stepping", "artifacts"),
     "tasks": ("checks",),
-    "meta": ("stepping", "tasks", "files"),
+    "meta": ("stepping", "tasks", "files", "progress"),
     "evaluation": ("meta", "report", "_version"),
     "suite": ("evaluation", "optimizer", "parameters"),
     "cli": ("evaluation", "suite", "solvers", "hub"),
@@ -56,6 +57,7 @@ DOORS = {
     "prodigyopt": ["suite/opponents.py"],
     "huggingface_hub": ["hub.py"],
     "tensorboard": [],
+    "tqdm": ["progress.py"],
 }
 
 

@@ -212,6 +212,31 @@ def test_the_tight_solver_agrees_with_closed_forms(name, solved):
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=3e-12)
 
 
+class Spring(torch.nn.Module):
+    """A stiffness, under which a state oscillates."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("stiffness", torch.tensor([2.0], dtype=torch.float64))
+
+    def forward(self, t, x):
+        return torch.stack((x[..., 1], -self.stiffness[0] * x[..., 0]), -1)
+
+    def energy(self, x):
+        return 0.5 * x[..., 1].square() + 0.5 * (self.stiffness * x[..., :1].square()).sum(-1)
+
+
+def test_an_energy_that_is_a_method_of_the_field_moves_with_it():
+    spring, x0 = Spring(), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    problem = Problem("spring", "mine", x0, torch.linspace(0, 1, 3, dtype=x0.dtype), field=spring, energy=spring.energy)
+    moved = problem.to(torch.float32)
+    assert moved.energy.__self__ is moved.field
+    assert moved.field is not spring
+    assert moved.energy(moved.x0).dtype == torch.float32
+    assert moved.energy(moved.x0).item() == problem.energy(x0).item() == 1.125
+    assert spring.stiffness.dtype == torch.float64
+
+
 def test_an_energy_of_ones_own_is_kept_when_a_problem_moves():
     problem = replace(PROBLEMS["pendulum"], field=None, energy=lambda x: x.p.square().sum(-1))
     assert problem.to(torch.float32).energy is problem.energy

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
 from odeopt.meta.files import load_config
+from odeopt.progress import tqdm
 from odeopt.report import draw_table, new_figure, save_figure, style, use_plain_numbers
 from odeopt.tasks import MLPClassification
 

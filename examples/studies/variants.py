@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from odeopt.artifacts import load, save
 from odeopt.checks import require
@@ -23,6 +22,7 @@ from odeopt.meta.config import MetaConfig
 from odeopt.meta.files import Config
 from odeopt.meta.trainer import VALIDATION_SEED, meta_train
 from odeopt.meta.validation import validation_score
+from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 

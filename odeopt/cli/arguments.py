@@ -59,6 +59,17 @@ def folder(text: str) -> Path:
     return path
 
 
+def threads(text: str) -> int:
+    """Let torch compute on so many threads of the CPU; ``auto`` is OMP_NUM_THREADS, or one and a line that says so."""
+    if text != "auto":
+        torch.set_num_threads(positive(text))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # the tensors of most loops are small: a second thread gains little, and loses much beside another process
+        torch.set_num_threads(1)
+        print("computing on one thread; for more, set --threads or OMP_NUM_THREADS", file=sys.stderr, flush=True)
+    return torch.get_num_threads()
+
+
 def dataset(args: argparse.Namespace) -> ImageDataset:
     """Load the images that ``args`` names, or the digits with a notice; exit where their files are damaged."""
     try:
@@ -80,6 +91,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "default": 0, "help": "changes initialisations and batches"},
     "out": {"type": folder, "default": "figs", "help": "folder of figures and numbers"},
     "markdown": {"action": "store_true", "help": "print the tables as markdown"},
+    "threads": {"type": threads, "default": "auto", "help": "threads of the CPU; auto is OMP_NUM_THREADS, else one"},
 }  # fmt: skip
 
 
@@ -92,6 +104,11 @@ def parser(description: str, names: str, **changed: dict[str, Any]) -> argparse.
         changed: Further options by name, with arguments of ``add_argument`` that take the place of the usual ones.
     """
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, changes in ({key: {} for key in names.split()} | changed).items():
-        made.add_argument(f"--{name.replace('_', '-')}", **{**_SHARED[name], **changes})
+    for name, changes in ({key: {} for key in names.split()} | changed | {"threads": {}}).items():
+        add(made, name, **changes)
     return made
+
+
+def add(parser: argparse.ArgumentParser, name: str, **changes: Any) -> None:
+    """Add an option that several programs have, with other arguments of ``add_argument`` where they are given."""
+    parser.add_argument(f"--{name.replace('_', '-')}", **{**_SHARED[name], **changes})

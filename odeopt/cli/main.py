@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from odeopt.cli import matrix, rules, search, solvers, suite, train, tune
+from odeopt.cli import arguments, matrix, rules, search, solvers, suite, train, tune
 from odeopt.meta.distributed import LostRankError
 from odeopt.meta.search_files import MissingOptunaError
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (rules, train, search, tune, matrix, suite, solvers):
         command.add(commands)
+    for each in commands.choices.values():
+        arguments.add(each, "threads")
     args = parser.parse_args(argv)
     try:
         return args.run(args)

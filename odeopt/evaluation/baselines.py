@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from odeopt._version import __version__
 from odeopt.checks import require
 from odeopt.evaluation.compare import run
 from odeopt.evaluation.result import Score, scores_of
 from odeopt.files import write_json
+from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate, RMSpropUpdate, SGDUpdate
 from odeopt.tasks.base import Task

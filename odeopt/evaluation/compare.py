@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from odeopt.checks import require
 from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
+from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
 

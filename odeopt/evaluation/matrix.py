@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from odeopt._version import __version__
 from odeopt.checks import require
@@ -25,6 +24,7 @@ from odeopt.evaluation.compare import EVALUATION_SEED, run
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
 from odeopt.evaluation.result import scores_of
 from odeopt.files import read_json, write_json
+from odeopt.progress import tqdm
 from odeopt.report import draw_table, plot_ratios
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate

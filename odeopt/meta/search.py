@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from odeopt.files import write_json
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
 from odeopt.meta.search_files import SearchConfig, import_optuna
 from odeopt.meta.trainer import meta_train
+from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
 from odeopt.tasks.fingerprint import are_alike
@@ -158,22 +158,20 @@ def search(
         return run.result()
 
 
+@dataclass
 class _Search:
     """The trials of a study, run in order."""
 
-    def __init__(
-        self,
-        config: SearchConfig,
-        study: optuna.Study,
-        folder: Path,
-        data_dir: str | os.PathLike | None,
-        device: torch.device,
-    ) -> None:
-        self.config, self.study, self.folder = config, study, folder
-        self.data_dir, self.device = data_dir, device
-        ended = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+    config: SearchConfig
+    study: optuna.Study
+    folder: Path
+    data_dir: str | os.PathLike | None
+    device: torch.device
+    task: tuple[dict[str, Any], Task | Mixture] | None = None
+
+    def __post_init__(self) -> None:
+        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
         self.trials = [Trial(**trial.user_attrs["row"]) for trial in ended]
-        self.task: tuple[dict[str, Any], Task | Mixture] | None = None
 
     @property
     def best(self) -> Trial | None:

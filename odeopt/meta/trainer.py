@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from odeopt.checks import is_number, require
 from odeopt.meta.config import MetaConfig, MetaResult
@@ -23,6 +22,7 @@ from odeopt.meta.identity import are_close, differences, identity_of
 from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.outliers import Outliers
 from odeopt.meta.validation import validation_score
+from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Draw, Mixture, Task
 
@@ -160,24 +160,23 @@ def _train(
                 is_ended = is_end(run.result.validation[-1:], stop_after is not None and seconds > stop_after)
 
 
+@dataclasses.dataclass(eq=False)
 class _Run:
     """State of one meta-training run; everything in it that changes goes into the checkpoint."""
 
-    def __init__(
-        self,
-        rule: UpdateRule,
-        task: Task | Mixture,
-        config: MetaConfig,
-        validation_task: Task | Mixture,
-        folder: Path | None,
-        world: World,
-    ) -> None:
-        self.rule, self.task, self.config, self.validation_task = rule, task, config, validation_task
+    rule: UpdateRule
+    task: Task | Mixture
+    config: MetaConfig
+    validation_task: Task | Mixture
+    folder: Path | None
+    world: World
+
+    def __post_init__(self) -> None:
+        rule, config, folder = self.rule, self.config, self.folder
         self.stepped: UpdateRule | CompiledSteps = rule
-        self.world = world
         self.objective, self.estimator = config.objective, config.estimator.fresh()
-        is_fit = not (self.estimator.is_stateful and isinstance(task, Mixture))
-        require(is_fit, "task", task, f"no mixture where `estimator = {config.estimator}`, whose runs go on")
+        is_fit = not (self.estimator.is_stateful and isinstance(self.task, Mixture))
+        require(is_fit, "task", self.task, f"no mixture where `estimator = {config.estimator}`, whose runs go on")
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
@@ -190,7 +189,7 @@ class _Run:
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
                 self.meta_optimizer, config.lr, total_steps=max(config.n_meta_steps, 2), cycle_momentum=False
             )
-        self.result = MetaResult(rule, n_tasks_per_step=config.n_tasks * world.size)
+        self.result = MetaResult(rule, n_tasks_per_step=config.n_tasks * self.world.size)
         self.best_weights = _copy(rule.state_dict())
         self.averaged = _copy(rule.state_dict())
         self.outliers = Outliers(config.outlier_factor)
@@ -198,7 +197,7 @@ class _Run:
         self.n_validated = 0
         self.path = None if folder is None else folder / "checkpoint.pt"
         self.writer = None
-        if folder is not None and world.is_first:
+        if folder is not None and self.world.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             from torch.utils.tensorboard import SummaryWriter
 

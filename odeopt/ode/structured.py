@@ -181,36 +181,33 @@ def _damped(problem: _Problem, q: Tensor, p: Tensor, h: Tensor | float) -> Tenso
 
 
 def _implicit_midpoint(problem: _Problem, x: PhaseState) -> StructureStep:
-    u, dof = problem.effort(0.5), problem.system.dof
-    start = torch.cat(x, -1)
+    def rates(end: PhaseState, u: Tensor | None) -> PhaseState:
+        return problem.rates((x.q + end.q) / 2, (x.p + end.p) / 2, u)
 
-    def residual(end: Tensor) -> Tensor:
-        middle = (start + end) / 2
-        return end - start - problem.dt * torch.cat(problem.rates(middle[..., :dof], middle[..., dof:], u), -1)
-
-    return _solved_together(problem, x, u, residual)
+    return _solved_together(problem, x, rates)
 
 
 def _discrete_gradient(problem: _Problem, x: PhaseState) -> StructureStep:
-    u, dof = problem.effort(0.5), problem.system.dof
-    start = torch.cat(x, -1)
+    def rates(end: PhaseState, u: Tensor | None) -> PhaseState:
+        gradient = discrete_gradient(problem.system, x, end)
+        return problem.system.rates_under((x.q + end.q) / 2, gradient, u, problem.z)
+
+    return _solved_together(problem, x, rates)
+
+
+def _solved_together(problem: _Problem, x: PhaseState, rates: Callable) -> StructureStep:
+    """Step along rates that depend on its end, under the input of its middle."""
+    u, dof, start = problem.effort(0.5), problem.system.dof, torch.cat(x, -1)
+
+    def split(end: Tensor) -> PhaseState:
+        return PhaseState(end[..., :dof], end[..., dof:])
 
     def residual(end: Tensor) -> Tensor:
-        other = PhaseState(end[..., :dof], end[..., dof:])
-        gradient = discrete_gradient(problem.system, x, other)
-        middle = (x.q + other.q) / 2
-        rates = problem.system.rates_under(middle, gradient, u, problem.z)
-        return end - start - problem.dt * torch.cat(rates, -1)
+        return end - start - problem.dt * torch.cat(rates(split(end), u), -1)
 
-    return _solved_together(problem, x, u, residual)
-
-
-def _solved_together(problem: _Problem, x: PhaseState, u: Tensor | None, residual: Callable) -> StructureStep:
-    dof = problem.system.dof
-    guess = torch.cat(x, -1) + problem.dt * torch.cat(problem.rates(*x, u), -1)
+    guess = start + problem.dt * torch.cat(problem.rates(*x, u), -1)
     step = problem.solve(residual, guess, _explicit(x, 1))
-    end = step.x.q
-    return step._replace(x=PhaseState(end[..., :dof], end[..., dof:]))
+    return step._replace(x=split(step.x.q))
 
 
 def discrete_gradient(system: PortHamiltonianSystem, x0: PhaseState, x1: PhaseState) -> PhaseState:

@@ -79,9 +79,8 @@ def plot_orders(
             axes.plot(list(by_method.values()), heights, linestyle="none", markersize=5, label=problem, **marks[i % 2])
         axes.set_yticks([-i for i in range(len(names))], names)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, None)
-        axes.set_xlabel("order")
-        axes.set_title("Orders observed and nominal; the Adams methods have no nominal one")
+        title = "Orders observed and nominal; the Adams methods have no nominal one"
+        axes.set(xlim=(0, None), xlabel="order", title=title)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         return save_figure(figure, path)
 

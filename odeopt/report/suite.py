@@ -95,8 +95,7 @@ def _draw_ratios(
     """Draw a mark and an interval per problem and optimizer, on a logarithmic axis; what lies beyond is at its edge."""
     finite = [mean for ratios in by_problem.values() for mean, _, _ in ratios.values() if 0 < mean < math.inf]
     reach = min(_WIDEST, 1.15 * max(max(ratio, 1 / ratio) for ratio in [1.05, *finite]))
-    axes.set_xscale("log")
-    axes.set_xlim(1 / reach, reach)
+    axes.set(xscale="log", xlim=(1 / reach, reach), ylim=(-len(by_problem) + 0.5, 0.5))
     axes.axvline(1, color="#666666", linewidth=1, linestyle=(0, (4, 3)))
     for row, ratios in enumerate(by_problem.values()):
         for i, (name, (mean, low, high)) in enumerate(ratios.items()):
@@ -105,7 +104,6 @@ def _draw_ratios(
             axes.hlines(height, bounds[0], bounds[2], color=styles[name]["color"], linewidth=1.2)
             axes.plot(bounds[1], height, marks[name], color=styles[name]["color"], markersize=4, clip_on=False)
         axes.axhline(-row - 0.5, color="#DDDDDD", linewidth=0.5)
-    axes.set_ylim(-len(by_problem) + 0.5, 0.5)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     use_plain_numbers(axes.xaxis, (1, 1.5, 2, 3, 5, 7))

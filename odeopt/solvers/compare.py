@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from odeopt._version import __version__
 from odeopt.checks import is_list, is_number, require
@@ -21,6 +20,7 @@ from odeopt.ode.checks import State, tensors_of
 from odeopt.ode.integrate import integrate
 from odeopt.ode.recorder import Field
 from odeopt.ode.solution import Solution, Status
+from odeopt.progress import tqdm
 from odeopt.solvers.initial_value import Problem, flatten, map_state
 from odeopt.solvers.methods import Method, select_methods
 from odeopt.solvers.problems import select_problems

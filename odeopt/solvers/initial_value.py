@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -83,11 +84,9 @@ class Problem:
             A problem that shares no module with this one.
         """
         moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": self.t.to(device, dtype)}
-        if self.system is not None:
-            energy = None if self.energy == self.system.energy else _moved(self.energy, dtype, device)
-            moved |= {"system": _moved(self.system, dtype, device), "field": None, "energy": energy}
-        else:
-            moved |= {"field": _moved(self.field, dtype, device), "energy": _moved(self.energy, dtype, device)}
+        names = ("field" if self.system is None else "system", "energy")
+        memo: dict = {}  # common to both, so that the energy of a system or field stays its own
+        moved |= {"field": None} | {name: _moved(getattr(self, name), dtype, device, memo) for name in names}
         return replace(self, **moved)
 
 
@@ -107,8 +106,11 @@ class SystemField(nn.Module):
         return self.system.vector_field(x, None if self.effort is None else self.effort(t))
 
 
-def _moved(part: object, dtype: torch.dtype, device: torch.device | str) -> object:
-    return copy.deepcopy(part).to(device, dtype) if isinstance(part, nn.Module) else part
+def _moved(part: object, dtype: torch.dtype, device: torch.device | str, memo: dict) -> object:
+    """A module, or a method of one, in another precision or on another device; anything else passes."""
+    if inspect.ismethod(part):
+        return getattr(_moved(part.__self__, dtype, device, memo), part.__name__)
+    return copy.deepcopy(part, memo).to(device, dtype) if isinstance(part, nn.Module) else part
 
 
 def map_state(function: Callable[[Tensor], Tensor], x: State) -> State:

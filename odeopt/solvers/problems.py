@@ -98,24 +98,12 @@ class SoftmaxFlow(nn.Module):
         return -(self.inputs.T @ residual).flatten() / len(self.inputs) - self.PENALTY * x
 
 
-class _SoftmaxLoss(nn.Module):
-    """The loss alone, as an energy that can be moved."""
+class QuadraticFlow(LinearField):
+    """Gradient flow of a quadratic, whose Hessian is ``-A``."""
 
-    def __init__(self, flow: SoftmaxFlow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.flow.loss(x)
-
-
-class _QuadraticLoss(nn.Module):
-    def __init__(self, A: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("A", A)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * (x * (x @ self.A)).sum(-1)
+    def loss(self, x: Tensor) -> Tensor:
+        """Value of the quadratic, shape ``batch``."""
+        return -0.5 * (x * (x @ self.A)).sum(-1)
 
 
 def _gradient_flows() -> list[Problem]:
@@ -129,19 +117,10 @@ def _gradient_flows() -> list[Problem]:
     def exact(t: Tensor) -> Tensor:
         return torch.exp(-t[:, None] * curvatures) @ axes.T
 
-    flow = SoftmaxFlow()
-    zeros = torch.zeros(24, dtype=_F64)
+    group, quadratic, softmax = "gradient flow", QuadraticFlow(-A), SoftmaxFlow()
     return [
-        Problem(
-            "quadratic",
-            "gradient flow",
-            start,
-            _times(20),
-            field=LinearField(-A),
-            exact=exact,
-            energy=_QuadraticLoss(A),
-        ),
-        Problem("softmax", "gradient flow", zeros, _times(20), field=flow, energy=_SoftmaxLoss(flow)),
+        Problem("quadratic", group, start, _times(20), field=quadratic, exact=exact, energy=quadratic.loss),
+        Problem("softmax", group, torch.zeros(24, dtype=_F64), _times(20), field=softmax, energy=softmax.loss),
     ]
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from odeopt.checks import require
 from odeopt.files import read_json, write_json
+from odeopt.progress import tqdm
 from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
 from odeopt.suite.result import Outcome, Suite

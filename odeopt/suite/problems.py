@@ -316,30 +316,25 @@ def _transformer(data: Characters, **sizes: Any) -> nn.Module:
     return CharacterTransformer(data.n_characters, data.context, **sizes)
 
 
-_CHARACTERS = {
+def _characters(*images: Any) -> Characters:
+    return Characters()
+
+
+_KINDS = {
     "transformer": _Kind(
         "character transformer, 2 layers of 96",
         600,
-        Characters,
+        _characters,
         partial(_transformer, width=96, n_layers=2),
         next_character,
     ),
     "deep-transformer": _Kind(
         "character transformer, 4 layers of 48",
         400,
-        Characters,
+        _characters,
         partial(_transformer, width=48, n_layers=4, init_std=0.02),
         next_character,
     ),
-    "recurrent": _Kind(
-        "GRU on characters",
-        300,
-        Characters,
-        lambda data: CharacterGRU(data.n_characters, n_embedded=64, width=128),
-        next_character,
-    ),
-}
-_IMAGES = {
     "vit": _Kind("ViT, 2 layers of 64", 500, Images, lambda data: VisionTransformer(data.side, width=64, n_layers=2)),
     "perceptron": _Kind(
         "ReLU perceptron, 4 of 256", 1000, Images, lambda data: Perceptron(data.side**2, 4 * (256,), 10)
@@ -352,6 +347,16 @@ _IMAGES = {
         lambda data: VariationalAutoencoder(data.side**2, width=256, n_latents=data.n_latents),
         evidence_bound,
     ),
+    "coordinates": _Kind(
+        "coordinate network", 2000, lambda *images: Picture(), lambda data: CoordinateNetwork(), F.mse_loss
+    ),
+    "recurrent": _Kind(
+        "GRU on characters",
+        300,
+        _characters,
+        lambda data: CharacterGRU(data.n_characters, n_embedded=64, width=128),
+        next_character,
+    ),
     "few-examples": _Kind(
         "perceptron, 2,000 examples",
         1000,
@@ -359,14 +364,6 @@ _IMAGES = {
         lambda data: Perceptron(data.side**2, (100,), 10),
         tuned_on="held_out",
     ),
-}
-_PICTURES = {"coordinates": _Kind("coordinate network", 2000, Picture, lambda data: CoordinateNetwork(), F.mse_loss)}
-_KINDS = {
-    name: (_CHARACTERS | _IMAGES | _PICTURES)[name]
-    for name in (
-        *("transformer", "deep-transformer", "vit", "perceptron", "convnet", "vae", "coordinates"),
-        *("recurrent", "few-examples"),
-    )
 }
 
 
@@ -395,6 +392,6 @@ def make_problem(
     require(name in _KINDS, "name", name, f"one of {', '.join(_KINDS)}")
     require(n_steps is None or n_steps >= 1, "n_steps", n_steps, "positive")
     kind = _KINDS[name]
-    data = kind.make_data(dataset=dataset, data_dir=data_dir) if name in _IMAGES else kind.make_data()
+    data = kind.make_data(dataset, data_dir)
     network = partial(kind.make_network, data)
     return Problem(name, kind.title, n_steps or kind.n_steps, network, data, kind.criterion, kind.tuned_on)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from odeopt.checks import is_integer, require
 
 from .base import Batch
 from .datasets import ImageDataset
-from .layers import Activation, check_network
+from .layers import check_network, hidden_layers
 from .networks import ImageTask
 from .random import normal
 
@@ -120,7 +119,4 @@ class _Variational(_Plain):
 
 
 def _perceptron(sizes: tuple[int, ...], activation: str) -> nn.Module:
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(sizes):
-        layers += [nn.Linear(a, b), Activation(activation)]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*hidden_layers(sizes, activation)[:-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -169,6 +170,31 @@ class Task(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class DeclaredTask(Task):
+    """A task whose arguments are the fields of a dataclass, which :meth:`describe` reports.
+
+    To write one, derive a dataclass with a field for each further argument, and check them in ``__post_init__`` before
+    calling this one's.
+
+    Args:
+        device: See :class:`Task`.
+        dtype: See :class:`Task`.
+    """
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        super().__init__(device=self.device, dtype=self.dtype, **declared(self))
+
+
+def declared(task: Task) -> dict[str, Any]:
+    """Fields of a task that is a dataclass, by name, other than where and in which precision it computes."""
+    names = (field.name for field in fields(task) if field.name not in ("device", "dtype"))
+    return {name: getattr(task, name) for name in names}
 
 
 class FixedBatchTask(Task):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ def load_split(dataset: ImageDataset | str, split: str) -> tuple[ImageDataset, T
     return dataset, halves[SPLITS.index(split)]
 
 
+@dataclass(eq=False, repr=False)
 class MLPClassification(PerceptronTask):
     r"""Fit a multilayer perceptron to images, one initialisation and one order of minibatches per problem.
 
@@ -67,45 +69,30 @@ class MLPClassification(PerceptronTask):
         torch.Size([4])
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset | str,
-        widths: Sequence[int] = (20,),
-        *,
-        activation: str = "sigmoid",
-        batch_size: int = 128,
-        split: str = "meta-train",
-        n_examples: float | None = None,
-        has_own_examples: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        require(batch_size >= 1, "batch_size", batch_size, "positive")
-        dataset, members = load_split(dataset, split)
-        n_trained = count_of(n_examples, len(members))
-        is_right = n_examples is not None or not has_own_examples
-        require(is_right, "has_own_examples", has_own_examples, "False where `n_examples` is None")
-        super().__init__(
-            (dataset.train_images.shape[1], *widths, dataset.n_classes),
-            activation=activation,
-            stream=f"classification/{split}",
-            device=device,
-            dtype=dtype,
-            dataset=dataset.name,
-            batch_size=batch_size,
-            split=split,
-            # only where it is set: the committed table of baselines is looked up by the description
-            **({} if n_examples is None else {"n_examples": n_examples}),
-            **({"has_own_examples": True} if has_own_examples else {}),
-        )
-        self.batch_size = batch_size
-        self.split = split
-        self.examples = Examples(len(members), n_trained, f"classification/{split}", is_shared=not has_own_examples)
+    dataset: InitVar[ImageDataset | str]
+    widths: Sequence[int] = (20,)
+    _: KW_ONLY
+    split: str = "meta-train"
+    n_examples: float | None = None
+    has_own_examples: bool = False
+
+    def __post_init__(self, dataset: ImageDataset | str) -> None:
+        dataset, members = load_split(dataset, self.split)
+        n_trained, is_own = count_of(self.n_examples, len(members)), self.has_own_examples
+        is_right = self.n_examples is not None or not is_own
+        require(is_right, "has_own_examples", is_own, "False where `n_examples` is None")
+        stream = f"classification/{self.split}"
+        super().__post_init__(dataset.train_images.shape[1], dataset.n_classes, stream)
+        self.config["dataset"] = dataset.name
+        for name in ("n_examples", "has_own_examples"):  # the committed baselines are looked up by the description
+            if not self.config[name]:
+                del self.config[name]
+        self.examples = Examples(len(members), n_trained, stream, is_shared=not is_own)
         self.split_members = members
-        self.members = members if has_own_examples else members[:n_trained]
+        self.members = members if is_own else members[:n_trained]
         self.images, self.labels = dataset.train_images, dataset.train_labels
         self.test_images, self.test_labels = dataset.test_images, dataset.test_labels
-        self.to(device)
+        self.to(self.device)
 
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw a minibatch per problem, uniformly from the split.

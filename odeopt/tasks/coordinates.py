@@ -15,7 +15,7 @@ from odeopt.checks import is_integer, is_number, require
 from .base import Batch
 from .classification import SPLITS, load_split
 from .datasets import ImageDataset
-from .layers import Activation, check_network
+from .layers import check_network, hidden_layers
 from .module import NetworkTask
 from .random import integers, normal, uniform
 
@@ -90,11 +90,8 @@ class CoordinateNetwork(NetworkTask):
         self.config["dataset"] = None if dataset is None else dataset.name
 
     def build(self) -> nn.Module:
-        layers, n_in = [], 2 * self.n_features or 2
-        for _ in range(self.depth):
-            layers += [nn.Linear(n_in, self.width), Activation(self.activation)]
-            n_in = self.width
-        return nn.Sequential(*layers, nn.Linear(self.width, self.n_channels))
+        sizes = (2 * self.n_features or 2, *(self.width,) * self.depth)
+        return nn.Sequential(*hidden_layers(sizes, self.activation), nn.Linear(self.width, self.n_channels))
 
     def criterion(self, output: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(output, target)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import importlib
+import math
 import os
 import shutil
 import socket
@@ -346,9 +347,7 @@ def _read_idx(path: Path, md5: str | None) -> Tensor:
     found, *shape = struct.unpack(f">{1 + n_dims}I", content[:n_header])
     if found != magic:
         raise _corrupt(path, f"its magic number is {found}, not {magic}")
-    n_values = 1
-    for size in shape:
-        n_values *= size
+    n_values = math.prod(shape)
     if len(content) != n_header + n_values:
         raise _corrupt(path, f"it has {len(content)} bytes where its header announces {n_header + n_values}")
     if md5 is not None and (digest := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,14 @@ class Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+def hidden_layers(sizes: Iterable[int], activation: str, *, has_norms: bool = False) -> list[nn.Module]:
+    """Build linear layers between the sizes given, each with an activation behind it, and a norm in between if any."""
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b), *[nn.LayerNorm(b)] * has_norms, Activation(activation)]
+    return layers
 
 
 class Residual(nn.Module):
@@ -125,20 +135,29 @@ class TransformerFields:
 class Recurrence(nn.Module):
     """A recurrent network written with linear layers: torch's kernels have no batching rule under vmap."""
 
+    n_parts = 1  # of the inputs of a step: those of the new state, and of the gates
+    has_second_bias = False
+
     def __init__(self, width: int, activation: str) -> None:
         super().__init__()
-        self.inputs, self.hidden = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        n = self.n_parts * width
+        self.inputs, self.hidden = nn.Linear(width, n), nn.Linear(width, n, bias=self.has_second_bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         h, outputs = torch.zeros_like(x[..., 0, :]), []
+        c = h
         for driven in self.inputs(x).unbind(-2):
-            h = self.activation(driven + self.hidden(h))
+            h, c = self.step(driven, h, c)
             outputs.append(h)
         return torch.stack(outputs, dim=-2)
 
+    def step(self, driven: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Next state, and next memory, which an LSTM alone has."""
+        return self.activation(driven + self.hidden(h)), c
 
-class GatedRecurrence(nn.Module):
+
+class GatedRecurrence(Recurrence):
     r"""A gated recurrent unit with an activation of one's choice, ``tanh`` for the usual one.
 
     .. math:: h_t = z_t h_{t-1} + (1 - z_t)\,\phi(W x_t + r_t (U h_{t-1} + b))
@@ -147,22 +166,15 @@ class GatedRecurrence(nn.Module):
         Cho et al. (2014), Learning phrase representations using RNN encoder-decoder, Eq. (5)-(8).
     """
 
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.inputs, self.hidden = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
-        self.activation = ACTIVATIONS[activation]
+    n_parts, has_second_bias = 3, True
 
-    def forward(self, x: Tensor) -> Tensor:
-        h, outputs = torch.zeros_like(x[..., 0, :]), []
-        for driven in self.inputs(x).unbind(-2):
-            (r, z, n), (hr, hz, hn) = driven.chunk(3, -1), self.hidden(h).chunk(3, -1)
-            new = self.activation(n + torch.sigmoid(r + hr) * hn)
-            h = new + torch.sigmoid(z + hz) * (h - new)
-            outputs.append(h)
-        return torch.stack(outputs, dim=-2)
+    def step(self, driven: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        (r, z, n), (hr, hz, hn) = driven.chunk(3, -1), self.hidden(h).chunk(3, -1)
+        new = self.activation(n + torch.sigmoid(r + hr) * hn)
+        return new + torch.sigmoid(z + hz) * (h - new), c
 
 
-class LongShortTermMemory(nn.Module):
+class LongShortTermMemory(Recurrence):
     r"""An LSTM with an activation of one's choice, ``tanh`` for the usual one, and forget gates that start open by one.
 
     .. math:: c_t = f_t c_{t-1} + i_t\,\phi(g_t), \qquad h_t = o_t\,\phi(c_t)
@@ -171,22 +183,17 @@ class LongShortTermMemory(nn.Module):
         Jozefowicz et al. (2015), An empirical exploration of recurrent network architectures, Section 2.2.
     """
 
+    n_parts = 4
+
     def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.inputs, self.hidden = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width, bias=False)
+        super().__init__(width, activation)
         with torch.no_grad():
             self.inputs.bias[width : 2 * width] += 1
-        self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        h, outputs = torch.zeros_like(x[..., 0, :]), []
-        c = h
-        for driven in self.inputs(x).unbind(-2):
-            i, f, g, o = (driven + self.hidden(h)).chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * self.activation(g)
-            h = torch.sigmoid(o) * self.activation(c)
-            outputs.append(h)
-        return torch.stack(outputs, dim=-2)
+    def step(self, driven: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        i, f, g, o = (driven + self.hidden(h)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * self.activation(g)
+        return torch.sigmoid(o) * self.activation(c), c
 
 
 def recurrent_layer(cell: str, width: int, activation: str) -> nn.Module:
@@ -211,22 +218,6 @@ class Mean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(-2)
-
-
-class AsImage(nn.Module):
-    """Rows of pixels to square images of one channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        side = math.isqrt(x.shape[-1])
-        return x.unflatten(-1, (1, side, side))
-
-
-class AsRows(nn.Module):
-    """Rows of pixels to sequences of the images' rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        side = math.isqrt(x.shape[-1])
-        return x.unflatten(-1, (side, side))
 
 
 class AsPatches(nn.Module):

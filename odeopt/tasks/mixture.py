@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -82,6 +82,7 @@ class Draw(NamedTuple):
     tells_horizon: bool
 
 
+@dataclass(eq=False, repr=False)
 class Mixture:
     """A distribution over tasks; a draw is a function of its number and a seed, like all that tasks draw.
 
@@ -110,29 +111,27 @@ class Mixture:
         218
     """
 
-    def __init__(
-        self,
-        families: Sequence[TaskFamily],
-        *,
-        horizons: Sequence[int] = (30, 300),
-        told: float = 0.7,
-        n_problems: int = 6,
-        coordinates: float = 4e4,
-        work: float = 5e6,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    families: Sequence[TaskFamily]
+    _: KW_ONLY
+    horizons: Sequence[int] = (30, 300)
+    told: float = 0.7
+    n_problems: int = 6
+    coordinates: float = 4e4
+    work: float = 5e6
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        families, horizons, n_problems = self.families, self.horizons, self.n_problems
         is_given = is_list(families, TaskFamily) and len(families) > 0
         require(is_given, "families", families, "at least one family, in a list")
         is_range = is_list(horizons) and len(horizons) == 2 and all(map(is_integer, horizons))
         is_range = is_range and 1 <= horizons[0] <= horizons[1]
         require(is_range, "horizons", horizons, "two rising integers of at least 1")
-        require(is_number(told) and 0 <= told <= 1, "told", told, "a number between 0 and 1")
+        require(is_number(self.told) and 0 <= self.told <= 1, "told", self.told, "a number between 0 and 1")
         require(is_integer(n_problems) and n_problems >= 1, "n_problems", n_problems, "a positive integer")
-        for name, value in (("coordinates", coordinates), ("work", work)):
+        for name, value in (("coordinates", self.coordinates), ("work", self.work)):
             require(is_number(value) and value > 0, name, value, "a positive number")
-        self.families, self.device = tuple(families), torch.device(device)
-        self.horizons, self.told, self.n_problems = tuple(horizons), told, n_problems
-        self.coordinates, self.work = coordinates, work
+        self.families, self.horizons, self.device = tuple(families), tuple(horizons), torch.device(self.device)
         self._built: dict[tuple, Task] = {}  # in the order of their last use
 
     def draw(self, number: int, seed: int) -> Draw:

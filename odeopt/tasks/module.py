@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from odeopt.checks import is_integer, require
 
-from .base import Batch, Params, Task
+from .base import Batch, Params, Task, declared
 from .random import integers, random_bits
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -184,7 +184,7 @@ class NetworkTask(ModuleTask):
 
     def __post_init__(self) -> None:
         super().__init__(self.build, self.draw, loss_fn=self.criterion, batch_size=self.batch_size, device=self.device)
-        self.config = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "device"}
+        self.config = declared(self)
 
     @abstractmethod
     def build(self) -> nn.Module:

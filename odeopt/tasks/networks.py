@@ -17,23 +17,20 @@ from .datasets import ImageDataset
 from .examples import Examples, count_of
 from .layers import (
     Activation,
-    AsImage,
     AsPatches,
-    AsRows,
     Mean,
     Residual,
     TransformerFields,
     WithPositions,
     attention_layers,
     check_network,
+    hidden_layers,
 )
 from .module import NetworkTask
 
 
 def _normalised(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise((n_in, *(width,) * depth)):
-        layers += [nn.Linear(a, b), nn.LayerNorm(b), Activation(activation)]
+    layers = hidden_layers((n_in, *(width,) * depth), activation, has_norms=True)
     return nn.Sequential(*layers, nn.Linear(width, n_out))
 
 
@@ -45,8 +42,13 @@ def _residual(n_in: int, n_out: int, width: int, depth: int, activation: str) ->
     return nn.Sequential(nn.Linear(n_in, width), *blocks, nn.Linear(width, n_out))
 
 
+def _as_image(n_pixels: int) -> nn.Module:
+    """Rows of pixels to square images of one channel."""
+    return nn.Unflatten(-1, (1, *2 * (math.isqrt(n_pixels),)))
+
+
 def _convolutional(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
-    side, layers = math.isqrt(n_in), [AsImage()]
+    side, layers = math.isqrt(n_in), [_as_image(n_in)]
     for a, b in itertools.pairwise((1, *(width,) * depth)):
         layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), Activation(activation)]
         side = (side + 1) // 2
@@ -56,16 +58,12 @@ def _convolutional(n_in: int, n_out: int, width: int, depth: int, activation: st
 def _attentive(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
     side = math.isqrt(n_in)
     layers = attention_layers(width, depth, activation, is_causal=False)
-    return nn.Sequential(
-        AsRows(), nn.Linear(side, width), WithPositions(side, width), *layers, Mean(), nn.Linear(width, n_out)
-    )
+    rows = nn.Unflatten(-1, (side, side)), nn.Linear(side, width), WithPositions(side, width)
+    return nn.Sequential(*rows, *layers, Mean(), nn.Linear(width, n_out))
 
 
 def _autoencoder(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise((n_in, *(width,) * depth)):
-        layers += [nn.Linear(a, b), Activation(activation)]
-    return nn.Sequential(*layers, nn.Linear(width, n_in))
+    return nn.Sequential(*hidden_layers((n_in, *(width,) * depth), activation), nn.Linear(width, n_in))
 
 
 class _ConvolutionalBlock(nn.Module):
@@ -98,7 +96,7 @@ def _residual_convolutional(n_in: int, n_out: int, width: int, depth: int, activ
     blocks = [_ConvolutionalBlock(width, width, activation, 1)]
     blocks += [_ConvolutionalBlock(width << k, width << k + 1, activation, 2) for k in range(depth - 1)]
     ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(width << depth - 1, n_out)
-    return nn.Sequential(AsImage(), *stem, *blocks, *ends)
+    return nn.Sequential(_as_image(n_in), *stem, *blocks, *ends)
 
 
 ARCHITECTURES: dict[str, Callable[[int, int, int, int, str], nn.Module]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odeopt.checks import require
 
-from .base import Params, Task
+from .base import DeclaredTask, Params
 from .random import uniform
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,44 +24,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class PerceptronTask(Task):
+@dataclass(eq=False, repr=False, kw_only=True)
+class PerceptronTask(DeclaredTask):
     """A task whose problems are to train a multilayer perceptron, a new initialisation for each.
 
     Parameters are named and shaped as in ``nn.Sequential(Linear, activation, Linear, ...)``: ``"0.weight"``
     of shape ``(out, in)``, ``"0.bias"``, ``"2.weight"``, ...; they start as ``nn.Linear`` does, uniform
-    within ``1 / sqrt(fan_in)`` of zero.
+    within ``1 / sqrt(fan_in)`` of zero. A subclass has the field ``widths``, those of the hidden layers if any.
 
     Args:
-        sizes: Number of inputs, widths of the hidden layers if any, number of outputs.
         activation: One of ``"sigmoid"``, ``"tanh"``, ``"relu"``, ``"gelu"``.
-        stream: Name of the random numbers of the initialisations.
+        batch_size: Examples per step.
         device: See :class:`Task`.
         dtype: See :class:`Task`.
-        **config: See :class:`Task`.
 
     Raises:
         ValueError: If a size is not positive or the activation is not one of these.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        *,
-        activation: str,
-        stream: str,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        **config: Any,
-    ) -> None:
-        n_inputs, *widths, n_outputs = sizes
-        if any(width < 1 for width in widths):
-            raise ValueError(f"Parameter `widths` should hold positive numbers. Found `widths = {tuple(widths)}`.")
-        for name, size in (("n_inputs", n_inputs), ("n_outputs", n_outputs)):
+    activation: str = "sigmoid"
+    batch_size: int = 128
+
+    def __post_init__(self, n_inputs: int, n_outputs: int, stream: str) -> None:
+        """Take the numbers of inputs and outputs, and the name of the random numbers of the initialisations."""
+        for name, size in (("batch_size", self.batch_size), ("n_inputs", n_inputs), ("n_outputs", n_outputs)):
             require(size >= 1, name, size, "positive")
-        require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
-        super().__init__(device=device, dtype=dtype, widths=widths, activation=activation, **config)
-        self.activation, self.stream = ACTIVATIONS[activation], stream
-        self.sizes = tuple(sizes)
+        widths = tuple(self.widths)
+        if any(width < 1 for width in widths):
+            raise ValueError(f"Parameter `widths` should hold positive numbers. Found `widths = {widths}`.")
+        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        self.widths, self.sizes, self.stream = list(widths), (n_inputs, *widths, n_outputs), stream
+        super().__post_init__()
 
     @property
     def param_shapes(self) -> dict[str, torch.Size]:
@@ -81,7 +74,7 @@ class PerceptronTask(Task):
 
     def outputs(self, params: Params, x: Tensor) -> Tensor:
         """Apply each problem's network to its inputs: (n_tasks, B, n_inputs) to (n_tasks, B, n_outputs)."""
-        return perceptron(params, x, self.activation)
+        return perceptron(params, x, ACTIVATIONS[self.activation])
 
 
 def perceptron_shapes(sizes: Sequence[int]) -> dict[str, torch.Size]:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from odeopt.checks import require
 
-from .base import Batch, FixedBatchTask, Params
+from .base import Batch, DeclaredTask, FixedBatchTask, Params
 from .random import normal, uniform
 
 
-class RandomQuadratic(FixedBatchTask):
+@dataclass(eq=False, repr=False)
+class _Quadratic(DeclaredTask, FixedBatchTask):
+    """Problems of so many coordinates, which start at zero."""
+
+    dim: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 1, "dim", self.dim, "positive")
+        super().__post_init__()
+
+    def init_params(self, indices: Tensor, seed: int) -> Params:
+        """Start at zero: ``theta`` of shape ``(n_tasks, dim)``."""
+        return {"theta": torch.zeros(len(indices), self.dim, device=self.device, dtype=self.dtype)}
+
+
+class RandomQuadratic(_Quadratic):
     r"""Square linear least squares, a new matrix for each problem.
 
     .. math:: f(\theta) = \lVert W\theta - y \rVert^2, \qquad W_{ij}, y_i \sim N(0, 1), \quad \theta_0 = 0
@@ -31,17 +48,6 @@ class RandomQuadratic(FixedBatchTask):
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Section 3.1.
     """
 
-    def __init__(
-        self, dim: int = 10, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        require(dim >= 1, "dim", dim, "positive")
-        super().__init__(device=device, dtype=dtype, dim=dim)
-        self.dim = dim
-
-    def init_params(self, indices: Tensor, seed: int) -> Params:
-        """Start at zero: ``theta`` of shape ``(n_tasks, dim)``."""
-        return {"theta": torch.zeros(len(indices), self.dim, device=self.device, dtype=self.dtype)}
-
     def draw(self, indices: Tensor, seed: int) -> Batch:
         """Draw ``W`` of shape ``(n_tasks, dim, dim)`` and ``y`` of shape ``(n_tasks, dim)``."""
         indices = self._indices(indices)
@@ -56,7 +62,8 @@ class RandomQuadratic(FixedBatchTask):
         return residual.square().sum(dim=(1, 2))
 
 
-class NoisyQuadratic(FixedBatchTask):
+@dataclass(eq=False, repr=False)
+class NoisyQuadratic(_Quadratic):
     r"""Quadratics whose eigenvalues spread over a given range, and whose minimum shakes from step to step.
 
     .. math:: f_t(\theta) = \tfrac12 (\theta - \theta_* - \sigma \varepsilon_t)^\top Q \Lambda Q^\top
@@ -84,27 +91,14 @@ class NoisyQuadratic(FixedBatchTask):
         model, Section 3: another model, whose gradients have the Hessian itself for covariance.
     """
 
-    def __init__(
-        self,
-        dim: int = 10,
-        condition: float = 100.0,
-        noise: float = 0.1,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        for name, value, is_right, wanted in (
-            ("dim", dim, dim >= 1, "positive"),
-            ("condition", condition, 1 <= condition < float("inf"), "a finite number of at least 1"),
-            ("noise", noise, 0 <= noise < float("inf"), "a finite number of at least 0"),
-        ):
-            require(is_right, name, value, wanted)
-        super().__init__(device=device, dtype=dtype, dim=dim, condition=condition, noise=noise)
-        self.dim, self.condition, self.noise = dim, condition, noise
+    condition: float = 100.0
+    noise: float = 0.1
 
-    def init_params(self, indices: Tensor, seed: int) -> Params:
-        """Start at zero: ``theta`` of shape ``(n_tasks, dim)``."""
-        return {"theta": torch.zeros(len(indices), self.dim, device=self.device, dtype=self.dtype)}
+    def __post_init__(self) -> None:
+        for name, least in (("condition", 1), ("noise", 0)):
+            value = getattr(self, name)
+            require(least <= value < float("inf"), name, value, f"a finite number of at least {least}")
+        super().__post_init__()
 
     def draw(self, indices: Tensor, seed: int) -> Batch:
         r"""Draw ``A`` with :math:`A^\top A = Q \Lambda Q^\top`, ``(n_tasks, dim, dim)``, and the minimum."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
-import torch
 from torch import Tensor
 
 from odeopt.checks import require
@@ -15,6 +15,7 @@ from .perceptron import ACTIVATIONS, PerceptronTask, perceptron, perceptron_shap
 from .random import normal
 
 
+@dataclass(eq=False, repr=False)
 class TeacherStudent(PerceptronTask):
     r"""Fit a perceptron to a random one, a new teacher for each problem, from inputs that never come twice.
 
@@ -40,47 +41,30 @@ class TeacherStudent(PerceptronTask):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(
-        self,
-        n_inputs: int = 16,
-        widths: Sequence[int] = (20,),
-        n_outputs: int = 1,
-        *,
-        activation: str = "tanh",
-        teacher_width: int = 8,
-        spread: float = 0.0,
-        batch_size: int = 128,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        for name, value in (("teacher_width", teacher_width), ("batch_size", batch_size)):
-            require(value >= 1, name, value, "positive")
-        require(0 <= spread < math.inf, "spread", spread, "a finite number of at least 0")
-        super().__init__(
-            (n_inputs, *widths, n_outputs),
-            activation=activation,
-            stream="teacher-student/student",
-            device=device,
-            dtype=dtype,
-            n_inputs=n_inputs,
-            n_outputs=n_outputs,
-            teacher_width=teacher_width,
-            spread=spread,
-            batch_size=batch_size,
-        )
-        self.batch_size, self.spread = batch_size, spread
-        self.teacher_shapes = perceptron_shapes((n_inputs, teacher_width, n_outputs))
+    n_inputs: int = 16
+    widths: Sequence[int] = (20,)
+    n_outputs: int = 1
+    _: KW_ONLY
+    activation: str = "tanh"
+    teacher_width: int = 8
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.teacher_width >= 1, "teacher_width", self.teacher_width, "positive")
+        require(0 <= self.spread < math.inf, "spread", self.spread, "a finite number of at least 0")
+        super().__post_init__(self.n_inputs, self.n_outputs, "teacher-student/student")
+        self.teacher_shapes = perceptron_shapes((self.n_inputs, self.teacher_width, self.n_outputs))
 
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw inputs, ``(n_tasks, B, n_inputs)``, and what the teachers say, ``(n_tasks, B, n_outputs)``."""
-        indices, n_inputs = self._indices(indices), self.sizes[0]
+        indices = self._indices(indices)
 
         def draw(shape: Sequence[int], name: str, step: int = 0) -> Tensor:
             return normal(indices, shape, seed=seed, stream=f"teacher-student/{name}", step=step, dtype=self.dtype)
 
-        x = draw((self.batch_size, n_inputs), "inputs", step)
+        x = draw((self.batch_size, self.n_inputs), "inputs", step)
         if self.spread > 0:
-            scales = (self.spread * draw((1, n_inputs), "scales")).exp()
+            scales = (self.spread * draw((1, self.n_inputs), "scales")).exp()
             x = x * (scales * scales.square().mean(-1, keepdim=True).rsqrt())
         teacher = {}
         for gain, (name, shape) in zip((2.0, 0.0, 1.0, 0.0), self.teacher_shapes.items(), strict=True):
