@@ -16,7 +16,7 @@ from odeopt import LearnedOptimizer, LSTMUpdate
 from odeopt.rules.preprocessing import log_sign
 
 LEARNED = FAST, NARROW, EAGER, DEFAULT, LSTM = (
-    "port-hamiltonian",  # native on a CPU, compiled on CUDA
+    "port-hamiltonian",  # in C on a CPU, in Triton on CUDA
     "port-hamiltonian, bfloat16",
     "port-hamiltonian, eager",
     "port-hamiltonian-spectral",
@@ -121,18 +121,17 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
     """
     capturable = {"capturable": True} if device.type == "cuda" else {}
     rule, lstm = odeopt.load_pretrained("port-hamiltonian"), odeopt.load_pretrained("lstm")
-    learned = partial(LearnedOptimizer, **capturable)
-    fast = {"implementation": "native"} if device.type == "cpu" else {"compile": True}
+    learned, fast = partial(LearnedOptimizer, **capturable), {"implementation": "native"}
     makes = {
         FAST: partial(learned, rule=rule, **fast),
         NARROW: partial(learned, rule=rule, **fast, state_dtype=torch.bfloat16),
-        EAGER: partial(learned, rule=rule, compile=False, implementation="eager"),
+        EAGER: partial(learned, rule=rule, implementation="eager"),
         DEFAULT: learned,
-        "AdamUpdate, compiled": partial(learned, rule=odeopt.AdamUpdate(), compile=True),
+        "AdamUpdate": partial(learned, rule=odeopt.AdamUpdate()),
         FOREACH: partial(Adam, foreach=True, **capturable),
         FUSED: partial(Adam, fused=True, **capturable),
         MOMENTUM: partial(SGD, lr=1e-3, momentum=0.9, foreach=True),
     }
     if has_lstm:
-        makes |= {LSTM: partial(learned, rule=lstm, compile=True), LOOP: partial(CellLoop, rule=lstm)}
+        makes |= {LSTM: partial(learned, rule=lstm), LOOP: partial(CellLoop, rule=lstm)}
     return makes
