@@ -22,6 +22,7 @@ from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
 from odeopt.stepping.shards import Shard
 from odeopt.stepping.states import check_rule, empty_state, matched_state, saved_state
+from odeopt.stepping.triton import TritonKernels, triton_obstacle
 
 _COUNTERS = ("n_steps", "n_skipped")
 # Parameters from this size on are stepped in place, the others packed into a buffer. On a CPU copying
@@ -49,10 +50,11 @@ class _Placed(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Buckets of one group and rule that are stepped together natively, or a bucket that is not."""
+    """Buckets of one group and rule that are stepped together in C; or another bucket, with its kernels if any."""
 
     native: NativeStep | None
     placed: list[_Placed]
+    kernels: TritonKernels | None = None
 
 
 def _share_done(group: dict[str, Any]) -> float | Tensor | None:
@@ -105,10 +107,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown.
-        implementation: ``"auto"`` takes the native step, in C, of port-Hamiltonian rules on a CPU, where it can
-            (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form, all but the matrices
-            that are stepped by their singular values. It is the eager step to rounding. ``"native"`` raises where it
-            cannot, ``"eager"`` never takes it.
+        implementation: ``"auto"`` takes the native step of port-Hamiltonian rules where it can: in C on a CPU
+            (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form,
+            all but the matrices that are stepped by their singular values. It is the eager step to rounding.
+            ``"native"`` raises where it cannot, ``"eager"`` never takes it.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
@@ -224,7 +226,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for plan in self._plans:
             n_skipped = self._step_natively(plan)
             if n_skipped is None:
-                n_skipped = sum(map(self._step_eagerly, plan.placed))
+                n_skipped = sum(self._step_bucket(placed, plan.kernels) for placed in plan.placed)
             may_warn = may_warn or n_skipped > 0
         for group in self.param_groups:
             group["n_steps"] += 1
@@ -250,12 +252,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         progress = None if done is None else float(done)
         return plan.native.step(float(group["lr"]), float(group["weight_decay"]), progress, maximize=group["maximize"])
 
-    def _step_eagerly(self, placed: _Placed) -> int:
+    def _step_bucket(self, placed: _Placed, kernels: TritonKernels | None) -> int:
         """Step a bucket; return whether a gradient was skipped, where that is known without a host synchronisation."""
         bucket, rule, group, _ = placed
         if all(param.grad is None for param in bucket.params):
             return 0
-        step_bucket(rule, bucket, self._options(group, bucket))
+        step_bucket(rule, bucket, self._options(group, bucket), kernels)
         return int(bucket.is_on_host and bool(bucket.n_skipped.any()))
 
     def eval(self) -> None:
@@ -494,19 +496,23 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._is_placed.update(together)
 
     def _make_plans(self) -> list[_Plan]:
-        """Gather the buckets that are stepped natively, by group and rule."""
+        """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
         together: dict[tuple[int, int], list[_Placed]] = defaultdict(list)
         plans = []
         for placed in self._placed:
-            obstacle = native_obstacle(placed.rule, placed.bucket)
+            obstacle, kernels = native_obstacle(placed.rule, placed.bucket), None
             if obstacle is None and self.implementation != "eager":
                 together[id(placed.group), id(placed.rule)].append(placed)
                 continue
             is_matrix = placed.bucket.is_whole and placed.rule.is_staged
-            if self.implementation == "native" and not is_matrix:
+            if self.implementation != "eager":
+                on_cuda = triton_obstacle(placed.rule, placed.bucket)
+                kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None
+                obstacle = on_cuda if placed.bucket.device.type == "cuda" else obstacle
+            if self.implementation == "native" and kernels is None and not is_matrix:
                 self._forget_buckets()
                 require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
-            plans.append(_Plan(None, [placed]))
+            plans.append(_Plan(None, [placed], kernels))
         plans += [_Plan(NativeStep(some[0].rule, [x.bucket for x in some]), some) for some in together.values()]
         return plans
 

@@ -57,7 +57,7 @@ def measured(args: argparse.Namespace) -> list[str]:
 
     param = nn.Parameter(torch.randn(args.size))
     param.grad = torch.randn(args.size)
-    optimizer = odeopt.LearnedOptimizer([param], rule)
+    optimizer = odeopt.LearnedOptimizer([param], rule, implementation="eager")  # as pieces are stepped on a CPU
     per_parameter = seconds(optimizer.step, args.repeats) / args.size
     quadratic, estimator = odeopt.load_pretrained("port-hamiltonian-quadratic"), Backpropagation(truncation=20)
     task, indices = RandomQuadratic(), torch.arange(128)
