@@ -59,13 +59,14 @@ def statistics(
 def totals(partial, offsets, out, N_SUMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of a tensor, from those of its rows."""
     tensor = tl.program_id(0)
-    first, last = tl.load(offsets + tensor), tl.load(offsets + tensor + 1)
+    start, last = tl.load(offsets + tensor), tl.load(offsets + tensor + 1)
     column = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
-    for start in range(first, last, BLOCK):
+    while start < last:
         row = start + tl.arange(0, BLOCK)
         mask = (row < last)[:, None] & (column < N_SUMS)[None, :]
         total += tl.sum(tl.load(partial + row[:, None] * N_SUMS + column[None, :], mask, 0.0), 0)
+        start += BLOCK
     tl.store(out + tensor * N_SUMS + column, total, column < N_SUMS)
 
 
@@ -85,7 +86,9 @@ def advance(
     row, at, mask = _place(n_columns, BLOCK)
     shared = numbers + tl.load(tensor + row) * N_NUMBERS
     moves = tl.load(shared + MOVES)
-    mask = mask & (moves > tl.zeros((BLOCK,), tl.float32))  # in blocks: Triton's interpreter widens no truth value
+    mask = mask & (
+        moves > tl.zeros((BLOCK,), tl.float32)
+    )  # in blocks: Triton's interpreter mistakes single truth values
     u, square = _effort(grad, second_moment, shared, at, mask, KIND, MAXIMIZE)
     seen = u * u if KIND == BY_HISTORY else square
     log_ratio = 0.5 * tl.log(seen + _EPS_SIGNAL) - tl.load(shared + LOG_RMS)
@@ -128,12 +131,13 @@ def advance(
     tl.store(theta + at, tl.load(shared + KEEP) * x + tl.load(shared + RATE) * delta, mask)
     if KIND != BY_TENSOR:
         tl.store(second_moment + at, square, mask)
-    is_first = (moves > 0) & (tl.program_id(0) % tl.cdiv(n_columns, BLOCK) == 0)
-    tl.store(scale + row, tl.load(shared + STATE), is_first)
-    tl.store(slow_scale + row, tl.load(shared + STATE + 1), is_first)
-    tl.store(step + row, tl.load(shared + STATE + 2), is_first)
+    is_first = mask & (at == row * n_columns)
+    at = row + tl.zeros((BLOCK,), tl.int64)
+    tl.store(scale + at, tl.load(shared + STATE), is_first)
+    tl.store(slow_scale + at, tl.load(shared + STATE + 1), is_first)
+    tl.store(step + at, tl.load(shared + STATE + 2), is_first)
     for k in tl.static_range(MEMORY):
-        tl.store(memory + row * MEMORY + k, tl.load(shared + STATE + 3 + k), is_first)
+        tl.store(memory + at * MEMORY + k, tl.load(shared + STATE + 3 + k), is_first)
 
 
 @triton.jit

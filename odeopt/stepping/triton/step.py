@@ -20,7 +20,7 @@ from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.loops import StepOptions
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BLOCK = 1024  # coordinates of a program
+_BLOCK, _SHORT_BLOCK = 1024, 16  # coordinates of a program, at most and at least
 _ROWS = 128  # rows that a program adds up at a time
 
 
@@ -50,8 +50,7 @@ def _kernels_on(device: torch.device) -> ModuleType | str:
         from odeopt.stepping.triton import kernels
 
         partial, offsets = torch.ones((3, 1), device=device), torch.tensor([0, 3], device=device)
-        with torch.cuda.device_of(partial):
-            kernels.totals[(1,)](partial, offsets, torch.empty_like(partial[0]), N_SUMS=1, WIDTH=1, BLOCK=2)
+        _launch(kernels.totals, 1, partial, offsets, torch.empty_like(partial[0]), N_SUMS=1, WIDTH=1, BLOCK=2)
     except Exception as error:  # there may be no Triton, no compiler for its launchers, or a device it does not know
         return f"Triton does not work here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     return kernels
@@ -71,7 +70,7 @@ class TritonKernels:
     def __init__(self, rule: PortHamiltonianUpdate, bucket: Bucket) -> None:
         self.bucket, self._kernels = bucket, _kernels_on(bucket.device)
         n_rows, n_columns = bucket.shape
-        self._block = min(_BLOCK, 1 << (n_columns - 1).bit_length())
+        self._block = min(_BLOCK, max(_SHORT_BLOCK, 1 << (n_columns - 1).bit_length()))
         self._n_blocks = n_rows * -(-n_columns // self._block)
         tensor = bucket.rows.tensor
         self._tensor = torch.zeros(n_rows, dtype=torch.int64, device=bucket.device) if tensor is None else tensor
@@ -79,7 +78,7 @@ class TritonKernels:
         self._kind = self._kernels.BY_HISTORY if rule.coordinatewise else kinds[rule.normalization]
         self._modes = {"mode_stride": bucket.state.p.stride(1), "MODES": rule.modes, "KIND": self._kind}
         self._constants = {
-            "speed_limit": rule.config["speed_limit"],
+            "speed_limit": float(rule.config["speed_limit"]),
             "MEMORY": rule.memory,
             "N_GAIN": rule.n_gain,
             "N_FRICTION": rule.n_friction,
@@ -144,9 +143,8 @@ class TritonKernels:
     def _n_columns(self) -> int:
         return self.bucket.shape[1]
 
-    def _launch(self, kernel, *arguments, **options) -> None:
-        with torch.cuda.device_of(self._tensor):
-            kernel[(self._n_blocks,)](*arguments, BLOCK=self._block, **options)
+    def _launch(self, kernel, *arguments: Tensor | int, **options: object) -> None:
+        _launch(kernel, self._n_blocks, *arguments, BLOCK=self._block, **options)
 
     def _total(self, partial: Tensor) -> Tensor:
         """Sums of the blocks of each tensor; a row of several tensors is one block."""
@@ -155,9 +153,15 @@ class TritonKernels:
             return partial.sum(0, keepdim=True)
         out = partial.new_empty((len(offsets) - 1, n_sums))
         width = 1 << (n_sums - 1).bit_length()
-        with torch.cuda.device_of(partial):
-            self._kernels.totals[(len(out),)](partial, offsets, out, N_SUMS=n_sums, WIDTH=width, BLOCK=_ROWS)
+        _launch(self._kernels.totals, len(out), partial, offsets, out, N_SUMS=n_sums, WIDTH=width, BLOCK=_ROWS)
         return out
+
+
+def _launch(kernel, n_programs: int, first: Tensor, *arguments: Tensor | int, **options: object) -> None:
+    """Launch a kernel on the device of its first argument."""
+    with torch.cuda.device_of(first):
+        # said, because Triton warns that its default will change
+        kernel[(n_programs,)](first, *arguments, **options, enable_fp_fusion=True)
 
 
 def _plain(grad: Tensor) -> Tensor:
