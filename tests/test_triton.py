@@ -383,8 +383,8 @@ for kind, kept in ((kernels.BY_COORDINATE, FLOAT), (kernels.BY_TENSOR, "*bf16"),
     compiled(kernels.statistics, kept, N_NUMBERS=3, KIND=kind.value, **MODES)
     for stages, relativistic, n_gain, n_friction, floor in ((4, 0, 2, 4, None), (0, 3, 1, 1, -3.0), (1, 2, 1, 4, None)):
         one = {"n_columns": 1, "mode_stride": 1} if stages == 1 else {}  # which Triton takes for constants
-        compiled(kernels.advance, kept, **one, N_NUMBERS=25, MEMORY=1, N_GAIN=n_gain, N_FRICTION=n_friction, LOG_FLOOR=floor,
-                 STAGES=stages, IS_RELATIVISTIC=relativistic, KIND=kind.value, **MODES)
+        compiled(kernels.advance, kept, **one, N_NUMBERS=25, MEMORY=1, N_GAIN=n_gain, N_FRICTION=n_friction,
+                 LOG_FLOOR=floor, STAGES=stages, IS_RELATIVISTIC=relativistic, KIND=kind.value, **MODES)
 """
 
 
