@@ -86,9 +86,8 @@ def advance(
     row, at, mask = _place(n_columns, BLOCK)
     shared = numbers + tl.load(tensor + row) * N_NUMBERS
     moves = tl.load(shared + MOVES)
-    mask = mask & (
-        moves > tl.zeros((BLOCK,), tl.float32)
-    )  # in blocks: Triton's interpreter mistakes single truth values
+    # compared in blocks, because Triton's interpreter mistakes single truth values
+    mask = mask & (moves > tl.zeros((BLOCK,), tl.float32))
     u, square = _effort(grad, second_moment, shared, at, mask, KIND, MAXIMIZE)
     seen = u * u if KIND == BY_HISTORY else square
     log_ratio = 0.5 * tl.log(seen + _EPS_SIGNAL) - tl.load(shared + LOG_RMS)
