@@ -265,6 +265,24 @@ def test_gradient_that_is_not_contiguous_gives_the_same_numbers(layout):
 
 
 @on_device
+def test_default_dtype_changes_nothing(monkeypatch):
+    found, dtypes, add_up = [], set(), Bucket.add_up
+    monkeypatch.setattr(Bucket, "add_up", lambda self, x: (dtypes.add(x.dtype), add_up(self, x))[1])
+    for dtype in (torch.float32, torch.float64):
+        _, optimizer = pair(port_hamiltonian(), SHAPES)
+        give([optimizer], 0)
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(copy(optimizer))
+    assert dtypes == {torch.float32}
+    for a, b in zip(*found, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+@on_device
 @pytest.mark.parametrize("is_in_place", [False, True])
 def test_autograd_sees_that_parameters_have_changed(is_in_place, request):
     if is_in_place:

@@ -102,11 +102,11 @@ class TritonKernels:
         if stage == 0:
             # coordinatewise there is nothing to add up but the count
             n_sums = 1 if self._kind == self._kernels.BY_HISTORY else 2
-            out = torch.empty((self._n_blocks, n_sums), device=grad.device)
+            out = features.new_empty((self._n_blocks, n_sums))  # in float32, whatever the default is
             arguments = _plain(grad), self._tensor, features, self._n_columns, out
             self._launch(self._kernels.magnitudes, *arguments, N_FEATURES=features.shape[1], N_SUMS=n_sums)
             return self._total(out)
-        out = torch.empty((self._n_blocks, 3 + 2 * self._modes["MODES"]), device=grad.device)
+        out = features.new_empty((self._n_blocks, 3 + 2 * self._modes["MODES"]))
         numbers = torch.cat((shared.weight, shared.divisor, shared.carried), dim=-1)
         self._launch(
             self._kernels.statistics,
