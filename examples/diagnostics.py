@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.auto import tqdm
 
 import odeopt
 from odeopt.cli import arguments
+from odeopt.progress import tqdm
 from odeopt.report import plot_diagnostics, write_diagnostics
 
 

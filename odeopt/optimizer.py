@@ -23,10 +23,9 @@ from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
 from odeopt.stepping.shards import Shard
 from odeopt.stepping.states import check_rule, empty_state, matched_state, saved_state
+from odeopt.stepping.triton import TritonKernels, triton_obstacle
 
 _COUNTERS = ("n_steps", "n_skipped")
-# Coordinates from which on half a minute of compiling is soon earned: a step of a million takes 20 ms eagerly.
-_WORTH_COMPILING = 2**20
 # Parameters from this size on are stepped in place, the others packed into a buffer. On a CPU copying
 # costs as much as half a step; on a GPU a call of its own costs more, unless the tensor is large.
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
@@ -52,10 +51,11 @@ class _Placed(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Buckets of one group and rule that are stepped together natively, or a bucket that is not."""
+    """Buckets of one group and rule that are stepped together in C; or another bucket, with its kernels if any."""
 
     native: NativeStep | None
     placed: list[_Placed]
+    kernels: TritonKernels | None = None
 
 
 def _share_done(group: dict[str, Any]) -> float | Tensor | None:
@@ -82,9 +82,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     large ones in place, all others (under 2**16
     coordinates on a CPU, 2**24 on a GPU) of one device and dtype packed into a buffer. There each is padded to a
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
-    Matrices that a rule steps by their singular values are stacked by shapes, and stepped without compiling. Rules
-    under which coordinates interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per
-    tensor.
+    Matrices that a rule steps by their singular values are stacked by shapes. Rules under which coordinates
+    interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
     weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
@@ -109,14 +108,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown.
-        compile: Whether the loops over coordinates go through ``torch.compile``, which takes about half a minute
-            once per kind of rule, dtype and layout, whatever the sizes. ``"auto"`` does so from a million
-            parameters on, where the step is not native; True compiles in place of the native step. Where compiling
-            fails a warning says so and the step runs eagerly, a few times slower.
-        implementation: ``"auto"`` takes the native step, in C, of port-Hamiltonian rules on a CPU, where it can
-            (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form, matrices by spectral
-            modes alone. It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes
-            it.
+        implementation: ``"auto"`` takes the native step of port-Hamiltonian rules where it can: in C on a CPU
+            (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form,
+            matrices by spectral modes alone (on CUDA these are always torch's). It is the eager step to rounding.
+            ``"native"`` raises where it cannot, ``"eager"`` never takes it.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
@@ -154,7 +149,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         total_steps: int | None = None,
-        compile: bool | str = "auto",
         implementation: str = "auto",
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
@@ -168,19 +162,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 "Parameter `rule` should be an instance of UpdateRule, built by its class or loaded by "
                 f"`odeopt.load_pretrained`, or the name of a shipped one. Found `rule = {found}`."
             )
-        require(isinstance(compile, bool) or compile == "auto", "compile", compile, "True, False or 'auto'")
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
-        is_either = compile is not True or implementation != "native"
-        require(is_either, "implementation", implementation, "'auto' or 'eager' where `compile = True`")
         is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
         require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
         self.rule = frozen_copy(rule)
-        self.compile, self.implementation = compile, implementation
-        self.state_dtype, self.capturable, self.averaging = state_dtype, capturable, averaging
+        self.implementation, self.state_dtype = implementation, state_dtype
+        self.capturable, self.averaging = capturable, averaging
         self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
         self._warned: set[str] = set()
         self._forget_buckets()
@@ -237,7 +228,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for plan in self._plans:
                 n_skipped = self._step_natively(plan)
                 if n_skipped is None:
-                    n_skipped = sum(map(self._step_eagerly, plan.placed))
+                    n_skipped = sum(self._step_bucket(placed, plan.kernels) for placed in plan.placed)
                 may_warn = may_warn or n_skipped > 0
         for group in self.param_groups:
             group["n_steps"] += 1
@@ -271,12 +262,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         progress = None if done is None else float(done)
         return plan.native.step(float(group["lr"]), float(group["weight_decay"]), progress, maximize=group["maximize"])
 
-    def _step_eagerly(self, placed: _Placed) -> int:
+    def _step_bucket(self, placed: _Placed, kernels: TritonKernels | None) -> int:
         """Step a bucket; return whether a gradient was skipped, where that is known without a host synchronisation."""
         bucket, rule, group, _ = placed
         if all(param.grad is None for param in bucket.params):
             return 0
-        step_bucket(rule, bucket, self._options(group, bucket), compile=self._compiles(rule, bucket))
+        step_bucket(rule, bucket, self._options(group, bucket), kernels)
         return int(bucket.is_on_host and bool(bucket.n_skipped.any()))
 
     @torch.no_grad()
@@ -437,7 +428,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
         state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of packed tensors
-        names = ("rule", "compile", "implementation", "state_dtype", "capturable", "averaging")
+        names = ("rule", "implementation", "state_dtype", "capturable", "averaging")
         own = {name: getattr(self, name) for name in names} | {"_warned": set()}
         return super().__getstate__() | {"state": state} | own
 
@@ -497,12 +488,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rules = {False: self.rule, True: self.rule.for_tables()}
         members = ((rules[group["is_table"]], param) for group in self.param_groups for param in group["params"])
         return sum(rule.is_whole(param.shape) for rule, param in members if param.numel() > 0)
-
-    def _compiles(self, rule: UpdateRule, bucket: Bucket) -> bool:
-        """Decide about compiling; a rule that is called per tensor would be compiled for each shape."""
-        if not bucket.has_values or (rule.crosses_coordinates and not rule.is_staged):
-            return False
-        return self.compile is True or (self.compile == "auto" and self._n_coordinates >= _WORTH_COMPILING)
 
     def _options(self, group: dict[str, Any], bucket: Bucket) -> StepOptions:
         def scalar(x: float | Tensor) -> Tensor:
@@ -567,21 +552,25 @@ class LearnedOptimizer(torch.optim.Optimizer):
             handed = [self.state[param][name] for param in together for name in bucket.state._fields]
             self._placed.append(_Placed(bucket, rule, group, handed))
             self._is_placed.update(together)
-        self._n_coordinates = sum(param.numel() for param in self._is_placed)
 
     def _make_plans(self) -> list[_Plan]:
-        """Gather the buckets that are stepped natively, by group and rule."""
+        """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
         together: dict[tuple[int, int], list[_Placed]] = defaultdict(list)
         plans = []
         for placed in self._placed:
-            obstacle = native_obstacle(placed.rule, placed.bucket)
-            if obstacle is None and self.implementation != "eager" and self.compile is not True:
+            obstacle, kernels = native_obstacle(placed.rule, placed.bucket), None
+            if obstacle is None and self.implementation != "eager":
                 together[id(placed.group), id(placed.rule)].append(placed)
                 continue
-            if self.implementation == "native":
+            is_matrix = placed.bucket.is_whole and placed.rule.is_staged and placed.bucket.device.type == "cuda"
+            if self.implementation != "eager":
+                on_cuda = triton_obstacle(placed.rule, placed.bucket)
+                kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None
+                obstacle = on_cuda if placed.bucket.device.type == "cuda" else obstacle
+            if self.implementation == "native" and kernels is None and not is_matrix:
                 self._forget_buckets()
                 require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
-            plans.append(_Plan(None, [placed]))
+            plans.append(_Plan(None, [placed], kernels))
         plans += [_Plan(NativeStep(some[0].rule, [x.bucket for x in some]), some) for some in together.values()]
         return plans
 
@@ -598,7 +587,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         first = None
         for bucket, _, group, _ in self._placed:
             if bucket.is_on_host if is_on_host else bucket.has_values:
-                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=False):
+                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=True):
                     if count and first is None:
                         first = self._name(param)
                     group["n_skipped"] += count

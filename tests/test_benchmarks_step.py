@@ -14,17 +14,9 @@ from torch.optim import Optimizer
 import odeopt
 from odeopt import LearnedOptimizer
 from odeopt.evaluation import EVALUATION_SEED, run, scores_of
-from odeopt.stepping import loops
 from odeopt.tasks import MLPClassification, load_dataset
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Run what would be compiled as it is, which here would take most of the time."""
-    monkeypatch.setattr(loops, "_COMPILED", {})
-    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
 
 
 def parameters():
@@ -129,7 +121,7 @@ def test_extra_memory_is_all_but_parameters_gradients_and_state(load):
     assert int(extra) == pytest.approx(2 * Greedy.n_bytes, abs=6e6)
 
 
-def test_the_script_prints_tables_and_saves_figure_and_numbers(load, uncompiled, tmp_path, capsys):
+def test_the_script_prints_tables_and_saves_figure_and_numbers(load, tmp_path, capsys):
     step, workloads = load("step"), load("workloads")
     options = ["--dataset", "digits", "--repeats", "2", "--threads", str(torch.get_num_threads()), "--quick"]
     step.main(["--sizes", "300", *options, "--out-dir", str(tmp_path), "--json", str(tmp_path / "rows.json")])
@@ -150,7 +142,7 @@ def test_the_script_prints_tables_and_saves_figure_and_numbers(load, uncompiled,
     assert (tmp_path / "step.png").stat().st_size > 5000
 
 
-def test_memory_is_printed_for_the_parent_process(load, uncompiled, monkeypatch, capsys):
+def test_memory_is_printed_for_the_parent_process(load, monkeypatch, capsys):
     step, workloads = load("step"), load("workloads")
     monkeypatch.setattr(step, "LARGE", 100)
     step.main(["--memory", "--sizes", "50", "200", "--threads", str(torch.get_num_threads())])

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import subprocess
@@ -20,6 +21,8 @@ MODULES = sorted(
         *(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "odeopt.") if m.name != "odeopt.__main__"),
     }
 )
+if importlib.util.find_spec("triton") is None:  # the one module that is imported only where there is Triton
+    MODULES.remove("odeopt.stepping.triton.kernels")
 
 # Which rooms each room is built on; what those are built on may be imported too, and nothing else.
 ARROWS = {
@@ -58,6 +61,7 @@ DOORS = {
     "huggingface_hub": ["hub.py"],
     "tensorboard": [],
     "tqdm": ["progress.py"],
+    "triton": ["stepping/triton/kernels.py"],
 }
 
 

@@ -70,7 +70,7 @@ def pair(rule, shapes, *, dtype=torch.float32, **settings):
     start = [0.3 * torch.randn(shape, generator=generator) for shape in shapes]
     for implementation in ("eager", "native"):
         params = [nn.Parameter(x.clone().to(dtype)) for x in start]
-        optimizers.append(LearnedOptimizer(params, rule, implementation=implementation, compile=False, **settings))
+        optimizers.append(LearnedOptimizer(params, rule, implementation=implementation, **settings))
     return optimizers
 
 
@@ -594,11 +594,6 @@ def test_gradients_of_a_subclass_take_the_eager_step():
 def test_implementation_is_checked(implementation):
     with pytest.raises(ValueError, match=r"`implementation` should be 'auto', 'native' or 'eager'\. Found"):
         LearnedOptimizer([parameter([1.0], [1.0])], implementation=implementation)
-
-
-def test_one_step_is_not_native_and_compiled():
-    with pytest.raises(ValueError, match=r"`implementation` should be 'auto' or 'eager' where `compile = True`"):
-        LearnedOptimizer([parameter([1.0], [1.0])], implementation="native", compile=True)
 
 
 # -------------------- the library

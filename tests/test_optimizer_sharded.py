@@ -23,7 +23,6 @@ import odeopt.optimizer
 from odeopt import stepping
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate, RMSpropUpdate, SGDUpdate
-from odeopt.stepping import loops
 
 RULES = {
     "port-hamiltonian": lambda: port_hamiltonian(uses_progress=True),
@@ -51,8 +50,6 @@ RUNS = {name: {"rule": name} for name in RULES if name != REFUSED} | {
     "not a number": {"hurt": True},
     "not a number, in place": {"hurt": True, "threshold": 2},
     "not a number, adam": {"hurt": True, "rule": "adam"},
-    "compiled on one": {"compile": True},
-    "compiled on one, in place": {"compile": True, "threshold": 2},
 }
 N_STEPS = 5
 # Rounding: float64, rules included. Sums in another order differ by 1e-16 of them, and a few steps make no more of it.
@@ -167,22 +164,6 @@ def stepped_in_place(threshold):
 
 
 @contextlib.contextmanager
-def compiling(fails):
-    """Compiling at no cost, that fails where it comes to what tensors share: after the first exchange of sums."""
-
-    def compile(function, **_):
-        if fails and function.__name__.startswith("_shared"):
-            raise RuntimeError("no compiler on this machine")
-        return function
-
-    kept, torch.compile = torch.compile, compile
-    for known in (loops._COMPILED, loops._WORKED, loops._FAILED):
-        known.clear()
-    yield
-    torch.compile = kept
-
-
-@contextlib.contextmanager
 def exchanges():
     """Shapes of what is added up over the ranks."""
     kept, shapes = dist.all_reduce, []
@@ -199,12 +180,11 @@ def exchanges():
 # -------------------- what a rank does
 
 
-def run(rank, folder, *, rule="port-hamiltonian", threshold=None, clip=None, hurt=False, compile=False, **options):
+def run(rank, folder, *, rule="port-hamiltonian", threshold=None, clip=None, hurt=False, **options):
     model = shard(Model(), **options)
-    optimizer = optimizer_of(model, rule, compile=compile)
+    optimizer = optimizer_of(model, rule)
     batch_of = None if options.get("tensor_parallel") else rank
-    compiler = compiling(fails=rank == 1) if compile else contextlib.nullcontext()
-    with stepped_in_place(threshold), warnings.catch_warnings(record=True) as caught, compiler:
+    with stepped_in_place(threshold), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         train(model, optimizer, range(N_STEPS - 1), batch_of, clip=clip, hurts_at=[0, 2] if hurt else ())
         with exchanges() as shapes:
@@ -395,36 +375,11 @@ def test_optimizer_exchanges_a_few_numbers_for_each_tensor(ranks):
             assert rank[name]["exchanged"] == [(n_weights, 1), (n_biases, 1)]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-def test_compiled_loops_step_pieces_too(tmp_path, monkeypatch):
-    for name, empty in (("_COMPILED", {}), ("_WORKED", set()), ("_FAILED", set())):
-        monkeypatch.setattr(loops, name, empty)
-    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    found = []
-    for compile in (False, True):
-        model = shard(Model(), mesh=(1,))  # one piece is stepped like one of many, and its sums added up by themselves
-        optimizer = LearnedOptimizer(model.parameters(), port_hamiltonian(modes=1).double(), compile=compile)
-        train(model, optimizer, range(N_STEPS))
-        found.append(snapshot(model, optimizer))
-    dist.destroy_process_group()
-    assert_same(*found, **SAME)
-    assert loops._WORKED
-    assert not loops._FAILED
-
-
 def test_pieces_of_pieces_are_pieces():
     """As fully_shard makes them after tensor parallelism; ``is_shard`` is False of them."""
     where = stepping.Shard(torch.Size((8, 3)), None, (_StridedShard(0, split_factor=2), Replicate(), Shard(0)))
     assert where.group_key == (None, (True, False, True))
     assert where.piece_placements(1) == (_StridedShard(1, split_factor=2), Replicate(), Shard(1))
-
-
-def test_compiling_that_fails_on_one_rank_leaves_the_ranks_in_step(ranks):
-    """The run itself is compared above: the failing rank goes on where its sums have got to, and not from the start."""
-    said = [[text for text in rank["compiled on one"]["warnings"] if "could not be compiled" in text] for rank in ranks]
-    assert said[0] == []
-    assert all("no compiler on this machine" in text for text in said[1])
-    assert said[1]
 
 
 @pytest.mark.parametrize("name", ["sharded", "entire"])

@@ -38,7 +38,7 @@ def counters():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
-@pytest.mark.parametrize("name", ["lstm", "coordinatewise", "adam"])
+@pytest.mark.parametrize("name", ["lstm", "coordinatewise", "adam", "port-hamiltonian"])
 @pytest.mark.parametrize("has_scheduler", [False, True])
 def test_step_is_no_graph_but_a_break_between_graphs(name, has_scheduler, counters):
     model, twin, rule = small_model(), small_model(), RULES[name]()

@@ -159,20 +159,11 @@ def trajectory(rule, shapes, *, n_steps=4, dtype=f64, **options):
 def test_optimizer_takes_the_rules_step_in_rows_and_chunks(variant, monkeypatch):
     rule = port_hamiltonian(variant)
     monkeypatch.setattr(type(rule), "chunk_size", 1500)  # so that rows and columns are cut
-    found, wanted, optimizer, params = trajectory(rule, [(3, 2), (5,), (1030,), (40, 50)], compile=False)
+    found, wanted, optimizer, params = trajectory(rule, [(3, 2), (5,), (1030,), (40, 50)])
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)  # sums in another order
     kept = {name: tuple(x.shape) for name, x in optimizer.state[params[0]].items()}
     assert kept["second_moment"] == ((0,) if rule.normalization == "tensor" else (3, 2))
-
-
-# torch's own compiler still imports what torch deprecates
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-def test_compiled_step_is_the_rules_step():
-    rule = port_hamiltonian(friction="constant", normalization="tensor", memory=1, dtype=f32)
-    found, wanted, *_ = trajectory(rule, [(20,)], dtype=f32, compile=True)
-    # roundings of float32, grown over four steps
-    torch.testing.assert_close(found, wanted, rtol=3e-5, atol=3e-5)
 
 
 @over_without
@@ -195,9 +186,9 @@ def test_side_by_side_is_the_run_of_each_parameter_by_itself(variant, monkeypatc
 @over_without
 def test_state_continues_from_a_checkpoint(variant):
     rule, shapes = port_hamiltonian(variant), [(3, 2), (5,)]
-    *_, optimizer, params = trajectory(rule, shapes, compile=False)
+    *_, optimizer, params = trajectory(rule, shapes)
     twins = [nn.Parameter(param.detach().clone()) for param in params]
-    other = LearnedOptimizer(twins, rule, compile=False)
+    other = LearnedOptimizer(twins, rule)
     other.load_state_dict(optimizer.state_dict())
     for param, twin in zip(params, twins, strict=True):
         param.grad = twin.grad = draws(*param.shape, seed=5)

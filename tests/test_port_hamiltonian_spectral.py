@@ -427,7 +427,7 @@ def test_a_layers_own_step_changes_its_output_alike_at_any_width_under_the_defau
     # what comes out of the head in all does grow: torch begins it with the operator norm one, so that it passes on what
     # the layers before change along its rows, whatever the steps are
     options = {"has_small_head": False, "kinetic": "spectral"}
-    narrow, wide = (changes_of_outputs(width, 1, **options) for width in (32, 900))  # a million would be compiled
+    narrow, wide = (changes_of_outputs(width, 1, **options) for width in (32, 900))
     own, total = (wide / narrow).unbind(1)
     assert ((own < 1.3) & (own > 1 / 1.3)).all()
     assert ((total[:2] < 1.3) & (total[:2] > 1 / 1.3)).all()

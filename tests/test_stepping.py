@@ -1,6 +1,4 @@
-"""The step of many parameters: compiled, in chunks and tensor by tensor it is the same step."""
-
-import re
+"""The step of many parameters: packed, in chunks and tensor by tensor it is the same step."""
 
 import pytest
 import torch
@@ -11,11 +9,9 @@ from torch import nn
 from odeopt.ode import LINEAR_METHODS
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate, SGDUpdate
-from odeopt.stepping import Bucket, loops
+from odeopt.stepping import Bucket
 
 f32, f64 = torch.float32, torch.float64
-# torch's own compiler still imports what torch deprecates
-compiles = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 # sizes of one and none, of one row, beside a row, of several rows, and large enough to be stepped in place
 SHAPES = [(), (1,), (7, 3), (1024,), (5, 0), (1025,), (2, 3, 200, 2), (300, 250)]
@@ -95,7 +91,7 @@ def test_step_of_a_model_is_the_rules_step_of_each_tensor(name, dtype, monkeypat
     monkeypatch.setattr(type(rule), "chunk_size", 3000)  # so that rows and columns are cut
     params = parameters(SHAPES, dtype)
     wanted = tensor_by_tensor(rule, params, grads, lr=0.5, decay=0.02, total_steps=8)
-    optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.02, total_steps=8, compile=False)
+    optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.02, total_steps=8)
     found = follow(params, optimizer, grads)
     assert_close(found, [theta for theta, _ in wanted], dtype)
     for param, (_, state) in zip(params, wanted, strict=True):
@@ -117,7 +113,7 @@ def test_every_solver_gives_the_step_of_torchdiffeq(solver):
     theirs = port_hamiltonian(solver=reference, backend="torchdiffeq").to(f64)
     theirs.load_state_dict(ours.state_dict())
     wanted = [theta for theta, _ in tensor_by_tensor(theirs, params, grads)]
-    found = follow(params, LearnedOptimizer(params, ours, compile=False), grads)
+    found = follow(params, LearnedOptimizer(params, ours), grads)
     assert_close(found, wanted, f64, tolerance)
 
 
@@ -131,7 +127,7 @@ def test_rules_are_called_once_for_all_small_tensors():
 
     params = parameters([(3,)] * 20 + [(30, 30)] * 10)
     follow(params, LearnedOptimizer(params, Counting(0.1)), gradients([p.shape for p in params], 1))
-    assert calls == [(31, 1024)]  # one row each, and one that belongs to no tensor
+    assert calls == [(30, 1024)]  # one row each
 
 
 def test_network_of_the_rule_runs_once_for_all_tensors():
@@ -140,7 +136,7 @@ def test_network_of_the_rule_runs_once_for_all_tensors():
     placed = optimizer._rule_for(params[0])
     placed.coefficient_network.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
     follow(params, optimizer, gradients([p.shape for p in params], 1))
-    assert seen == [(4, 13)]  # three tensors and the row that belongs to none
+    assert seen == [(3, 13)]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "native"])
@@ -150,7 +146,7 @@ def test_large_parameters_are_stepped_where_they_lie(implementation):
     follow(params, optimizer, gradients([p.shape for p in params], 1))
     buckets = [placed.bucket for placed in optimizer._placed]
     sizes = sorted((len(b.params), b.shape) for b in buckets)
-    assert sizes == [(1, (1, 75_000)), (2, (3, 16))]  # short rows for short tensors
+    assert sizes == [(1, (1, 75_000)), (2, (2, 16))]  # short rows for short tensors
     # native steps copy nothing
     assert [b.theta is not None for b in buckets] == [len(b.params) > 1 and implementation == "eager" for b in buckets]
 
@@ -179,7 +175,7 @@ def test_one_bad_gradient_stops_its_own_tensor_only(name):
         grads[2][index].view(-1)[-1] = float("nan")
         clean[2][index] = None
     wanted = [theta for theta, _ in tensor_by_tensor(rule, params, clean)]
-    optimizer = LearnedOptimizer(params, rule, compile=False)
+    optimizer = LearnedOptimizer(params, rule)
     with pytest.warns(RuntimeWarning, match="is not finite"):
         found = follow(params, optimizer, grads)
     assert_close(found, wanted, f32)
@@ -192,7 +188,8 @@ def test_padding_stays_zero(implementation):
     optimizer = LearnedOptimizer(params, rule, implementation=implementation)
     follow(params, optimizer, gradients([p.shape for p in params], 5))
     bucket = optimizer._placed[0].bucket
-    for field in (*bucket.state.p, bucket.state.second_moment, *([] if bucket.theta is None else [bucket.theta])):
+    theta = [] if bucket.theta is None else [bucket.theta]
+    for field in (*bucket.state.p.unbind(1), bucket.state.second_moment, *theta):
         assert field[0, 5:].eq(0).all()
         assert field[2, 6:].eq(0).all()
         assert field[1].ne(0).all()
@@ -244,10 +241,10 @@ def test_state_dtype_survives_load_copy_and_pickle():
     import pickle
 
     params = parameters([(5,), (4,)])
-    optimizer = LearnedOptimizer(params, AdamUpdate(), state_dtype=torch.bfloat16, compile=False)
+    optimizer = LearnedOptimizer(params, AdamUpdate(), state_dtype=torch.bfloat16)
     follow(params, optimizer, gradients([(5,), (4,)], 2))
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert (twin.state_dtype, twin.compile, twin.capturable) == (torch.bfloat16, False, False)
+        assert (twin.state_dtype, twin.capturable) == (torch.bfloat16, False)
     again = LearnedOptimizer(params, AdamUpdate(), state_dtype=torch.bfloat16)
     again.load_state_dict(optimizer.state_dict())
     assert again.state[params[0]]["exp_avg"].dtype == torch.bfloat16
@@ -289,8 +286,6 @@ def test_progress_and_steps_are_counted_on_the_device_where_a_graph_captures_the
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compile": "yes"}, r"`compile` should be True, False or 'auto'\. Found `compile = 'yes'`"),
-        ({"compile": 1}, r"`compile` should be True, False or 'auto'"),
         ({"state_dtype": torch.int8}, r"`state_dtype` should be a floating-point dtype or None.*torch\.int8"),
         ({"state_dtype": "bf16"}, r"`state_dtype` should be a floating-point dtype or None.*'bf16'"),
         ({"capturable": None}, r"`capturable` should be True or False"),
@@ -301,88 +296,19 @@ def test_wrong_options_are_refused(options, message):
         LearnedOptimizer([parameter([1.0], [1.0])], SGDUpdate(), **options)
 
 
-# -------------------- compiled
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """Nothing known to compile or to fail."""
-    for name, empty in (("_COMPILED", {}), ("_WORKED", set()), ("_FAILED", set())):
-        monkeypatch.setattr(loops, name, empty)
-
-
-@compiles
-@pytest.mark.parametrize("name", ["port-hamiltonian", "lstm"])
-def test_compiled_step_is_the_step_and_serves_other_models(name, fresh):
-    torch.manual_seed(0)
-    rule = RULES[name]()
-    models = [[(), (7, 3), (1025,), (300, 250)], [(3, 2), (40,), (5, 5, 5), (17,), (2000, 40)]]
-    for number, shapes in enumerate(models):
-        grads = gradients(shapes, 3)
-        if number == 1:
-            grads[1][0][0, 0] = float("inf")
-        clean = [[None if not g.isfinite().all() else g for g in row] for row in grads]
-        params = parameters(shapes)
-        wanted = [theta for theta, _ in tensor_by_tensor(rule, params, clean, lr=0.5, decay=0.02)]
-        optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.02, compile=True)
-        with torch._dynamo.config.patch(error_on_recompile=number == 1):
-            if number == 1:
-                with pytest.warns(RuntimeWarning, match="is not finite"):
-                    found = follow(params, optimizer, grads)
-            else:
-                found = follow(params, optimizer, grads)
-        assert_close(found, wanted, f32)
-        assert optimizer.n_skipped == number
-    assert loops._WORKED
-    assert not loops._FAILED
-
-
-def test_what_cannot_be_compiled_says_so_once_and_steps_eagerly(fresh, monkeypatch):
-    def refuse(*_, **__):
-        raise RuntimeError("no C++ compiler here\nand a long story")
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    params = parameters([(5,), (4, 3)])
-    grads = gradients([(5,), (4, 3)], 3)
-    wanted = [theta for theta, _ in tensor_by_tensor(port_hamiltonian(), params, grads)]
-    optimizer = LearnedOptimizer(params, port_hamiltonian(), compile=True)
-    with pytest.warns(RuntimeWarning, match=re.escape("could not be compiled and runs eagerly")) as record:
-        found = follow(params, optimizer, grads)
-    assert len(record) == 1
-    assert record[0].filename == __file__
-    assert "no C++ compiler here" in str(record[0].message)
-    assert "long story" not in str(record[0].message)
-    assert_close(found, wanted, f32)
-
-
-@pytest.mark.parametrize(
-    ("n", "option", "compiles_it"),
-    [(2**20, "auto", True), (2**20 - 1, "auto", False), (3, True, True), (2**20, False, False)],
-)
-def test_auto_compiles_from_a_million_coordinates_on(n, option, compiles_it, monkeypatch):
-    seen = []
-    monkeypatch.setattr(loops, "_step_compiled", lambda *_: (seen.append(1) is None, ()))
-    param = parameter(torch.zeros(n), torch.zeros(n))
-    LearnedOptimizer([param], SGDUpdate(), compile=option).step()
-    assert bool(seen) == compiles_it
-
-
-def test_rule_that_is_called_per_tensor_is_not_compiled(monkeypatch):
-    monkeypatch.setattr(loops, "_step_compiled", lambda *_: pytest.fail("compiled"))
-    LearnedOptimizer([parameter([1.0], [1.0])], LeakySum(), compile=True).step()
+# -------------------- on CUDA
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", ["port-hamiltonian", "adam", "lstm"])
-def test_captured_step_equals_the_plain_one(name, compile):
+def test_captured_step_equals_the_plain_one(name):
     torch.manual_seed(0)
     shapes, rule = [(7, 3), (1025,), (300, 250)], RULES[name]()
     grads = gradients(shapes, 8)
     params = parameters(shapes)
     wanted = follow(params, LearnedOptimizer(params, rule, total_steps=20), grads)
     params = [nn.Parameter(p.detach().cuda()) for p in parameters(shapes)]
-    optimizer = LearnedOptimizer(params, rule, total_steps=20, compile=compile, capturable=True)
+    optimizer = LearnedOptimizer(params, rule, total_steps=20, capturable=True)
     held = [torch.zeros_like(p) for p in params]
     for param, grad in zip(params, held, strict=True):
         param.grad = grad
@@ -410,10 +336,9 @@ def test_captured_step_equals_the_plain_one(name, compile):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_step_on_cuda_waits_for_nothing(compile):
+def test_step_on_cuda_waits_for_nothing():
     params = [nn.Parameter(p.detach().cuda()) for p in parameters([(7, 3), (300, 250)])]
-    optimizer = LearnedOptimizer(params, port_hamiltonian(uses_progress=True), total_steps=9, compile=compile)
+    optimizer = LearnedOptimizer(params, port_hamiltonian(uses_progress=True), total_steps=9)
     for _ in range(2):
         for param in params:
             param.grad = torch.randn_like(param)
@@ -428,10 +353,10 @@ def test_bucket_lays_out_its_tensors_row_by_row():
     for param in params:
         param.grad = torch.ones_like(param)
     grad, theta, has_grad = bucket.load()
-    assert grad.shape == theta.shape == (4, 1024)
+    assert grad.shape == theta.shape == (3, 1024)
     assert torch.equal(theta[0, :6], params[0].detach().flatten())
     assert torch.equal(theta[1:3].flatten()[:1025], params[1].detach())
-    assert grad.sum(1).tolist() == [6, 1024, 1, 0]
-    assert has_grad.flatten().tolist() == [True, True, False]
-    assert bucket.rows.tensor.tolist() == [0, 1, 1, 2]
-    assert bucket.rows.sum(grad).sum(1).tolist() == [6, 1025, 0]
+    assert grad.sum(1).tolist() == [6, 1024, 1]
+    assert has_grad.flatten().tolist() == [True, True]
+    assert bucket.rows.tensor.tolist() == [0, 1, 1]
+    assert bucket.rows.sum(grad).sum(1).tolist() == [6, 1025]

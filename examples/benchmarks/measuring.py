@@ -82,7 +82,7 @@ def extra_bytes(make: Callable[[], Optimizer], device: torch.device) -> int | No
     Returns:
         Bytes; on a CPU known to about one MB.
     """
-    make().step()  # compiles, loads libraries
+    make().step()  # loads libraries, on CUDA compiles
     gc.collect()
     before = _memory(device, "VmRSS")
     if before is None:
@@ -122,7 +122,7 @@ def scores_with_state(task: Task, dtype: torch.dtype, *, n_runs: int, n_steps: i
     for run in range(n_runs):
         index = torch.tensor([run])
         params = {name: p[0].requires_grad_() for name, p in task.init_params(index, EVALUATION_SEED).items()}
-        options = {"total_steps": n_steps, "state_dtype": dtype, "compile": False}
+        options = {"total_steps": n_steps, "state_dtype": dtype}
         optimizer = odeopt.LearnedOptimizer(params.values(), rule, **options)
         for step in range(n_steps + 1):
             batch = task.sample_batch(index, step, EVALUATION_SEED)

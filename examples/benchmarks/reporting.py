@@ -13,7 +13,7 @@ from odeopt.report import draw_table
 
 CAPTION = """Medians [quartiles] of interleaved repeats; x Adam and x SGD: ratio of times within a repeat.
 State: what lies in optimizer.state. Extra: peak of memory during a step beyond parameters, gradients and state.
-First step: laying out the state, and compiling what neither this process nor torch's cache on disk holds."""
+First step: laying out the state, and on CUDA compiling what Triton's cache on disk does not hold."""
 
 
 def timing_table(rows: list[dict]) -> str:

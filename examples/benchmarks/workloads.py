@@ -17,7 +17,7 @@ from odeopt.rules.preprocessing import log_sign
 from odeopt.tasks.datasets import import_torchvision
 
 LEARNED = FAST, NARROW, EAGER, DEFAULT, LSTM = (
-    "port-hamiltonian",  # native on a CPU, compiled on CUDA
+    "port-hamiltonian",  # in C on a CPU, in Triton on CUDA
     "port-hamiltonian, bfloat16",
     "port-hamiltonian, eager",
     "port-hamiltonian-spectral",
@@ -179,7 +179,7 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
     """
     capturable = {"capturable": True} if device.type == "cuda" else {}
     rule, lstm = odeopt.load_pretrained("port-hamiltonian"), odeopt.load_pretrained("lstm")
-    fast = {"implementation": "native"} if device.type == "cpu" else {"compile": True}
+    fast = {"implementation": "native"}
 
     def learned(**options) -> Make:
         return lambda model: LearnedOptimizer(odeopt.param_groups(model), **options, **capturable)
@@ -190,9 +190,9 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
     makes = {
         FAST: learned(rule=rule, **fast),
         NARROW: learned(rule=rule, **fast, state_dtype=torch.bfloat16),
-        EAGER: learned(rule=rule, compile=False, implementation="eager"),
+        EAGER: learned(rule=rule, implementation="eager"),
         DEFAULT: learned(),
-        "AdamUpdate, compiled": learned(rule=odeopt.AdamUpdate(), compile=True),
+        "AdamUpdate": learned(rule=odeopt.AdamUpdate()),
         FOREACH: given(Adam, foreach=True, **capturable),
         FUSED: given(Adam, fused=True, **capturable),
         MOMENTUM: given(SGD, lr=1e-3, momentum=0.9, foreach=True),
@@ -200,5 +200,5 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
     if device.type == "cpu":  # torch.optim.Muon cannot be captured
         makes[MUON] = MuonAndAdam
     if has_lstm:
-        makes |= {LSTM: learned(rule=lstm, compile=True), LOOP: given(CellLoop, rule=lstm)}
+        makes |= {LSTM: learned(rule=lstm), LOOP: given(CellLoop, rule=lstm)}
     return makes

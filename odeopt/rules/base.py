@@ -33,8 +33,6 @@ class UpdateRule(nn.Module, ABC):
             tensors at once by :class:`odeopt.LearnedOptimizer`, and no ``shape``.
         uses_layers: Whether weights enter only where ``nn.Linear`` layers are called on inputs whose first axis is that
             of the tasks. Such a rule runs many sets of weights at once cheaply.
-        fuses: Whether a compiled step is one loop that keeps nothing but its results in memory. A rule of matrix
-            products says False; it is compiled for chunks of coordinates.
         has_fixed_step: Whether the tasks of a batch take the steps that each would take alone. An adaptive solver
             chooses one step size for all of them.
         stores_q: Whether the system of a coordinate depends on its position, through networks that a compiler cannot
@@ -48,7 +46,6 @@ class UpdateRule(nn.Module, ABC):
     registry: ClassVar[dict[str, type[UpdateRule]]] = {}
     crosses_coordinates: bool = True
     uses_layers: bool = False
-    fuses: bool = True
     has_fixed_step: bool = True
     stores_q: bool = False
     chunk_size: int = 2**16
@@ -214,8 +211,7 @@ class StagedRule(UpdateRule):
 
     In the methods below ``features`` and the fields of ``shared`` have one row per tensor, ``(*batch, k)``. Of
     ``state``, :meth:`coefficients` may read the fields that a tensor holds once, :meth:`statistics` and
-    :meth:`advance` the others; a field of several numbers per coordinate, ``(*batch, m, n)``, may come to these two as
-    a tuple of ``m`` tensors ``(*batch, n)``, and may be returned so: a compiled loop wants them apart.
+    :meth:`advance` the others.
     """
 
     @property

@@ -50,7 +50,7 @@ class LSTMUpdate(UpdateRule):
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Sec. 2.1, App. A.
     """
 
-    crosses_coordinates = fuses = False
+    crosses_coordinates = False
     chunk_size = 2**13  # its temporaries are eighty numbers wide
 
     def __init__(self, *, preprocess: bool = False, hidden_size: int = 20, output_scale: float = 0.1) -> None:

@@ -58,8 +58,7 @@ class Bucket:
 
     A bucket of one tensor is a single row, and works on gradient and parameter in place. Several tensors are packed
     into rows of :data:`ROW` coordinates, shorter ones where all tensors are smaller, of which no two tensors share one;
-    one call copies their gradients and values in, and one the values out again. A row that belongs to no tensor stands
-    at the end, so that a compiled loop never meets a size of one, for which it would be compiled again.
+    one call copies their gradients and values in, and one the values out again.
 
     Args:
         rule: The rule, on the device of the parameters.
@@ -71,7 +70,7 @@ class Bucket:
         params: The parameters.
         shards: Placement of each of them.
         dtype: Dtype in which the step is computed.
-        state: State of the rule in rows; fields of several numbers per coordinate as a tuple of tensors.
+        state: State of the rule in rows.
         rows: The layout.
         columns: For each field of the state, which axis the columns are; None where the field holds one value per row.
         has_values: Whether there are numbers, as :func:`odeopt.rules.base.has_values` tells.
@@ -102,11 +101,9 @@ class Bucket:
         n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if has_rows else sizes[0]
         n_rows = [max(1, -(-n // n_columns)) for n in sizes] if has_rows else [1] * len(sizes)
         self._starts = [0, *accumulate(n_rows)]
-        self._is_padded = has_rows
-        self.shape = (self._starts[-1] + self._is_padded, n_columns)
-        self.rows = self._make_rows(rule, n_rows)
-        n_tensors = len(self.rows.features)
-        self.n_skipped = torch.zeros((n_tensors, 1), dtype=torch.int64, device=self.device)
+        self.shape = (self._starts[-1], n_columns)
+        self.rows = self._make_rows(rule, n_rows, is_padded=has_rows)
+        self.n_skipped = torch.zeros((len(params), 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
         self._type, self._axes, template = state_fields(rule, local[0].new_zeros(3, dtype=self.dtype), dtype)
@@ -116,10 +113,7 @@ class Bucket:
             shape = (self.shape[0], *shape) if axis is None else (*shape[:axis], *self.shape, *shape[axis + 1 :])
             self._storage[name] = torch.zeros(shape, dtype=kept, device=self.device)
         self.state = self._type(*(self._in_rows(name) for name in self._storage))
-        self.columns = tuple(
-            None if axis is None else 1 if isinstance(field, tuple) else axis + 1
-            for axis, field in zip(self._axes.values(), self.state, strict=True)
-        )
+        self.columns = tuple(None if axis is None else axis + 1 for axis in self._axes.values())
         self.grad = self.theta = None  # of a packed bucket, from the first step on that needs them
 
     def has_moved(self) -> bool:
@@ -161,8 +155,7 @@ class Bucket:
 
     def add_up(self, sums: Tensor) -> Tensor:
         """All-reduce over the processes that share the parameters."""
-        # without the row of no tensor: a process whose piece of a lone tensor is empty has one, the others do not
-        self.shards[0].add_up(sums[: len(self.params)])
+        self.shards[0].add_up(sums)
         return sums
 
     def views(self, index: int) -> dict[str, Tensor]:
@@ -209,23 +202,20 @@ class Bucket:
         """This process's pieces of the parameters."""
         return [shard.local(param).detach() for shard, param in zip(self.shards, self.params, strict=True)]
 
-    def _make_rows(self, rule: UpdateRule, n_rows: list[int]) -> Rows:
+    def _make_rows(self, rule: UpdateRule, n_rows: list[int], *, is_padded: bool) -> Rows:
         features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
-        if not self._is_padded:
-            return Rows(torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device))
-        features = torch.tensor([*features, features[-1]], dtype=self.dtype, device="cpu").to(self.device)
-        counts = torch.tensor([*n_rows, 1], device="cpu")  # whatever the default device is
+        features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
+        if not is_padded:
+            return Rows(features)
+        counts = torch.tensor(n_rows, device="cpu")
         numbers = torch.arange(len(counts), device="cpu")
         tensor = torch.repeat_interleave(numbers, counts, output_size=self.shape[0])
         offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         return Rows(features, tensor.to(self.device), offsets.to(self.device))
 
-    def _in_rows(self, name: str) -> Tensor | tuple[Tensor, ...]:
-        """Field of the state with the rows first, and its parts one by one where it holds several per coordinate."""
-        axis, storage = self._axes[name], self._storage[name]
-        if not axis:
-            return storage
-        return storage.unbind(0) if axis == 1 and len(storage) else storage.movedim(axis, 0)
+    def _in_rows(self, name: str) -> Tensor:
+        """Field of the state with the rows first."""
+        return self._storage[name].movedim(self._axes[name] or 0, 0)
 
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
         """Coordinates of one tensor in its own shape; ``axis`` is that of the rows, columns follow."""
@@ -235,8 +225,7 @@ class Bucket:
 
     def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
         if has_grad not in self._masks:
-            mask = [*has_grad, False] if self._is_padded else has_grad
-            self._masks[has_grad] = torch.tensor(mask, device="cpu").to(self.device).unsqueeze(-1)
+            self._masks[has_grad] = torch.tensor(has_grad, device="cpu").to(self.device).unsqueeze(-1)
         return self._masks[has_grad]
 
 

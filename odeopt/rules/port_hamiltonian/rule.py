@@ -427,9 +427,6 @@ class PortHamiltonianUpdate(StagedRule):
     def _second_sums(self, observation: Observation, state, param: Tensor | None) -> Tensor:
         u, p = observation.u, state.p
         theta = torch.zeros_like(u) if param is None else param.to(u.dtype)
-        if isinstance(p, tuple):  # one sum after the other, which a compiled loop takes in one pass
-            sums = (observation.second_moment, u * u, theta * theta, *(u * p_k for p_k in p), *(p_k * p_k for p_k in p))
-            return torch.cat([x.sum(-1, keepdim=True) for x in sums], dim=-1)
         squares = torch.stack((observation.second_moment, u * u, theta * theta), dim=-2)
         return torch.cat((squares, u.unsqueeze(-2) * p, p * p), dim=-2).sum(-1)
 
@@ -536,19 +533,12 @@ class PortHamiltonianUpdate(StagedRule):
         u, q = observation.u, state.q
         if not self.is_linear:
             p, q, delta = self._integrate(state, *self._held(observation, state, shared))
-        elif isinstance(state.p, tuple):
-            log_ratio = self._log_ratio(observation, shared)
-            by_mode = shared.per_mode.unflatten(-1, (self.n_numbers, self.modes)).unsqueeze(-2).unbind(-1)
-            steps = [
-                self._linear_step(p, u, log_ratio, c.unbind(-2), is_relativistic=kinetic == "relativistic")
-                for p, c, kinetic in zip(state.p, by_mode, self.kinetic, strict=True)
-            ]
-            p, delta = tuple(p for p, _ in steps), sum(output for _, output in steps)
         else:
             u, log_ratio = u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
             is_relativistic, by_kind = self.is_relativistic_mode.unsqueeze(-1), self._by_kind(shared)
-            p, output = self._linear_step(state.p, u, log_ratio, by_kind, is_relativistic=is_relativistic)
-            delta = output.sum(-2)
+            friction, gain = self._modulation(state.p, u, log_ratio, by_kind)
+            p, integral = linear_step(state.p, gain * u, friction, self.solver)
+            delta = (gain * self._coordinate_integral(p, integral, is_relativistic)).sum(-2)
         return shared.kappa * delta, self._next_state(p, q, observation, state, shared)
 
     def _next_state(self, p, q, observation: Observation, state, shared: Shared) -> PortHamiltonianState:
@@ -557,22 +547,15 @@ class PortHamiltonianUpdate(StagedRule):
         per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
         return PortHamiltonianState(p, q, second_moment, *per_tensor)
 
-    def _linear_step(self, p, u, log_ratio, coefficients, *, is_relativistic) -> tuple[Tensor, Tensor]:
-        """Momentum after the step, and the integral of its contribution to the output."""
-        friction, gain = self._modulation(p, u, log_ratio, coefficients)
-        p, integral = linear_step(p, gain * u, friction, self.solver)
-        return p, gain * self._coordinate_integral(p, integral, is_relativistic)
-
-    def _coordinate_integral(self, p: Tensor, integral: Tensor, is_relativistic: Tensor | bool) -> Tensor:
+    def _coordinate_integral(self, p: Tensor, integral: Tensor, is_relativistic: Tensor) -> Tensor:
         """Integral of the velocity over a step, of a momentum that ends at ``p`` and whose own integral is given."""
-        if is_relativistic is False or "relativistic" not in self.kinetic:
+        if "relativistic" not in self.kinetic:
             return integral
         # a quadrature of one node, at the end
-        velocity = self._energies["relativistic"].velocity(p)
-        return velocity if is_relativistic is True else torch.where(is_relativistic, velocity, integral)
+        return torch.where(is_relativistic, self._energies["relativistic"].velocity(p), integral)
 
     def _modulation(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
-        """Friction and port gain of one mode, or of all that ``p`` holds, held over a step; elementwise."""
+        """Friction and port gain of the modes that ``p`` holds, held over a step; elementwise."""
         (log_gain, *gain_slope), (logit, *slopes) = coefficients[: self.n_gain], coefficients[self.n_gain :]
         if slopes:
             by_log_rms, by_power, by_effort = slopes
@@ -584,14 +567,14 @@ class PortHamiltonianUpdate(StagedRule):
 
     def _held(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Modulation]:
         """Effort, shape ``(*batch, n, 1)``, and modulation, as the system takes them."""
-        dtype, p, u = self._system_dtype(state), _stacked(state.p), observation.u.unsqueeze(-2)
+        dtype, p, u = self._system_dtype(state), state.p, observation.u.unsqueeze(-2)
         log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
         friction, gain = (x.expand_as(p) for x in self._modulation(p, u, log_ratio, self._by_kind(shared)))
         return u.mT.to(dtype), Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
 
     def _integrate(self, state, u: Tensor, z: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """Momenta, positions and integrated output after one step of the solver on the whole system."""
-        d, p, q = self.modes, _stacked(state.p), _stacked(state.q)
+        d, p, q = self.modes, state.p, state.q
 
         def field(t, y):
             dx, output = self.system.vector_field_and_output(self._phase(y[..., :d, :], y[..., d:-1, :]), u, z)
@@ -707,7 +690,3 @@ class PortHamiltonianUpdate(StagedRule):
     def _has_spectral_balance(self, shape) -> bool:
         # the energy of a summed output is no energy of the momenta; theirs are the quadratic ones then
         return self.output == "sum" and self.is_whole(shape)
-
-
-def _stacked(modes: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return torch.stack(modes, dim=-2) if isinstance(modes, tuple) else modes
