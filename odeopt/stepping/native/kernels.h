@@ -289,6 +289,125 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
     }
 }
 
+/* c = a b, square matrices of n rows, each of which is padded with zeros to `stride` numbers, a multiple of 8. */
+TARGET static void ISA(multiply)(const double *restrict a, const double *restrict b, double *restrict c, int n,
+                                 int stride)
+{
+    for (int i = 0; i < n; i += 4) {
+        const int rows = n - i < 4 ? n - i : 4;
+        for (int j = 0; j < stride; j += 8) {
+            double sums[4][8] = {{0.0}};
+            for (int k = 0; k < n; k++)
+                for (int r = 0; r < 4; r++) {
+                    const double x = r < rows ? a[(i + r) * stride + k] : 0.0;
+                    const double *restrict from = b + k * stride + j;
+#pragma omp simd
+                    for (int l = 0; l < 8; l++)
+                        sums[r][l] += x * from[l];
+                }
+            for (int r = 0; r < rows; r++)
+                memcpy(c + (i + r) * stride + j, sums[r], sizeof sums[r]);
+        }
+    }
+}
+
+/* Orthogonalise small matrices by the polynomials of odeopt.physics.newton_schulz, of the Gram matrix of the short side:
+   all factors multiply to one polynomial P, and the matrix is multiplied once. In double precision, so that weak
+   directions, whose squares are far below the largest, keep their digits. */
+TARGET static void ISA(orthogonalise)(const Rule *rule, const Tensor *t)
+{
+    double gram[SHORT * SHORT], square[SHORT * SHORT], q[SHORT * SHORT], p[SHORT * SHORT], product[SHORT * SHORT];
+    float row[SHORT], block[SHORT * 16], weights[(SHORT + 3) * SHORT] = {0.0f};
+    const int m = t->rows, n = (int)(t->n / m), is_tall = m > n, s = is_tall ? n : m, stride = (s + 7) / 8 * 8;
+    for (int mode = 0; mode < rule->n_modes; mode++) {
+        float *x = t->ahead + mode * t->n;
+        memset(gram, 0, sizeof(double) * s * stride);
+        if (is_tall) {
+            for (int r = 0; r < m; r++)
+                for (int i = 0; i < s; i++) {
+                    const float *restrict from = x + (size_t)r * s;
+                    double *restrict to = gram + i * stride;
+#pragma omp simd
+                    for (int j = 0; j < s; j++)
+                        to[j] += (double)from[i] * from[j];
+                }
+        } else {
+            for (int i = 0; i < s; i++)
+                for (int j = 0; j <= i; j += 4) { /* four at a time: a sum waits for its last term */
+                    const float *restrict a = x + (size_t)i * n, *restrict b = x + (size_t)j * n;
+                    const float *restrict b1 = j + 1 > i ? b : b + n, *restrict b2 = j + 2 > i ? b : b + 2 * (size_t)n;
+                    const float *restrict b3 = j + 3 > i ? b : b + 3 * (size_t)n;
+                    double sum0 = 0.0, sum1 = 0.0, sum2 = 0.0, sum3 = 0.0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+                    for (int k = 0; k < n; k++) {
+                        const double factor = a[k];
+                        sum0 += factor * b[k];
+                        sum1 += factor * b1[k];
+                        sum2 += factor * b2[k];
+                        sum3 += factor * b3[k];
+                    }
+                    const double sums[4] = {sum0, sum1, sum2, sum3};
+                    for (int l = 0; l < 4 && j + l <= i; l++)
+                        gram[i * stride + j + l] = gram[(j + l) * stride + i] = sums[l];
+                }
+        }
+        memset(p, 0, sizeof(double) * s * stride);
+        for (int i = 0; i < s; i++)
+            p[i * stride + i] = 1.0;
+        for (int factor = 0; factor < 5; factor++) {
+            const float *c = rule->factors + 3 * factor;
+            ISA(multiply)(gram, gram, square, s, stride);
+            for (int i = 0; i < s * stride; i++)
+                q[i] = c[1] * gram[i] + c[2] * square[i];
+            for (int i = 0; i < s; i++)
+                q[i * stride + i] += c[0];
+            ISA(multiply)(q, p, product, s, stride);
+            memcpy(p, product, sizeof(double) * s * stride);
+            if (factor < 4) {
+                ISA(multiply)(q, gram, product, s, stride);
+                ISA(multiply)(q, product, gram, s, stride);
+            }
+        }
+        for (int i = 0; i < s; i++)
+            for (int j = 0; j < s; j++)
+                weights[i * s + j] = (float)p[i * stride + j];
+        if (is_tall) {
+            for (int r = 0; r < m; r++) {
+                float *restrict to = x + (size_t)r * s;
+                memcpy(row, to, s * sizeof(float));
+                memset(to, 0, s * sizeof(float));
+                for (int k = 0; k < s; k++) {
+                    const float *restrict from = weights + k * s;
+#pragma omp simd
+                    for (int j = 0; j < s; j++)
+                        to[j] += row[k] * from[j];
+                }
+            }
+        } else {
+            for (int j = 0; j < n; j += 16) {
+                const int width = n - j < 16 ? n - j : 16;
+                memset(block, 0, sizeof block);
+                for (int k = 0; k < s; k++)
+                    memcpy(block + 16 * k, x + (size_t)k * n + j, width * sizeof(float));
+                for (int i = 0; i < s; i += 4) {
+                    float sums[4][16] = {{0.0f}};
+                    for (int k = 0; k < s; k++) {
+                        const float *restrict from = block + 16 * k;
+                        for (int r = 0; r < 4; r++) {
+                            const float weight = weights[(i + r) * s + k];
+#pragma omp simd
+                            for (int l = 0; l < 16; l++)
+                                sums[r][l] += weight * from[l];
+                        }
+                    }
+                    for (int r = 0; r < 4 && i + r < s; r++)
+                        memcpy(x + (size_t)(i + r) * n + j, sums[r], width * sizeof(float));
+                }
+            }
+        }
+    }
+}
+
 /* Move a matrix by the velocities of its modes. */
 TARGET static void ISA(move)(const Tensor *t, int n_modes, void *param)
 {
@@ -324,7 +443,7 @@ TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
 }
 
 static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics),     ISA(advance),
-                                      ISA(advance_matrix), ISA(move), ISA(functions)};
+                                      ISA(advance_matrix), ISA(orthogonalise), ISA(move), ISA(functions)};
 
 #undef ISA
 #undef TARGET

@@ -25,6 +25,8 @@ class Rule(ctypes.Structure):
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
         *((name, c_float) for name in ("matrix_kappa", "lookahead", "matrix_decay", "coherence")),
         *((name, c_float) for name in ("decay_growth", "start_gain")),
+        ("factors", c_float * 15),
+        ("unused", c_float),
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales", "n_memory")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent")),
         *((name, c_int32) for name in ("at_matrix_kappa", "at_lookahead", "at_matrix_decay", "at_coherence")),
@@ -40,7 +42,8 @@ class TensorState(ctypes.Structure):
         *((name, c_void_p) for name in ("features", "n_skipped", "ahead", "result")),
         *((name, c_int64) for name in ("n", "mode_stride")),
         *((name, c_int32) for name in ("param_type", "state_type")),
-        *((name, c_float) for name in ("operator_scale", "unused")),
+        ("rows", c_int32),
+        ("operator_scale", c_float),
     )
 
 

@@ -29,6 +29,8 @@ _PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
 _PER_THREAD = 2**15
 # Momenta of matrices that are orthogonalised at once: more of one shape take turns, so that their memory is bounded.
 _AT_ONCE = 2**23
+# Smaller side and size, at most, of a matrix that is orthogonalised in C: calls would take longer than its products.
+_SHORT, _SMALL = 64, 2**16
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
@@ -96,6 +98,7 @@ class NativeStep:
             )
             tensor.n, tensor.mode_stride = bucket.params[index].numel(), state["p"].stride(0)
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
+        self._small: list[Tensor] = []
         self._results = (ctypes.c_float * ((2 + rule.modes) * n))()
         self._calls = self._make_calls(rule)
 
@@ -110,6 +113,10 @@ class NativeStep:
                 for i in range(start, stop):
                     self._tensors[i].result = ctypes.addressof(self._results) + 4 * (2 + rule.modes) * i
                     self._tensors[i].operator_scale = operator_scale(tuple(bucket.params[0].shape), rule.matrix_scale)
+                if min(shape) <= _SHORT and math.prod(shape) < _SMALL:
+                    self._keep_small(_Matrices(start, stop, shape))
+                    start = stop
+                    continue
                 length = max(1, _AT_ONCE // (rule.modes * math.prod(shape)))
                 parts = [_Matrices(i, min(stop, i + length), shape) for i in range(start, stop, length)]
                 n_together += (stop - start) * rule.modes * math.prod(shape)
@@ -191,6 +198,13 @@ class NativeStep:
             found.move(self._constants.rule, tensors, stop - start, params, self._options)
         return n_skipped
 
+    def _keep_small(self, some: _Matrices) -> None:
+        """Give small matrices, which are orthogonalised in C, memory for their momenta."""
+        self._small.append(torch.empty(some.stop - some.start, self._n_modes, *some.shape, device="cpu"))
+        self._point_at(some, self._small[-1])
+        for i in range(some.start, some.stop):
+            self._tensors[i].rows = some.shape[0]
+
     def _point_at(self, some: _Matrices, x: Tensor) -> None:
         """Tell where the momenta of matrices go, or their velocities are."""
         stride, pointer = 4 * self._n_modes * math.prod(some.shape), x.data_ptr()
@@ -260,6 +274,7 @@ class _Constants:
             coherence=rule.initial_coherence,
             decay_growth=rule.decay_growth,
             start_gain=START_GAIN,
+            factors=(ctypes.c_float * 15)(*itertools.chain.from_iterable(MUON_COEFFICIENTS)),
             n_layers=len(layers),
             n_modes=rule.modes,
             n_gain=rule.n_gain,

@@ -1,7 +1,7 @@
 /* Step of many tensors under a port-Hamiltonian rule, on a CPU: what odeopt.rules.PortHamiltonianUpdate does in tensor
-   operations, in three passes over each tensor. A matrix that is stepped by its singular values ends here with the
-   momenta that a caller is to orthogonalise; odeopt_move then moves it by the velocities. Plain C, called by pointers
-   from odeopt/stepping/native/plan.py, which declares the same structures. */
+   operations, in three passes over each tensor. A matrix that is stepped by its singular values, unless it is small,
+   ends here with the momenta that a caller is to orthogonalise; odeopt_move then moves it by the velocities. Plain C,
+   called by pointers from odeopt/stepping/native/plan.py, which declares the same structures. */
 
 #include <math.h>
 #include <stddef.h>
@@ -36,6 +36,9 @@
                         order, whatever the number of threads */
 #define SPLIT 65536  /* coordinates from which on threads share a tensor */
 
+#define SHORT 64     /* rows or columns, the fewer of both, of matrices that are orthogonalised here, at most */
+#define STACK 1048576
+
 #define LOG2_E 1.44269504f
 
 #define EPS_EFFORT 1e-10f /* the constants of the rule of the same names */
@@ -63,6 +66,8 @@ typedef struct {
     float log_floor; /* the binary logarithm */
     float matrix_kappa, lookahead, matrix_decay, coherence; /* of matrices, where the network says zero */
     float decay_growth, start_gain;
+    float factors[15]; /* of the spectral energy: a, b and c of each of five polynomials a + b A + c A^2 */
+    float unused;
     int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales, n_memory;
     int32_t at_kappa, at_memory, at_exponent; /* places in the outputs of the network; -1 for none */
     int32_t at_matrix_kappa, at_lookahead, at_matrix_decay, at_coherence;
@@ -79,7 +84,8 @@ typedef struct {
     float *result; /* likewise: whether it moves, the factor on the parameter, and those on the velocities */
     int64_t n, mode_stride;
     int32_t param_type, state_type;
-    float operator_scale, unused;
+    int32_t rows;  /* of a matrix that is orthogonalised here; 0 for all else */
+    float operator_scale;
 } Tensor;
 
 typedef struct {
@@ -105,6 +111,7 @@ typedef struct {
     void (*advance)(const Rule *, const Tensor *, const Shared *, const Options *, const void *, void *, int64_t,
                     int64_t);
     void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t);
+    void (*orthogonalise)(const Rule *, const Tensor *);
     void (*move)(const Tensor *, int, void *);
     void (*functions)(float *, int64_t, int);
 } Kernels;
@@ -475,6 +482,10 @@ static void step_whole(const Job *job, int64_t i, double *sums)
         }
         close_pass(job, pass, i);
     }
+    if (job->tensors[i].rows > 0 && !c->is_broken) {
+        job->kernels->orthogonalise(job->rule, job->tensors + i);
+        job->kernels->move(job->tensors + i, job->rule->n_modes, job->params[i]);
+    }
 }
 
 #if HAS_THREADS
@@ -568,6 +579,7 @@ static void step_in_threads(Job *job, int n_threads)
     pthread_cond_init(&job->changed, NULL);
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&detached, STACK); /* for the products of small matrices */
     sigfillset(&all); /* signals are for the threads of the caller */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&job->lock);
@@ -685,6 +697,6 @@ EXPORT void odeopt_move(const Rule *rule, const Tensor *tensors, int64_t n_tenso
                         const Options *options)
 {
     for (int64_t i = 0; i < n_tensors; i++)
-        if (tensors[i].ahead && tensors[i].result[0] != 0.0f)
+        if (tensors[i].ahead && tensors[i].rows == 0 && tensors[i].result[0] != 0.0f)
             kernels_of(options->instructions)->move(tensors + i, rule->n_modes, params[i]);
 }
