@@ -164,3 +164,26 @@ def test_the_largest_tensor_is_for_gpus_and_the_patient(load):
     assert "1e8" not in parse([]).sizes
     assert "1e8" in parse(["--full"]).sizes
     assert parse(["--quick"]).sizes == ["mlp", "1e4", "1e5", "1e6", "resnet18"]
+
+
+def test_nothing_breaks_under_kills_flips_and_odd_calls(load, tmp_path, capsys):
+    robustness = load("robustness")
+    with pytest.raises(SystemExit) as ended:
+        robustness.main(["--kills", "1", "--flips", "20", "--calls", "60", "--json", str(tmp_path / "table.json")])
+    assert ended.value.code == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row[1:] for row in rows[:3]] == [["1", "1", "0", "0"]] * 2 + [["20", "0", "20", "0"]]
+    assert all(int(done) + int(refused) == int(tried) == 20 for _, tried, done, refused, _ in rows[3:])
+    assert "bit flipped" in capsys.readouterr().out
+
+
+def test_robustness_tells_a_refusal_from_a_fault(load):
+    outcome = load("robustness").outcome
+
+    def fail(error):
+        raise error
+
+    assert outcome(lambda: None) == "done"
+    assert outcome(lambda: fail(ValueError("Parameter `x` should be positive."))) == "refused"
+    assert outcome(lambda: fail(ValueError())) == "ValueError"
+    assert outcome(lambda: fail(RuntimeError("shape"))) == "RuntimeError: shape"

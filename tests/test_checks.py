@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
-from odeopt import MetaConfig
-from odeopt.checks import is_number
+from odeopt import MetaConfig, integrate
+from odeopt.checks import is_integer, is_number
+from odeopt.rules import PortHamiltonianUpdate
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, 1e308, -1e308, 10**300])
@@ -21,3 +23,42 @@ def test_what_no_float_can_hold_is_no_number(value):
 def test_an_integer_beyond_all_floats_is_refused_by_name():
     with pytest.raises(ValueError, match=r"`lr` should be a positive number"):
         MetaConfig(lr=10**400)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_one"), [(2**63 - 1, True), (-(2**63), True), (2**63, False), (10**30, False), (True, False)]
+)
+def test_integers_have_at_most_64_bits(value, is_one):
+    assert is_integer(value) is is_one
+
+
+@pytest.mark.parametrize("name", ["modes", "memory"])
+def test_a_size_beyond_any_memory_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"Parameter `{name}` should be"):
+        PortHamiltonianUpdate(**{name: 2**70})
+
+
+def test_an_integer_is_the_rule_that_the_equal_float_is():
+    kinds = {"kinetic": "spectral", "initial_decay": 1}
+    whole, real = (
+        PortHamiltonianUpdate(**kinds, **options) for options in ({"decay_growth": 16}, {"decay_growth": 16.0})
+    )
+    assert [repr(rule.config["decay_growth"]) for rule in (whole, real)] == ["16.0", "16.0"]
+    param = torch.ones(2)
+    rule = PortHamiltonianUpdate(initial_kappa=10**25)
+    update, _ = rule(torch.ones(2), rule.init_state(param), param=param)
+    assert update.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": torch.ones(2, dtype=torch.complex64)}, "Parameter `rtol` should be real"),
+        ({"atol": 1e-3 + 0j}, "Parameter `atol` should be real"),
+        ({"adjoint": torch.ones(2)}, "Parameter `adjoint` should be True or False"),
+        ({"throw": 1}, "Parameter `throw` should be True or False"),
+    ],
+)
+def test_options_of_a_solver_are_checked_before_it_begins(options, message):
+    with pytest.raises(ValueError, match=message):
+        integrate(lambda t, x: -x, torch.ones(2), [0.0, 1.0], **{"method": "dopri5"} | options)

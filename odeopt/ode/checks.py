@@ -126,9 +126,11 @@ def digits_of(t: Tensor) -> str:
 
 
 def check_tolerances(**tolerances: Any) -> None:
-    """Check that tolerances, numbers or tensors or one per tensor of the state, are not negative or NaN."""
+    """Check that tolerances, numbers or tensors or one per tensor of the state, are not negative, complex or NaN."""
     for name, tolerance in tolerances.items():
         for value in tensors_of(tolerance):
+            if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+                raise ValueError(f"Parameter `{name}` should be real. Found `{name} = {tolerance}`.")
             if value is not None and not torch.as_tensor(value >= 0).all():
                 raise ValueError(f"Parameter `{name}` should not be negative. Found `{name} = {tolerance}`.")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odeopt.checks import require
 from odeopt.ode.checks import (
     State,
     check_choice,
@@ -151,6 +152,8 @@ def integrate(
         raise ValueError(f"Parameter `field` should be a function of time and state. Found `field = {field!r}`.")
     check_choice("backend", backend, BACKENDS)
     check_choice("method", method, (*SOLVERS, *STRUCTURE_METHODS))
+    for name, value in {"adjoint": adjoint, "throw": throw}.items():
+        require(isinstance(value, bool), name, value, "True or False")
     system = field if isinstance(field, PortHamiltonianSystem) else None
     for_adjoint = {
         "adjoint_params": adjoint_params,

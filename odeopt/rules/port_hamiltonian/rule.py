@@ -228,31 +228,33 @@ class PortHamiltonianUpdate(StagedRule):
         defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
         config = {name: arguments[name] for name in defaults}
         check_arguments(config, defaults)
+        # integers too: tensors take no large ones, and 1 and 1.0 are to be one rule
+        numbers = {name: float(config[name]) for name, default in defaults.items() if isinstance(default, float)}
+        config |= numbers
         lists = {"hidden": list(hidden), "time_scales": list(time_scales)}
         super().__init__(**config | lists | {"kinetic": kinetic if isinstance(kinetic, str) else list(kinetic)})
-        self.modes, self.solver, self.backend, self.decay = modes, solver, backend, decay
-        self.memory, self.normalization, self.ratio_floor = memory, normalization, ratio_floor
+        for name, number in numbers.items():
+            setattr(self, name, number)
+        self.modes, self.solver, self.backend = modes, solver, backend
+        self.memory, self.normalization = memory, normalization
         self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
-        self.output, self.schedule, self.horizon_power = output, schedule, horizon_power
+        self.output, self.schedule = output, schedule
         self.matrix_normalization, self.matrix_scale = matrix_normalization, matrix_scale
-        self.initial_matrix_kappa, self.initial_lookahead = initial_matrix_kappa, initial_lookahead
-        self.initial_coherence, self.initial_decay = initial_coherence, initial_decay
-        self.decay_growth = decay_growth
         self.is_spectral = output == "spectral" or "spectral" in self.kinetic
         # of coordinates; those of what is no matrix have the quadratic energy in spectral modes. In a dictionary,
         # because they have no weights and are no modules of the rule
-        quadratic, relativistic = QuadraticEnergy(), RelativisticEnergy(speed_limit)
+        quadratic, relativistic = QuadraticEnergy(), RelativisticEnergy(self.speed_limit)
         self._energies = {"quadratic": quadratic, "relativistic": relativistic, "spectral": quadratic}
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
-        self.steps_tables, self.depth_power, self.depth_factor = False, depth_power, 1.0
+        self.steps_tables, self.depth_factor = False, 1.0
         depends_on_q = "network" in (mass, potential, friction, port)
         self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
         # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
         self.is_linear = solver in LINEAR_METHODS and not depends_on_q and backend != "torchdiffeq"
         self.has_fixed_step = self.is_linear or is_fixed_step(solver)
         self.crosses_coordinates = not (coordinatewise and self.has_fixed_step)
-        self.uses_progress, self.initial_kappa = uses_progress, initial_kappa
+        self.uses_progress = uses_progress
         self.system = PortHamiltonianSystem(
             modes,
             inverse_mass=bounded_inverse_mass(modes) if mass == "network" else None,
@@ -265,7 +267,7 @@ class PortHamiltonianUpdate(StagedRule):
             self.register_buffer(f"is_{name}_mode", mask, persistent=False)
         self.register_buffer("time_scales", torch.tensor(time_scales), persistent=False)
         # in double precision, for rules in double
-        self.register_buffer("decays", torch.tensor([decay, _SLOW_DECAY], dtype=torch.float64), persistent=False)
+        self.register_buffer("decays", torch.tensor([self.decay, _SLOW_DECAY], dtype=torch.float64), persistent=False)
         self.register_buffer("magnitude_units", torch.tensor([1.0, 0.5]), persistent=False)
         # per mode: log gain and its slope, and for the friction a logit and three slopes; a constant has no slope
         self.n_gain, self.n_friction = 2 - (port == "constant"), 4 - 3 * (friction == "constant")
