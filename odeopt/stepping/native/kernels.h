@@ -261,6 +261,207 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
     }
 }
 
+/* Momenta of a part of a matrix, in place. `x` takes, each over the whole matrix, the momenta of spectral modes at the
+   lookahead point, `others` the outputs of all other modes; where there is none spectral, `x` takes the latter. `sums`:
+   see advance_matrix in step.c. */
+TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const Shared *c, const void *grad,
+                                       int64_t start, int64_t stop, float *x, float *others, double *sums)
+{
+    float g_buffer[BLOCK], p_buffer[BLOCK], u[BLOCK], log_ratio[BLOCK];
+    const float floor = rule->log_floor, lookahead = c->lookahead;
+    float *outputs = rule->n_spectral > 0 ? others : x;
+    for (int64_t i = start; i < stop; i += BLOCK) {
+        const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
+        const float *g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
+        float *v = p_buffer;
+        if (t->second_moment) {
+            v = ISA(load)(t->second_moment, t->state_type, i, n, p_buffer);
+            ISA(observe)(c, BY_COORDINATE, floor, g, v, n, u, log_ratio);
+            ISA(store)(t->second_moment, t->state_type, i, n, v);
+        } else if (outputs) {
+            ISA(observe)(c, BY_TENSOR, floor, g, NULL, n, u, log_ratio);
+        } else {
+            const float first = c->inverse[0], second = c->inverse[1];
+#pragma omp simd
+            for (int j = 0; j < n; j++)
+                u[j] = g[j] * first * second;
+        }
+        float u_sum = 0.0f;
+#pragma omp simd reduction(+ : u_sum)
+        for (int j = 0; j < n; j++)
+            u_sum += u[j] * u[j];
+        sums[0] += u_sum;
+        if (outputs)
+            memset(outputs + i, 0, n * sizeof(float));
+        for (int k = 0, spectral = 0; k < rule->n_modes; k++) {
+            const int64_t at = k * t->mode_stride + i;
+            float *p = ISA(load)(t->p, t->state_type, at, n, p_buffer);
+            if (rule->n_spectral > 0 && rule->is_spectral[k]) {
+                const float kept = c->rates[4 * k + 2], driven = c->rates[4 * k + 3];
+                float *ahead = x + spectral * t->n + i;
+                double *squares = sums + 1 + 3 * spectral++;
+                float before = 0.0f, after = 0.0f, beyond = 0.0f;
+#pragma omp simd reduction(+ : before, after, beyond)
+                for (int j = 0; j < n; j++) {
+                    const float old = p[j], new = kept * old + driven * u[j], point = old + lookahead * (new - old);
+                    p[j] = new;
+                    ahead[j] = point;
+                    before += old * old;
+                    after += new * new;
+                    beyond += point * point;
+                }
+                squares[0] += before;
+                squares[1] += after;
+                squares[2] += beyond;
+            } else {
+                const float *coefficients = c->per_mode + 6 * k;
+                switch (2 * rule->is_exponential + rule->is_relativistic[k]) {
+                case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 0, 0); break;
+                case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 0, 1); break;
+                case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 1, 0); break;
+                default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 1, 1);
+                }
+            }
+            ISA(store)(t->p, t->state_type, at, n, p);
+        }
+        if (rule->n_spectral == 0) {
+            float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+            for (int j = 0; j < n; j++)
+                square += outputs[i + j] * outputs[i + j];
+            sums[3] += square;
+        }
+    }
+}
+
+/* Move a matrix by the sum of its orthogonalised momenta and by the outputs of its other modes, if there are any. */
+TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Options *options, void *param,
+                                    const float *sum, const float *others)
+{
+    float buffer[BLOCK];
+    const float lr = options->lr, kappa = c->kappa, decay = c->matrix_kappa * c->decay, keep = options->keep;
+    for (int64_t i = 0; i < t->n; i += BLOCK) {
+        const int n = (int)(t->n - i < BLOCK ? t->n - i : BLOCK);
+        float *theta = ISA(load)(param, t->param_type, i, n, buffer);
+        if (others) {
+#pragma omp simd
+            for (int j = 0; j < n; j++)
+                theta[j] = keep * theta[j] + lr * (sum[i + j] + kappa * others[i + j] - decay * theta[j]);
+        } else {
+#pragma omp simd
+            for (int j = 0; j < n; j++)
+                theta[j] = keep * theta[j] + lr * (sum[i + j] - decay * theta[j]);
+        }
+        ISA(store)(param, t->param_type, i, n, theta);
+    }
+}
+
+/* Add x y^T, of which only what is on and below the diagonal in blocks of four is computed, to c. All have m rows, padded
+   to a multiple of four; those of x and y are n long, a multiple of eight, and `stride` apart. */
+TARGET static void ISA(add_products)(const double *x, const double *y, int m, int n, int stride, double *c,
+                                     int c_stride)
+{
+    for (int i = 0; i < m; i += 4) {
+        const double *x0 = x + (size_t)i * stride, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
+        for (int j = 0; j <= i; j += 4) {
+            const double *y0 = y + (size_t)j * stride, *y1 = y0 + stride, *y2 = y1 + stride, *y3 = y2 + stride;
+            double c00 = 0, c01 = 0, c02 = 0, c03 = 0, c10 = 0, c11 = 0, c12 = 0, c13 = 0;
+            double c20 = 0, c21 = 0, c22 = 0, c23 = 0, c30 = 0, c31 = 0, c32 = 0, c33 = 0;
+#pragma omp simd reduction(+ : c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33)
+            for (int k = 0; k < n; k++) {
+                c00 += x0[k] * y0[k], c01 += x0[k] * y1[k], c02 += x0[k] * y2[k], c03 += x0[k] * y3[k];
+                c10 += x1[k] * y0[k], c11 += x1[k] * y1[k], c12 += x1[k] * y2[k], c13 += x1[k] * y3[k];
+                c20 += x2[k] * y0[k], c21 += x2[k] * y1[k], c22 += x2[k] * y2[k], c23 += x2[k] * y3[k];
+                c30 += x3[k] * y0[k], c31 += x3[k] * y1[k], c32 += x3[k] * y2[k], c33 += x3[k] * y3[k];
+            }
+            const double block[4][4] = {{c00, c01, c02, c03}, {c10, c11, c12, c13}, {c20, c21, c22, c23},
+                                        {c30, c31, c32, c33}};
+            for (int row = 0; row < 4; row++)
+                for (int column = 0; column < 4; column++)
+                    c[(size_t)(i + row) * c_stride + j + column] += block[row][column];
+        }
+    }
+}
+
+TARGET static void ISA(mirror)(double *c, int m, int stride)
+{
+    for (int i = 0; i < m; i++)
+        for (int j = i + 1; j < m; j++)
+            c[(size_t)i * stride + j] = c[(size_t)j * stride + i];
+}
+
+/* Gram matrix a = x x^T of the rows of a wide matrix (m, n), in double precision. */
+TARGET static void ISA(gram)(const float *x, int m, int64_t n, double *panel, double *a)
+{
+    const int side = padded(m);
+    memset(a, 0, (size_t)side * side * sizeof(double));
+    memset(panel, 0, (size_t)side * PANEL * sizeof(double));
+    for (int64_t start = 0; start < n; start += PANEL) {
+        const int width = (int)(n - start < PANEL ? n - start : PANEL);
+        for (int i = 0; i < m; i++) {
+            double *to = panel + (size_t)i * PANEL;
+            const float *from = x + i * n + start;
+#pragma omp simd
+            for (int k = 0; k < width; k++)
+                to[k] = from[k];
+            for (int k = width; k < padded(width); k++)
+                to[k] = 0.0;
+        }
+        ISA(add_products)(panel, panel, m, padded(width), PANEL, a, side);
+    }
+    ISA(mirror)(a, m, side);
+}
+
+/* Product c = a b of symmetric matrices that commute; side m, padded with zeros. */
+TARGET static void ISA(multiply)(const double *a, const double *b, int m, double *c)
+{
+    const int side = padded(m);
+    memset(c, 0, (size_t)side * side * sizeof(double));
+    ISA(add_products)(a, b, m, side, side, c, side);
+    ISA(mirror)(c, m, side);
+}
+
+/* Add the product of a square matrix q with a wide one (m, n) to `sum`. */
+TARGET static void ISA(combine)(const float *q, const float *x, int m, int64_t n, float *sum)
+{
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        const int width = (int)(n - start < BLOCK ? n - start : BLOCK);
+        for (int i = 0; i < m; i += 4) {
+            const int n_rows = m - i < 4 ? m - i : 4;
+            for (int j = 0; j < m; j += 4) {
+                const int n_terms = m - j < 4 ? m - j : 4;
+                float *restrict z[4];
+                const float *restrict y[4];
+                float f[4][4];
+                for (int a = 0; a < 4; a++) {
+                    z[a] = sum + (i + (a < n_rows ? a : 0)) * n + start;
+                    y[a] = x + (j + (a < n_terms ? a : 0)) * n + start;
+                    for (int b = 0; b < 4; b++)
+                        f[a][b] = a < n_rows && b < n_terms ? q[(size_t)(i + a) * m + j + b] : 0.0f;
+                }
+                if (n_rows < 4) {
+                    for (int a = 0; a < n_rows; a++) {
+#pragma omp simd
+                        for (int k = 0; k < width; k++)
+                            z[a][k] += f[a][0] * y[0][k] + f[a][1] * y[1][k] + f[a][2] * y[2][k] + f[a][3] * y[3][k];
+                    }
+                    continue;
+                }
+                float *restrict z0 = z[0], *restrict z1 = z[1], *restrict z2 = z[2], *restrict z3 = z[3];
+                const float *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
+#pragma omp simd
+                for (int k = 0; k < width; k++) {
+                    const float a = y0[k], b = y1[k], c = y2[k], d = y3[k];
+                    z0[k] += f[0][0] * a + f[0][1] * b + f[0][2] * c + f[0][3] * d;
+                    z1[k] += f[1][0] * a + f[1][1] * b + f[1][2] * c + f[1][3] * d;
+                    z2[k] += f[2][0] * a + f[2][1] * b + f[2][2] * c + f[2][3] * d;
+                    z3[k] += f[3][0] * a + f[3][1] * b + f[3][2] * c + f[3][3] * d;
+                }
+            }
+        }
+    }
+}
+
 TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
 {
     if (is_log) {
@@ -274,7 +475,8 @@ TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
     }
 }
 
-static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advance), ISA(functions)};
+static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advance), ISA(advance_matrix), ISA(move_matrix),
+                                     ISA(gram), ISA(multiply), ISA(combine), ISA(functions)};
 
 #undef ISA
 #undef TARGET

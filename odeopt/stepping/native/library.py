@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_VERSION = 1  # of the structures; step.c has the same
+_VERSION = 2  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -18,13 +18,15 @@ class Rule(ctypes.Structure):
     """Constants of a rule, as step.c declares them."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("weights", "start", "time_scales", "widths", "is_relativistic")),
+        *((name, c_void_p) for name in ("weights", "start", "time_scales", "widths", "is_relativistic", "is_spectral")),
         ("speed_limit", c_double),
         ("psi", c_float * 3),
         ("decays", c_float * 2),
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
+        *((name, c_float) for name in ("initial_matrix_kappa", "initial_lookahead", "initial_decay")),
+        *((name, c_float) for name in ("initial_coherence", "decay_growth")),
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales", "n_memory")),
-        *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent")),
+        *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix", "n_spectral")),
         *((name, c_int32) for name in ("coordinatewise", "is_exponential", "uses_progress")),
     )
 
@@ -35,7 +37,8 @@ class TensorState(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("p", "second_moment", "scale", "slow_scale", "step", "memory")),
         *((name, c_void_p) for name in ("features", "n_skipped")),
-        *((name, c_int64) for name in ("n", "mode_stride")),
+        *((name, c_int64) for name in ("n", "mode_stride", "n_rows")),
+        ("operator_scale", c_float),
         *((name, c_int32) for name in ("param_type", "state_type")),
     )
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from odeopt.rules.base import UpdateRule, has_values
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
+from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.native.library import Options, Rule, TensorState, library
 
@@ -24,6 +25,8 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
 # Coordinates for each thread, at least: beginning one takes as long as stepping ten thousand.
 _PER_THREAD = 2**15
+# The shorter side of matrices whose products are worth taking here, each on one thread.
+_LARGEST_SIDE = 512
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
@@ -37,14 +40,18 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
         return "momenta are not stepped in closed form (`solver`, `backend`, networks of q)"
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
-    if bucket.is_whole:
-        return "matrices are stepped by their singular values"
+    if bucket.is_whole and _short_side(bucket.params[0]) > _LARGEST_SIDE:
+        return f"matrix products of more than {_LARGEST_SIDE} rows and columns are left to torch"
     is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
     if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
         return "the parameters are not plain tensors on a CPU"
     if bucket.param_dtype not in _TYPES or bucket.state.p[0].dtype not in _TYPES:
         return "parameters or state are neither float32 nor bfloat16"
     return None
+
+
+def _short_side(matrix: Tensor) -> int:
+    return min(matrix.shape[0], matrix.numel() // matrix.shape[0])
 
 
 class NativeStep:
@@ -72,7 +79,11 @@ class NativeStep:
             state = bucket.views(index)
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
-            if rule.normalization == "coordinate":
+            normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
+            if bucket.is_whole:
+                shape = tuple(bucket.params[index].shape)
+                tensor.n_rows, tensor.operator_scale = shape[0], operator_scale(shape, rule.matrix_scale)
+            if normalization == "coordinate":
                 tensor.second_moment = state["second_moment"].data_ptr()
             tensor.features, tensor.n_skipped = (
                 bucket.rows.features[index].data_ptr(),
@@ -163,7 +174,10 @@ class _Constants:
         numbers["widths"] = torch.tensor(
             [layers[0].in_features, *(layer.out_features for layer in layers)], device="cpu"
         ).int()
-        numbers["is_relativistic"] = rule.is_relativistic_mode.int()
+        numbers["is_relativistic"], numbers["is_spectral"] = (
+            rule.is_relativistic_mode.int(),
+            rule.is_spectral_mode.int(),
+        )
         self._numbers = {name: x.contiguous() for name, x in numbers.items()}
         at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule._output_sizes)), strict=False))
         floor = rule.ratio_floor
@@ -176,6 +190,11 @@ class _Constants:
             decays=(ctypes.c_float * 2)(*rule.decays.tolist()),
             initial_kappa=rule.initial_kappa,
             horizon_power=rule.horizon_power,
+            initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor,
+            initial_lookahead=rule.initial_lookahead,
+            initial_decay=rule.initial_decay / rule.depth_factor,
+            initial_coherence=rule.initial_coherence,
+            decay_growth=rule.decay_growth,
             log_floor=math.log2(floor) if floor > 0 else -math.inf,
             n_layers=len(layers),
             n_modes=rule.modes,
@@ -186,6 +205,8 @@ class _Constants:
             at_kappa=at["log_kappa"],
             at_memory=at["memory_moves"],
             at_exponent=at["log_exponent"] if rule.schedule == "power" else -1,
+            at_matrix=at["log_matrix_kappa"] if rule.is_spectral else -1,
+            n_spectral=len(rule.spectral_modes),
             coordinatewise=rule.coordinatewise,
             is_exponential=rule.solver == "exponential",
             uses_progress=rule.uses_progress,
