@@ -159,14 +159,15 @@ def test_shipped_rules_take_the_native_step_for_all_but_matrices(name):
 
 
 @pytest.mark.parametrize("is_table", [False, True])
-def test_only_matrices_of_many_rows_and_columns_take_the_eager_step(is_table, monkeypatch):
-    monkeypatch.setattr(plans, "_LARGEST_SIDE", 3)
+def test_only_matrices_that_are_large_and_nearly_square_take_the_eager_step(is_table, monkeypatch):
+    monkeypatch.setattr(plans, "_ANY_ASPECT", 3)
+    monkeypatch.setattr(plans, "_ELONGATED", 4)
     rule = odeopt.load_pretrained("port-hamiltonian-spectral")
-    params = [parameter(torch.ones(shape), torch.ones(shape)) for shape in [(4, 5), (3, 9), (9, 3), (3,)]]
+    params = [parameter(torch.ones(shape), torch.ones(shape)) for shape in [(4, 7), (5, 10), (8, 4), (3, 3), (3,)]]
     optimizer = LearnedOptimizer([{"params": params, "is_table": is_table}], rule, implementation="native")
     optimizer.step()
     eager = [placed.bucket.params for plan in optimizer._plans if plan.native is None for placed in plan.placed]
-    assert [list(map(id, some)) for some in eager] == ([] if is_table else [[id(params[0])]])
+    assert [list(map(id, some)) for some in eager] == ([] if is_table else [[id(params[0])], [id(params[1])]])
 
 
 # -------------------- parity of matrices that are stepped by their singular values
@@ -230,6 +231,67 @@ def test_step_of_matrices_is_the_eager_one_in_bfloat16(options, dtypes):
     optimizers = pair(port_hamiltonian(**options), [(20, 300), (70, 6), (5, 4)], **dtypes, weight_decay=0.01)
     assert_matrices_step_alike(optimizers)
     assert is_native(optimizers[1])
+
+
+@pytest.mark.parametrize("instructions", range(3))
+@pytest.mark.parametrize("kinetic", ["spectral", ("spectral", "quadratic")], ids=str)
+def test_every_instruction_set_takes_the_same_step_of_matrices(kinetic, instructions, monkeypatch):
+    if instructions > library().instructions:
+        pytest.skip("not on this processor")
+    chosen = library()._replace(instructions=instructions)
+    monkeypatch.setattr(plans, "library", lambda: chosen)
+    assert_matrices_step_alike(pair(port_hamiltonian(kinetic=kinetic), MATRICES))
+
+
+def test_matrices_of_low_rank_and_of_zeros_step_alike():
+    optimizers = pair(port_hamiltonian(kinetic="spectral"), [(30, 50), (50, 30), (4, 6)])
+    column = torch.linspace(-1, 1, 30).unsqueeze(-1)
+    for step in range(3):
+        row = torch.cos((step + 1) * torch.arange(50.0))
+        for optimizer in optimizers:
+            grads = column * row, (column * row).mT, torch.zeros(4, 6)
+            for param, grad in zip(params_of(optimizer), grads, strict=True):
+                param.grad = grad.clone()
+            optimizer.step()
+    for i, (a, b) in enumerate(zip(*map(params_of, optimizers), strict=True)):
+        # a difference of 3e-5 of the update in each of three steps, as in assert_matrices_step_alike; updates near .1
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert (optimizers[0].state[a]["p"].norm() == 0) == (i == 2)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kinetic", ["spectral", ("spectral", "quadratic")], ids=str)
+def test_matrix_whose_gradient_is_not_finite_stays_as_it_is(bad, kinetic):
+    _, optimizer = pair(port_hamiltonian(kinetic=kinetic, initial_decay=0.1), [(40, 700), (9, 4), (4, 9)])
+    give([optimizer], 0)
+    optimizer.step()
+    params, state = copy(optimizer)
+    give([optimizer], 1)
+    for i in (0, 2):
+        params_of(optimizer)[i].grad[-1, 3] = bad
+    optimizer.step()
+    after, state_after = copy(optimizer)
+    for i, moves in enumerate((False, True, False)):
+        assert torch.equal(params[i], after[i]) != moves
+        assert equal_state(state[i], state_after[i]) != moves
+    assert optimizer.n_skipped == 2
+
+
+def test_number_of_threads_changes_no_matrix_to_the_bit(monkeypatch):
+    found = []
+    for n_threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        shapes = [(60, 301), (200_003,), (301, 60), (33, 33), (33, 33), (5, 3, 3, 3), (20, 784)]
+        _, optimizer = pair(port_hamiltonian(kinetic=("spectral", "relativistic")), shapes)
+        for step in range(3):
+            give([optimizer], step)
+            optimizer.step()
+        (plan,) = optimizer._plans
+        assert plan.native._options.n_threads == n_threads
+        found.append(copy(optimizer))
+    for params, state in found[1:]:
+        assert all(map(torch.equal, params, found[0][0]))
+        assert all(equal_state(state[i], found[0][1][i]) for i in state)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

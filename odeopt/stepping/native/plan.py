@@ -25,8 +25,10 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
 # Coordinates for each thread, at least: beginning one takes as long as stepping ten thousand.
 _PER_THREAD = 2**15
-# The shorter side of matrices whose products are worth taking here, each on one thread.
-_LARGEST_SIDE = 512
+# The shorter side m of the matrices whose products are taken in C, one matrix on a thread: 17 products (m, m) in double
+# precision and 2 with the matrix itself, where torch takes 5 of the one and 10 of the other in single precision. Torch
+# wins where they are large enough to hide what its calls cost, and nearly square.
+_ANY_ASPECT, _ELONGATED = 128, 512
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
@@ -40,8 +42,8 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
         return "momenta are not stepped in closed form (`solver`, `backend`, networks of q)"
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
-    if bucket.is_whole and _short_side(bucket.params[0]) > _LARGEST_SIDE:
-        return f"matrix products of more than {_LARGEST_SIDE} rows and columns are left to torch"
+    if bucket.is_whole and not _are_products_cheap(bucket.params[0]):
+        return "products of matrices that are large and nearly square are left to torch"
     is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
     if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
         return "the parameters are not plain tensors on a CPU"
@@ -50,8 +52,15 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     return None
 
 
-def _short_side(matrix: Tensor) -> int:
-    return min(matrix.shape[0], matrix.numel() // matrix.shape[0])
+def _are_products_cheap(matrix: Tensor) -> bool:
+    short, long = _sides(matrix)
+    return short <= _ANY_ASPECT or (short <= _ELONGATED and long >= 2 * short)
+
+
+def _sides(matrix: Tensor) -> tuple[int, int]:
+    """Shorter and longer side of a tensor as a matrix (out, rest)."""
+    short, long = sorted((matrix.shape[0], matrix.numel() // matrix.shape[0]))
+    return short, long
 
 
 class NativeStep:
@@ -69,6 +78,12 @@ class NativeStep:
         self.buckets, self._constants = list(buckets), _Constants(rule)
         self.params = [param for bucket in buckets for param in bucket.params]
         n, self._sizes = len(self.params), [param.numel() for param in self.params]
+        # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
+        self._work = [
+            param.numel() * (1 + _sides(param)[0] // 16 if bucket.is_whole else 1)
+            for bucket in buckets
+            for param in bucket.params
+        ]
         self._dtypes = [param.dtype for param in self.params]
         self._tensors, self._options = (TensorState * n)(), Options()
         self._pointers = ctypes.c_void_p * n
@@ -148,8 +163,8 @@ class NativeStep:
 
     def _n_threads(self, pointers: list[int | None]) -> int:
         """Threads that are worth beginning; one where parameters overlap, so that no two write to the same place."""
-        n_coordinates = sum(n for n, pointer in zip(self._sizes, pointers, strict=True) if pointer is not None)
-        n_threads = min(torch.get_num_threads(), n_coordinates // _PER_THREAD)
+        work = sum(n for n, pointer in zip(self._work, pointers, strict=True) if pointer is not None)
+        n_threads = min(torch.get_num_threads(), work // _PER_THREAD)
         if n_threads <= 1 or pointers == self._disjoint_at:
             return max(1, n_threads)
         ends = sorted(

@@ -383,9 +383,13 @@ static int is_mixed(const Rule *rule)
     return rule->n_spectral > 0 && rule->n_spectral < rule->n_modes;
 }
 
-static void *room(char **next, size_t size);
+/* A size as a multiple of 64 bytes. */
+static size_t whole_lines(size_t size)
+{
+    return (size + 63) / 64 * 64;
+}
 
-/* Bytes that a matrix needs; they are laid out from `at`, unless that is NULL. */
+/* Bytes that a matrix needs; they are laid out from `at`, or nowhere if that is NULL. */
 static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
 {
     const size_t m = padded(short_side(t)), square = m * m * sizeof(double), flat = t->n * sizeof(float);
@@ -393,13 +397,12 @@ static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
     const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, m * m * sizeof(float),
                             m * PANEL * sizeof(double), square, square, square, square};
     void *parts[10];
-    char *next = at;
-    for (int k = 0; k < 10; k++)
-        parts[k] = room(&next, sizes[k]);
-    if (at != NULL)
-        *w = (Workspace){parts[0], is_mixed(rule) ? parts[1] : NULL, parts[2], parts[3], parts[4],
-                         parts[5], parts[6], parts[7], parts[8], parts[9]};
-    return (size_t)(next - at);
+    size_t total = 0;
+    for (int k = 0; k < 10; total += whole_lines(sizes[k++]))
+        parts[k] = at == NULL ? NULL : at + total;
+    *w = (Workspace){parts[0], is_mixed(rule) ? parts[1] : NULL, parts[2], parts[3], parts[4],
+                     parts[5], parts[6], parts[7], parts[8], parts[9]};
+    return total;
 }
 
 static void transpose(const float *x, int64_t n_rows, int64_t n_columns, float *y)
@@ -470,7 +473,9 @@ typedef struct {
     Shared *shared;         /* of each tensor */
     float *activations;     /* two buffers for each tensor */
     double *partial;        /* sums of each piece */
-    char *workspaces;       /* for matrices, one for each thread */
+    void *memory;           /* of the workspaces for matrices, one for each thread, from a multiple of 64 bytes on: sums
+                               may depend on where vectors lie */
+    char *workspaces;
     size_t workspace;
     Piece *pieces;          /* the chunks first */
     int64_t n_chunks, n_pieces;
@@ -641,7 +646,8 @@ static void close_shared(Job *job)
 static void work(Job *job)
 {
     pthread_mutex_lock(&job->lock);
-    char *workspace = job->workspaces + job->workspace * job->n_working++;
+    const int thread = job->n_working++;
+    char *workspace = job->memory == NULL ? NULL : job->workspaces + job->workspace * thread;
     while (!job->is_done) {
         const int pass = job->pass;
         if (job->n_taken == pieces_of(job, pass)) {
@@ -675,7 +681,7 @@ static void leave(Job *job)
     if (is_last) {
         pthread_mutex_destroy(&job->lock);
         pthread_cond_destroy(&job->changed);
-        free(job->workspaces);
+        free(job->memory);
         free(job);
     }
 }
@@ -716,7 +722,7 @@ static void step_in_threads(Job *job, int n_threads)
 static void *room(char **next, size_t size)
 {
     char *found = *next;
-    *next += (size + 63) / 64 * 64;
+    *next += whole_lines(size);
     return found;
 }
 
@@ -742,7 +748,8 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
         const int is_shared = has_threads && is_split(tensors + i);
         n_chunks += is_shared ? n_chunks_of(tensors + i) : 0;
         n_wholes += !is_shared;
-        const size_t needed = tensors[i].n_rows > 0 ? lay_out(rule, tensors + i, NULL, NULL) : 0;
+        Workspace unused;
+        const size_t needed = tensors[i].n_rows > 0 ? lay_out(rule, tensors + i, NULL, &unused) : 0;
         workspace = needed > workspace ? needed : workspace;
     }
     const int64_t n_pieces = n_chunks + n_wholes;
@@ -754,10 +761,10 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
         total += sizes[k] + 64;
     char *next = calloc(1, total);
-    char *workspaces = workspace > 0 ? malloc(workspace * (has_threads ? options->n_threads : 1) + 64) : NULL;
-    if (next == NULL || (workspace > 0 && workspaces == NULL)) {
+    void *memory = workspace > 0 ? malloc(workspace * (has_threads ? options->n_threads : 1) + 64) : NULL;
+    if (next == NULL || (workspace > 0 && memory == NULL)) {
         free(next);
-        free(workspaces);
+        free(memory);
         return NULL;
     }
     Job *job = room(&next, sizes[0]);
@@ -765,7 +772,8 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     job->kernels = kernels_of(options->instructions);
     job->n_sums = (int)n_sums;
     job->width = width;
-    job->workspaces = workspaces;
+    job->memory = memory;
+    job->workspaces = memory == NULL ? NULL : (char *)memory + (64 - (uintptr_t)memory % 64);
     job->workspace = workspace;
     job->shared = room(&next, sizes[1]);
     job->activations = room(&next, sizes[2]);
@@ -817,7 +825,7 @@ EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_te
         return n_broken;
     }
 #endif
-    free(job->workspaces);
+    free(job->memory);
     free(job);
     return n_broken;
 }
