@@ -113,10 +113,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             parameters on, where the step is not native; True compiles in place of the native step. Where compiling
             fails a warning says so and the step runs eagerly, a few times slower.
         implementation: ``"auto"`` takes the native step, in C, of port-Hamiltonian rules on a CPU, where it can
-            (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form, all but large matrices
-            that are stepped by their singular values, if more than 128 rows and columns and nearly square, or 512:
-            their products are left to torch.
-            It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it.
+            (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form. It is the eager step to
+            rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices that are stepped by their
+            singular values are left to torch, also under ``"native"``, if their shorter side is above 512, or above 128
+            and the longer one under twice as long.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
