@@ -114,7 +114,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             fails a warning says so and the step runs eagerly, a few times slower.
         implementation: ``"auto"`` takes the native step, in C, of port-Hamiltonian rules on a CPU, where it can
             (:func:`odeopt.native_status`): float32 or bfloat16, momenta stepped in closed form. It is the eager step to
-            rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices that are stepped by their
+            rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices stepped by their
             singular values are left to torch, also under ``"native"``, if their shorter side is above 512, or above 128
             and the longer one under twice as long.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
