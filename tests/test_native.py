@@ -233,6 +233,12 @@ def test_step_of_matrices_is_the_eager_one_in_bfloat16(options, dtypes):
     assert is_native(optimizers[1])
 
 
+def test_matrices_of_more_than_256_rows_and_columns_step_alike():
+    optimizers = pair(port_hamiltonian(kinetic="spectral", modes=1), [(261, 530), (601, 258)])
+    assert_matrices_step_alike(optimizers, n_steps=2)
+    assert is_native(optimizers[1])
+
+
 @pytest.mark.parametrize("instructions", range(3))
 @pytest.mark.parametrize("kinetic", ["spectral", ("spectral", "quadratic")], ids=str)
 def test_every_instruction_set_takes_the_same_step_of_matrices(kinetic, instructions, monkeypatch):

@@ -417,7 +417,32 @@ TARGET static void ISA(multiply)(const double *a, const double *b, int m, double
 {
     const int side = padded(m);
     memset(c, 0, (size_t)side * side * sizeof(double));
-    ISA(add_products)(a, b, m, side, side, c, side);
+    if (m > SMALL) {
+        ISA(add_products)(a, b, m, side, side, c, side);
+    } else {
+        /* sums within vectors would take longer than all else */
+        for (int i = 0; i < m; i += 4) {
+            const double *a0 = a + (size_t)i * side, *a1 = a0 + side, *a2 = a1 + side, *a3 = a2 + side;
+            for (int j = 0; j < i + 4; j += 8) {
+                double c0[8] = {0}, c1[8] = {0}, c2[8] = {0}, c3[8] = {0};
+                for (int k = 0; k < m; k++) {
+                    const double *row = b + (size_t)k * side + j;
+#pragma omp simd
+                    for (int l = 0; l < 8; l++) {
+                        c0[l] += a0[k] * row[l];
+                        c1[l] += a1[k] * row[l];
+                        c2[l] += a2[k] * row[l];
+                        c3[l] += a3[k] * row[l];
+                    }
+                }
+                double *to = c + (size_t)i * side + j;
+                memcpy(to, c0, sizeof c0);
+                memcpy(to + side, c1, sizeof c1);
+                memcpy(to + 2 * side, c2, sizeof c2);
+                memcpy(to + 3 * side, c3, sizeof c3);
+            }
+        }
+    }
     ISA(mirror)(c, m, side);
 }
 

@@ -35,6 +35,7 @@
 #define SPLIT 65536  /* coordinates from which on threads share a tensor */
 
 #define PANEL 256    /* columns of a matrix that are widened to double precision at once */
+#define SMALL 256    /* side of square matrices in the second cache, whose products are sums of vectors, not of numbers */
 
 #define LOG2_E 1.44269504f
 
