@@ -109,9 +109,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown.
         implementation: ``"auto"`` takes the native step of port-Hamiltonian rules where it can: in C on a CPU
-            (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form,
-            matrices by spectral modes alone (on CUDA these are always torch's). It is the eager step to rounding.
-            ``"native"`` raises where it cannot, ``"eager"`` never takes it.
+            (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16 and momenta stepped in closed form.
+            It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices
+            stepped by their singular values are left to torch, also under ``"native"``, on CUDA, and on a CPU if their
+            shorter side is above 512, or above 128 and the longer one under twice as long.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
@@ -562,7 +563,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if obstacle is None and self.implementation != "eager":
                 together[id(placed.group), id(placed.rule)].append(placed)
                 continue
-            is_matrix = placed.bucket.is_whole and placed.rule.is_staged and placed.bucket.device.type == "cuda"
+            is_matrix = placed.bucket.is_whole and placed.rule.is_staged
             if self.implementation != "eager":
                 on_cuda = triton_obstacle(placed.rule, placed.bucket)
                 kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None

@@ -129,8 +129,7 @@ TARGET static ALWAYS_INLINE void ISA(mode)(const Rule *rule, const float *c, flo
                                            const float *restrict log_ratio, int n, float *restrict delta,
                                            const int is_exponential, const int is_relativistic)
 {
-    const float log_gain = c[LOG_GAIN], gain_slope = c[GAIN_SLOPE], logit = c[LOGIT];
-    const float by_log_rms = c[BY_LOG_RMS], by_power = c[BY_POWER], by_effort = c[BY_EFFORT];
+    const float log_gain = c[0], gain_slope = c[1], logit = c[2], by_log_rms = c[3], by_power = c[4], by_effort = c[5];
     const float psi0 = rule->psi[0], psi1 = rule->psi[1], psi2 = rule->psi[2];
     const double limit = rule->speed_limit;
 #pragma omp simd
@@ -243,7 +242,7 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
         }
         memset(delta, 0, n * sizeof(float));
         for (int k = 0; k < rule->n_modes; k++) {
-            const float *coefficients = c->per_mode + N_NUMBERS * k;
+            const float *coefficients = c->per_mode + 6 * k;
             const int64_t at = k * t->mode_stride + i;
             float *p = ISA(load)(t->p, t->state_type, at, n, x_buffer);
             switch (2 * rule->is_exponential + rule->is_relativistic[k]) {
@@ -262,170 +261,229 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
     }
 }
 
-/* Step the momenta of a part of a matrix, and write those at the lookahead point. */
-TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const Shared *shared, const void *grad,
-                                       int64_t start, int64_t stop)
+/* Momenta of a part of a matrix, in place. `x` takes, each over the whole matrix, the momenta of spectral modes at the
+   lookahead point, `others` the outputs of all other modes; where there is none spectral, `x` takes the latter. `sums`:
+   see advance_matrix in step.c. */
+TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const Shared *c, const void *grad,
+                                       int64_t start, int64_t stop, float *x, float *others, double *sums)
 {
-    float g_buffer[BLOCK], x_buffer[BLOCK];
-    const Shared c = *shared;
+    float g_buffer[BLOCK], p_buffer[BLOCK], u[BLOCK], log_ratio[BLOCK];
+    const float floor = rule->log_floor, lookahead = c->lookahead;
+    float *outputs = rule->n_spectral > 0 ? others : x;
     for (int64_t i = start; i < stop; i += BLOCK) {
         const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
-        const float *restrict g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
-        for (int k = 0; k < rule->n_modes; k++) {
-            const float *number = c.per_mode + N_NUMBERS * k;
-            const float end_by_p = number[END_BY_P], end_by_u = number[END_BY_U];
-            const float ahead_by_p = number[AHEAD_BY_P], ahead_by_u = number[AHEAD_BY_U];
-            const int64_t at = k * t->mode_stride + i;
-            float *restrict p = ISA(load)(t->p, t->state_type, at, n, x_buffer), *restrict ahead = t->ahead + k * t->n + i;
+        const float *g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
+        float *v = p_buffer;
+        if (t->second_moment) {
+            v = ISA(load)(t->second_moment, t->state_type, i, n, p_buffer);
+            ISA(observe)(c, BY_COORDINATE, floor, g, v, n, u, log_ratio);
+            ISA(store)(t->second_moment, t->state_type, i, n, v);
+        } else if (outputs) {
+            ISA(observe)(c, BY_TENSOR, floor, g, NULL, n, u, log_ratio);
+        } else {
+            const float first = c->inverse[0], second = c->inverse[1];
 #pragma omp simd
-            for (int j = 0; j < n; j++) {
-                float square;
-                const float u = ISA(effort)(&c, BY_TENSOR, g[j], 0.0f, &square), old = p[j];
-                p[j] = end_by_p * old + end_by_u * u;
-                ahead[j] = ahead_by_p * old + ahead_by_u * u;
+            for (int j = 0; j < n; j++)
+                u[j] = g[j] * first * second;
+        }
+        float u_sum = 0.0f;
+#pragma omp simd reduction(+ : u_sum)
+        for (int j = 0; j < n; j++)
+            u_sum += u[j] * u[j];
+        sums[0] += u_sum;
+        if (outputs)
+            memset(outputs + i, 0, n * sizeof(float));
+        for (int k = 0, spectral = 0; k < rule->n_modes; k++) {
+            const int64_t at = k * t->mode_stride + i;
+            float *p = ISA(load)(t->p, t->state_type, at, n, p_buffer);
+            if (rule->n_spectral > 0 && rule->is_spectral[k]) {
+                const float kept = c->rates[4 * k + 2], driven = c->rates[4 * k + 3];
+                float *ahead = x + spectral * t->n + i;
+                double *squares = sums + 1 + 3 * spectral++;
+                float before = 0.0f, after = 0.0f, beyond = 0.0f;
+#pragma omp simd reduction(+ : before, after, beyond)
+                for (int j = 0; j < n; j++) {
+                    const float old = p[j], new = kept * old + driven * u[j], point = old + lookahead * (new - old);
+                    p[j] = new;
+                    ahead[j] = point;
+                    before += old * old;
+                    after += new * new;
+                    beyond += point * point;
+                }
+                squares[0] += before;
+                squares[1] += after;
+                squares[2] += beyond;
+            } else {
+                const float *coefficients = c->per_mode + 6 * k;
+                switch (2 * rule->is_exponential + rule->is_relativistic[k]) {
+                case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 0, 0); break;
+                case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 0, 1); break;
+                case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 1, 0); break;
+                default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 1, 1);
+                }
             }
             ISA(store)(t->p, t->state_type, at, n, p);
         }
-    }
-}
-
-/* c = a b, square matrices of n rows, each of which is padded with zeros to `stride` numbers, a multiple of 8. */
-TARGET static void ISA(multiply)(const double *restrict a, const double *restrict b, double *restrict c, int n,
-                                 int stride)
-{
-    for (int i = 0; i < n; i += 4) {
-        const int rows = n - i < 4 ? n - i : 4;
-        for (int j = 0; j < stride; j += 8) {
-            double sums[4][8] = {{0.0}};
-            for (int k = 0; k < n; k++)
-                for (int r = 0; r < 4; r++) {
-                    const double x = r < rows ? a[(i + r) * stride + k] : 0.0;
-                    const double *restrict from = b + k * stride + j;
-#pragma omp simd
-                    for (int l = 0; l < 8; l++)
-                        sums[r][l] += x * from[l];
-                }
-            for (int r = 0; r < rows; r++)
-                memcpy(c + (i + r) * stride + j, sums[r], sizeof sums[r]);
+        if (rule->n_spectral == 0) {
+            float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+            for (int j = 0; j < n; j++)
+                square += outputs[i + j] * outputs[i + j];
+            sums[3] += square;
         }
     }
 }
 
-/* Orthogonalise small matrices by the polynomials of odeopt.physics.newton_schulz, of the Gram matrix of the short side:
-   all factors multiply to one polynomial P, and the matrix is multiplied once. In double precision, so that weak
-   directions, whose squares are far below the largest, keep their digits. */
-TARGET static void ISA(orthogonalise)(const Rule *rule, const Tensor *t)
-{
-    double gram[SHORT * SHORT], square[SHORT * SHORT], q[SHORT * SHORT], p[SHORT * SHORT], product[SHORT * SHORT];
-    float row[SHORT], block[SHORT * 16], weights[(SHORT + 3) * SHORT] = {0.0f};
-    const int m = t->rows, n = (int)(t->n / m), is_tall = m > n, s = is_tall ? n : m, stride = (s + 7) / 8 * 8;
-    for (int mode = 0; mode < rule->n_modes; mode++) {
-        float *x = t->ahead + mode * t->n;
-        memset(gram, 0, sizeof(double) * s * stride);
-        if (is_tall) {
-            for (int r = 0; r < m; r++)
-                for (int i = 0; i < s; i++) {
-                    const float *restrict from = x + (size_t)r * s;
-                    double *restrict to = gram + i * stride;
-#pragma omp simd
-                    for (int j = 0; j < s; j++)
-                        to[j] += (double)from[i] * from[j];
-                }
-        } else {
-            for (int i = 0; i < s; i++)
-                for (int j = 0; j <= i; j += 4) { /* four at a time: a sum waits for its last term */
-                    const float *restrict a = x + (size_t)i * n, *restrict b = x + (size_t)j * n;
-                    const float *restrict b1 = j + 1 > i ? b : b + n, *restrict b2 = j + 2 > i ? b : b + 2 * (size_t)n;
-                    const float *restrict b3 = j + 3 > i ? b : b + 3 * (size_t)n;
-                    double sum0 = 0.0, sum1 = 0.0, sum2 = 0.0, sum3 = 0.0;
-#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
-                    for (int k = 0; k < n; k++) {
-                        const double factor = a[k];
-                        sum0 += factor * b[k];
-                        sum1 += factor * b1[k];
-                        sum2 += factor * b2[k];
-                        sum3 += factor * b3[k];
-                    }
-                    const double sums[4] = {sum0, sum1, sum2, sum3};
-                    for (int l = 0; l < 4 && j + l <= i; l++)
-                        gram[i * stride + j + l] = gram[(j + l) * stride + i] = sums[l];
-                }
-        }
-        memset(p, 0, sizeof(double) * s * stride);
-        for (int i = 0; i < s; i++)
-            p[i * stride + i] = 1.0;
-        for (int factor = 0; factor < 5; factor++) {
-            const float *c = rule->factors + 3 * factor;
-            ISA(multiply)(gram, gram, square, s, stride);
-            for (int i = 0; i < s * stride; i++)
-                q[i] = c[1] * gram[i] + c[2] * square[i];
-            for (int i = 0; i < s; i++)
-                q[i * stride + i] += c[0];
-            ISA(multiply)(q, p, product, s, stride);
-            memcpy(p, product, sizeof(double) * s * stride);
-            if (factor < 4) {
-                ISA(multiply)(q, gram, product, s, stride);
-                ISA(multiply)(q, product, gram, s, stride);
-            }
-        }
-        for (int i = 0; i < s; i++)
-            for (int j = 0; j < s; j++)
-                weights[i * s + j] = (float)p[i * stride + j];
-        if (is_tall) {
-            for (int r = 0; r < m; r++) {
-                float *restrict to = x + (size_t)r * s;
-                memcpy(row, to, s * sizeof(float));
-                memset(to, 0, s * sizeof(float));
-                for (int k = 0; k < s; k++) {
-                    const float *restrict from = weights + k * s;
-#pragma omp simd
-                    for (int j = 0; j < s; j++)
-                        to[j] += row[k] * from[j];
-                }
-            }
-        } else {
-            for (int j = 0; j < n; j += 16) {
-                const int width = n - j < 16 ? n - j : 16;
-                memset(block, 0, sizeof block);
-                for (int k = 0; k < s; k++)
-                    memcpy(block + 16 * k, x + (size_t)k * n + j, width * sizeof(float));
-                for (int i = 0; i < s; i += 4) {
-                    float sums[4][16] = {{0.0f}};
-                    for (int k = 0; k < s; k++) {
-                        const float *restrict from = block + 16 * k;
-                        for (int r = 0; r < 4; r++) {
-                            const float weight = weights[(i + r) * s + k];
-#pragma omp simd
-                            for (int l = 0; l < 16; l++)
-                                sums[r][l] += weight * from[l];
-                        }
-                    }
-                    for (int r = 0; r < 4 && i + r < s; r++)
-                        memcpy(x + (size_t)(i + r) * n + j, sums[r], width * sizeof(float));
-                }
-            }
-        }
-    }
-}
-
-/* Move a matrix by the velocities of its modes. */
-TARGET static void ISA(move)(const Tensor *t, int n_modes, void *param)
+/* Move a matrix by the sum of its orthogonalised momenta and by the outputs of its other modes, if there are any. */
+TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Options *options, void *param,
+                                    const float *sum, const float *others)
 {
     float buffer[BLOCK];
+    const float lr = options->lr, kappa = c->kappa, decay = c->matrix_kappa * c->decay, keep = options->keep;
     for (int64_t i = 0; i < t->n; i += BLOCK) {
         const int n = (int)(t->n - i < BLOCK ? t->n - i : BLOCK);
-        float *restrict theta = ISA(load)(param, t->param_type, i, n, buffer);
-        const float keep = t->result[1];
-#pragma omp simd
-        for (int j = 0; j < n; j++)
-            theta[j] *= keep;
-        for (int k = 0; k < n_modes; k++) {
-            const float factor = t->result[2 + k], *restrict velocity = t->ahead + k * t->n + i;
+        float *theta = ISA(load)(param, t->param_type, i, n, buffer);
+        if (others) {
 #pragma omp simd
             for (int j = 0; j < n; j++)
-                theta[j] += factor * velocity[j];
+                theta[j] = keep * theta[j] + lr * (sum[i + j] + kappa * others[i + j] - decay * theta[j]);
+        } else {
+#pragma omp simd
+            for (int j = 0; j < n; j++)
+                theta[j] = keep * theta[j] + lr * (sum[i + j] - decay * theta[j]);
         }
         ISA(store)(param, t->param_type, i, n, theta);
+    }
+}
+
+/* Add x y^T, of which only what is on and below the diagonal in blocks of four is computed, to c. All have m rows, padded
+   to a multiple of four; those of x and y are n long, a multiple of eight, and `stride` apart. */
+TARGET static void ISA(add_products)(const double *x, const double *y, int m, int n, int stride, double *c,
+                                     int c_stride)
+{
+    for (int i = 0; i < m; i += 4) {
+        const double *x0 = x + (size_t)i * stride, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
+        for (int j = 0; j <= i; j += 4) {
+            const double *y0 = y + (size_t)j * stride, *y1 = y0 + stride, *y2 = y1 + stride, *y3 = y2 + stride;
+            double c00 = 0, c01 = 0, c02 = 0, c03 = 0, c10 = 0, c11 = 0, c12 = 0, c13 = 0;
+            double c20 = 0, c21 = 0, c22 = 0, c23 = 0, c30 = 0, c31 = 0, c32 = 0, c33 = 0;
+#pragma omp simd reduction(+ : c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33)
+            for (int k = 0; k < n; k++) {
+                c00 += x0[k] * y0[k], c01 += x0[k] * y1[k], c02 += x0[k] * y2[k], c03 += x0[k] * y3[k];
+                c10 += x1[k] * y0[k], c11 += x1[k] * y1[k], c12 += x1[k] * y2[k], c13 += x1[k] * y3[k];
+                c20 += x2[k] * y0[k], c21 += x2[k] * y1[k], c22 += x2[k] * y2[k], c23 += x2[k] * y3[k];
+                c30 += x3[k] * y0[k], c31 += x3[k] * y1[k], c32 += x3[k] * y2[k], c33 += x3[k] * y3[k];
+            }
+            const double block[4][4] = {{c00, c01, c02, c03}, {c10, c11, c12, c13}, {c20, c21, c22, c23},
+                                        {c30, c31, c32, c33}};
+            for (int row = 0; row < 4; row++)
+                for (int column = 0; column < 4; column++)
+                    c[(size_t)(i + row) * c_stride + j + column] += block[row][column];
+        }
+    }
+}
+
+TARGET static void ISA(mirror)(double *c, int m, int stride)
+{
+    for (int i = 0; i < m; i++)
+        for (int j = i + 1; j < m; j++)
+            c[(size_t)i * stride + j] = c[(size_t)j * stride + i];
+}
+
+/* Gram matrix a = x x^T of the rows of a wide matrix (m, n), in double precision. */
+TARGET static void ISA(gram)(const float *x, int m, int64_t n, double *panel, double *a)
+{
+    const int side = padded(m);
+    memset(a, 0, (size_t)side * side * sizeof(double));
+    memset(panel, 0, (size_t)side * PANEL * sizeof(double));
+    for (int64_t start = 0; start < n; start += PANEL) {
+        const int width = (int)(n - start < PANEL ? n - start : PANEL);
+        for (int i = 0; i < m; i++) {
+            double *to = panel + (size_t)i * PANEL;
+            const float *from = x + i * n + start;
+#pragma omp simd
+            for (int k = 0; k < width; k++)
+                to[k] = from[k];
+            for (int k = width; k < padded(width); k++)
+                to[k] = 0.0;
+        }
+        ISA(add_products)(panel, panel, m, padded(width), PANEL, a, side);
+    }
+    ISA(mirror)(a, m, side);
+}
+
+/* Product c = a b of symmetric matrices that commute; side m, padded with zeros. */
+TARGET static void ISA(multiply)(const double *a, const double *b, int m, double *c)
+{
+    const int side = padded(m);
+    memset(c, 0, (size_t)side * side * sizeof(double));
+    if (m > SMALL) {
+        ISA(add_products)(a, b, m, side, side, c, side);
+    } else {
+        /* sums within vectors would take longer than all else */
+        for (int i = 0; i < m; i += 4) {
+            const double *a0 = a + (size_t)i * side, *a1 = a0 + side, *a2 = a1 + side, *a3 = a2 + side;
+            for (int j = 0; j < i + 4; j += 8) {
+                double c0[8] = {0}, c1[8] = {0}, c2[8] = {0}, c3[8] = {0};
+                for (int k = 0; k < m; k++) {
+                    const double *row = b + (size_t)k * side + j;
+#pragma omp simd
+                    for (int l = 0; l < 8; l++) {
+                        c0[l] += a0[k] * row[l];
+                        c1[l] += a1[k] * row[l];
+                        c2[l] += a2[k] * row[l];
+                        c3[l] += a3[k] * row[l];
+                    }
+                }
+                double *to = c + (size_t)i * side + j;
+                memcpy(to, c0, sizeof c0);
+                memcpy(to + side, c1, sizeof c1);
+                memcpy(to + 2 * side, c2, sizeof c2);
+                memcpy(to + 3 * side, c3, sizeof c3);
+            }
+        }
+    }
+    ISA(mirror)(c, m, side);
+}
+
+/* Add the product of a square matrix q with a wide one (m, n) to `sum`. */
+TARGET static void ISA(combine)(const float *q, const float *x, int m, int64_t n, float *sum)
+{
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        const int width = (int)(n - start < BLOCK ? n - start : BLOCK);
+        for (int i = 0; i < m; i += 4) {
+            const int n_rows = m - i < 4 ? m - i : 4;
+            for (int j = 0; j < m; j += 4) {
+                const int n_terms = m - j < 4 ? m - j : 4;
+                float *restrict z[4];
+                const float *restrict y[4];
+                float f[4][4];
+                for (int a = 0; a < 4; a++) {
+                    z[a] = sum + (i + (a < n_rows ? a : 0)) * n + start;
+                    y[a] = x + (j + (a < n_terms ? a : 0)) * n + start;
+                    for (int b = 0; b < 4; b++)
+                        f[a][b] = a < n_rows && b < n_terms ? q[(size_t)(i + a) * m + j + b] : 0.0f;
+                }
+                if (n_rows < 4) {
+                    for (int a = 0; a < n_rows; a++) {
+#pragma omp simd
+                        for (int k = 0; k < width; k++)
+                            z[a][k] += f[a][0] * y[0][k] + f[a][1] * y[1][k] + f[a][2] * y[2][k] + f[a][3] * y[3][k];
+                    }
+                    continue;
+                }
+                float *restrict z0 = z[0], *restrict z1 = z[1], *restrict z2 = z[2], *restrict z3 = z[3];
+                const float *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
+#pragma omp simd
+                for (int k = 0; k < width; k++) {
+                    const float a = y0[k], b = y1[k], c = y2[k], d = y3[k];
+                    z0[k] += f[0][0] * a + f[0][1] * b + f[0][2] * c + f[0][3] * d;
+                    z1[k] += f[1][0] * a + f[1][1] * b + f[1][2] * c + f[1][3] * d;
+                    z2[k] += f[2][0] * a + f[2][1] * b + f[2][2] * c + f[2][3] * d;
+                    z3[k] += f[3][0] * a + f[3][1] * b + f[3][2] * c + f[3][3] * d;
+                }
+            }
+        }
     }
 }
 
@@ -442,8 +500,8 @@ TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
     }
 }
 
-static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics),     ISA(advance),
-                                      ISA(advance_matrix), ISA(orthogonalise), ISA(move), ISA(functions)};
+static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advance), ISA(advance_matrix), ISA(move_matrix),
+                                     ISA(gram), ISA(multiply), ISA(combine), ISA(functions)};
 
 #undef ISA
 #undef TARGET

@@ -18,18 +18,15 @@ class Rule(ctypes.Structure):
     """Constants of a rule, as step.c declares them."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("weights", "start", "time_scales", "widths", "is_relativistic")),
+        *((name, c_void_p) for name in ("weights", "start", "time_scales", "widths", "is_relativistic", "is_spectral")),
         ("speed_limit", c_double),
         ("psi", c_float * 3),
         ("decays", c_float * 2),
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
-        *((name, c_float) for name in ("matrix_kappa", "lookahead", "matrix_decay", "coherence")),
-        *((name, c_float) for name in ("decay_growth", "start_gain")),
-        ("factors", c_float * 15),
-        ("unused", c_float),
+        *((name, c_float) for name in ("initial_matrix_kappa", "initial_lookahead", "initial_decay")),
+        *((name, c_float) for name in ("initial_coherence", "decay_growth")),
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales", "n_memory")),
-        *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent")),
-        *((name, c_int32) for name in ("at_matrix_kappa", "at_lookahead", "at_matrix_decay", "at_coherence")),
+        *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix", "n_spectral")),
         *((name, c_int32) for name in ("coordinatewise", "is_exponential", "uses_progress")),
     )
 
@@ -39,11 +36,10 @@ class TensorState(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("p", "second_moment", "scale", "slow_scale", "step", "memory")),
-        *((name, c_void_p) for name in ("features", "n_skipped", "ahead", "result")),
-        *((name, c_int64) for name in ("n", "mode_stride")),
-        *((name, c_int32) for name in ("param_type", "state_type")),
-        ("rows", c_int32),
+        *((name, c_void_p) for name in ("features", "n_skipped")),
+        *((name, c_int64) for name in ("n", "mode_stride", "n_rows")),
         ("operator_scale", c_float),
+        *((name, c_int32) for name in ("param_type", "state_type")),
     )
 
 
@@ -60,7 +56,6 @@ class Library(NamedTuple):
     """Functions of the library, and the instruction set that they use."""
 
     step: ctypes._CFuncPtr
-    move: ctypes._CFuncPtr
     functions: ctypes._CFuncPtr
     instructions: int
 
@@ -91,15 +86,13 @@ def library() -> Library | str:
         layout.restype = c_int64
         if layout() != _layout():
             return f"{file.name} belongs to another version of odeopt; reinstall it"
-        step, move = loaded.odeopt_step, loaded.odeopt_move
-        functions, instructions = loaded.odeopt_functions, loaded.odeopt_instructions
+        step, functions, instructions = loaded.odeopt_step, loaded.odeopt_functions, loaded.odeopt_instructions
     except (OSError, AttributeError) as error:
         return f"{file.name} cannot be loaded ({error}); reinstall odeopt"
     step.restype = c_int64
-    step.argtypes = POINTER(Rule), c_void_p, c_int64, c_void_p, c_void_p, POINTER(Options)
-    move.restype, move.argtypes = None, (POINTER(Rule), c_void_p, c_int64, c_void_p, POINTER(Options))
+    step.argtypes = POINTER(Rule), POINTER(TensorState), c_int64, c_void_p, c_void_p, POINTER(Options)
     functions.restype, functions.argtypes = None, (c_void_p, c_int64, c_int, c_int)
-    return Library(step, move, functions, instructions())
+    return Library(step, functions, instructions())
 
 
 def _layout() -> int:

@@ -7,30 +7,28 @@ import itertools
 import math
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-from odeopt.physics import MUON_COEFFICIENTS
 from odeopt.rules.base import UpdateRule, has_values
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
-from odeopt.rules.port_hamiltonian.coefficients import START_GAIN, Outputs
+from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
-from odeopt.stepping.native.library import Library, Options, Rule, TensorState, library
+from odeopt.stepping.native.library import Options, Rule, TensorState, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # psi(z) = sum z^k / (k + 2)! up to this power, of explicit solvers (see odeopt.ode.linear_step)
 _PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
 # Coordinates for each thread, at least: beginning one takes as long as stepping ten thousand.
 _PER_THREAD = 2**15
-# Momenta of matrices that are orthogonalised at once: more of one shape take turns, so that their memory is bounded.
-_AT_ONCE = 2**23
-# Smaller side and size, at most, of a matrix that is orthogonalised in C: calls would take longer than its products.
-_SHORT, _SMALL = 64, 2**16
+# The shorter side m of the matrices whose products are taken in C, one matrix on a thread: 17 products (m, m) in double
+# precision and 2 with the matrix itself, where torch takes 5 of the one and 10 of the other in single precision. Torch
+# wins where they are large enough to hide what its calls cost, and nearly square.
+_ANY_ASPECT, _ELONGATED = 128, 512
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
@@ -44,10 +42,8 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
         return "momenta are not stepped in closed form (`solver`, `backend`, networks of q)"
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
-    if bucket.is_whole and not (set(rule.kinetic) == {"spectral"} and rule.output == "sum"):
-        return "matrices are stepped by more than spectral modes (`kinetic`), or by their sum (`output`)"
-    if bucket.is_whole and rule.matrix_normalization != "tensor":
-        return "efforts of matrices are normalised by coordinate (`matrix_normalization`)"
+    if bucket.is_whole and not _are_products_cheap(bucket.params[0]):
+        return "products of matrices that are large and nearly square are left to torch"
     is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
     if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
         return "the parameters are not plain tensors on a CPU"
@@ -56,20 +52,22 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     return None
 
 
-class _Matrices(NamedTuple):
-    """Matrices of one shape, (out, rest), that lie side by side among the tensors of a plan."""
+def _are_products_cheap(matrix: Tensor) -> bool:
+    short, long = _sides(matrix)
+    return short <= _ANY_ASPECT or (short <= _ELONGATED and long >= 2 * short)
 
-    start: int
-    stop: int
-    shape: tuple[int, int]
+
+def _sides(matrix: Tensor) -> tuple[int, int]:
+    """Shorter and longer side of a tensor as a matrix (out, rest)."""
+    short, long = sorted((matrix.shape[0], matrix.numel() // matrix.shape[0]))
+    return short, long
 
 
 class NativeStep:
     """Step of all parameters of one group under one rule, in place where they lie.
 
     A gradient or parameter that is not contiguous is copied. The result does not depend on the number of threads.
-    Parameters that overlap in memory are stepped one after the other. Matrices that are stepped by their singular
-    values are orthogonalised by matrix products of torch's, in float32, batched over those of one shape.
+    Parameters that overlap in memory are stepped one after the other.
 
     Args:
         rule: The rule, which :func:`native_obstacle` allows beside each of the buckets.
@@ -77,20 +75,30 @@ class NativeStep:
     """
 
     def __init__(self, rule: PortHamiltonianUpdate, buckets: Sequence[Bucket]) -> None:
-        self.buckets, self._constants = sorted(buckets, key=_size_of_matrix), _Constants(rule)
-        self.params = [param for bucket in self.buckets for param in bucket.params]
+        self.buckets, self._constants = list(buckets), _Constants(rule)
+        self.params = [param for bucket in buckets for param in bucket.params]
         n, self._sizes = len(self.params), [param.numel() for param in self.params]
+        # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
+        self._work = [
+            param.numel() * (1 + _sides(param)[0] // 16 if bucket.is_whole else 1)
+            for bucket in buckets
+            for param in bucket.params
+        ]
         self._dtypes = [param.dtype for param in self.params]
         self._tensors, self._options = (TensorState * n)(), Options()
-        self._pointers, self._n_modes = ctypes.c_void_p * n, rule.modes
+        self._pointers = ctypes.c_void_p * n
         self._disjoint_at: list[int | None] = []
         self._lock = threading.Lock()
-        pairs = [(bucket, index) for bucket in self.buckets for index in range(len(bucket.params))]
+        pairs = [(bucket, index) for bucket in buckets for index in range(len(bucket.params))]
         for tensor, (bucket, index) in zip(self._tensors, pairs, strict=True):
             state = bucket.views(index)
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
-            if rule.normalization == "coordinate" and not bucket.is_whole:
+            normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
+            if bucket.is_whole:
+                shape = tuple(bucket.params[index].shape)
+                tensor.n_rows, tensor.operator_scale = shape[0], operator_scale(shape, rule.matrix_scale)
+            if normalization == "coordinate":
                 tensor.second_moment = state["second_moment"].data_ptr()
             tensor.features, tensor.n_skipped = (
                 bucket.rows.features[index].data_ptr(),
@@ -98,35 +106,6 @@ class NativeStep:
             )
             tensor.n, tensor.mode_stride = bucket.params[index].numel(), state["p"].stride(0)
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
-        self._small: list[Tensor] = []
-        self._results = (ctypes.c_float * ((2 + rule.modes) * n))()
-        self._calls = self._make_calls(rule)
-
-    def _make_calls(self, rule: PortHamiltonianUpdate) -> list[tuple[int, int, list[_Matrices]]]:
-        """Ranges of tensors that are stepped by one call, and the matrices among them; the first one takes most."""
-        calls, first, start = [], [], 0
-        n_together = 0
-        for bucket in self.buckets:
-            stop = start + len(bucket.params)
-            if bucket.is_whole:
-                shape = bucket.params[0].shape[0], bucket.params[0].shape[1:].numel()
-                for i in range(start, stop):
-                    self._tensors[i].result = ctypes.addressof(self._results) + 4 * (2 + rule.modes) * i
-                    self._tensors[i].operator_scale = operator_scale(tuple(bucket.params[0].shape), rule.matrix_scale)
-                if min(shape) <= _SHORT and math.prod(shape) < _SMALL:
-                    self._keep_small(_Matrices(start, stop, shape))
-                    start = stop
-                    continue
-                length = max(1, _AT_ONCE // (rule.modes * math.prod(shape)))
-                parts = [_Matrices(i, min(stop, i + length), shape) for i in range(start, stop, length)]
-                n_together += (stop - start) * rule.modes * math.prod(shape)
-                if n_together <= _AT_ONCE:
-                    first += parts
-                else:
-                    calls += [(part.start, part.stop, [part]) for part in parts]
-            start = stop
-        end = calls[0][0] if calls else start
-        return [(0, end, first), *calls] if end > 0 else calls
 
     def step(self, lr: float, decay: float, progress: float | None, *, maximize: bool) -> int | None:
         """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
@@ -173,48 +152,19 @@ class NativeStep:
             options.n_threads = self._n_threads(pointers)
             at = [None if x is None else x.data_ptr() for x in grads]
             arrays = self._pointers(*at), self._pointers(*pointers)
-            n_skipped = sum(self._call(found, arrays, *call) for call in self._calls)
+            n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, options)
+        if n_skipped < 0:
+            raise MemoryError("There is no memory for the sums of a step.")
         for param, value in copies:
             param.copy_(value)
         # autograd has to know that tensors which it keeps have changed
         torch.autograd.graph.increment_version([x for x in values if x is not None])
         return n_skipped
 
-    def _call(self, found: Library, arrays: tuple, start: int, stop: int, matrices: list[_Matrices]) -> int:
-        """Step some of the tensors; return the number of gradients that were not finite."""
-        grads, params = (ctypes.byref(x, start * ctypes.sizeof(ctypes.c_void_p)) for x in arrays)
-        tensors = ctypes.byref(self._tensors, start * ctypes.sizeof(TensorState))
-        momenta = []
-        for some in matrices:
-            momenta.append(torch.empty(some.stop - some.start, self._n_modes, *some.shape, device="cpu"))
-            self._point_at(some, momenta[-1])
-        n_skipped = found.step(self._constants.rule, tensors, stop - start, grads, params, self._options)
-        if n_skipped < 0:
-            raise MemoryError("There is no memory for the sums of a step.")
-        if matrices:
-            velocities = [_orthogonalised(x.flatten(0, 1)) for x in momenta]
-            for some, x in zip(matrices, velocities, strict=True):
-                self._point_at(some, x)
-            found.move(self._constants.rule, tensors, stop - start, params, self._options)
-        return n_skipped
-
-    def _keep_small(self, some: _Matrices) -> None:
-        """Give small matrices, which are orthogonalised in C, memory for their momenta."""
-        self._small.append(torch.empty(some.stop - some.start, self._n_modes, *some.shape, device="cpu"))
-        self._point_at(some, self._small[-1])
-        for i in range(some.start, some.stop):
-            self._tensors[i].rows = some.shape[0]
-
-    def _point_at(self, some: _Matrices, x: Tensor) -> None:
-        """Tell where the momenta of matrices go, or their velocities are."""
-        stride, pointer = 4 * self._n_modes * math.prod(some.shape), x.data_ptr()
-        for i in range(some.start, some.stop):
-            self._tensors[i].ahead = pointer + (i - some.start) * stride
-
     def _n_threads(self, pointers: list[int | None]) -> int:
         """Threads that are worth beginning; one where parameters overlap, so that no two write to the same place."""
-        n_coordinates = sum(n for n, pointer in zip(self._sizes, pointers, strict=True) if pointer is not None)
-        n_threads = min(torch.get_num_threads(), n_coordinates // _PER_THREAD)
+        work = sum(n for n, pointer in zip(self._work, pointers, strict=True) if pointer is not None)
+        n_threads = min(torch.get_num_threads(), work // _PER_THREAD)
         if n_threads <= 1 or pointers == self._disjoint_at:
             return max(1, n_threads)
         ends = sorted(
@@ -228,21 +178,6 @@ class NativeStep:
         return n_threads
 
 
-def _size_of_matrix(bucket: Bucket) -> int:
-    """Size of the matrices of a bucket; 0 for one that is stepped by coordinates."""
-    return bucket.params[0].numel() if bucket.is_whole else 0
-
-
-def _orthogonalised(x: Tensor) -> Tensor:
-    """Velocities of the spectral energy, as :func:`odeopt.physics.newton_schulz` has them; always contiguous."""
-    is_tall = x.shape[-2] > x.shape[-1]
-    for a, b, c in MUON_COEFFICIENTS:
-        gram = x.mT @ x if is_tall else x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, *((x, polynomial) if is_tall else (polynomial, x)), beta=a)
-    return x
-
-
 class _Constants:
     """Constants of a rule, and the memory that they lie in."""
 
@@ -254,7 +189,10 @@ class _Constants:
         numbers["widths"] = torch.tensor(
             [layers[0].in_features, *(layer.out_features for layer in layers)], device="cpu"
         ).int()
-        numbers["is_relativistic"] = rule.is_relativistic_mode.int()
+        numbers["is_relativistic"], numbers["is_spectral"] = (
+            rule.is_relativistic_mode.int(),
+            rule.is_spectral_mode.int(),
+        )
         self._numbers = {name: x.contiguous() for name, x in numbers.items()}
         at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule._output_sizes)), strict=False))
         floor = rule.ratio_floor
@@ -267,14 +205,12 @@ class _Constants:
             decays=(ctypes.c_float * 2)(*rule.decays.tolist()),
             initial_kappa=rule.initial_kappa,
             horizon_power=rule.horizon_power,
-            log_floor=math.log2(floor) if floor > 0 else -math.inf,
-            matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor,
-            lookahead=rule.initial_lookahead,
-            matrix_decay=rule.initial_decay / rule.depth_factor,
-            coherence=rule.initial_coherence,
+            initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor,
+            initial_lookahead=rule.initial_lookahead,
+            initial_decay=rule.initial_decay / rule.depth_factor,
+            initial_coherence=rule.initial_coherence,
             decay_growth=rule.decay_growth,
-            start_gain=START_GAIN,
-            factors=(ctypes.c_float * 15)(*itertools.chain.from_iterable(MUON_COEFFICIENTS)),
+            log_floor=math.log2(floor) if floor > 0 else -math.inf,
             n_layers=len(layers),
             n_modes=rule.modes,
             n_gain=rule.n_gain,
@@ -284,10 +220,8 @@ class _Constants:
             at_kappa=at["log_kappa"],
             at_memory=at["memory_moves"],
             at_exponent=at["log_exponent"] if rule.schedule == "power" else -1,
-            at_matrix_kappa=at["log_matrix_kappa"],
-            at_lookahead=at["log_lookahead"],
-            at_matrix_decay=at["log_matrix_decay"],
-            at_coherence=at["log_coherence"],
+            at_matrix=at["log_matrix_kappa"] if rule.is_spectral else -1,
+            n_spectral=len(rule.spectral_modes),
             coordinatewise=rule.coordinatewise,
             is_exponential=rule.solver == "exponential",
             uses_progress=rule.uses_progress,

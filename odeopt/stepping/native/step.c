@@ -1,7 +1,5 @@
 /* Step of many tensors under a port-Hamiltonian rule, on a CPU: what odeopt.rules.PortHamiltonianUpdate does in tensor
-   operations, in three passes over each tensor. A matrix that is stepped by its singular values, unless it is small,
-   ends here with the momenta that a caller is to orthogonalise; odeopt_move then moves it by the velocities. Plain C,
-   called by pointers from odeopt/stepping/native/plan.py, which declares the same structures. */
+   operations, in three passes over each tensor, and in matrix products for matrices. Plain C, called by pointers from odeopt/stepping/native/plan.py, which declares the same structures. */
 
 #include <math.h>
 #include <stddef.h>
@@ -36,8 +34,8 @@
                         order, whatever the number of threads */
 #define SPLIT 65536  /* coordinates from which on threads share a tensor */
 
-#define SHORT 64     /* rows or columns, the fewer of both, of matrices that are orthogonalised here, at most */
-#define STACK 1048576
+#define PANEL 256    /* columns of a matrix that are widened to double precision at once */
+#define SMALL 256    /* side of square matrices in the second cache, whose products are sums of vectors, not of numbers */
 
 #define LOG2_E 1.44269504f
 
@@ -47,6 +45,11 @@
 #define REFERENCE 500.0f
 #define SHORTEST 30.0f
 #define ANYTIME 100.0f
+#define START_GAIN 0.35f
+#define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
+#define FACTOR_A 3.4445
+#define FACTOR_B -4.7750
+#define FACTOR_C 2.0315
 
 enum { FLOAT32, BFLOAT16 };
 enum { BY_COORDINATE, BY_TENSOR, BY_HISTORY }; /* what efforts are normalised by; the last one coordinatewise */
@@ -57,20 +60,17 @@ typedef struct {
     const float *start;   /* of the coefficients per mode */
     const float *time_scales;
     const int32_t *widths; /* n_layers + 1 */
-    const int32_t *is_relativistic;
+    const int32_t *is_relativistic, *is_spectral;
     double speed_limit;
     float psi[3]; /* of an explicit solver: psi = psi[0] + psi[1] D + psi[2] D^2, D the friction */
     float decays[2];
     float initial_kappa;
     float horizon_power;
     float log_floor; /* the binary logarithm */
-    float matrix_kappa, lookahead, matrix_decay, coherence; /* of matrices, where the network says zero */
-    float decay_growth, start_gain;
-    float factors[15]; /* of the spectral energy: a, b and c of each of five polynomials a + b A + c A^2 */
-    float unused;
+    float initial_matrix_kappa, initial_lookahead, initial_decay, initial_coherence, decay_growth;
     int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales, n_memory;
-    int32_t at_kappa, at_memory, at_exponent; /* places in the outputs of the network; -1 for none */
-    int32_t at_matrix_kappa, at_lookahead, at_matrix_decay, at_coherence;
+    int32_t at_kappa, at_memory, at_exponent, at_matrix; /* places in the outputs of the network; -1 for none */
+    int32_t n_spectral; /* modes whose momentum is orthogonalised in matrices; 0 where the sum of the outputs is */
     int32_t coordinatewise, is_exponential, uses_progress;
 } Rule;
 
@@ -80,12 +80,10 @@ typedef struct {
     float *scale, *slow_scale, *step, *memory;
     const float *features;
     int64_t *n_skipped;
-    float *ahead;  /* of a matrix: where its momenta at the lookahead point go, over their norm; NULL for coordinates */
-    float *result; /* likewise: whether it moves, the factor on the parameter, and those on the velocities */
     int64_t n, mode_stride;
-    int32_t param_type, state_type;
-    int32_t rows;  /* of a matrix that is orthogonalised here; 0 for all else */
+    int64_t n_rows; /* of a matrix that is stepped by its singular values; 0 for other tensors */
     float operator_scale;
+    int32_t param_type, state_type;
 } Tensor;
 
 typedef struct {
@@ -97,10 +95,12 @@ typedef struct {
 typedef struct {
     double *sums;    /* 3 + 2 modes */
     float *per_mode; /* log gain, its slope, a logit and three slopes for each mode, such that all powers are of two */
+    float *rates;    /* of matrices: friction, gain, and by what old momentum and effort count in the new one, by mode */
     float *memory;
     float step, weight, carried, scale, slow_scale, magnitudes[2];
     float sign, inverse[2]; /* the product of the inverses is sign / scale, and neither is out of range */
     float log_rms, kappa; /* binary logarithm */
+    float matrix_kappa, lookahead, decay, coherence;
     int is_broken;
 } Shared;
 
@@ -110,17 +110,20 @@ typedef struct {
                        double *);
     void (*advance)(const Rule *, const Tensor *, const Shared *, const Options *, const void *, void *, int64_t,
                     int64_t);
-    void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t);
-    void (*orthogonalise)(const Rule *, const Tensor *);
-    void (*move)(const Tensor *, int, void *);
+    void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t, float *, float *,
+                           double *);
+    void (*move_matrix)(const Tensor *, const Shared *, const Options *, void *, const float *, const float *);
+    void (*gram)(const float *, int, int64_t, double *, double *);
+    void (*multiply)(const double *, const double *, int, double *);
+    void (*combine)(const float *, const float *, int, int64_t, float *);
     void (*functions)(float *, int64_t, int);
 } Kernels;
 
-/* Places in the numbers of a mode: of coordinates the log of its gain and its slope, the logit of its friction and
-   three slopes; of matrices, whose modes have one gain and one friction, the momentum after the step and that at the
-   lookahead point, over its norm, as multiples of the momentum before and of the effort. */
-enum { LOG_GAIN, GAIN_SLOPE, LOGIT, BY_LOG_RMS, BY_POWER, BY_EFFORT, N_NUMBERS };
-enum { END_BY_P, END_BY_U, AHEAD_BY_P = 3, AHEAD_BY_U };
+/* Rows and columns of small matrices in double precision: padded with zeros to whole vectors. */
+static inline int padded(int m)
+{
+    return (m + 7) / 8 * 8;
+}
 
 static inline int32_t bits_of(float x)
 {
@@ -254,57 +257,32 @@ static const float *network(const Rule *rule, float *x, float *y)
     return x;
 }
 
-/* The linear step of a mode of friction f: the momentum after it is decay p + share u gain. */
-static void linear_step(const Rule *rule, double f, double *decay, double *share)
+/* What a matrix needs beside the numbers of its coordinates; `out` is the part of the network's outputs for it. */
+static void matrix_coefficients(const Rule *rule, Shared *c, const float *out, float scheduled)
 {
-    if (rule->is_exponential) {
-        *decay = exp(-f);
-        *share = f > 0.0 ? -expm1(-f) / f : 1.0;
-    } else {
-        const double psi = rule->psi[0] + f * (rule->psi[1] + f * rule->psi[2]);
-        *share = 1.0 - f * psi;
-        *decay = 1.0 - f * *share;
-    }
-}
-
-/* Numbers of a matrix. Its momenta are multiples of those before and of the effort, so their norms follow from sums. */
-static void matrix_coefficients(const Rule *rule, const Tensor *t, const Options *options, Shared *c, const float *out,
-                                float schedule)
-{
-    const int modes = rule->n_modes;
-    const double n = (double)t->n, u2 = c->sums[1], lookahead = rule->lookahead * expf(out[rule->at_lookahead]);
-    const double effort = fmax(sqrt(u2 / n), 1.0), power = rule->coherence * expf(out[rule->at_coherence]);
-    const float log_kappa = out[rule->at_matrix_kappa] + (rule->n_memory > 0 ? c->memory[0] : 0.0f);
-    const double kappa = rule->matrix_kappa * expf(log_kappa) * schedule;
-    double decay = rule->matrix_decay * expf(out[rule->at_matrix_decay]);
+    const float log_kappa = out[0] + (rule->n_memory > 0 ? c->memory[0] : 0.0f);
+    c->matrix_kappa = rule->initial_matrix_kappa * expf(log_kappa) * scheduled;
+    c->lookahead = rule->initial_lookahead * expf(out[1]);
+    c->decay = rule->initial_decay * expf(out[2]);
+    c->coherence = rule->initial_coherence * expf(out[3]);
     if (rule->decay_growth > 1.0f) {
-        const float least = c->slow_scale / rule->decay_growth, present = c->scale > least ? c->scale : least;
-        const float growth = c->slow_scale / (present > 0.0f ? present : 1.0f);
-        decay *= growth > 1.0f ? growth : 1.0f;
+        const float present = fmaxf(c->scale, c->slow_scale / rule->decay_growth);
+        c->decay *= fmaxf(c->slow_scale / (present > 0.0f ? present : 1.0f), 1.0f);
     }
-    t->result[0] = 1.0f;
-    t->result[1] = (float)(options->keep - options->lr * kappa * decay);
-    for (int k = 0; k < modes; k++) {
-        float *number = c->per_mode + N_NUMBERS * k;
-        const double up = c->sums[3 + k], p2 = c->sums[3 + modes + k], gain = exp2(number[LOG_GAIN]);
-        const double friction = 2.0 / (1.0 + exp2(-number[LOGIT]));
-        double by_p, share;
-        linear_step(rule, friction, &by_p, &share);
-        const double by_u = share * gain, ahead_by_p = 1.0 + lookahead * (by_p - 1.0), ahead_by_u = lookahead * by_u;
-        const double after = by_p * by_p * p2 + 2.0 * by_p * by_u * up + by_u * by_u * u2;
-        const double ahead = ahead_by_p * ahead_by_p * p2 + 2.0 * ahead_by_p * ahead_by_u * up +
-                             ahead_by_u * ahead_by_u * u2;
-        const double largest = sqrt(fmax(p2, fmax(after, ahead))), inverse = largest > 0.0 ? 1.0 / largest : 1.0;
-        double factor = options->lr * kappa * t->operator_scale * gain / rule->start_gain;
-        if (rule->coherence > 0.0f) {
-            const double rms = sqrt(fmax(after, 0.0) / n + 1e-12);
-            factor *= pow(fmin(rms * friction / (gain * effort), 1.0), power);
+    for (int k = 0; k < rule->n_modes; k++) {
+        const float *numbers = c->per_mode + 6 * k;
+        const float friction = 2.0f / (1.0f + exp2f(-numbers[2])), gain = exp2f(numbers[0]);
+        float *rates = c->rates + 4 * k;
+        rates[0] = friction;
+        rates[1] = gain;
+        if (rule->is_exponential) {
+            rates[2] = expf(-friction);
+            rates[3] = friction > 0.0f ? -expm1f(-friction) / friction * gain : gain;
+        } else {
+            const float psi = rule->psi[0] + friction * (rule->psi[1] + friction * rule->psi[2]);
+            rates[3] = (1.0f - friction * psi) * gain;
+            rates[2] = 1.0f - friction * (1.0f - friction * psi);
         }
-        number[END_BY_P] = (float)by_p;
-        number[END_BY_U] = (float)by_u;
-        number[AHEAD_BY_P] = (float)(ahead_by_p * inverse);
-        number[AHEAD_BY_U] = (float)(ahead_by_u * inverse);
-        t->result[2 + k] = (float)factor;
     }
 }
 
@@ -350,31 +328,31 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
         c->memory[k] = t->memory[k] + tanhf(out[rule->at_memory + k]) / fmaxf(c->step, MEMORY_WARMUP);
     if (rule->n_memory > 0)
         log_kappa += c->memory[0];
-    float schedule = 1.0f;
+    float scheduled = 1.0f;
     if (has_schedule && told) {
         const float left = logf(fmaxf(1.0f - options->progress, 1e-6f));
-        schedule = expf(left * expf(out[rule->at_exponent]));
+        scheduled = expf(left * expf(out[rule->at_exponent]));
     }
     if (rule->horizon_power > 0.0f) {
         if (!told)
-            schedule *= 0.5f * powf(fmaxf(c->step, ANYTIME) / REFERENCE, -rule->horizon_power);
+            scheduled *= 0.5f * powf(fmaxf(c->step, ANYTIME) / REFERENCE, -rule->horizon_power);
         else if (knows_length)
-            schedule *= powf(fmaxf(length, SHORTEST) / REFERENCE, -rule->horizon_power);
+            scheduled *= powf(fmaxf(length, SHORTEST) / REFERENCE, -rule->horizon_power);
     }
     const float start = rule->initial_kappa * (rule->coordinatewise ? 1.0f : t->features[KAPPA_FACTOR]);
-    c->kappa = start * expf(log_kappa) * schedule;
+    c->kappa = start * expf(log_kappa) * scheduled;
     /* by kind, then by mode, as the network gives them; a constant has no slopes. Those of log_ratio are not converted,
        because log_ratio is. */
     for (int k = 0; k < modes; k++) {
-        float *to = c->per_mode + N_NUMBERS * k;
-        memset(to, 0, N_NUMBERS * sizeof(float));
+        float *to = c->per_mode + 6 * k;
+        memset(to, 0, 6 * sizeof(float));
         for (int kind = 0; kind < rule->n_gain + rule->n_friction; kind++) {
-            const int from = kind * modes + k, at = kind < rule->n_gain ? kind : LOGIT + kind - rule->n_gain;
-            to[at] = (out[from] + rule->start[from]) * (at == GAIN_SLOPE || at == BY_LOG_RMS ? 1.0f : LOG2_E);
+            const int from = kind * modes + k, at = kind < rule->n_gain ? kind : 2 + kind - rule->n_gain;
+            to[at] = (out[from] + rule->start[from]) * (at == 1 || at == 3 ? 1.0f : LOG2_E);
         }
     }
-    if (t->ahead)
-        matrix_coefficients(rule, t, options, c, out, schedule);
+    if (t->n_rows > 0)
+        matrix_coefficients(rule, c, out + rule->at_matrix, scheduled);
 }
 
 static void finish(const Rule *rule, const Tensor *t, const Shared *c)
@@ -384,6 +362,99 @@ static void finish(const Rule *rule, const Tensor *t, const Shared *c)
     *t->slow_scale = c->slow_scale;
     for (int k = 0; k < rule->n_memory; k++)
         t->memory[k] = c->memory[k];
+}
+
+/* ---------- matrices */
+
+/* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
+   orthogonalised ones, and the same transposed; then square matrices in double precision. */
+typedef struct {
+    float *momenta, *others, *sum, *transposed, *factor;
+    double *panel, *gram, *power, *polynomial, *total;
+} Workspace;
+
+static int short_side(const Tensor *t)
+{
+    const int64_t n_columns = t->n / t->n_rows;
+    return (int)(t->n_rows < n_columns ? t->n_rows : n_columns);
+}
+
+static int is_mixed(const Rule *rule)
+{
+    return rule->n_spectral > 0 && rule->n_spectral < rule->n_modes;
+}
+
+/* A size as a multiple of 64 bytes. */
+static size_t whole_lines(size_t size)
+{
+    return (size + 63) / 64 * 64;
+}
+
+/* Bytes that a matrix needs; they are laid out from `at`, or nowhere if that is NULL. */
+static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
+{
+    const size_t m = padded(short_side(t)), square = m * m * sizeof(double), flat = t->n * sizeof(float);
+    const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
+    const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, m * m * sizeof(float),
+                            m * PANEL * sizeof(double), square, square, square, square};
+    void *parts[10];
+    size_t total = 0;
+    for (int k = 0; k < 10; total += whole_lines(sizes[k++]))
+        parts[k] = at == NULL ? NULL : at + total;
+    *w = (Workspace){parts[0], is_mixed(rule) ? parts[1] : NULL, parts[2], parts[3], parts[4],
+                     parts[5], parts[6], parts[7], parts[8], parts[9]};
+    return total;
+}
+
+static void transpose(const float *x, int64_t n_rows, int64_t n_columns, float *y)
+{
+    enum { SIDE = 16 };
+    for (int64_t i0 = 0; i0 < n_rows; i0 += SIDE)
+        for (int64_t j0 = 0; j0 < n_columns; j0 += SIDE)
+            for (int64_t i = i0; i < i0 + SIDE && i < n_rows; i++)
+                for (int64_t j = j0; j < j0 + SIDE && j < n_columns; j++)
+                    y[j * n_rows + i] = x[i * n_columns + j];
+}
+
+/* Add weight * f(x / norm) to `sum`, f the Newton-Schulz iteration of a wide matrix (m, n).
+
+   The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of all q(A) is applied to X once: it
+   takes two products with X instead of ten. A holds the squares of the singular values, hence double precision. All
+   matrices are polynomials of the first A, so they are symmetric and commute. */
+static void orthogonalise(const Kernels *kernels, const float *x, int m, int64_t n, double norm, double weight,
+                          const Workspace *w, float *sum)
+{
+    const int side = padded(m);
+    const size_t size = (size_t)side * side;
+    double *a = w->gram, *power = w->power, *q = w->polynomial, *total = w->total;
+    if (!(norm > 0.0))
+        return;
+    kernels->gram(x, m, n, w->panel, a);
+    for (size_t k = 0; k < size; k++)
+        a[k] /= norm * norm;
+    for (int factor = 0; factor < N_FACTORS; factor++) {
+        kernels->multiply(a, a, m, power);
+        for (size_t k = 0; k < size; k++)
+            q[k] = FACTOR_B * a[k] + FACTOR_C * power[k];
+        for (int i = 0; i < m; i++)
+            q[(size_t)i * side + i] += FACTOR_A;
+        if (factor < N_FACTORS - 1) {
+            kernels->multiply(a, q, m, power);
+            kernels->multiply(power, q, m, a);
+        }
+        if (factor == 0) {
+            memcpy(total, q, size * sizeof(double));
+        } else {
+            kernels->multiply(total, q, m, power);
+            double *swap = total;
+            total = power;
+            power = swap;
+        }
+    }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < m; j++)
+            w->factor[(size_t)i * m + j] = (float)(weight / norm * total[(size_t)i * side + j]);
+    kernels->combine(w->factor, x, m, n, sum);
 }
 
 /* ---------- one step, in pieces of work */
@@ -403,12 +474,16 @@ typedef struct {
     Shared *shared;         /* of each tensor */
     float *activations;     /* two buffers for each tensor */
     double *partial;        /* sums of each piece */
+    void *memory;           /* of the workspaces for matrices, one for each thread, from a multiple of 64 bytes on: sums
+                               may depend on where vectors lie */
+    char *workspaces;
+    size_t workspace;
     Piece *pieces;          /* the chunks first */
     int64_t n_chunks, n_pieces;
 #if HAS_THREADS
     pthread_mutex_t lock; /* of all below */
     pthread_cond_t changed;
-    int pass, n_threads, is_done;
+    int pass, n_threads, n_working, is_done;
     int64_t n_taken, n_finished; /* pieces of this pass */
 #endif
 } Job;
@@ -432,8 +507,6 @@ static int pass_chunk(const Job *job, int pass, int64_t i, int64_t number, doubl
         return kernels->magnitude(job->rule, t, job->grads[i], start, stop, sums);
     if (pass == STATISTICS)
         kernels->statistics(job->rule, t, job->shared + i, job->grads[i], job->params[i], start, stop, sums);
-    else if (t->ahead)
-        kernels->advance_matrix(job->rule, t, job->shared + i, job->grads[i], start, stop);
     else
         kernels->advance(job->rule, t, job->shared + i, job->options, job->grads[i], job->params[i], start, stop);
     return 0;
@@ -467,7 +540,57 @@ static int sums_of(const Job *job, int pass)
     return pass == MAGNITUDE ? 1 : pass == STATISTICS ? job->n_sums : 0;
 }
 
-static void step_whole(const Job *job, int64_t i, double *sums)
+/* The last pass over a matrix. The momenta of spectral modes are damped and driven by one number each, and move it along
+   the velocities at the lookahead point; or along the orthogonalised sum of all outputs. */
+static void advance_matrix(const Job *job, int64_t i, char *workspace)
+{
+    const Rule *rule = job->rule;
+    const Tensor *t = job->tensors + i;
+    const Shared *c = job->shared + i;
+    const Kernels *kernels = job->kernels;
+    const int n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1, m = short_side(t);
+    const int64_t n_columns = t->n / t->n_rows;
+    const int is_tall = t->n_rows > n_columns;
+    Workspace w;
+    lay_out(rule, t, workspace, &w);
+    /* of squares, of efforts and of each spectral mode's momentum before and after the step and ahead */
+    double *sums = c->sums;
+    memset(sums, 0, (1 + 3 * n_momenta) * sizeof(double));
+    for (int64_t start = 0; start < t->n; start += CHUNK) {
+        const int64_t stop = start + CHUNK < t->n ? start + CHUNK : t->n;
+        kernels->advance_matrix(rule, t, c, job->grads[i], start, stop, w.momenta, w.others, sums);
+    }
+    memset(w.sum, 0, t->n * sizeof(float));
+    const float kappa = c->matrix_kappa * t->operator_scale;
+    for (int mode = 0, k = 0; k < n_momenta; mode++) {
+        if (rule->n_spectral > 0 && !rule->is_spectral[mode])
+            continue;
+        const double *squares = sums + 1 + 3 * k;
+        const float *x = w.momenta + k * t->n, *rates = c->rates + 4 * mode;
+        double norm = squares[2], weight = kappa;
+        if (rule->n_spectral > 0) {
+            norm = fmax(norm, fmax(squares[0], squares[1]));
+            weight *= rates[1] / START_GAIN;
+            if (c->coherence > 0.0f) {
+                const double rms = sqrt(squares[1] / t->n + 1e-12), effort = sqrt(fmax(sums[0] / t->n, 1.0));
+                weight *= pow(fmin(rms * rates[0] / (rates[1] * effort), 1.0), c->coherence);
+            }
+        }
+        if (is_tall) {
+            transpose(x, t->n_rows, n_columns, w.transposed);
+            x = w.transposed;
+        }
+        orthogonalise(kernels, x, m, t->n / m, sqrt(norm), weight, &w, w.sum);
+        k++;
+    }
+    if (is_tall) {
+        transpose(w.sum, n_columns, t->n_rows, w.transposed);
+        w.sum = w.transposed;
+    }
+    kernels->move_matrix(t, c, job->options, job->params[i], w.sum, w.others);
+}
+
+static void step_whole(const Job *job, int64_t i, double *sums, char *workspace)
 {
     Shared *c = job->shared + i;
     const int64_t n_chunks = n_chunks_of(job->tensors + i);
@@ -475,16 +598,15 @@ static void step_whole(const Job *job, int64_t i, double *sums)
         if (!has_pass(job, pass) || c->is_broken)
             continue;
         memset(c->sums, 0, job->n_sums * sizeof(double));
-        for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
+        const int is_matrix = pass == ADVANCE && job->tensors[i].n_rows > 0;
+        if (is_matrix)
+            advance_matrix(job, i, workspace);
+        for (int64_t chunk = 0; chunk < (is_matrix ? 0 : n_chunks); chunk++) {
             c->is_broken |= pass_chunk(job, pass, i, chunk, sums);
             for (int k = 0; k < sums_of(job, pass); k++)
                 c->sums[k] += sums[k];
         }
         close_pass(job, pass, i);
-    }
-    if (job->tensors[i].rows > 0 && !c->is_broken) {
-        job->kernels->orthogonalise(job->rule, job->tensors + i);
-        job->kernels->move(job->tensors + i, job->rule->n_modes, job->params[i]);
     }
 }
 
@@ -525,6 +647,8 @@ static void close_shared(Job *job)
 static void work(Job *job)
 {
     pthread_mutex_lock(&job->lock);
+    const int thread = job->n_working++;
+    char *workspace = job->memory == NULL ? NULL : job->workspaces + job->workspace * thread;
     while (!job->is_done) {
         const int pass = job->pass;
         if (job->n_taken == pieces_of(job, pass)) {
@@ -538,7 +662,7 @@ static void work(Job *job)
         double *sums = job->partial + job->n_sums * number;
         int is_broken = 0;
         if (piece.chunk < 0)
-            step_whole(job, piece.tensor, sums);
+            step_whole(job, piece.tensor, sums, workspace);
         else if (!is_left)
             is_broken = pass_chunk(job, pass, piece.tensor, piece.chunk, sums);
         pthread_mutex_lock(&job->lock);
@@ -558,6 +682,7 @@ static void leave(Job *job)
     if (is_last) {
         pthread_mutex_destroy(&job->lock);
         pthread_cond_destroy(&job->changed);
+        free(job->memory);
         free(job);
     }
 }
@@ -579,7 +704,6 @@ static void step_in_threads(Job *job, int n_threads)
     pthread_cond_init(&job->changed, NULL);
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&detached, STACK); /* for the products of small matrices */
     sigfillset(&all); /* signals are for the threads of the caller */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&job->lock);
@@ -599,8 +723,14 @@ static void step_in_threads(Job *job, int n_threads)
 static void *room(char **next, size_t size)
 {
     char *found = *next;
-    *next += (size + 63) / 64 * 64;
+    *next += whole_lines(size);
     return found;
+}
+
+/* Whether threads share a tensor. */
+static int is_split(const Tensor *t)
+{
+    return t->n >= SPLIT && t->n_rows == 0;
 }
 
 /* Lay out the pieces and the room for their sums; NULL where there is no memory. */
@@ -609,18 +739,22 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
 {
     const int has_threads = HAS_THREADS && options->n_threads > 1;
     int64_t n_chunks = 0, n_wholes = 0;
+    size_t workspace = 0;
     int width = 1;
     for (int k = 0; k <= rule->n_layers; k++)
         width = rule->widths[k] > width ? rule->widths[k] : width;
     for (int64_t i = 0; i < n_tensors; i++) {
         if (grads[i] == NULL)
             continue;
-        const int is_shared = has_threads && tensors[i].n >= SPLIT;
+        const int is_shared = has_threads && is_split(tensors + i);
         n_chunks += is_shared ? n_chunks_of(tensors + i) : 0;
         n_wholes += !is_shared;
+        Workspace unused;
+        const size_t needed = tensors[i].n_rows > 0 ? lay_out(rule, tensors + i, NULL, &unused) : 0;
+        workspace = needed > workspace ? needed : workspace;
     }
     const int64_t n_pieces = n_chunks + n_wholes;
-    const size_t n_sums = 3 + 2 * rule->n_modes, n_numbers = N_NUMBERS * rule->n_modes + rule->n_memory;
+    const size_t n_sums = 3 + 3 * rule->n_modes, n_numbers = 10 * rule->n_modes + rule->n_memory;
     const size_t sizes[] = {sizeof(Job), n_tensors * sizeof(Shared), 2 * n_tensors * width * sizeof(float),
                             n_pieces * n_sums * sizeof(double), n_pieces * sizeof(Piece),
                             n_tensors * n_sums * sizeof(double), n_tensors * n_numbers * sizeof(float)};
@@ -628,13 +762,20 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
         total += sizes[k] + 64;
     char *next = calloc(1, total);
-    if (next == NULL)
+    void *memory = workspace > 0 ? malloc(workspace * (has_threads ? options->n_threads : 1) + 64) : NULL;
+    if (next == NULL || (workspace > 0 && memory == NULL)) {
+        free(next);
+        free(memory);
         return NULL;
+    }
     Job *job = room(&next, sizes[0]);
     *job = (Job){.rule = rule, .tensors = tensors, .options = options, .grads = grads, .params = params};
     job->kernels = kernels_of(options->instructions);
     job->n_sums = (int)n_sums;
     job->width = width;
+    job->memory = memory;
+    job->workspaces = memory == NULL ? NULL : (char *)memory + (64 - (uintptr_t)memory % 64);
+    job->workspace = workspace;
     job->shared = room(&next, sizes[1]);
     job->activations = room(&next, sizes[2]);
     job->partial = room(&next, sizes[3]);
@@ -647,10 +788,11 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     for (int64_t i = 0; i < n_tensors; i++, sums += n_sums, numbers += n_numbers) {
         job->shared[i].sums = sums;
         job->shared[i].per_mode = numbers;
-        job->shared[i].memory = numbers + N_NUMBERS * rule->n_modes;
+        job->shared[i].rates = numbers + 6 * rule->n_modes;
+        job->shared[i].memory = numbers + 10 * rule->n_modes;
         if (grads[i] == NULL)
             continue;
-        if (has_threads && tensors[i].n >= SPLIT)
+        if (has_threads && is_split(tensors + i))
             for (int64_t k = 0; k < n_chunks_of(tensors + i); k++)
                 job->pieces[chunk++] = (Piece){i, k};
         else
@@ -659,8 +801,7 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     return job;
 }
 
-/* Step all tensors that have a gradient; one whose gradient is not finite is left as it is, and counted. Matrices are
-   left where they are until odeopt_move.
+/* Step all tensors that have a gradient; one whose gradient is not finite is left as it is, and counted.
 
    Returns the number of those; -1 where memory ran out, and nothing has changed. */
 EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
@@ -670,16 +811,13 @@ EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_te
     int64_t n_broken = 0;
     if (job == NULL)
         return -1;
-    for (int64_t i = 0; i < n_tensors; i++)
-        if (tensors[i].ahead)
-            tensors[i].result[0] = 0.0f;
 #if HAS_THREADS
     if (options->n_threads > 1)
         step_in_threads(job, options->n_threads);
     else
 #endif
         for (int64_t k = 0; k < job->n_pieces; k++)
-            step_whole(job, job->pieces[k].tensor, job->partial);
+            step_whole(job, job->pieces[k].tensor, job->partial, job->workspaces);
     for (int64_t i = 0; i < n_tensors; i++)
         n_broken += job->shared[i].is_broken;
 #if HAS_THREADS
@@ -688,15 +826,7 @@ EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_te
         return n_broken;
     }
 #endif
+    free(job->memory);
     free(job);
     return n_broken;
-}
-
-/* Move the matrices of a step by the velocities that now stand where their momenta stood. */
-EXPORT void odeopt_move(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *params,
-                        const Options *options)
-{
-    for (int64_t i = 0; i < n_tensors; i++)
-        if (tensors[i].ahead && tensors[i].rows == 0 && tensors[i].result[0] != 0.0f)
-            kernels_of(options->instructions)->move(tensors + i, rule->n_modes, params[i]);
 }
