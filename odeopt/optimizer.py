@@ -270,8 +270,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self.report(loss)
-        if self._sentry is not None:
-            self._sentry.require_report()
+        sentry = self._sentry
+        if sentry is not None:
+            moves = any(float(group["lr"]) != 0 for group in self.param_groups)
+            sentry = sentry if sentry.expects_step(moves=moves) else None
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
@@ -279,7 +281,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
         self._lay_out()
-        is_restored = self._sentry is not None and self._follow_guard(self._sentry)
+        is_restored = sentry is not None and self._follow_guard(sentry)
         may_warn = False
         for plan in () if is_restored else self._plans:  # the gradients belong to the parameters that were given up
             n_skipped = self._step_natively(plan)

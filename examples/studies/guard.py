@@ -187,7 +187,7 @@ def table(content: Mapping[str, Any], *, markdown: bool) -> str:
 
 def plot(curves: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
     """Draw the losses of the first run of some cases."""
-    shown = [*curves.items()][: 4]
+    shown = [*curves.items()][:4]
     with style():
         figure, panels = new_figure(9.0, 2.8, n_columns=len(shown))
         for axes, (name, losses) in zip(panels if len(shown) > 1 else [panels], shown, strict=True):

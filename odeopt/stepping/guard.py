@@ -122,17 +122,18 @@ class Watch:
     """Running account of the losses, in numbers that one tensor holds."""
 
     start: float = math.nan  # of the run: the first loss, or the mean of the first window if that is higher
-    best: float = math.nan  # mean of a window since the parameters were last restored
+    kept: float = math.nan  # mean of the window at whose end the parameters were kept
+    best: float = math.nan  # lowest mean of a window, or the first loss
     noise: float = math.nan  # variance of a loss
-    is_new: float = 1.0  # whether the next loss is the reference until its window ends
+    is_new: float = 1.0  # whether the next loss is the first at parameters that were kept
     n: float = 0.0  # losses in the window, their sum, that of squared differences, and the last one
     total: float = 0.0
     squares: float = 0.0
     last: float = 0.0
-    n_windows: float = 0.0  # since the parameters were last restored
+    n_windows: float = 0.0  # of which the best is known
     n_high: float = 0.0  # windows in a row above the level that may not persist
     previous: float = math.nan  # mean of the window before
-    level: float = math.nan  # mean at the last look at progress
+    level: float = math.nan  # mean at the last look at progress, or at the last change of the factor
     n_looks: float = 0.0
     pace: float = 0.0  # fall per window of the other one, when it last stepped
     countdown: float = math.nan  # windows to the next look, or to the end of the stay
@@ -156,7 +157,7 @@ class Watch:
         if math.isnan(self.start):
             if not math.isfinite(loss):
                 return Decision()  # nothing to return to yet
-            self.start = self.level = loss
+            self.start = self.kept = self.best = self.level = loss
             self.countdown = self.interval = self.stay = options.patience
             decision = Decision(snapshots=True)
         else:
@@ -164,11 +165,17 @@ class Watch:
         if not math.isfinite(loss) or loss > self._ceiling():
             return self._fail(options)
         if self.is_new:
-            self.best, self.is_new = loss, 0.0
+            self._begin(loss, options)
         if self.n > 0:
             self.squares += (loss - self.last) ** 2 / 2
         self.n, self.total, self.last = self.n + 1, self.total + loss, loss
         return self._close(options, steps_left) if self.n == options.window else decision
+
+    def _begin(self, loss: float, options: Guard) -> None:
+        """Compare with the best mean still, unless the surface has risen since the parameters were kept."""
+        self.is_new = 0.0
+        if self.n_windows and loss > self.best + options.tolerance * self._scale + _HIGH * math.sqrt(self.noise):
+            self.best, self.kept, self.n_windows = loss, loss, 0.0
 
     @property
     def _scale(self) -> float:
@@ -189,7 +196,10 @@ class Watch:
         noise = variance if math.isnan(self.noise) else self.noise
         # of the difference to the best: a mean as well, or a single loss
         error = math.sqrt(noise * (1 / self.n + (1 / self.n if self.n_windows else 1)))
-        best, scale = self.best, options.tolerance * self._scale
+        best, scale = self.best, self._scale
+        if self.n_handovers and not self.is_fallback:  # a rule that has failed may not give back much of what there is
+            scale = min(scale, abs(best))
+        scale *= options.tolerance
         persistent = best + scale / 2 + _PERSISTENTLY_HIGH * error
         limit = best + scale + _HIGH * error
         self.n_high = self.n_high + 1 if mean > persistent else 0.0
@@ -202,15 +212,26 @@ class Watch:
             if self.n_restored == 0:
                 self.start = max(self.start, mean)
         self.best = min(self.best, mean)
-        is_good = mean <= best + _LEVEL * error and self.last <= limit + _HIGH * math.sqrt(self.noise)
+        is_good = self._is_good(mean, error, limit, options)
         self.n_windows += 1
         self.countdown -= 1
-        self.factor = min(1.0, 2 * self.factor) if mean < best else self.factor
         judge = self._judge_fallback if self.is_fallback else self._judge_rule
+        self._empty_window()
         decision = judge(mean, error, options, steps_left)
         self.previous = mean
-        self._empty_window()
         return decision if decision.restores else decision._replace(snapshots=is_good or decision.snapshots)
+
+    def _is_good(self, mean: float, error: float, limit: float, options: Guard) -> bool:
+        """Whether to keep the parameters: not in place of others that are as good, which are less likely broken."""
+        least = 0.0 if self._is_proven(mean) else options.tolerance / 2 * self._scale
+        is_good = mean < self.kept - max(least, _LEVEL * error)
+        is_good = is_good and self.last <= limit + _HIGH * math.sqrt(self.noise)
+        self.kept = mean if is_good else self.kept
+        return is_good
+
+    def _is_proven(self, mean: float) -> bool:
+        """Whether the loss has been halved."""
+        return self.start - mean >= abs(self.start) / 2
 
     def _judge_rule(self, mean: float, error: float, options: Guard, steps_left: float) -> Decision:
         """Look at the progress of a rule whose losses have not risen."""
@@ -224,19 +245,20 @@ class Watch:
             return Decision()
         self.n_looks += 1
         total = self.start - mean
-        is_proven = total >= abs(self.start) / 2
         is_level = total > _PERSISTENTLY_HIGH * error and fall < total / self.n_looks / 4
         is_slow = options.min_progress is not None and fall < options.min_progress * abs(self.level)
         self.level = mean
-        if is_proven or is_level or not is_slow:
+        if self._is_proven(mean) or is_level or not is_slow:
             return Decision()
         self.pace = fall / self.interval
         self.is_fallback, self.is_tried, self.countdown = 1.0, 1.0, _PROBATION
         self.n_handovers += 1
-        return Decision(begins_anew=True, snapshots=True)
+        return self._restore()
 
     def _judge_fallback(self, mean: float, error: float, options: Guard, steps_left: float) -> Decision:
         """End a trial, or a stay unless the run ends sooner than the next stay would."""
+        if self.factor < 1 and not self.is_tried and mean < self.level - _LEVEL * error:
+            self.factor, self.level = 2 * self.factor, mean
         if self.countdown > 0:
             return Decision()
         if self.is_tried:
@@ -261,22 +283,23 @@ class Watch:
             self.interval *= 2
             self._hand_back(self.level, restores=True)
         else:
-            self.factor /= 2
+            self.factor, self.level = self.factor / 2, self.kept
+        return self._restore()
+
+    def _restore(self) -> Decision:
         self._empty_window()
-        self.is_new, self.n_windows, self.n_high = 1.0, 0.0, 0.0
+        self.is_new, self.n_high = 1.0, 0.0
         return Decision(restores=True, begins_anew=True)
 
     def _hand_over(self) -> Decision:
         self.is_fallback, self.is_tried = 1.0, 0.0
-        self.countdown, self.stay = self.stay, 2 * self.stay
+        self.countdown, self.stay, self.level = self.stay, 2 * self.stay, self.kept
         self.n_handovers += 1
         return Decision(begins_anew=True)
 
     def _hand_back(self, mean: float, *, restores: bool) -> Decision:
         self.is_fallback, self.is_tried, self.level, self.countdown = 0.0, 0.0, mean, self.interval
-        if restores:
-            self.is_new, self.n_windows, self.n_high = 1.0, 0.0, 0.0
-        return Decision(restores=restores, begins_anew=True)
+        return self._restore() if restores else Decision(begins_anew=True)
 
     def _empty_window(self) -> None:
         self.n = self.total = self.squares = 0.0
@@ -325,13 +348,17 @@ class Sentry:
         """Let the next loss take the place of one whose gradients were set to zero: the step was left out."""
         self._may_replace = True
 
-    def require_report(self) -> None:
-        """Raise an error where a step has no loss."""
-        if self._reported is None:
+    def expects_step(self, *, moves: bool) -> bool:
+        """Return True if a loss was reported; raise an error if not, unless the step moves nothing.
+
+        Steps at learning rate zero are how ``torch.distributed.checkpoint`` has the state begun.
+        """
+        if self._reported is None and moves:
             raise RuntimeError(
                 "No loss was reported for this step, which the guard needs: call `optimizer.report(loss)` before "
                 "`optimizer.step()`, or `optimizer.step(closure)` with a closure that returns the loss."
             )
+        return self._reported is not None
 
     def decide(self, groups: list[dict[str, Any]]) -> Decision:
         """Decide by the loss that was reported, alike on all processes."""
