@@ -204,6 +204,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
         defaults["is_table"] = False
         check_options(defaults)
+        if self._sentry is not None:
+            defaults[SAVED_GUARD] = self._sentry.saved()
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0) | {"rule_digest": digest(self.rule)})
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
@@ -273,7 +275,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         sentry = self._sentry
         if sentry is not None:
             moves = any(float(group["lr"]) != 0 for group in self.param_groups)
-            sentry = sentry if sentry.expects_step(moves=moves) else None
+            if not sentry.expects_step(moves=moves):
+                sentry = None
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
@@ -281,6 +284,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
         self._lay_out()
+        if sentry is None and self._sentry is not None:
+            take_snapshot(self._is_placed, self.state)
         is_restored = sentry is not None and self._follow_guard(sentry)
         may_warn = False
         for plan in () if is_restored else self._plans:  # the gradients belong to the parameters that were given up
@@ -460,7 +465,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> None:
-            options = self.defaults.keys() - {"rule_digest", "momentum"}
+            options = self.defaults.keys() - {"rule_digest", "momentum", SAVED_GUARD}
             missing = {name for group in final.get("param_groups", [{}]) for name in options - group.keys()}
             lacks = f", with {', '.join(sorted(missing))} in each group"
             require(not missing, "state_dict", sorted(final), f"the state of a LearnedOptimizer{lacks}")
@@ -486,8 +491,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         finally:
             reading.remove()
             writing.remove()
-        for group in self.param_groups:
-            group.pop(SAVED_GUARD, None)
         self._place_counters()
 
     def state_dict(self) -> StateDict:
@@ -499,11 +502,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             counts of steps and of skipped gradients, and ``rule_digest``.
         """
         self._fetch_skipped()
+        if self._sentry is not None:
+            for group in self.param_groups:
+                group[SAVED_GUARD] = self._sentry.saved()
 
         def detach(_: torch.optim.Optimizer, final: StateDict) -> None:
             final["state"] = copied(final["state"])
-            guard = {} if self._sentry is None else {SAVED_GUARD: self._sentry.saved()}
-            final["param_groups"] = [copied(group | guard) for group in final["param_groups"]]
+            final["param_groups"] = [copied(group) for group in final["param_groups"]]
 
         detaching = self.register_state_dict_post_hook(detach, prepend=True)  # before the user's own
         try:

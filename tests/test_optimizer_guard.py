@@ -101,7 +101,8 @@ def test_gradients_of_the_wrong_sign_are_got_over(first):
 @pytest.mark.parametrize("n_steps", [150, 237, 400, 700])
 def test_the_start_is_held_where_no_one_descends(n_steps):
     model = Bowl()
-    losses = run(model, guarded(model, SGDUpdate(0.3)), range(n_steps), lambda step: -1.0)
+    optimizer = guarded(model, SGDUpdate(0.3), total_steps=n_steps)
+    losses = run(model, optimizer, range(n_steps), lambda step: -1.0)
     assert last(losses) <= 1.05 * losses[0]
 
 
@@ -164,7 +165,7 @@ def test_the_stay_doubles_with_each_failure():
     watch, stays, began = Watch(), [], None
     for step in range(4000):
         was = watch.is_fallback
-        watch.observe(1.0 if was else 5.0 + step % 2 if step else 1.0, Guard(min_progress=None), math.inf)
+        watch.observe(1.0 if was or step == 0 else 50.0, Guard(min_progress=None), math.inf)
         if watch.is_fallback and not was:
             began = step
         elif was and not watch.is_fallback:
@@ -293,8 +294,7 @@ def test_a_resumed_run_continues_bit_for_bit(rule, at, way):
     assert optimizer.guard_status.n_handovers > 0
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("at", [10, 60])
+@pytest.mark.parametrize(("at", "flatten"), [(1, False), (60, False), (1, True)])
 def test_distributed_checkpoints_carry_the_guard(at, flatten):
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     model = Bowl()
@@ -306,6 +306,16 @@ def test_distributed_checkpoints_carry_the_guard(at, flatten):
     set_optimizer_state_dict(other, resumed, held, options=options)
     assert resumed.guard_status == optimizer.guard_status
     assert run(model, optimizer, range(at, 150)) == run(other, resumed, range(at, 150))
+    assert_same(model, other)
+
+
+def test_flat_checkpoints_of_a_fallback_are_refused_not_misread():
+    """They hold the fields that the state has before it is loaded: those of the rule."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, optimizer = in_fallback()
+    held = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    with pytest.raises(ValueError, match="should have a state of"):
+        set_optimizer_state_dict(model, guarded(model, EXPLODES), held, options=options)
 
 
 def in_fallback():
@@ -345,7 +355,7 @@ def test_a_state_without_a_guard_begins_a_watch():
     resumed.load_state_dict(saved(plain))
     assert resumed.guard_status == ("rule", 0, 0, 0)
     run(model, resumed, range(3))
-    assert "guard" not in resumed.param_groups[0]
+    assert resumed.guard_status.n_restored == 1
 
 
 def test_the_snapshot_is_one_copy_of_the_parameters_and_the_fallback_has_no_state_beside():
@@ -527,7 +537,7 @@ def test_several_groups_of_several_dtypes_are_restored_together():
     weights = [torch.nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
     empty = torch.nn.Parameter(torch.ones(0))
     optimizer = LearnedOptimizer(
-        [{"params": [weights[0], empty]}, {"params": weights[1:], "lr": 0.5}], EXPLODES, guard=True
+        [{"params": [weights[0], empty]}, {"params": weights[1:], "lr": 0.5}], EXPLODES, guard=Guard(AdamUpdate(0.1))
     )
     for step in range(3):
         optimizer.zero_grad()
@@ -553,9 +563,10 @@ def test_a_native_rule_hands_over_to_an_eager_fallback():
         pytest.skip(f"no native step: {odeopt.native_status()}")
     model = Bowl()
     rule = odeopt.load_pretrained("port-hamiltonian")
-    optimizer = guarded(model, rule, lr=1e4, implementation="native")
-    losses = run(model, optimizer, range(100))
+    optimizer = guarded(model, rule, implementation="native")
+    losses = run(model, optimizer, range(40), lambda step: -1.0)
     assert optimizer.guard_status.stepping == "fallback"
+    losses = run(model, optimizer, range(40, 80))
     assert losses[-1] < losses[0]
 
 

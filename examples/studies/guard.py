@@ -20,7 +20,7 @@ import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
 from odeopt.report import draw_table, new_figure, save_figure, style
-from odeopt.tasks import MLPClassification, NoisyQuadratic, Task, load_dataset
+from odeopt.tasks import MLPClassification, NoisyQuadratic, Task
 
 SPECTRAL, QUADRATIC = "port-hamiltonian-spectral", "port-hamiltonian-quadratic"
 _LAST = 0.05  # of the losses, whose mean judges a run
@@ -64,7 +64,7 @@ def random_lstm(seed: int) -> odeopt.UpdateRule:
 
 ADVERSARIAL = {
     f"{title}, {surface}": Case(surface, **options)
-    for surface in ("quadratic", "digits")
+    for surface in ("quadratic", "network")
     for title, options in {
         "wrong sign for a tenth of the run": {"rule": shipped(SPECTRAL), "is_flipped": lambda t: 0.2 <= t < 0.3},
         "wrong sign throughout": {"rule": shipped(SPECTRAL), "is_flipped": lambda t: True},
@@ -81,8 +81,8 @@ ADVERSARIAL = {
 BENIGN = {
     f"{name}, {surface}": Case(surface, shipped(name))
     for name in (SPECTRAL, "port-hamiltonian", "port-hamiltonian-mnist", QUADRATIC)
-    for surface in ("quadratic", "digits")
-    if (name, surface) != (QUADRATIC, "digits")
+    for surface in ("quadratic", "network")
+    if (name, surface) != (QUADRATIC, "network")
 }
 
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     surfaces = {
         "quadratic": NoisyQuadratic(10),
-        "digits": MLPClassification(load_dataset("digits"), [20], batch_size=64, activation="relu"),
+        "network": MLPClassification(arguments.dataset(args), [20], batch_size=64, activation="relu"),
     }
     content: dict[str, Any] = {"steps": args.steps, "runs": args.runs, "lr": args.lr, "cases": {}}
     curves = {}
@@ -116,19 +116,25 @@ def three_ways(case: Case, task: Task, seed: int, args: argparse.Namespace) -> t
         ("guarded", case.rule(seed), case.lr, odeopt.Guard(fallback)),
     ):
         index = torch.tensor([seed])
-        params = {key: torch.nn.Parameter(value[0]) for key, value in task.init_params(index, 0).items()}
+        params = start(task, index)
         options = {"lr": lr, "total_steps": args.steps, "guard": guard}
         optimizer = odeopt.LearnedOptimizer(list(params.values()), rule, **options)
         losses[name] = train(case, task, params, optimizer, index, args.steps)
         status = optimizer.guard_status
+    losses["start"] = train(case, task, start(task, index), torch.optim.SGD([torch.zeros(1)]), index, args.steps)
     return losses, status
+
+
+def start(task: Task, index: Tensor) -> dict[str, torch.nn.Parameter]:
+    """Initial parameters of a run."""
+    return {key: torch.nn.Parameter(value[0]) for key, value in task.init_params(index, 0).items()}
 
 
 def train(
     case: Case,
     task: Task,
     params: Mapping[str, Tensor],
-    optimizer: odeopt.LearnedOptimizer,
+    optimizer: torch.optim.Optimizer,
     index: Tensor,
     n_steps: int,
 ) -> Tensor:
@@ -143,7 +149,8 @@ def train(
         if case.is_flipped(step / n_steps):
             for param in params.values():
                 param.grad.neg_()
-        optimizer.report(loss)
+        if isinstance(optimizer, odeopt.LearnedOptimizer):
+            optimizer.report(loss)
         optimizer.step()
     return losses
 
@@ -163,7 +170,6 @@ def summary(runs: list[tuple[dict[str, Tensor], Any]]) -> dict[str, Any]:
     last = {name: [losses[name][-n:].mean().nan_to_num(torch.inf).item() for losses, _ in runs] for name in runs[0][0]}
     return {
         "final": last,
-        "start": [losses["fallback"][:1].mean().item() for losses, _ in runs],
         "equal": all(torch.equal(losses["rule"], losses["guarded"]) for losses, _ in runs),
         "handovers": [status.n_handovers for _, status in runs],
         "fallback_steps": [status.n_fallback_steps for _, status in runs],
@@ -177,7 +183,7 @@ def table(content: Mapping[str, Any], *, markdown: bool) -> str:
         final = case["final"]
         ratio = max(g / f for g, f in zip(final["guarded"], final["fallback"], strict=True))
         means = [f"{sum(final[key]) / len(final[key]):.3g}" for key in ("rule", "fallback", "guarded")]
-        to_start = max(g / s for g, s in zip(final["guarded"], case["start"], strict=True))
+        to_start = max(g / s for g, s in zip(final["guarded"], final["start"], strict=True))
         share = sum(case["fallback_steps"]) / content["steps"] / content["runs"]
         same = "yes" if case["equal"] else "no"
         rows.append([name, *means, f"{ratio:.2f}", f"{to_start:.3f}", same, f"{100 * share:.0f} %"])
@@ -191,7 +197,8 @@ def plot(curves: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
     with style():
         figure, panels = new_figure(9.0, 2.8, n_columns=len(shown))
         for axes, (name, losses) in zip(panels if len(shown) > 1 else [panels], shown, strict=True):
-            for label, values in losses.items():
+            for label in ("rule", "fallback", "guarded"):
+                values = losses[label]
                 axes.plot(values.clamp(max=1e3 * values[0]), label=label, linewidth=1)
             axes.set(yscale="log", title=name, xlabel="step")
         axes.legend(fontsize=7)
@@ -202,7 +209,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = arguments.parser(
         __doc__,
-        "markdown",
+        "dataset data_dir markdown",
         runs={"default": 3, "help": "runs of each case"},
         out={"default": "runs/guard"},
     )

@@ -180,7 +180,13 @@ class Watch:
     @property
     def _scale(self) -> float:
         """Progress of the run, to which rises are compared."""
-        return max(self.start - self.best, abs(self.start) / 2)
+        scale = max(self.start - self.best, abs(self.start) / 2)
+        return min(scale, abs(self.best)) if self._is_suspect else scale
+
+    @property
+    def _is_suspect(self) -> bool:
+        """Whether the rule steps and has failed before: it may give back little of what there is."""
+        return bool(self.n_handovers and not self.is_fallback)
 
     def _ceiling(self) -> float:
         """Loss above which nothing is waited for."""
@@ -188,7 +194,7 @@ class Watch:
             return math.inf
         if math.isnan(self.noise):  # one loss is known: it may have been a lucky one
             return self.start + 9 * abs(self.start)
-        return self.best + 3 * self._scale + 10 * math.sqrt(self.noise)
+        return self.best + (0.5 if self._is_suspect else 3) * self._scale + 10 * math.sqrt(self.noise)
 
     def _close(self, options: Guard, steps_left: float) -> Decision:
         """Judge the window that ends with this loss."""
@@ -196,10 +202,7 @@ class Watch:
         noise = variance if math.isnan(self.noise) else self.noise
         # of the difference to the best: a mean as well, or a single loss
         error = math.sqrt(noise * (1 / self.n + (1 / self.n if self.n_windows else 1)))
-        best, scale = self.best, self._scale
-        if self.n_handovers and not self.is_fallback:  # a rule that has failed may not give back much of what there is
-            scale = min(scale, abs(best))
-        scale *= options.tolerance
+        best, scale = self.best, options.tolerance * self._scale
         persistent = best + scale / 2 + _PERSISTENTLY_HIGH * error
         limit = best + scale + _HIGH * error
         self.n_high = self.n_high + 1 if mean > persistent else 0.0
