@@ -113,7 +113,7 @@ def test_a_hopeless_rule_takes_a_logarithmic_number_of_steps():
         run(model, optimizer, range(n_steps))
         return n_steps - optimizer.guard_status.n_fallback_steps
 
-    few, many = tried(500), tried(2000)
+    few, many = tried(300), tried(1200)
     assert few < many < 2 * few
 
 
@@ -196,8 +196,8 @@ def quadratic(task, seed):
 
 
 BENIGN = {
-    "quadratic": (lambda: RandomQuadratic(10), 600, ["port-hamiltonian-spectral", "port-hamiltonian-quadratic"]),
-    "noisy": (lambda: NoisyQuadratic(10), 600, ["port-hamiltonian-spectral", "lstm-quadratic", "hamiltonian-mnist"]),
+    "quadratic": (lambda: RandomQuadratic(10), 300, ["port-hamiltonian-spectral", "port-hamiltonian-quadratic"]),
+    "noisy": (lambda: NoisyQuadratic(10), 300, ["port-hamiltonian-spectral", "lstm-quadratic", "hamiltonian-mnist"]),
     "digits": (
         lambda: MLPClassification(load_dataset("digits"), [10], batch_size=32),
         160,
@@ -228,14 +228,23 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("size", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("size", [0.0, 0.01, 0.5])
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_on_a_plateau_is_no_failure(name, size, seed):
     torch.manual_seed(seed)
-    trend = 1.0 + 4.0 * torch.exp(-torch.arange(5000, dtype=torch.float64) / 30)
-    watch, decisions = watched((trend + size * DRAWS[name](5000)).tolist())
+    trend = 1.0 + 4.0 * torch.exp(-torch.arange(20000, dtype=torch.float64) / 30)
+    watch, decisions = watched((trend + size * DRAWS[name](20000)).tolist())
     assert not any(decision.begins_anew for decision in decisions)
     assert watch.is_fallback == 0
+
+
+def test_one_outlier_is_no_failure_but_two_in_a_row_are():
+    losses = [1.0 + math.exp(-step / 30) for step in range(300)]
+    for step in (3, 50, 150, 151, 250):
+        spiked = losses[:step] + [1e6] + losses[step:]
+        assert not any(decision.begins_anew for decision in watched(spiked)[1])
+        spiked = losses[:step] + [1e6, 1e6] + losses[step:]
+        assert watched(spiked)[1][step + 1].restores
 
 
 @pytest.mark.parametrize("size", [0.0, 0.01, 0.3])
@@ -273,22 +282,22 @@ def saved(optimizer):
 
 
 @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
-@pytest.mark.parametrize("at", [0, 1, 30, 41, 77, 131, 190])  # rule, fallback, probation, within windows and at ends
+@pytest.mark.parametrize("at", [41, 90, 125])  # a rule, a fallback, on probation or on trial, in the middle of a window
 @over_failing
 def test_a_resumed_run_continues_bit_for_bit(rule, at, way):
     model = Bowl()
-    optimizer = guarded(model, rule, total_steps=260)
+    optimizer = guarded(model, rule, total_steps=150)
     run(model, optimizer, range(at))
     if way == "state_dict":
         other = copy.deepcopy(model)
-        resumed = guarded(other, rule, total_steps=260)
+        resumed = guarded(other, rule, total_steps=150)
         resumed.load_state_dict(saved(optimizer))
     elif way == "pickle":
         other, resumed = pickle.loads(pickle.dumps((model, optimizer)))
     else:
         other, resumed = copy.deepcopy((model, optimizer))
     assert resumed.guard_status == optimizer.guard_status
-    assert run(model, optimizer, range(at, 260)) == run(other, resumed, range(at, 260))
+    assert run(model, optimizer, range(at, 150)) == run(other, resumed, range(at, 150))
     assert_same(model, other)
     assert resumed.guard_status == optimizer.guard_status
     assert optimizer.guard_status.n_handovers > 0
@@ -355,6 +364,7 @@ def test_a_state_without_a_guard_begins_a_watch():
     resumed.load_state_dict(saved(plain))
     assert resumed.guard_status == ("rule", 0, 0, 0)
     run(model, resumed, range(3))
+    assert resumed.guard_status.stepping == "fallback"
     assert resumed.guard_status.n_restored == 1
 
 
@@ -539,13 +549,13 @@ def test_several_groups_of_several_dtypes_are_restored_together():
     optimizer = LearnedOptimizer(
         [{"params": [weights[0], empty]}, {"params": weights[1:], "lr": 0.5}], EXPLODES, guard=Guard(AdamUpdate(0.1))
     )
-    for step in range(3):
+    for step in range(4):
         optimizer.zero_grad()
         loss = sum(w.float().square().sum() for w in [*weights, empty])
         loss.backward()
         optimizer.report(loss)
         optimizer.step()
-        if step == 1:  # the first step exploded, the second returned
+        if step == 2:  # the first steps exploded, the third returned
             assert all(torch.equal(w, torch.ones_like(w)) for w in weights)
     assert all(torch.all(w < 1) for w in weights)
 
@@ -553,7 +563,7 @@ def test_several_groups_of_several_dtypes_are_restored_together():
 def test_averages_begin_anew_with_the_parameters_that_are_restored():
     model = Bowl()
     optimizer = guarded(model, EXPLODES, averaging=2)
-    run(model, optimizer, range(2))
+    run(model, optimizer, range(3))
     optimizer.eval()
     assert all(torch.equal(w, torch.ones_like(w)) for w in model.weights)
 

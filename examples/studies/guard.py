@@ -210,10 +210,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(
         __doc__,
         "dataset data_dir markdown",
-        runs={"default": 3, "help": "runs of each case"},
+        runs={"default": 2, "help": "runs of each case"},
         out={"default": "runs/guard"},
     )
-    parser.add_argument("--steps", type=arguments.positive, default=1000, help="of a run")
+    parser.add_argument("--steps", type=arguments.positive, default=800, help="of a run")
     parser.add_argument("--lr", type=float, default=0.01, help="of the fallback, Adam")
     parser.add_argument("--only", help="cases whose name holds this")
     return parser.parse_args(argv)

@@ -22,6 +22,7 @@ SAVED_GUARD, _PEAK_LR = "guard", "guard_lr"  # names in the groups of parameters
 # Standard errors by which a mean should stand out. Each window is a test of its own, and runs have thousands.
 _HIGH, _PERSISTENTLY_HIGH, _LEVEL = 4.0, 3.0, 2.0
 _N_PERSISTENT = 3  # windows in a row
+_N_BEST = 32  # windows that count towards the best level
 _PROBATION = 2  # windows of a rule that steps again, and of a fallback on trial: the first ones begin without momentum
 
 
@@ -31,12 +32,12 @@ class Guard:
 
     The means of windows of losses are compared with the best one so far, in units of the noise of the losses within a
     window, :math:`\sigma^2 = \tfrac12 \langle (f_{t+1} - f_t)^2 \rangle`, which a trend does not raise. The rule fails
-    where a loss is not finite or far above all before it; where the mean of a window, or less of three in a row, has
+    where a loss is not finite, or two in a row are far above all before them; where the mean of a window, or less of three in a row, has
     risen; and where the loss falls slowly, without having levelled off, and the fallback, tried for two windows, makes
     it fall faster. The parameters then return to the last good ones, and the fallback, with a fresh state, takes over
     for ``patience`` windows. The rule comes back on probation; each further failure doubles the stay of the fallback,
     so that tries of a hopeless rule take a logarithmic number of windows. A fallback that fails itself returns to the
-    last good parameters with half its learning rate, which grows again while the loss falls.
+    last good parameters with a quarter of its learning rate, which grows again while the loss falls.
 
     A loss that has levelled off is no failure: a plateau above what the fallback would reach is not noticed once the
     rule has halved the loss. No further gradients are taken, unlike in the reference, where rule and fallback run
@@ -123,14 +124,15 @@ class Watch:
 
     start: float = math.nan  # of the run: the first loss, or the mean of the first window if that is higher
     kept: float = math.nan  # mean of the window at whose end the parameters were kept
-    best: float = math.nan  # lowest mean of a window, or the first loss
+    best: float = math.nan  # first loss, or mean of the lowest windows that noise does not tell apart, and their number
+    n_best: float = 0.0
     noise: float = math.nan  # variance of a loss
     is_new: float = 1.0  # whether the next loss is the first at parameters that were kept
     n: float = 0.0  # losses in the window, their sum, that of squared differences, and the last one
     total: float = 0.0
     squares: float = 0.0
     last: float = 0.0
-    n_windows: float = 0.0  # of which the best is known
+    n_spikes: float = 0.0  # losses in a row that are far above all others, one at most
     n_high: float = 0.0  # windows in a row above the level that may not persist
     previous: float = math.nan  # mean of the window before
     level: float = math.nan  # mean at the last look at progress, or at the last change of the factor
@@ -162,8 +164,12 @@ class Watch:
             decision = Decision(snapshots=True)
         else:
             decision = Decision()
-        if not math.isfinite(loss) or loss > self._ceiling():
+        is_spike = loss > self._ceiling()
+        if not math.isfinite(loss) or (is_spike and self.n_spikes):
             return self._fail(options)
+        self.n_spikes = float(is_spike)
+        if is_spike:  # of a bad batch, unless another one follows
+            return decision
         if self.is_new:
             self._begin(loss, options)
         if self.n > 0:
@@ -174,8 +180,8 @@ class Watch:
     def _begin(self, loss: float, options: Guard) -> None:
         """Compare with the best mean still, unless the surface has risen since the parameters were kept."""
         self.is_new = 0.0
-        if self.n_windows and loss > self.best + options.tolerance * self._scale + _HIGH * math.sqrt(self.noise):
-            self.best, self.kept, self.n_windows = loss, loss, 0.0
+        if self.n_best and loss > self.best + options.tolerance * self._scale + _HIGH * math.sqrt(self.noise):
+            self.best, self.kept, self.n_best = loss, loss, 0.0
 
     @property
     def _scale(self) -> float:
@@ -189,7 +195,7 @@ class Watch:
         return bool(self.n_handovers and not self.is_fallback)
 
     def _ceiling(self) -> float:
-        """Loss above which nothing is waited for."""
+        """Loss above which the end of the window is not waited for."""
         if self.is_new:
             return math.inf
         if math.isnan(self.noise):  # one loss is known: it may have been a lucky one
@@ -201,7 +207,7 @@ class Watch:
         mean, variance = self.total / self.n, self.squares / (self.n - 1)
         noise = variance if math.isnan(self.noise) else self.noise
         # of the difference to the best: a mean as well, or a single loss
-        error = math.sqrt(noise * (1 / self.n + (1 / self.n if self.n_windows else 1)))
+        error = math.sqrt(noise / self.n * (1 + (1 / self.n_best if self.n_best else self.n)))
         best, scale = self.best, options.tolerance * self._scale
         persistent = best + scale / 2 + _PERSISTENTLY_HIGH * error
         limit = best + scale + _HIGH * error
@@ -210,13 +216,14 @@ class Watch:
         if mean > (persistent if is_on_probation else limit) or self.n_high >= _N_PERSISTENT:
             return self._fail(options)
         self.noise = (noise + variance) / 2
-        if self.n_windows == 0:
-            self.best = mean
-            if self.n_restored == 0:
-                self.start = max(self.start, mean)
-        self.best = min(self.best, mean)
+        if self.n_best == 0 and self.n_restored == 0:
+            self.start = max(self.start, mean)
+        if self.n_best == 0 or mean < best - _LEVEL * error:
+            self.best, self.n_best = mean, 1.0
+        elif mean < best + _LEVEL * error:  # the mean, because the least of many means is a lucky one
+            self.n_best = min(self.n_best + 1, _N_BEST)
+            self.best += (mean - best) / self.n_best
         is_good = self._is_good(mean, error, limit, options)
-        self.n_windows += 1
         self.countdown -= 1
         judge = self._judge_fallback if self.is_fallback else self._judge_rule
         self._empty_window()
@@ -261,7 +268,7 @@ class Watch:
     def _judge_fallback(self, mean: float, error: float, options: Guard, steps_left: float) -> Decision:
         """End a trial, or a stay unless the run ends sooner than the next stay would."""
         if self.factor < 1 and not self.is_tried and mean < self.level - _LEVEL * error:
-            self.factor, self.level = 2 * self.factor, mean
+            self.factor, self.level = 4 * self.factor, mean
         if self.countdown > 0:
             return Decision()
         if self.is_tried:
@@ -286,12 +293,12 @@ class Watch:
             self.interval *= 2
             self._hand_back(self.level, restores=True)
         else:
-            self.factor, self.level = self.factor / 2, self.kept
+            self.factor, self.level = self.factor / 4, self.kept
         return self._restore()
 
     def _restore(self) -> Decision:
         self._empty_window()
-        self.is_new, self.n_high = 1.0, 0.0
+        self.is_new, self.n_high, self.n_spikes = 1.0, 0.0, 0.0
         return Decision(restores=True, begins_anew=True)
 
     def _hand_over(self) -> Decision:
