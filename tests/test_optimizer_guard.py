@@ -109,12 +109,13 @@ def test_the_start_is_held_where_no_one_descends(n_steps):
 def test_a_hopeless_rule_takes_a_logarithmic_number_of_steps():
     def tried(n_steps):
         model = Bowl()
-        optimizer = guarded(model, CLIMBS)
+        optimizer = guarded(model, EXPLODES)
         run(model, optimizer, range(n_steps))
         return n_steps - optimizer.guard_status.n_fallback_steps
 
-    few, many = tried(300), tried(1200)
-    assert few < many < 2 * few
+    few, many, most = map(tried, (150, 450, 1350))
+    assert few < many < most < 30
+    assert most - many <= 2 * (many - few)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -222,7 +223,7 @@ def test_shipped_rules_on_benign_tasks_step_as_without_a_guard(task, rule):
 
 DRAWS = {
     "normal": lambda n: torch.randn(n, dtype=torch.float64),
-    "heavy-tailed": lambda n: torch.randn(n, dtype=torch.float64).exp() - math.exp(0.5),
+    "heavy-tailed": lambda n: (torch.randn(n, dtype=torch.float64).exp() - math.exp(0.5)) / 2.16,
     "two values": lambda n: torch.randint(2, (n,)).double() - 0.5,
 }
 
@@ -241,9 +242,9 @@ def test_noise_on_a_plateau_is_no_failure(name, size, seed):
 def test_one_outlier_is_no_failure_but_two_in_a_row_are():
     losses = [1.0 + math.exp(-step / 30) for step in range(300)]
     for step in (3, 50, 150, 151, 250):
-        spiked = losses[:step] + [1e6] + losses[step:]
+        spiked = [*losses[:step], 1e6, *losses[step:]]
         assert not any(decision.begins_anew for decision in watched(spiked)[1])
-        spiked = losses[:step] + [1e6, 1e6] + losses[step:]
+        spiked = [*losses[:step], 1e6, 1e6, *losses[step:]]
         assert watched(spiked)[1][step + 1].restores
 
 
@@ -319,12 +320,13 @@ def test_distributed_checkpoints_carry_the_guard(at, flatten):
 
 
 def test_flat_checkpoints_of_a_fallback_are_refused_not_misread():
-    """They hold the fields that the state has before it is loaded: those of the rule."""
+    """They are read by the names that the state has before: those of the rule."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     model, optimizer = in_fallback()
     held = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    with pytest.raises(ValueError, match="should have a state of"):
-        set_optimizer_state_dict(model, guarded(model, EXPLODES), held, options=options)
+    other = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="should have a state of .*exp_avg"):
+        set_optimizer_state_dict(other, guarded(other, EXPLODES), held, options=options)
 
 
 def in_fallback():

@@ -30,14 +30,15 @@ _PROBATION = 2  # windows of a rule that steps again, and of a fallback on trial
 class Guard:
     r"""Hands over to a fallback where a rule fails, decided from the losses of the run alone.
 
-    The means of windows of losses are compared with the best one so far, in units of the noise of the losses within a
-    window, :math:`\sigma^2 = \tfrac12 \langle (f_{t+1} - f_t)^2 \rangle`, which a trend does not raise. The rule fails
-    where a loss is not finite, or two in a row are far above all before them; where the mean of a window, or less of three in a row, has
-    risen; and where the loss falls slowly, without having levelled off, and the fallback, tried for two windows, makes
-    it fall faster. The parameters then return to the last good ones, and the fallback, with a fresh state, takes over
-    for ``patience`` windows. The rule comes back on probation; each further failure doubles the stay of the fallback,
-    so that tries of a hopeless rule take a logarithmic number of windows. A fallback that fails itself returns to the
-    last good parameters with a quarter of its learning rate, which grows again while the loss falls.
+    The means of windows of losses are compared with the best level so far, in units of the noise of the losses within
+    a window, :math:`\sigma^2 = \tfrac12 \langle (f_{t+1} - f_t)^2 \rangle`, which a trend does not raise. The rule
+    fails where a loss is not finite, or two in a row are far above all before them; where the mean of a window, or
+    less of three in a row, has risen; and where the loss falls slowly, without having levelled off, and the fallback,
+    tried for two windows, makes it fall faster. The parameters then return to the last good ones, and the fallback,
+    with a fresh state, takes over for ``patience`` windows. The rule comes back on probation; each further failure
+    doubles the stay of the fallback, so that tries of a hopeless rule take a logarithmic number of windows, and none
+    begins that the run, if ``total_steps`` says how long it is, would not outlast. A fallback that fails itself returns
+    to the last good parameters with a quarter of its learning rate, which grows again while the loss falls.
 
     A loss that has levelled off is no failure: a plateau above what the fallback would reach is not noticed once the
     rule has halved the loss. No further gradients are taken, unlike in the reference, where rule and fallback run
@@ -187,7 +188,9 @@ class Watch:
     def _scale(self) -> float:
         """Progress of the run, to which rises are compared."""
         scale = max(self.start - self.best, abs(self.start) / 2)
-        return min(scale, abs(self.best)) if self._is_suspect else scale
+        if self._is_suspect:
+            return min(scale, abs(self.best))
+        return self.factor * scale if self.is_fallback else scale  # smaller steps may do less harm, too
 
     @property
     def _is_suspect(self) -> bool:
@@ -215,7 +218,7 @@ class Watch:
         is_on_probation = self.is_tried and not self.is_fallback
         if mean > (persistent if is_on_probation else limit) or self.n_high >= _N_PERSISTENT:
             return self._fail(options)
-        self.noise = (noise + variance) / 2
+        self.noise = noise + (variance - noise) / 4
         if self.n_best == 0 and self.n_restored == 0:
             self.start = max(self.start, mean)
         if self.n_best == 0 or mean < best - _LEVEL * error:
