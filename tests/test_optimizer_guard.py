@@ -325,7 +325,7 @@ def test_flat_checkpoints_of_a_fallback_are_refused_not_misread():
     model, optimizer = in_fallback()
     held = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     other = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="should have a state of .*exp_avg"):
+    with pytest.raises(ValueError, match=r"should have a state of .*exp_avg"):
         set_optimizer_state_dict(other, guarded(other, EXPLODES), held, options=options)
 
 

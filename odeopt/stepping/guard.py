@@ -19,8 +19,9 @@ from odeopt.stepping.copies import frozen_copy
 
 _SNAPSHOT = "guard_snapshot"  # name in the state of a parameter
 SAVED_GUARD, _PEAK_LR = "guard", "guard_lr"  # names in the groups of parameters: the first in saved ones only
-# Standard errors by which a mean should stand out. Each window is a test of its own, and runs have thousands.
-_HIGH, _PERSISTENTLY_HIGH, _LEVEL = 4.0, 3.0, 2.0
+# Standard errors by which a mean should stand out. Each window is a test of its own, runs have thousands, and the mean
+# of twenty losses has the heavy tail that they have.
+_HIGH, _PERSISTENTLY_HIGH, _LEVEL = 8.0, 3.0, 2.0
 _N_PERSISTENT = 3  # windows in a row
 _N_BEST = 32  # windows that count towards the best level
 _PROBATION = 2  # windows of a rule that steps again, and of a fallback on trial: the first ones begin without momentum
@@ -215,8 +216,8 @@ class Watch:
         persistent = best + scale / 2 + _PERSISTENTLY_HIGH * error
         limit = best + scale + _HIGH * error
         self.n_high = self.n_high + 1 if mean > persistent else 0.0
-        is_on_probation = self.is_tried and not self.is_fallback
-        if mean > (persistent if is_on_probation else limit) or self.n_high >= _N_PERSISTENT:
+        has_failed = self._is_suspect or self.factor < 1
+        if mean > (persistent if has_failed else limit) or self.n_high >= _N_PERSISTENT:
             return self._fail(options)
         self.noise = noise + (variance - noise) / 4
         if self.n_best == 0 and self.n_restored == 0:
