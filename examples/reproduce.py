@@ -47,6 +47,7 @@ STAGES = (
     ("coordinate_check", 2, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
     ("depth", 6, "studies/depth.py --out {out}", "--dataset digits --depths 0 2 --rates 1 2 --steps 20"),
     ("diagnostics", 1, "diagnostics.py --out {out}", "--dataset digits --steps 30"),
+    ("guard", 4, "studies/guard.py --out {out}", "--dataset digits --runs 1 --steps 40"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

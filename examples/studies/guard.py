@@ -7,29 +7,28 @@ Tasks on which rules fail, and tasks on which they do not, are run by the rule a
 from __future__ import annotations
 
 import argparse
+import cmath
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from guard_figure import plot
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
-from odeopt.report import draw_table, new_figure, save_figure, style
+from odeopt.report import draw_table
 from odeopt.tasks import MLPClassification, NoisyQuadratic, Task
 
 SPECTRAL, QUADRATIC = "port-hamiltonian-spectral", "port-hamiltonian-quadratic"
-SHOWN = "wrong sign for a tenth of the run, network", "random weights, network", "rotated by half a turn"
+LR = 0.01  # of the fallback
 PH, LSTM = {"kind": odeopt.PortHamiltonianUpdate}, {"kind": odeopt.LSTMUpdate, "preprocess": True}
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A surface, a rule by name or of random weights, and functions of the share of the run that is done."""
 
     surface: str
@@ -37,7 +36,6 @@ class Case:
     lr: float = 1.0
     is_flipped: Callable[[float], bool] = lambda done: False
     angle: Callable[[float], float] = lambda done: 0.0
-    is_benign: bool = False
 
 
 CASES = {
@@ -52,26 +50,27 @@ CASES = {
         "random weights, tiny steps": {"rule": PH, "lr": 1e-5},
         "rule of quadratics, times 100": {"rule": QUADRATIC, "lr": 100.0},
     }.items()
+} | {
+    "rotated by half a turn": Case("quadratic", angle=lambda done: math.pi * done),
+    "rotated back and forth": Case("quadratic", QUADRATIC, angle=lambda done: math.sin(12 * done)),
 }
-CASES["rotated by half a turn"] = Case("quadratic", angle=lambda done: math.pi * done)
-CASES["rotated back and forth"] = Case("quadratic", QUADRATIC, angle=lambda done: math.sin(12 * done))
 for name in (SPECTRAL, "port-hamiltonian", "port-hamiltonian-mnist", QUADRATIC):
     for surface in ("quadratic", "network")[: 1 if name == QUADRATIC else 2]:
-        CASES[f"{name}, {surface}"] = Case(surface, name, is_benign=True)
+        CASES[f"{name}, {surface}"] = Case(surface, name)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run all cases three ways, print a table and draw the figure."""
     args = parse(argv)
-    network = MLPClassification(arguments.dataset(args), [20], batch_size=64, activation="relu")
-    surfaces, content, curves = {"quadratic": NoisyQuadratic(10), "network": network}, {"cases": {}}, {}
+    network = MLPClassification(arguments.dataset(args), [20], batch_size=64, activation="relu", device=args.device)
+    surfaces = {"quadratic": NoisyQuadratic(10, device=args.device), "network": network}
+    content, curves = {"steps": args.steps, "runs": args.runs, "lr": LR, "cases": {}}, {}
     for name, case in tqdm(CASES.items(), unit="case"):
         runs = [run(case, surfaces[case.surface], seed, args) for seed in range(args.runs)]
         curves[name] = runs[0][0]
-        content["cases"][name] = summary(case, runs)
-    print(table(content, markdown=args.markdown))
-    write_json(args.out / "guard.json", content | {"steps": args.steps, "runs": args.runs, "lr": args.lr})
-    print(f"Figure: {plot(curves, args.out / 'guard.png')}")
+        content["cases"][name] = summary(runs)
+    write_json(args.out / "guard.json", content)
+    print(table(content, markdown=args.markdown), f"Figure: {plot(curves, args.out / 'guard.png')}", sep="\n")
 
 
 def rule_of(case: Case, seed: int) -> odeopt.UpdateRule | str:
@@ -79,8 +78,7 @@ def rule_of(case: Case, seed: int) -> odeopt.UpdateRule | str:
     if isinstance(case.rule, str):
         return case.rule
     torch.manual_seed(seed)
-    options = dict(case.rule)
-    rule = options.pop("kind")(**options)
+    rule = case.rule["kind"](**{key: value for key, value in case.rule.items() if key != "kind"})
     for weight in rule.parameters():
         weight.data = 0.5 * torch.randn_like(weight)
     return rule
@@ -88,15 +86,15 @@ def rule_of(case: Case, seed: int) -> odeopt.UpdateRule | str:
 
 def run(case: Case, task: Task, seed: int, args: argparse.Namespace) -> tuple[dict[str, Tensor], Any]:
     """Losses of the rule alone, of the fallback alone, under the guard and at the start; the account of the guard."""
-    fallback, rule = odeopt.AdamUpdate(args.lr), rule_of(case, seed)
+    fallback, rule = odeopt.AdamUpdate(LR), rule_of(case, seed)
     ways = {"rule": (rule, case.lr, None), "fallback": (fallback, 1.0, None), "start": (fallback, 0.0, None)}
     ways["guarded"] = rule, case.lr, odeopt.Guard(fallback)
-    losses, index = {}, torch.tensor([seed])
+    losses, index, n_last = {}, torch.tensor([seed], device=args.device), max(1, args.steps // 20)
     for name, (rule, lr, guard) in ways.items():
         params = {key: torch.nn.Parameter(value[0]) for key, value in task.init_params(index, 0).items()}
         optimizer = odeopt.LearnedOptimizer(params.values(), rule, lr=lr, total_steps=args.steps, guard=guard)
         losses[name] = torch.zeros(args.steps, dtype=torch.float64)
-        for step in range(0 if name != "start" else args.steps - n_last(args.steps), args.steps):
+        for step in range(0 if name != "start" else args.steps - n_last, args.steps):
             done = step / args.steps
             turned = {key: rotated(value, case.angle(done))[None] for key, value in params.items()}
             loss = task.loss(turned, task.sample_batch(index, step, 0)).sum()
@@ -108,25 +106,17 @@ def run(case: Case, task: Task, seed: int, args: argparse.Namespace) -> tuple[di
     return losses, optimizer.guard_status
 
 
-def n_last(n_steps: int) -> int:
-    """Number of losses that judge a run."""
-    return max(1, n_steps // 20)
-
-
 def rotated(x: Tensor, angle: float) -> Tensor:
     """Turn pairs of coordinates of a vector by an angle."""
-    if angle == 0:
-        return x
-    turned = torch.view_as_complex(x.view(-1, 2)) * complex(math.cos(angle), math.sin(angle))
-    return torch.view_as_real(turned).flatten()
+    return torch.view_as_real(torch.view_as_complex(x.view(-1, 2)) * cmath.rect(1, angle)).flatten() if angle else x
 
 
-def summary(case: Case, runs: list[tuple[dict[str, Tensor], Any]]) -> dict[str, Any]:
+def summary(runs: list[tuple[dict[str, Tensor], Any]]) -> dict[str, Any]:
     """Final losses by contender and run, and what the guard did."""
-    n = n_last(len(runs[0][0]["rule"]))
+    n = max(1, len(runs[0][0]["rule"]) // 20)
     last = {key: [losses[key][-n:].mean().nan_to_num(math.inf).item() for losses, _ in runs] for key in runs[0][0]}
-    equal = all(torch.equal(losses["rule"], losses["guarded"]) for losses, _ in runs)
-    return {"final": last, "benign": case.is_benign, "equal": equal, "status": [status for _, status in runs]}
+    is_equal = [torch.equal(losses["rule"], losses["guarded"]) for losses, _ in runs]
+    return {"final": last, "equal": all(is_equal), "status": [status for _, status in runs]}
 
 
 def table(content: Mapping[str, Any], *, markdown: bool) -> str:
@@ -138,30 +128,15 @@ def table(content: Mapping[str, Any], *, markdown: bool) -> str:
         worst = [max(map(lambda g, o: g / o, final["guarded"], final[key])) for key in ("fallback", "start")]
         handovers = ", ".join(str(status[1]) for status in case["status"])
         rows.append([name, *means, *(f"{x:.2f}" for x in worst), handovers, "yes" if case["equal"] else "no"])
-    titles = ["rule", "fallback", "guarded", "to fallback", "to start", "hand-overs", "as without"]
-    return draw_table([(title, "") for title in ("task", *titles)], rows, markdown=markdown)
-
-
-def plot(curves: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
-    """Draw the losses of the first run of some cases."""
-    with style():
-        figure, panels = new_figure(9.0, 2.8, n_columns=len(SHOWN))
-        for axes, name in zip(panels, SHOWN, strict=True):
-            for label in ("rule", "fallback", "guarded"):
-                values = curves[name][label]
-                axes.plot(values.clamp(max=1e3 * values[0]), label=label, linewidth=1)
-            axes.set(yscale="log", xlabel="step", title=name)
-        panels[0].set_ylabel("training loss")
-        panels[-1].legend(fontsize=7)
-        return save_figure(figure, path)
+    titles = "task", "rule", "fallback", "guarded", "to fallback", "to start", "hand-overs", "as without"
+    return draw_table([(title, "") for title in titles], rows, markdown=markdown)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    runs = {"default": 2, "help": "runs of each case"}
-    parser = arguments.parser(__doc__, "dataset data_dir markdown", runs=runs, out={"default": "runs/guard"})
+    runs, device, out = {"default": 2, "help": "runs of each case"}, {"default": "cpu"}, {"default": "runs/guard"}
+    parser = arguments.parser(__doc__, "dataset data_dir markdown", runs=runs, device=device, out=out)
     parser.add_argument("--steps", type=arguments.positive, default=600, help="of a run")
-    parser.add_argument("--lr", type=float, default=0.01, help="of the fallback, Adam")
     return parser.parse_args(argv)
 
 
