@@ -195,7 +195,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         require(is_guard, "guard", guard, "an instance of odeopt.Guard, True, False or None")
         require(not (guard and capturable), "guard", guard, "None where `capturable = True`: the host decides")
         self.rule = frozen_copy(rule)
-        self._sentry = Sentry(Guard() if guard is True else guard) if guard else None
+        guard = Guard() if guard is True else guard
+        self._sentry = Sentry(guard, digest(guard.fallback)) if guard else None
         self.compile, self.implementation = compile, implementation
         self.state_dtype, self.capturable, self.averaging = state_dtype, capturable, averaging
         self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odeopt.artifacts import digest
 from odeopt.checks import is_integer, is_number, require
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
@@ -324,10 +323,11 @@ class Sentry:
 
     Args:
         guard: The options; the fallback is copied.
+        digest: Number that tells the fallback from others.
     """
 
-    def __init__(self, guard: Guard) -> None:
-        self.options, self.rule, self.digest = guard, frozen_copy(guard.fallback), digest(guard.fallback)
+    def __init__(self, guard: Guard, digest: int) -> None:
+        self.options, self.rule, self.digest = guard, frozen_copy(guard.fallback), digest
         self.watch = Watch()
         self._reported: float | Tensor | None = None
         self._may_replace = False
