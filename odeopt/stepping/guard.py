@@ -64,8 +64,9 @@ class Guard:
         von Neumann (1941), Distribution of the ratio of the mean square successive difference to the variance.
 
     Example:
+        >>> from odeopt import LearnedOptimizer
         >>> weight = torch.nn.Parameter(torch.ones(3))
-        >>> optimizer = odeopt.LearnedOptimizer([weight], guard=odeopt.Guard(odeopt.AdamUpdate(0.01)))
+        >>> optimizer = LearnedOptimizer([weight], guard=Guard(AdamUpdate(0.01)))
         >>> loss = weight.square().sum()
         >>> loss.backward()
         >>> optimizer.report(loss)
