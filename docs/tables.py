@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / "examples" / "studies"))
 # of studies, which the package does not hold
 from coordinate_check import table as changes_of_outputs  # noqa: E402
 from depth import table as losses_over_rates  # noqa: E402
+from guard import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 
 FIGS = ROOT / "figs"
@@ -264,6 +265,11 @@ def depth() -> str:
     return losses_over_rates(read("depth"), markdown=True)
 
 
+def guard() -> str:
+    """Final losses of rules alone, of the fallback alone and under the guard."""
+    return guarded_losses(read("guard"), markdown=True)
+
+
 def tensor(values: Sequence[float | None]) -> torch.Tensor:
     """Losses in double precision; JSON has null for those that are not finite."""
     return torch.tensor([math.inf if value is None else value for value in values], dtype=torch.float64)
@@ -274,6 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coordinate_check": coordinate_check,
     "depth": depth,
     "generalisation": generalisation,
+    "guard": guard,
     "matrix": matrix,
     "meta_seeds": meta_seeds,
     "optimizers_view": optimizers_view,

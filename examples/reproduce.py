@@ -47,6 +47,7 @@ STAGES = (
     ("depth", 6, "studies/depth.py --out {out}", "--dataset digits --depths 0 2 --rates 1 2 --steps 20"),
     ("diagnostics", 1, "diagnostics.py --out {out}", "--dataset digits --steps 30"),
     ("rule", 1, "-m odeopt show port-hamiltonian-spectral --out {out}", ""),
+    ("guard", 4, "studies/guard.py --out {out}", "--dataset digits --runs 1 --steps 40"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

@@ -19,10 +19,12 @@ from odeopt.rules import (
     UpdateRule,
 )
 from odeopt.solvers import compare_solvers
+from odeopt.stepping.guard import Guard
 from odeopt.stepping.native import native_status
 
 __all__ = [
     "AdamUpdate",
+    "Guard",
     "HamiltonianUpdate",
     "LSTMUpdate",
     "LearnedOptimizer",

@@ -16,9 +16,18 @@ from odeopt.artifacts import digest, find_pretrained
 from odeopt.checks import is_number, require
 from odeopt.rules.base import UpdateRule, has_values
 from odeopt.stepping import averages
-from odeopt.stepping.buckets import Bucket
+from odeopt.stepping.buckets import Bucket, state_template
 from odeopt.stepping.checks import check_options, check_sharding, is_supported, warn_caller
 from odeopt.stepping.copies import copied, copy_beside, frozen_copy
+from odeopt.stepping.guard import (
+    SAVED_GUARD,
+    Guard,
+    GuardStatus,
+    Sentry,
+    check_unguarded,
+    restore_snapshot,
+    take_snapshot,
+)
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
 from odeopt.stepping.shards import Shard
@@ -109,7 +118,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown.
         implementation: ``"auto"`` takes the native step of port-Hamiltonian rules where it can: in C on a CPU
-            (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16 and momenta stepped in closed form.
+            (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form.
             It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices
             stepped by their singular values are left to torch, also under ``"native"``, on CUDA, and on a CPU if their
             shorter side is above 512, or above 128 and the longer one under twice as long.
@@ -122,6 +131,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             a good value. :meth:`eval` puts the averages into the parameters, :meth:`train` the weights back. None
             keeps none. Statistics of BatchNorm belong to the weights: refresh them by
             :func:`torch.optim.swa_utils.update_bn` after :meth:`eval`.
+        guard: A :class:`odeopt.Guard`, under which a hand-designed fallback takes over where the losses say that the
+            rule fails; True takes the default one, None has none. Each step is then told its loss, by
+            :meth:`report` or by the closure; reading it is a host synchronisation. While the rule does not fail, every
+            step is what it would be without a guard.
 
     Raises:
         TypeError: If ``rule`` is neither a name nor an instance of :class:`odeopt.rules.base.UpdateRule`.
@@ -154,6 +167,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
         averaging: float | None = None,
+        guard: Guard | bool | None = None,
     ) -> None:
         if isinstance(rule, str):
             rule = find_pretrained(rule, "rule")
@@ -170,7 +184,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         require(isinstance(capturable, bool), "capturable", capturable, "True or False")
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
+        is_guard = guard is None or isinstance(guard, Guard | bool)
+        require(is_guard, "guard", guard, "an instance of odeopt.Guard, True, False or None")
+        require(not (guard and capturable), "guard", guard, "None where `capturable = True`: the host decides")
         self.rule = frozen_copy(rule)
+        guard = Guard() if guard is True else guard
+        self._sentry = Sentry(guard, digest(guard.fallback)) if guard else None
         self.implementation, self.state_dtype = implementation, state_dtype
         self.capturable, self.averaging = capturable, averaging
         self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
@@ -179,6 +198,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
         defaults["is_table"] = False
         check_options(defaults)
+        if self._sentry is not None:
+            defaults[SAVED_GUARD] = self._sentry.saved()
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0) | {"rule_digest": digest(self.rule)})
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
@@ -193,6 +214,33 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Number of gradients skipped so far, one per tensor and step, because they were not finite."""
         self._fetch_skipped()
         return sum(group["n_skipped"] for group in self.param_groups)
+
+    @property
+    def guard_status(self) -> GuardStatus | None:
+        """Account of the guard: which rule steps now, and how often the fallback took over; None without a guard."""
+        return None if self._sentry is None else self._sentry.status
+
+    @torch._disable_dynamo
+    def report(self, loss: float | Tensor) -> None:
+        """Tell the guard the loss whose gradients the next step takes; without a guard it is not looked at.
+
+        Args:
+            loss: A number, or a tensor of one. In a process group it is averaged over all processes, each of which must
+                report and step; with accumulated gradients it is the mean over the micro-batches.
+
+        Raises:
+            TypeError: If ``loss`` is neither a number nor a tensor.
+            ValueError: If ``loss`` has several elements.
+            RuntimeError: If a loss was reported since the last step, and its gradients were not set to zero.
+        """
+        if self._sentry is not None:
+            self._sentry.report(loss)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, as in ``torch.optim``."""
+        super().zero_grad(set_to_none)
+        if self._sentry is not None:
+            self._sentry.forget()
 
     @torch._disable_dynamo  # unlike torch.compiler.disable it does not import the compiler before it is needed
     @torch.no_grad()
@@ -209,7 +257,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ValueError: If a gradient is sparse or complex, a learning rate out of range, a state that was put into
                 :attr:`state` not the rule's, or ``implementation="native"`` cannot step these parameters; nothing has
                 moved then.
-            RuntimeError: If the parameters hold averages (:meth:`eval`).
+            RuntimeError: If the parameters hold averages (:meth:`eval`), or a guard was not told the loss.
         """
         if averages.are_shown(self.state):
             raise RuntimeError("The parameters hold the averaged weights: call `optimizer.train()` before a step.")
@@ -217,6 +265,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self.report(loss)
+        sentry = self._sentry
+        if sentry is not None:
+            moves = any(float(group["lr"]) != 0 for group in self.param_groups)
+            if not sentry.expects_step(moves=moves):
+                sentry = None
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
@@ -224,9 +278,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
         self._lay_out()
+        if sentry is None and self._sentry is not None:
+            take_snapshot(self._is_placed, self.state)
+        is_restored = sentry is not None and self._follow_guard(sentry)
         may_warn = False
         with self._without_autocast():
-            for plan in self._plans:
+            # the gradients of a step that restores belong to the parameters that were given up
+            for plan in () if is_restored else self._plans:
                 n_skipped = self._step_natively(plan)
                 if n_skipped is None:
                     n_skipped = sum(self._step_bucket(placed, plan.kernels) for placed in plan.placed)
@@ -253,6 +311,30 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         return stack
+
+    def _follow_guard(self, sentry: Sentry) -> bool:
+        """Let the guard decide who steps; return True where the parameters went back to the last good ones."""
+        had = self._stepping_rule
+        decision = sentry.decide(self.param_groups)
+        if decision.restores:
+            restore_snapshot(self._is_placed, self.state)
+            averages.restart(self.state)
+        elif decision.snapshots:
+            take_snapshot(self._is_placed, self.state)
+        if decision.begins_anew:
+            self._fetch_skipped()
+            for param in self._is_placed:
+                for name in state_template(had, param, self.state_dtype):
+                    self.state[param].pop(name, None)
+            self._forget_buckets()
+            self._rules.clear()
+            self._lay_out()
+        return decision.restores
+
+    @property
+    def _stepping_rule(self) -> UpdateRule:
+        """The rule, or the fallback of a guard."""
+        return self._sentry.rule if self._sentry is not None and self._sentry.is_fallback else self.rule
 
     def _step_natively(self, plan: _Plan) -> int | None:
         """Step the buckets of a plan; return the number of gradients that were skipped, None where nothing is done."""
@@ -389,18 +471,29 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> None:
             # loading leaves a default of torch's own behind, `differentiable`, which no group has
-            options = self.defaults.keys() - {"rule_digest", "momentum", "differentiable"}
+            options = self.defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD}
             missing = {name for group in final.get("param_groups", [{}]) for name in options - group.keys()}
             lacks = f", with {', '.join(sorted(missing))} in each group"
             require(not missing, "state_dict", sorted(final), f"the state of a LearnedOptimizer{lacks}")
             check_rule(final["param_groups"], self.rule, self.defaults["rule_digest"])
+            if self._sentry is None:
+                check_unguarded(final["param_groups"])
+            else:
+                self._sentry.load(final["param_groups"])
+                self._rules.clear()
             restored.update(self._read_state(final))
 
         self._forget_buckets()
         reading = self.register_load_state_dict_pre_hook(read)
         writing = self.register_load_state_dict_post_hook(lambda _: self.state.update(restored), prepend=True)
+        watch = None if self._sentry is None else self._sentry.watch
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            if self._sentry is not None:
+                self._sentry.watch = watch
+                self._rules.clear()
+            raise
         finally:
             reading.remove()
             writing.remove()
@@ -415,6 +508,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             counts of steps and of skipped gradients, and ``rule_digest``.
         """
         self._fetch_skipped()
+        if self._sentry is not None:
+            for group in self.param_groups:
+                group[SAVED_GUARD] = self._sentry.saved()
 
         def detach(_: torch.optim.Optimizer, final: StateDict) -> None:
             final["state"] = copied(final["state"])
@@ -429,7 +525,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
         state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of packed tensors
-        names = ("rule", "implementation", "state_dtype", "capturable", "averaging")
+        names = ("rule", "implementation", "state_dtype", "capturable", "averaging", "_sentry")
         own = {name: getattr(self, name) for name in names} | {"_warned": set()}
         return super().__getstate__() | {"state": state} | own
 
@@ -480,13 +576,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
         key = param.device, has_values(param)
         if (*key, is_table) not in self._rules:
-            rule = copy_beside(self.rule, param)
+            rule = copy_beside(self._stepping_rule, param)
             self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
         return self._rules[*key, is_table]
 
     def _n_matrices(self) -> int:
         """Number of parameters that the rule steps as wholes, frozen ones and those without a gradient included."""
-        rules = {False: self.rule, True: self.rule.for_tables()}
+        rules = {False: self._stepping_rule, True: self._stepping_rule.for_tables()}
         members = ((rules[group["is_table"]], param) for group in self.param_groups for param in group["params"])
         return sum(rule.is_whole(param.shape) for rule, param in members if param.numel() > 0)
 
@@ -500,7 +596,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         elif progress is not None:
             progress = torch.full((), progress, dtype=bucket.dtype, device=bucket.device)
         decay = scalar(group["weight_decay"]) if group["weight_decay"] != 0 else None
-        return StepOptions(scalar(group["lr"]), decay, progress, group["maximize"])
+        lr = group["lr"] if self._stepping_rule is self.rule else self._sentry.lr(group)
+        return StepOptions(scalar(lr), decay, progress, group["maximize"])
 
     def _lay_out(self) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
@@ -568,7 +665,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 on_cuda = triton_obstacle(placed.rule, placed.bucket)
                 kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None
                 obstacle = on_cuda if placed.bucket.device.type == "cuda" else obstacle
-            if self.implementation == "native" and kernels is None and not is_matrix:
+            is_asked_for = self.implementation == "native" and self._stepping_rule is self.rule
+            if is_asked_for and kernels is None and not is_matrix:
                 self._forget_buckets()
                 require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
             plans.append(_Plan(None, [placed], kernels))

@@ -145,6 +145,7 @@ def test_pages_have_every_table_once(tables):
     [
         ("coordinate_check", "coordinate_check", "steps", [1, 10, 7891], "| 7891 |"),
         ("depth", "depth", "rates", [0.25, 0.5, 1, 2, 4, 7891], "| 7891 |"),
+        ("guard", "guard", "cases/random weights, network/status", [["rule", 7891, 1, 1]], "7891 |"),
         ("ablation", "ablation", "columns/relu, 100 steps/one mode/score", 7.8912, "7.891 ±"),
         ("matrix", "matrix", "cells/mnist linear, 100 steps/rule/scores", [7.0] * 5, "mnist linear, 100 steps | 2"),
         ("meta_seeds", "meta_seeds", "mnist/784-20-10, relu, 100 steps/lstm-mnist/score", 7.8912, "7.891 ±"),

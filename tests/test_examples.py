@@ -34,6 +34,7 @@ TINY = {
     "estimators": ["--steps", "2", "--runs", "2"],
     "generalisation": ["--quick", "--runs", "2", "--tuning-runs", "1", "--steps", "60"],
     "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1"],
+    "guard": ["--dataset", "digits", "--steps", "3", "--runs", "1"],
     "kinetic": ["--dataset", "digits", "--steps", "1", "--runs", "2", "--problems", "perceptron", "--variants",
                 "quadratic", "spectral, coherent"],
     "meta_seeds": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--problems", "3", "--tuning-runs", "1",

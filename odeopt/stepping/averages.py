@@ -47,6 +47,12 @@ def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
                 param.copy_(held.pop(_WEIGHTS))
 
 
+def restart(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Forget the averages, which begin anew with the next weights."""
+    for _, held in _of_params(state):
+        held.pop(_AVERAGE, None)
+
+
 def are_shown(state: Mapping[Tensor, dict[str, Any]]) -> bool:
     """Return True if any parameter shows its average."""
     return any(_WEIGHTS in held for _, held in _of_params(state))
