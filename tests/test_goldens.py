@@ -68,8 +68,8 @@ def gradients(step):
 
 @torch.no_grad()
 def by_rule(rule, is_progress_known, dtype=F64):
-    """Updates per tensor, shape ``(N_STEPS, n)``, by calling the rule."""
-    updates = {}
+    """Updates per tensor, shape ``(N_STEPS, n)``, by calling the rule, told how many matrices there are."""
+    rule, updates = rule.for_depth(sum(rule.is_whole(shape) for shape in SHAPES.values())), {}
     for name, param in initial_params().items():
         param = param.to(dtype)
         state, updates[name] = rule.init_state(param), []
