@@ -270,6 +270,11 @@ def guard() -> str:
     return guarded_losses(read("guard"), markdown=True)
 
 
+def robustness() -> str:
+    """What came of killed runs, flipped bits and odd arguments."""
+    return table(("", "tried", "as it should", "refused in words", "otherwise"), read("robustness"))
+
+
 def tensor(values: Sequence[float | None]) -> torch.Tensor:
     """Losses in double precision; JSON has null for those that are not finite."""
     return torch.tensor([math.inf if value is None else value for value in values], dtype=torch.float64)
@@ -287,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics": lambda: physics(lambda entry: entry["prediction"]["text"]),
     "physics_parts": lambda: physics(parts, "port-Hamiltonian"),
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
+    "robustness": robustness,
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
