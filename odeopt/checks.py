@@ -13,8 +13,8 @@ def require(condition: bool, name: str, value: object, wanted: str) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether ``value`` is an integer of at most 64 bits, as sizes and counts have to be, and not a truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    """Whether ``value`` is an integer that 64 bits hold, with a sign or without, and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
 
 
 def is_number(value: object) -> bool:
