@@ -92,7 +92,6 @@ def crashes(code: str, n_kills: int, generator: random.Random) -> list[str]:
         began = time.perf_counter()
         _run(code, alone)
         seconds = time.perf_counter() - began - _run(code, alone)  # the second time all is done already
-        same = 0
         for _ in tqdm(range(n_kills), unit="kill"):
             _run(code, killed, after=generator.uniform(0.0, max(0.1, seconds / 4)))
         _run(code, killed)

@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import odeopt.checks
 from odeopt.checks import require
+from odeopt.rules.base import UpdateRule
+from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.stepping.shards import is_distributed
 
 # Marks that others leave on tensors of which each process holds a piece, or which hold several tensors in a row:
@@ -24,6 +28,20 @@ _FOREIGN = {
     "local_shards": "ShardedTensor",
 }
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
+
+
+def is_watched() -> bool:
+    """Return True inside of what has to see each operation on tensors: a mode of dispatch, or ``torch.func``."""
+    return _get_current_dispatch_mode() is not None or peek_interpreter_stack() is not None
+
+
+def rule_obstacle(rule: UpdateRule) -> str | None:
+    """Return why there is no step of a rule but the eager one, as a half sentence; None where there may be."""
+    if type(rule) is not PortHamiltonianUpdate:
+        return f"there is no native step of {type(rule).__name__}"
+    if not rule.is_linear:
+        return "momenta are not stepped in closed form (`solver`, `backend`, networks of q)"
+    return None
 
 
 def check_options(options: dict[str, Any]) -> None:

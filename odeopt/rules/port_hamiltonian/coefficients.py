@@ -32,9 +32,6 @@ class Shared(NamedTuple):
     log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
 
 
-START_GAIN = 0.35  # of every port until the rule is trained
-
-
 class Outputs(NamedTuple):
     """Outputs of the network of a tensor, in their order, each of shape ``(*batch, k)``; or the numbers of them, k.
 

@@ -17,7 +17,6 @@ from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, st
 from odeopt.rules.port_hamiltonian import kinetic as energies
 from odeopt.rules.port_hamiltonian.checks import check_arguments
 from odeopt.rules.port_hamiltonian.coefficients import (
-    START_GAIN,
     Outputs,
     Shared,
     coefficient_network,
@@ -49,6 +48,7 @@ from odeopt.rules.port_hamiltonian.system import (
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
 _SLOW_DECAY = 0.999
+_START_GAIN = 0.35
 _MEMORY_WARMUP = 10  # steps after which the memory moves in logarithmic time
 
 
@@ -288,7 +288,7 @@ class PortHamiltonianUpdate(StagedRule):
         self.coefficient_network = coefficient_network(n_signals, hidden, sum(outputs))
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
-        start[0], start[self.n_gain] = math.log(START_GAIN), torch.logit(frictions / 2)
+        start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
         self.register_buffer("start", start.flatten(), persistent=False)
 
     def init_state(self, param: Tensor) -> PortHamiltonianState:
@@ -365,7 +365,7 @@ class PortHamiltonianUpdate(StagedRule):
             if self.initial_coherence > 0:
                 log_coherence = energies.coherence(after, u, *rates).log()
                 velocity = velocity * (log_coherence * shared.coherence.unsqueeze(-1)).exp()
-            update = kappa / START_GAIN * (rates[1] * velocity).sum(-2)
+            update = kappa / _START_GAIN * (rates[1] * velocity).sum(-2)
             if self._other_modes:
                 outputs = gain * self._coordinate_integral(new_p, integral, self.is_relativistic_mode.unsqueeze(-1))
                 update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)

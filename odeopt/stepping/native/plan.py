@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.rules.base import UpdateRule, has_values
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
+from odeopt.stepping.checks import is_watched, rule_obstacle
 from odeopt.stepping.native.library import Options, Rule, TensorState, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,10 +36,9 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     found = library()
     if isinstance(found, str):
         return found
-    if type(rule) is not PortHamiltonianUpdate:
-        return f"there is no native step of {type(rule).__name__}"
-    if not rule.is_linear:
-        return "momenta are not stepped in closed form (`solver`, `backend`, networks of q)"
+    obstacle = rule_obstacle(rule)
+    if obstacle is not None:
+        return obstacle
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
     if bucket.is_whole and not _are_products_cheap(bucket.params[0]):
@@ -123,7 +122,7 @@ class NativeStep:
         Raises:
             MemoryError: If there is none for a few numbers per tensor.
         """
-        if _get_current_dispatch_mode() is not None or peek_interpreter_stack() is not None:
+        if is_watched():
             return None
         grads, values, copies = [], [], []
         for param, n, dtype in zip(self.params, self._sizes, self._dtypes, strict=True):

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.ode.steps import TABLEAUX
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.stepping.buckets import Bucket
+from odeopt.stepping.checks import is_watched, rule_obstacle
 from odeopt.stepping.loops import StepOptions
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,10 +30,9 @@ def triton_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and bucket.device.type == "cpu"
     if not bucket.has_values or not (bucket.device.type == "cuda" or is_interpreted):
         return "the parameters are not on CUDA"
-    if type(rule) is not PortHamiltonianUpdate:
-        return f"there is no native step of {type(rule).__name__}"
-    if not rule.is_linear:
-        return "momenta are not stepped in closed form (`solver`, `backend`, networks of q)"
+    obstacle = rule_obstacle(rule)
+    if obstacle is not None:
+        return obstacle
     if bucket.is_whole:
         return "matrices are stepped by their singular values"
     if bucket.param_dtype not in _TYPES or bucket.state.p.dtype not in _TYPES:
@@ -90,8 +89,7 @@ class TritonKernels:
 
     def can_take(self, grad: Tensor, theta: Tensor) -> bool:
         """Return True for tensors of torch itself, outside of all that would have to see each operation on them."""
-        is_watched = _get_current_dispatch_mode() is not None or peek_interpreter_stack() is not None
-        return not is_watched and all(type(x) in (Tensor, nn.Parameter) for x in (grad, theta))
+        return not is_watched() and all(type(x) in (Tensor, nn.Parameter) for x in (grad, theta))
 
     def sums(self, stage: int, grad: Tensor, theta: Tensor, shared: NamedTuple | None, options: StepOptions) -> Tensor:
         """Sums of one stage for each tensor, shape ``(n_tensors, k)``; in the first one a count of what is not finite.
