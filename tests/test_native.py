@@ -184,6 +184,8 @@ MATRIX_OPTIONS = {
     "constant friction and port": {"kinetic": "spectral", "friction": "constant", "port": "constant"},
     "schedule": {"kinetic": "spectral", "schedule": "power", "uses_progress": True, "horizon_power": 0.3, "memory": 1},
     "depth": {"kinetic": "spectral", "depth_power": 0.5, "initial_decay": 0.1},
+    "alignment, trust": {"kinetic": "spectral", "alignment_rate": 9.0, "trust_ratio": 0.05, "memory": 2},
+    "alignment of a mixture": {"kinetic": ("quadratic", "spectral"), "alignment_rate": 9.0, "trust_ratio": 0.01},
     "spectral output": {"output": "spectral", "modes": 3},
     "spectral output, euler": {"output": "spectral", "solver": "euler", "initial_decay": 0.05},
 }  # fmt: skip

@@ -30,6 +30,7 @@ VARIANTS = {
     "everything": {
         "kinetic": ("relativistic", "spectral"), "schedule": "power", "uses_progress": True, "memory": 2,
         "initial_decay": 0.1, "decay_growth": 1.1, "ratio_floor": 0.3, "depth_power": 1.0,
+        "alignment_rate": 2.0, "trust_ratio": 0.1,
     },
     "efforts by coordinates": {"kinetic": ("spectral", "quadratic"), "matrix_normalization": "coordinate"},
     "output": {"output": "spectral", "normalization": "tensor", "uses_progress": True},

@@ -14,6 +14,7 @@ from odeopt.ode import integrate
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.physics import RelativisticEnergy, SpectralEnergy, frobenius_norm, newton_schulz
 from odeopt.rules import PortHamiltonianUpdate
+from odeopt.rules.port_hamiltonian import kinetic as energies
 
 f32, f64 = torch.float32, torch.float64
 TOLD = {"schedule": "power", "uses_progress": True, "memory": 2}
@@ -590,6 +591,10 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "initial_decay": 0.1, "decay_growth": 0.5}, "`decay_growth` should be a number"),
         ({"kinetic": "spectral", "decay_growth": 4.0}, "`decay_growth` should be 1.0 where `initial_decay = 0`. Found"),
         ({"depth_power": 1.0}, "`depth_power` should be 0.0 where no energy is spectral. Found `depth_power = 1.0`"),
+        ({"trust_ratio": 0.1}, "`trust_ratio` should be 0.0 where no energy is spectral. Found `trust_ratio = 0.1`"),
+        ({"kinetic": "spectral", "trust_ratio": -1}, "`trust_ratio` should be a non-negative number. Found .* = -1`"),
+        ({"alignment_rate": math.nan}, "`alignment_rate` should be a non-negative number. Found .* = nan`"),
+        ({"coordinatewise": True, "alignment_rate": 1.0}, "`alignment_rate` should be 0 where `coordinatewise = True`"),
         ({"initial_decay": 0.1}, "`initial_decay` should be 0.0 where no energy is spectral. Found .* = 0.1`"),
         ({"matrix_scale": "muon"}, "`matrix_scale` should be 'transfer' where no energy is spectral"),
         ({"output": "spectral", "initial_lookahead": 2.0}, "`initial_lookahead` should be 1.0 where `output = "),
@@ -598,3 +603,74 @@ def test_artefact_keeps_the_options(variant, tmp_path):
 def test_unfit_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PortHamiltonianUpdate(**options)
+
+
+# -------------------- step sizes that follow what they do
+
+
+def logs_of_step_sizes(rule, sign_of, n_steps=40):
+    """Log step sizes of a rule on a matrix whose gradient is a fixed one times ``sign_of`` the step, without network."""
+    state, grad = rule.init_state(torch.zeros(12, dtype=f64)), torch.linspace(1, 2, 12, dtype=f64)
+    logs = []
+    for step in range(n_steps):
+        _, state = rule(sign_of(step) * grad, state, shape=(3, 4))
+        logs.append(state.memory[-1].item())
+    return logs
+
+
+@pytest.mark.parametrize("kinetic", ["quadratic", "spectral"])
+def test_step_sizes_grow_while_gradients_point_along_the_momenta(kinetic):
+    rule = PortHamiltonianUpdate(kinetic=kinetic, alignment_rate=2.0, memory=1).double()
+    growing = logs_of_step_sizes(rule, lambda step: 1)
+    assert growing[0] == 0.0  # no momentum yet
+    assert all(b > a for a, b in zip(growing[:-1], growing[1:], strict=True))
+    # in logarithmic time once ten steps are done: 2 * (1 - .2) * (8 / 10 + log(40 / 10))
+    assert growing[-1] == pytest.approx(1.6 * (0.9 + math.log(4)), rel=0.05)
+
+
+def test_step_sizes_fall_where_each_step_overshoots_and_rest_where_noise_prevails():
+    rule = PortHamiltonianUpdate(kinetic="spectral", alignment_rate=2.0, friction="constant").double()
+    with torch.no_grad():  # momenta of one step: what alternates then points back at each of them
+        rule.start[-2:] = 30.0
+    falling = logs_of_step_sizes(rule, lambda step: (-1) ** step)
+    assert falling[-1] < -1
+    state, steps = rule.init_state(torch.zeros(4000, dtype=f64)), []
+    for step in range(40):
+        grad = torch.randn(4000, dtype=f64, generator=torch.Generator().manual_seed(step))
+        _, state = rule(grad, state, shape=(40, 100))
+        steps.append(state.memory.item())
+    assert steps[1:] == [steps[0]] * 39
+
+
+def test_growth_counts_in_the_steps_of_matrices_and_vectors_alike():
+    plain, grown = (PortHamiltonianUpdate(kinetic="spectral", alignment_rate=rate).double() for rate in (0.0, 2.0))
+    for shape in ((3, 4), (12,)):
+        grad = torch.linspace(1, 2, 12, dtype=f64)
+        states = [rule.init_state(torch.zeros(12, dtype=f64)) for rule in (plain, grown)]
+        for _ in range(5):
+            moves = [rule(grad, state, shape=shape) for rule, state in zip((plain, grown), states, strict=True)]
+            states = [state for _, state in moves]
+        torch.testing.assert_close(moves[1][0], moves[0][0] * states[1].memory.exp())
+        assert states[1].memory.item() > 0.3
+
+
+@pytest.mark.parametrize("scale", ["transfer", "muon"])
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (6, 3, 2, 2)])
+def test_trust_bounds_steps_of_matrices_by_their_size_and_lets_zeros_grow(shape, scale):
+    options = {"kinetic": "spectral", "matrix_scale": scale, "initial_matrix_kappa": 1.0}
+    plain, bounded = (PortHamiltonianUpdate(**options, trust_ratio=ratio).double() for ratio in (0.0, 0.25))
+    n = math.prod(shape)
+    grad = torch.randn(n, dtype=f64, generator=torch.Generator().manual_seed(1))
+    for size, factor in ((1e-3, 0.1), (0.0, 0.1), (1e3, 1.0), (None, 1.0)):
+        param = None if size is None else torch.full((n,), size, dtype=f64)
+        free, held = (rule(grad, rule.init_state(grad), param=param, shape=shape)[0] for rule in (plain, bounded))
+        torch.testing.assert_close(held, factor * free)
+    # between the bounds the step size is such that a step of equal singular values has a quarter of the matrix's rms
+    rms = energies.step_rms(shape, scale)
+    held = bounded(grad, bounded.init_state(grad), param=torch.full((n,), 2 * rms, dtype=f64), shape=shape)[0]
+    free = plain(grad, plain.init_state(grad), shape=shape)[0]
+    torch.testing.assert_close(held, 0.5 * free)
+    orthogonal, _ = torch.linalg.qr(torch.randn(shape[0], n // shape[0], dtype=f64).T if shape[0] < n // shape[0]
+                                    else torch.randn(shape[0], n // shape[0], dtype=f64))  # fmt: skip
+    expected = energies.operator_scale(shape, scale) * orthogonal.square().mean().sqrt().item()
+    assert rms == pytest.approx(expected)

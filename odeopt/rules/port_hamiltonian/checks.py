@@ -30,6 +30,7 @@ _OF_MATRICES = (
     "initial_decay",
     "decay_growth",
     "depth_power",
+    "trust_ratio",
 )
 
 
@@ -65,7 +66,14 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
     for name in ("speed_limit", "initial_matrix_kappa", "initial_lookahead"):
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
-    for name in ("initial_coherence", "initial_decay", "horizon_power", "depth_power"):
+    for name in (
+        "initial_coherence",
+        "initial_decay",
+        "horizon_power",
+        "depth_power",
+        "alignment_rate",
+        "trust_ratio",
+    ):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     growth = given["decay_growth"]
     check("decay_growth", is_number(growth) and growth >= 1, "a number of at least 1")
@@ -92,7 +100,8 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)
         check("kinetic", not is_spectral, "without spectral energies where `coordinatewise = True`")
-        check("ratio_floor", floor == 0, "0 where `coordinatewise = True`, which knows nothing of the tensor")
+        for name in ("ratio_floor", "alignment_rate"):
+            check(name, given[name] == 0, "0 where `coordinatewise = True`, which knows nothing of the tensor")
     solvers = _solvers(given["backend"], depends_on_q=depends_on_q)
     check("solver", given["solver"] in solvers, f"one of {', '.join(solvers)}")
 

@@ -77,6 +77,25 @@ def decay_growth(scale: Tensor, slow_scale: Tensor, bound: float) -> Tensor:
     return (slow_scale / torch.where(present > 0, present, 1.0)).clamp(min=1.0)
 
 
+def aligned_move(alignment: Tensor) -> Tensor:
+    """Move of a log step size, up where gradients point along the momenta, down where each step overshoots.
+
+    Between -.5 and .2 it is zero: there, at the edge of stability and where noise prevails, are the best step sizes.
+    """
+    return (alignment - 0.2).clamp(min=0) - (-alignment - 0.5).clamp(min=0)
+
+
+def trust(mean_square: Tensor, step_rms: Tensor, ratio: float) -> Tensor:
+    """Factor on steps of a matrix, between .1 and 1, by which their rms is at most ``ratio`` times that of the matrix.
+
+    Args:
+        mean_square: Mean square of the matrix's entries, shape ``(*batch, 1)``.
+        step_rms: Root mean square of its step, likewise.
+        ratio: Bound of the step, relative to the matrix.
+    """
+    return (ratio * (mean_square + 1e-12).sqrt() / step_rms).clamp(min=0.1, max=1.0)
+
+
 def horizon_factor(step: Tensor, length: Tensor | None, power: float) -> Tensor:
     """Factor on step sizes by which they fall with the length of the run, if that is told, as ``power`` says."""
     if length is None:

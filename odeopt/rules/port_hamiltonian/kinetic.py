@@ -44,6 +44,12 @@ def operator_scale(shape: tuple[int, ...], kind: str = "transfer") -> float:
     return math.sqrt(aspect if kind == "transfer" else max(1.0, aspect))
 
 
+def step_rms(shape: tuple[int, ...], kind: str = "transfer") -> float:
+    """Root mean square of the entries of a step of :func:`operator_scale`, all singular values of which are alike."""
+    out, rest = shape[0], math.prod(shape[1:])
+    return operator_scale(shape, kind) * math.sqrt(min(out, rest) / (out * rest))
+
+
 def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:
     """Velocity of a spectral energy at ``x``, flat as it comes.
 

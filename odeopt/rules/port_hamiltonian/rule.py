@@ -19,11 +19,13 @@ from odeopt.rules.port_hamiltonian.checks import check_arguments
 from odeopt.rules.port_hamiltonian.coefficients import (
     Outputs,
     Shared,
+    aligned_move,
     coefficient_network,
     decay_growth,
     depth_factor,
     horizon_factor,
     power_schedule,
+    trust,
 )
 from odeopt.rules.port_hamiltonian.signals import (
     Observation,
@@ -64,7 +66,8 @@ class PortHamiltonianState(NamedTuple):
         scale: Running mean magnitude of the tensor's gradient, shape ``(*batch, 1)``.
         slow_scale: The same over a long memory, shape ``(*batch, 1)``.
         step: Number of steps taken, shape ``(*batch, 1)``.
-        memory: Slow variables that the network of the tensor moves, shape ``(*batch, memory)``.
+        memory: Slow variables that the network of the tensor moves, and the growth of the log step size under
+            ``alignment_rate``, if there is one; shape ``(*batch, n_memory)``.
     """
 
     p: Tensor
@@ -176,6 +179,12 @@ class PortHamiltonianUpdate(StagedRule):
             network, which :meth:`for_depth` tells: :math:`(4 / (N - 1))^{\text{power}}`, with N between 1.5 and 5.
             Layers that follow each other add up their changes of the output, so that each may make a part of it;
             networks of more than five matrices are residual as a rule, and want no smaller steps.
+        alignment_rate: How fast the step size of a tensor follows the alignment of effort and momenta, their cosine a:
+            its logarithm moves by ``alignment_rate * (max(a - 0.2, 0) - max(-a - 0.5, 0)) / max(t, 10)`` at step t, so
+            it grows for as long as gradients go on pointing along the momenta, and falls where each step overshoots.
+            It keeps one number per tensor, which the network does not see. 0 is none.
+        trust_ratio: Bound of the rms of a matrix's step, before the schedule, over the rms of the matrix; a tenth of the
+            step is always allowed, so that matrices of zeros are trained. 0 is none.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -185,6 +194,9 @@ class PortHamiltonianUpdate(StagedRule):
         Maddison et al. (2018), Hamiltonian descent methods: kinetic energies other than the quadratic one.
         Jordan et al. (2024), Muon: An optimizer for hidden layers in neural networks.
         Large et al. (2024), Scalable optimization in the modular norm, Prop. 3: step sizes of composed layers.
+        Jacobs (1988), Increased rates of convergence through learning rate adaptation: the sign of what
+        ``alignment_rate`` does.
+        You, Gitman, Ginsburg (2017), Large batch training of convolutional networks, Eq. (6): trust ratios.
         Chen et al. (2024), Lion secretly solves constrained optimization: as Lyapunov predicts: decoupled decay.
         van der Schaft, Jeltsema (2014), Port-Hamiltonian systems theory, Ch. 2: passivity.
     """
@@ -223,6 +235,8 @@ class PortHamiltonianUpdate(StagedRule):
         schedule: str = "none",
         horizon_power: float = 0.0,
         depth_power: float = 0.0,
+        alignment_rate: float = 0.0,
+        trust_ratio: float = 0.0,
     ) -> None:
         arguments = locals()
         defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
@@ -237,6 +251,9 @@ class PortHamiltonianUpdate(StagedRule):
             setattr(self, name, number)
         self.modes, self.solver, self.backend = modes, solver, backend
         self.memory, self.normalization = memory, normalization
+        self.n_memory = memory + (self.alignment_rate > 0)
+        # those that are added to log kappa: the first one of the network, and the last of all
+        self._growths = [0] * (memory > 0) + [memory] * (self.alignment_rate > 0)
         self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
         self.output, self.schedule = output, schedule
         self.matrix_normalization, self.matrix_scale = matrix_normalization, matrix_scale
@@ -303,7 +320,7 @@ class PortHamiltonianUpdate(StagedRule):
             scale=per_tensor(param),
             slow_scale=per_tensor(param),
             step=per_tensor(param),
-            memory=torch.zeros((*batch, self.memory), dtype=dtype, device=param.device),
+            memory=torch.zeros((*batch, self.n_memory), dtype=dtype, device=param.device),
         )
 
     @property
@@ -415,7 +432,11 @@ class PortHamiltonianUpdate(StagedRule):
 
     def features(self, shape):
         shape = tuple(shape)
-        found = transferring_features(shape, is_table=self.steps_tables) if self.is_spectral else fan_features(shape)
+        if not self.is_spectral:
+            return fan_features(shape).joined()
+        found = transferring_features(shape, is_table=self.steps_tables)
+        if self.is_whole(shape):
+            found = found._replace(step_rms=(energies.step_rms(shape, self.matrix_scale),))
         return found.joined()
 
     def statistics(self, stage, grad, state, features, shared, param):
@@ -458,14 +479,19 @@ class PortHamiltonianUpdate(StagedRule):
             shared = self._running_scales(sums, state, features)
             if not self.coordinatewise:
                 return shared
-            return self._with_network(shared, state.memory, [], features, progress, torch.zeros_like(shared.step))
+            zero = torch.zeros_like(shared.step)
+            return self._with_network(shared, state.memory, [], features, progress, zero, zero, None)
         d, means = self.modes, sums / features.size
         v, u2, theta2, up, p2 = means.split((1, 1, 1, d, d), dim=-1)
         alignment = up * (u2 * p2 + _EPS_SIGNAL).rsqrt()
         theta_signal = 0.25 * (theta2 * features.theta_factor + 1e-6).log() if has_param else torch.zeros_like(v)
         shape_signals = features.signals.expand(*v.shape[:-1], -1)
         signals = [shared.magnitudes, alignment, 0.5 * (p2 + _EPS_SIGNAL).log(), theta_signal, shape_signals]
-        return self._with_network(shared, state.memory, signals, features, progress, 0.5 * (v + _EPS_SIGNAL).log())
+        log_rms = 0.5 * (v + _EPS_SIGNAL).log()
+        mean_square = theta2 if has_param else None
+        return self._with_network(
+            shared, state.memory, signals, features, progress, log_rms, alignment.mean(-1, keepdim=True), mean_square
+        )
 
     def _running_scales(self, sums: Tensor, state, features: ShapeFeatures | None) -> Shared:
         """Mean magnitude of the tensor's gradient over a short and over a long memory."""
@@ -484,7 +510,15 @@ class PortHamiltonianUpdate(StagedRule):
         return Shared(step, weight[..., :1], scale, slow_scale, divisors[..., :1], carried[..., :1], magnitudes)
 
     def _with_network(
-        self, shared: Shared, memory: Tensor, signals: list[Tensor], features: ShapeFeatures | None, progress, log_rms
+        self,
+        shared: Shared,
+        memory: Tensor,
+        signals: list[Tensor],
+        features: ShapeFeatures | None,
+        progress: Tensor | None,
+        log_rms: Tensor,
+        alignment: Tensor,
+        mean_square: Tensor | None,
     ) -> Shared:
         """Complete what a tensor shares by the coefficients that its network emits."""
         step, network = shared.step, self.coefficient_network
@@ -495,12 +529,16 @@ class PortHamiltonianUpdate(StagedRule):
         if self.uses_progress:
             # under a schedule of its own the rule sees the length of the run, from the second step on, not its place
             times += [torch.full_like(step, float(is_told)), progress if length is None else length_signal(length)]
-        inputs = torch.cat([*times, *signals, torch.tanh(memory)], dim=-1).to(network[-1].weight.dtype)
+        inputs = torch.cat([*times, *signals, torch.tanh(memory[..., : self.memory])], dim=-1).to(network[-1].weight.dtype)
         out = Outputs(*network(inputs).to(step.dtype).split(self._output_sizes, dim=-1))
         log_kappa, log_matrix_kappa = out.log_kappa, out.log_matrix_kappa
-        if self.memory > 0:
-            memory = memory + torch.tanh(out.memory_moves) / step.clamp(min=_MEMORY_WARMUP)
-            log_kappa, log_matrix_kappa = log_kappa + memory[..., :1], log_matrix_kappa + memory[..., :1]
+        if self.n_memory > 0:
+            moves = torch.tanh(out.memory_moves)
+            if self.alignment_rate > 0:
+                moves = torch.cat((moves, self.alignment_rate * aligned_move(alignment)), dim=-1)
+            memory = memory + moves / step.clamp(min=_MEMORY_WARMUP)
+            growth = sum(memory[..., k : k + 1] for k in self._growths)
+            log_kappa, log_matrix_kappa = log_kappa + growth, log_matrix_kappa + growth
         # a start that is stable for wide layers: their outputs sum the steps of fan-in many coordinates
         start = self.initial_kappa if self.coordinatewise else self.initial_kappa * features.kappa_factor
         scheduled = power_schedule(progress, out.log_exponent) if self.schedule == "power" and is_told else 1.0
@@ -515,8 +553,11 @@ class PortHamiltonianUpdate(StagedRule):
         if not self.is_spectral:
             return shared
         growth = decay_growth(shared.scale, shared.slow_scale, self.decay_growth) if self.decay_growth > 1 else 1.0
+        matrix_kappa = self.initial_matrix_kappa * self.depth_factor * log_matrix_kappa.exp()
+        if self.trust_ratio > 0 and mean_square is not None:
+            matrix_kappa = matrix_kappa * trust(mean_square, matrix_kappa * features.step_rms, self.trust_ratio)
         return shared._replace(
-            matrix_kappa=self.initial_matrix_kappa * self.depth_factor * log_matrix_kappa.exp() * scheduled,
+            matrix_kappa=matrix_kappa * scheduled,
             lookahead=self.initial_lookahead * out.log_lookahead.exp(),
             # larger steps of shallow networks do not call for more decay
             matrix_decay=self.initial_decay / self.depth_factor * out.log_matrix_decay.exp() * growth,

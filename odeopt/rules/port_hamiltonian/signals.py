@@ -100,12 +100,13 @@ class ShapeFeatures(NamedTuple):
     shrink: Tensor | tuple[float, ...]  # a power of two under the inverse of the size: what is summed cannot overflow
     kappa_factor: Tensor | tuple[float, ...]  # on the first step size
     theta_factor: Tensor | tuple[float, ...]  # on the mean square of the parameter, one over that of a common start
+    step_rms: Tensor | tuple[float, ...]  # of a matrix's step of step size one; one where there is none
     signals: Tensor | tuple[float, ...]  # three of order one
 
     @classmethod
     def split(cls, features: Tensor) -> ShapeFeatures:
-        """Split the features of :meth:`PortHamiltonianUpdate.features`, shape ``(*batch, 7)``, into fields."""
-        return cls(*features.split((1, 1, 1, 1, 3), dim=-1))
+        """Split the features of :meth:`PortHamiltonianUpdate.features`, shape ``(*batch, 8)``, into fields."""
+        return cls(*features.split((1, 1, 1, 1, 1, 3), dim=-1))
 
     def joined(self) -> tuple[float, ...]:
         """Join the numbers into one tuple, in the order that :meth:`split` reads."""
@@ -134,7 +135,7 @@ def transferring_features(shape: tuple[int, ...], *, is_table: bool) -> ShapeFea
 
 def _features(shape: tuple[int, ...], fan_in: int, theta_factor: float, signals: tuple[float, ...]) -> ShapeFeatures:
     n = math.prod(shape)
-    return ShapeFeatures((n,), (0.5 ** n.bit_length(),), (fan_in**-0.25,), (theta_factor,), signals)
+    return ShapeFeatures((n,), (0.5 ** n.bit_length(),), (fan_in**-0.25,), (theta_factor,), (1.0,), signals)
 
 
 def shape_features(rule, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

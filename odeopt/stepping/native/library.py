@@ -24,8 +24,9 @@ class Rule(ctypes.Structure):
         ("decays", c_float * 2),
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
         *((name, c_float) for name in ("initial_matrix_kappa", "initial_lookahead", "initial_decay")),
-        *((name, c_float) for name in ("initial_coherence", "decay_growth")),
-        *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales", "n_memory")),
+        *((name, c_float) for name in ("initial_coherence", "decay_growth", "alignment_rate", "trust_ratio")),
+        *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales")),
+        *((name, c_int32) for name in ("n_memory", "n_moved")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix", "n_spectral")),
         *((name, c_int32) for name in ("coordinatewise", "is_exponential", "uses_progress")),
     )

@@ -53,7 +53,7 @@
 
 enum { FLOAT32, BFLOAT16 };
 enum { BY_COORDINATE, BY_TENSOR, BY_HISTORY }; /* what efforts are normalised by; the last one coordinatewise */
-enum { SIZE, SHRINK, KAPPA_FACTOR, THETA_FACTOR, SIGNALS, N_SIGNALS = 3 }; /* features of a tensor's shape */
+enum { SIZE, SHRINK, KAPPA_FACTOR, THETA_FACTOR, STEP_RMS, SIGNALS, N_SIGNALS = 3 }; /* features of a tensor's shape */
 
 typedef struct {
     const float *weights; /* of the network: for each layer the matrix (in, out), then the bias */
@@ -68,7 +68,10 @@ typedef struct {
     float horizon_power;
     float log_floor; /* the binary logarithm */
     float initial_matrix_kappa, initial_lookahead, initial_decay, initial_coherence, decay_growth;
-    int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales, n_memory;
+    float alignment_rate, trust_ratio;
+    int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales;
+    int32_t n_memory, n_moved; /* slow variables, and those of them that the network moves; the others, one at most,
+                                  follow the alignment */
     int32_t at_kappa, at_memory, at_exponent, at_matrix; /* places in the outputs of the network; -1 for none */
     int32_t n_spectral; /* modes whose momentum is orthogonalised in matrices; 0 where the sum of the outputs is */
     int32_t coordinatewise, is_exponential, uses_progress;
@@ -258,10 +261,16 @@ static const float *network(const Rule *rule, float *x, float *y)
 }
 
 /* What a matrix needs beside the numbers of its coordinates; `out` is the part of the network's outputs for it. */
-static void matrix_coefficients(const Rule *rule, Shared *c, const float *out, float scheduled)
+static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, const float *out, float growth,
+                                float scheduled)
 {
-    const float log_kappa = out[0] + (rule->n_memory > 0 ? c->memory[0] : 0.0f);
-    c->matrix_kappa = rule->initial_matrix_kappa * expf(log_kappa) * scheduled;
+    float kappa = rule->initial_matrix_kappa * expf(out[0] + growth);
+    if (rule->trust_ratio > 0.0f) {
+        const float mean_square = (float)c->sums[2] / t->features[SIZE];
+        const float trust = rule->trust_ratio * sqrtf(mean_square + 1e-12f) / (kappa * t->features[STEP_RMS]);
+        kappa *= fminf(fmaxf(trust, 0.1f), 1.0f);
+    }
+    c->matrix_kappa = kappa * scheduled;
     c->lookahead = rule->initial_lookahead * expf(out[1]);
     c->decay = rule->initial_decay * expf(out[2]);
     c->coherence = rule->initial_coherence * expf(out[3]);
@@ -286,10 +295,17 @@ static void matrix_coefficients(const Rule *rule, Shared *c, const float *out, f
     }
 }
 
+/* Of the log step size, as odeopt.rules.port_hamiltonian.coefficients has it. */
+static float aligned_move(float alignment)
+{
+    return fmaxf(alignment - 0.2f, 0.0f) - fmaxf(-alignment - 0.5f, 0.0f);
+}
+
 static void coefficients(const Rule *rule, const Tensor *t, const Options *options, Shared *c, float *x, float *y)
 {
     const int modes = rule->n_modes, told = options->knows_progress;
     const int knows_length = told && options->progress > 0.0f, has_schedule = rule->at_exponent >= 0;
+    float alignment = 0.0f, growth = 0.0f;
     const float length = knows_length ? fmaxf(c->step - 1.0f, 1.0f) / options->progress : NAN;
     float *input = x;
     for (int k = 0; k < rule->n_time_scales; k++)
@@ -309,6 +325,7 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
         for (int k = 0; k < modes; k++) {
             const float up = (float)c->sums[3 + k] / size, p2 = (float)c->sums[3 + modes + k] / size;
             *input++ = up / sqrtf(u2 * p2 + EPS_SIGNAL);
+            alignment += input[-1] / modes;
         }
         for (int k = 0; k < modes; k++)
             *input++ = 0.5f * logf((float)c->sums[3 + modes + k] / size + EPS_SIGNAL);
@@ -319,15 +336,16 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
     } else {
         c->log_rms = 0.0f;
     }
-    for (int k = 0; k < rule->n_memory; k++)
+    for (int k = 0; k < rule->n_moved; k++)
         *input++ = tanhf(t->memory[k]);
 
     const float *out = network(rule, x, y);
-    float log_kappa = out[rule->at_kappa];
-    for (int k = 0; k < rule->n_memory; k++)
-        c->memory[k] = t->memory[k] + tanhf(out[rule->at_memory + k]) / fmaxf(c->step, MEMORY_WARMUP);
-    if (rule->n_memory > 0)
-        log_kappa += c->memory[0];
+    for (int k = 0; k < rule->n_memory; k++) {
+        const int is_moved = k < rule->n_moved;
+        const float move = is_moved ? tanhf(out[rule->at_memory + k]) : rule->alignment_rate * aligned_move(alignment);
+        c->memory[k] = t->memory[k] + move / fmaxf(c->step, MEMORY_WARMUP);
+        growth += k == 0 || !is_moved ? c->memory[k] : 0.0f;
+    }
     float scheduled = 1.0f;
     if (has_schedule && told) {
         const float left = logf(fmaxf(1.0f - options->progress, 1e-6f));
@@ -340,7 +358,7 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
             scheduled *= powf(fmaxf(length, SHORTEST) / REFERENCE, -rule->horizon_power);
     }
     const float start = rule->initial_kappa * (rule->coordinatewise ? 1.0f : t->features[KAPPA_FACTOR]);
-    c->kappa = start * expf(log_kappa) * scheduled;
+    c->kappa = start * expf(out[rule->at_kappa] + growth) * scheduled;
     /* by kind, then by mode, as the network gives them; a constant has no slopes. Those of log_ratio are not converted,
        because log_ratio is. */
     for (int k = 0; k < modes; k++) {
@@ -352,7 +370,7 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
         }
     }
     if (t->n_rows > 0)
-        matrix_coefficients(rule, c, out + rule->at_matrix, scheduled);
+        matrix_coefficients(rule, t, c, out + rule->at_matrix, growth, scheduled);
 }
 
 static void finish(const Rule *rule, const Tensor *t, const Shared *c)

@@ -78,7 +78,7 @@ class TritonKernels:
         self._modes = {"mode_stride": bucket.state.p.stride(1), "MODES": rule.modes, "KIND": self._kind}
         self._constants = {
             "speed_limit": float(rule.config["speed_limit"]),
-            "MEMORY": rule.memory,
+            "MEMORY": rule.n_memory,
             "N_GAIN": rule.n_gain,
             "N_FRICTION": rule.n_friction,
             "LOG_FLOOR": math.log(rule.ratio_floor) if rule.ratio_floor > 0 else None,
