@@ -80,7 +80,7 @@ def train(name: str, dataset: ImageDataset, args: argparse.Namespace) -> UpdateR
         print(f"Meta-training {name} on {dataset.name}: {stage.n_meta_steps} meta-steps")
         result = meta_train(rule, task, stage)
         print(f"{name}: validation loss {result.best_score:.4f}, {result.seconds:.0f} s")
-    return rule
+    return config.in_use(rule)
 
 
 def with_solver(name: str, rule: UpdateRule, solver: str) -> tuple[str, UpdateRule]:

@@ -97,12 +97,12 @@ BROKEN = {
     "missing section": (
         '[task]\nclass = "RandomQuadratic"\ndim = 3\n',
         "",
-        r"should have the sections rule, task, training, and may have start. Found rule, training",
+        r"should have the sections rule, task, training, and may have start and use. Found rule, training",
     ),
     "unknown section": (
         "[training]",
         "[trainer]",
-        "sections rule, task, training, and may have start. Found rule, task, trainer",
+        "sections rule, task, training, and may have start and use. Found rule, task, trainer",
     ),
     "unknown rule": (
         '"port-hamiltonian"',
@@ -212,7 +212,8 @@ def test_families_of_the_mixture_of_networks_can_be_trained_and_held_out():
 @pytest.mark.parametrize("name", sorted(set(available_configs()) & set(odeopt.available_pretrained())))
 def test_shipped_rule_is_the_one_of_its_configuration(name):
     config, rule = load_config(name), odeopt.load_pretrained(name)
-    assert rule.config == config.build_rule().config
+    assert rule.config == config.in_use(config.build_rule()).config
+    assert rule.trained_for.get("use", {}) == config.use
     assert rule.trained_for["horizon"] == config.task.get("horizons", [config.training.horizon])[-1]
     assert rule.trained_for["task"] == config.task
     assert rule.trained_for["config"] == name
@@ -495,7 +496,7 @@ def test_bad_start_is_refused(tmp_path, old, new, message):
 
 def test_start_is_refused_where_nothing_would_train_it(tmp_path):
     config = load_config(write(tmp_path, QUADRATIC + START))
-    with pytest.raises(ValueError, match="Parameter `config` should be of one training, without a start"):
+    with pytest.raises(ValueError, match="Parameter `config` should be of one training, without a start and `use`"):
         train_variants(config, {"as it is": {}}, tmp_path / "variants")
     space = '[search]\nsampler = "grid"\n[search.space]\ntraining.lr = [0.1]\n'
     search = write(tmp_path, f'base = "{tmp_path / "tiny.toml"}"\n' + space, "search.toml")
@@ -503,6 +504,37 @@ def test_start_is_refused_where_nothing_would_train_it(tmp_path):
         ValueError, match=r"Parameter `base` should be of one training: .*tiny.toml has a section \[start\]"
     ):
         load_search(search)
+
+
+USE = "[use]\nalignment_rate = 1.5\n"
+
+
+def test_rule_is_trained_without_the_options_of_its_use_and_saved_with_them(tmp_path):
+    path, plain = write(tmp_path, QUADRATIC + USE, "used.toml"), write(tmp_path)
+    assert train(path, tmp_path) == train(plain, tmp_path / "plain") == 0
+    used, trained = (odeopt.load(each / "out" / "rule.safetensors") for each in (tmp_path, tmp_path / "plain"))
+    assert all(torch.equal(a, b) for a, b in zip(used.parameters(), trained.parameters(), strict=True))
+    assert (used.alignment_rate, trained.alignment_rate) == (1.5, 0.0)
+    assert used.trained_for["use"] == {"alignment_rate": 1.5}
+    assert "use" not in trained.trained_for
+    with pytest.raises(ValueError, match="Parameter `config` should be of one training, without a start and `use`"):
+        train_variants(load_config(path), {"as it is": {}}, tmp_path / "variants")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("alignmentrate = 1.0", r"\[use\] should hold only .*alignment_rate.* Found `alignmentrate`"),
+        ('class = "lstm"', r"\[use\] should hold only .* Found `class`"),
+        ("alignment_rate = -1", "`alignment_rate` should be a non-negative number. Found `alignment_rate = -1`"),
+        ("memory = 2", "`options` should be such that the weights stay as they are"),
+    ],
+)
+def test_bad_use_is_refused_before_the_training(tmp_path, line, message, monkeypatch, capsys):
+    monkeypatch.setattr("odeopt.cli.train.meta_train", lambda *args, **options: pytest.fail("trained"))
+    path = write(tmp_path, f"{QUADRATIC}[use]\n{line}\n")
+    assert train(path, tmp_path) != 0
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_results_go_to_runs_under_the_name_of_the_configuration(tmp_path, monkeypatch):

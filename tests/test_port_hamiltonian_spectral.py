@@ -1,6 +1,7 @@
 """The port-Hamiltonian rule on matrices: spectral and relativistic energies, their balance, scales and schedule."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -609,7 +610,7 @@ def test_unfit_options_are_refused(options, message):
 
 
 def logs_of_step_sizes(rule, sign_of, n_steps=40):
-    """Log step sizes of a rule on a matrix whose gradient is a fixed one times ``sign_of`` the step, without network."""
+    """Growth of the log step size of a matrix whose gradient is a fixed one times ``sign_of`` the step."""
     state, grad = rule.init_state(torch.zeros(12, dtype=f64)), torch.linspace(1, 2, 12, dtype=f64)
     logs = []
     for step in range(n_steps):
@@ -623,7 +624,7 @@ def test_step_sizes_grow_while_gradients_point_along_the_momenta(kinetic):
     rule = PortHamiltonianUpdate(kinetic=kinetic, alignment_rate=2.0, memory=1).double()
     growing = logs_of_step_sizes(rule, lambda step: 1)
     assert growing[0] == 0.0  # no momentum yet
-    assert all(b > a for a, b in zip(growing[:-1], growing[1:], strict=True))
+    assert all(b > a for a, b in itertools.pairwise(growing))
     # in logarithmic time once ten steps are done: 2 * (1 - .2) * (8 / 10 + log(40 / 10))
     assert growing[-1] == pytest.approx(1.6 * (0.9 + math.log(4)), rel=0.05)
 

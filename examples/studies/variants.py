@@ -61,7 +61,7 @@ def train_variants(
         ValueError: If an argument is out of range, or the folder holds a rule that was trained otherwise.
     """
     require(n_seeds >= 1, "n_seeds", n_seeds, "at least 1")
-    require(config.start is None, "config", config, "of one training, without a start")
+    require(config.start is None and not config.use, "config", config, "of one training, without a start and `use`")
     folders = {name: re.sub(r"\W+", "-", name).strip("-") for name in variants}
     require(len(set(folders.values())) == len(folders), "variants", list(variants), "named apart by letters and digits")
     task = config.build_task(data_dir=data_dir, device=device)

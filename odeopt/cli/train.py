@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_with(world: World, config: Config, folder: Path, out: Path, args: argparse.Namespace) -> int:
     world.broadcast_result(lambda: prepare(out, args.overwrite))
     rule = config.build_rule().to(args.device)
+    config.in_use(rule)  # what is refused should be refused before the training
     task = world.local_first(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
     began, results = time.monotonic(), []
     for stage in config.stages:
@@ -89,11 +90,11 @@ def _run_with(world: World, config: Config, folder: Path, out: Path, args: argpa
         if n_done < n_wanted:
             if world.is_first:
                 best = folder / "best.safetensors"
-                artifacts.save(rule, best, trained_for=config.trained_for(*results), overwrite=True)
+                artifacts.save(config.in_use(rule), best, trained_for=config.trained_for(*results), overwrite=True)
                 print(f"stopped early with the best rule so far in {best}; the same command continues from {folder}")
             return 0
     if world.is_first:
-        artifacts.save(rule, out, trained_for=config.trained_for(*results), overwrite=args.overwrite)
+        artifacts.save(config.in_use(rule), out, trained_for=config.trained_for(*results), overwrite=args.overwrite)
         print(f"saved {out}")
     return 0
 

@@ -25,7 +25,7 @@ from odeopt.tasks.base import Task
 
 T = TypeVar("T")
 SECTIONS = ("rule", "task", "training")
-START = "start"
+START, USE = "start", "use"
 _TASKS = {
     task.__name__: task
     for task in (
@@ -64,6 +64,8 @@ class Config:
             and ``objective``, with the options of :class:`odeopt.meta.MetaObjective`.
         start: Settings of an earlier training of the same rule on the same tasks, from which this one goes on: the
             optional section ``start``.
+        use: Options of the rule in use in place of those in training, which change no weight: the optional section
+            ``use``.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Config:
     task: dict[str, Any]
     training: MetaConfig
     start: MetaConfig | None = None
+    use: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[MetaConfig, ...]:
@@ -83,17 +86,22 @@ class Config:
         horizons = (self.training.horizon,)
         if self.task["class"] == "Mixture":
             horizons = self.task.get("horizons", inspect.signature(tasks.Mixture).parameters["horizons"].default)
-        start = {} if self.start is None else {"start": self.start.describe()}
-        return start | {
-            "horizon": horizons[-1],
-            "task": self.task,
-            "config": self.name,
-            "training": self.training.describe(),
-            "tasks_per_meta_step": result.n_tasks_per_step,
-            "seconds": round(sum(each.seconds for each in results), 1),
-            "best_meta_step": result.best_step,
-            "validation_loss": result.best_score,
-        }
+        start = {} if self.start is None else {START: self.start.describe()}
+        use = {USE: self.use} if self.use else {}
+        return (
+            start
+            | use
+            | {
+                "horizon": horizons[-1],
+                "task": self.task,
+                "config": self.name,
+                "training": self.training.describe(),
+                "tasks_per_meta_step": result.n_tasks_per_step,
+                "seconds": round(sum(each.seconds for each in results), 1),
+                "best_meta_step": result.best_step,
+                "validation_loss": result.best_score,
+            }
+        )
 
     def with_seed(self, seed: int) -> Config:
         """The same training from another meta-seed: other initial weights, tasks and batches."""
@@ -122,6 +130,10 @@ class Config:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.training.seed)
             return _found(options.pop("class"), _RULES)(**options)
+
+    def in_use(self, rule: UpdateRule) -> UpdateRule:
+        """The trained rule as it is used; see :attr:`use`."""
+        return rule.with_options(**self.use) if self.use else rule
 
     def build_task(
         self,
@@ -205,15 +217,16 @@ def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, 
 
 def make_config(path: Path, content: dict[str, Any]) -> Config:
     """Check every key of a configuration that was read from ``path``, which messages name."""
-    if set(content) - {START} != set(SECTIONS):
-        wanted = f"the sections {', '.join(SECTIONS)}, and may have {START}"
+    if set(content) - {START, USE} != set(SECTIONS):
+        wanted = f"the sections {', '.join(SECTIONS)}, and may have {START} and {USE}"
         raise ValueError(f"{path} should have {wanted}. Found {', '.join(content)}.")
     for section, options in content.items():
         _check_table(path, section, options)
-    _check_class(path, "rule", content["rule"], _RULES, UpdateRule)
+    rule_class, use = _check_class(path, "rule", content["rule"], _RULES, UpdateRule), content.get(USE, {})
+    check_keys(path, USE, use, set(inspect.signature(rule_class).parameters))
     _check_task(path, content["task"])
     fields = {field.name for field in dataclasses.fields(MetaConfig)}
-    config = Config(path.stem, content["rule"], content["task"], _settings(path, "training", content, fields))
+    config = Config(path.stem, content["rule"], content["task"], _settings(path, "training", content, fields), use=use)
     if START in content:
         start = _settings(path, START, content, fields - {"seed"})  # which is that of the training
         config = dataclasses.replace(config, start=start).with_seed(config.training.seed)

@@ -312,8 +312,8 @@ class _Search:
             return SearchResult(self.config, trials)
         config = self.config.at(best.values)
         trained = self.train(config, best)
-        tried = {"trial": best.number, "values": best.values}
-        return SearchResult(self.config, trials, trained.rule.cpu(), {**config.trained_for(trained), "search": tried})
+        account = {**config.trained_for(trained), "search": {"trial": best.number, "values": best.values}}
+        return SearchResult(self.config, trials, config.in_use(trained.rule.cpu()), account)
 
 
 @contextlib.contextmanager

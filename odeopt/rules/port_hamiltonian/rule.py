@@ -183,8 +183,8 @@ class PortHamiltonianUpdate(StagedRule):
             its logarithm moves by ``alignment_rate * (max(a - 0.2, 0) - max(-a - 0.5, 0)) / max(t, 10)`` at step t, so
             it grows for as long as gradients go on pointing along the momenta, and falls where each step overshoots.
             It keeps one number per tensor, which the network does not see. 0 is none.
-        trust_ratio: Bound of the rms of a matrix's step, before the schedule, over the rms of the matrix; a tenth of the
-            step is always allowed, so that matrices of zeros are trained. 0 is none.
+        trust_ratio: Bound of the rms of a matrix's step, before the schedule, over the rms of the matrix; a tenth of
+            the step is always allowed, so that matrices of zeros are trained. 0 is none.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -529,7 +529,8 @@ class PortHamiltonianUpdate(StagedRule):
         if self.uses_progress:
             # under a schedule of its own the rule sees the length of the run, from the second step on, not its place
             times += [torch.full_like(step, float(is_told)), progress if length is None else length_signal(length)]
-        inputs = torch.cat([*times, *signals, torch.tanh(memory[..., : self.memory])], dim=-1).to(network[-1].weight.dtype)
+        inputs = torch.cat([*times, *signals, torch.tanh(memory[..., : self.memory])], dim=-1)
+        inputs = inputs.to(network[-1].weight.dtype)
         out = Outputs(*network(inputs).to(step.dtype).split(self._output_sizes, dim=-1))
         log_kappa, log_matrix_kappa = out.log_kappa, out.log_matrix_kappa
         if self.n_memory > 0:
