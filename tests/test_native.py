@@ -28,6 +28,7 @@ OPTIONS = {
     "one mode, memory": {"modes": 1, "memory": 2, "hidden": (7,)},
     "three modes": {"modes": 3, "hidden": (), "time_scales": (5.0,)},
     **{f"{solver}": {"solver": solver} for solver in LINEAR_METHODS},
+    "alignment": {"alignment_rate": 9.0, "memory": 1},
     "constant friction": {"friction": "constant", "modes": 3},
     "constant port": {"port": "constant", "solver": "exponential"},
     "both constant, coordinatewise": {"friction": "constant", "port": "constant", "coordinatewise": True},
