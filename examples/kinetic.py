@@ -47,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(
         __doc__,
         "dataset data_dir markdown",
+        on_interrupt=arguments.RESUMES,
         device={"default": "cpu"},
         runs={"default": 2, "help": "paired runs"},
         out={"default": "runs/kinetic"},

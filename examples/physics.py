@@ -122,6 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(
         __doc__,
         "markdown out",
+        on_interrupt=arguments.RESUMES,
         runs={"default": 128, "help": "first observations, an even number"},
         device={"default": "cpu", "help": "where to train"},
         seed={"type": arguments.natural, "help": "changes data, first weights and order of the windows"},

@@ -106,7 +106,8 @@ def fingerprint(words: list[str]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.on_interrupt = arguments.RESUMES
     add = parser.add_argument
     names = [name for name, *_ in STAGES]
     add("--quick", action="store_true", help="less of everything, on the digits where a stage can")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from itertools import pairwise, product
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ PALE = {INK: WHITE, BLUE: "#D9E9F5", VERMILLION: "#FBE3D4", GREEN: "#DBF1E9"}
 
 def main(argv: list[str] | None = None) -> None:
     """Draw both panels into one figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.Parser(description=__doc__)
     parser.add_argument("--out", type=arguments.folder, default="figs", help="folder of the figure (default: figs)")
     path = parser.parse_args(argv).out / "schematic.png"
     with style():

@@ -125,6 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = arguments.parser(
         __doc__,
         "data_dir runs device seed markdown out",
+        on_interrupt=arguments.RESUMES,
         dataset={"choices": ("mnist/4", "mnist/2", *DATASETS), "default": "mnist/4", "help": "images"},
     )
     add = parser.add_argument

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 import odeopt
+from odeopt.cli import arguments
 from odeopt.report import draw_table
 from odeopt.stepping.guard import take_snapshot
 
@@ -59,7 +60,7 @@ def seconds(work: Callable[[], object], args: argparse.Namespace) -> float:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.Parser(description=__doc__)
     add = parser.add_argument
     add("--sizes", nargs="+", type=float, default=[1e4, 1e6, 1e7], help="parameters")
     add("--repeats", type=int, default=21, help="steps, of which the median is told")

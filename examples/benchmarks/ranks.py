@@ -32,7 +32,7 @@ RANKS = (2, 8, 64, 256, 1024)
 
 def main(argv: list[str] | None = None) -> None:
     """Measure on all ranks, print on the first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=arguments.positive, default=50, help="repeats of each measurement")
     parser.add_argument("--size", type=arguments.positive, default=10**6, help="parameters of the timed step")
     args = parser.parse_args(argv)

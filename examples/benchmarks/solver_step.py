@@ -128,7 +128,7 @@ def table(found: dict[str, list[float]]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--device", type=arguments.device, default="cpu", help="where to compute; auto takes CUDA if there is one")
     add("--threads", type=arguments.positive, default=1, help="threads of torch on the CPU")

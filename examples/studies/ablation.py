@@ -113,6 +113,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(
         __doc__,
         "data_dir runs tuning_runs device out markdown",
+        on_interrupt=arguments.RESUMES,
         dataset={
             "choices": ("mnist/4", "mnist/2", *DATASETS),
             "default": "mnist/4",

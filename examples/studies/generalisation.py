@@ -103,6 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(
         __doc__,
         "dataset data_dir runs device seed markdown",
+        on_interrupt=arguments.RESUMES,
         tuning_runs={"default": 2},
         out={"help": "folder of the figure and its numbers; columns that these have are not run again"},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,43 @@ _SHARED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def parser(description: str, names: str, **changed: dict[str, Any]) -> argparse.ArgumentParser:
+RESUMES = "interrupted; what is done is kept, and the same command continues from there"
+BEGINS_ANEW = "interrupted; nothing was kept, and the same command begins anew"
+INTERRUPTED = 128 + signal.SIGINT  # exit status, as shells have it
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a script, after which Ctrl-C ends the script with a line on how to go on in place of a traceback."""
+
+    on_interrupt = BEGINS_ANEW
+
+    def parse_args(self, args=None, namespace=None):
+        if args is None:  # a script reads its command line; a test or a notebook passes a list, and keeps its hooks
+            before = sys.excepthook
+
+            def hook(kind, error, traceback):
+                if issubclass(kind, KeyboardInterrupt):
+                    sys.stderr.write(f"\n{self.prog}: {self.on_interrupt}\n")
+                else:
+                    before(kind, error, traceback)
+
+            sys.excepthook = hook
+        return super().parse_args(args, namespace)
+
+
+def parser(
+    description: str, names: str, *, on_interrupt: str = BEGINS_ANEW, **changed: dict[str, Any]
+) -> argparse.ArgumentParser:
     """Make the parser of an example, with options that several examples have.
 
     Args:
         description: Text for ``--help``.
         names: Names of options, separated by spaces.
+        on_interrupt: What to say where Ctrl-C ends the script: :data:`RESUMES` where results are kept as they are made.
         changed: Further options by name, with arguments of ``add_argument`` that take the place of the usual ones.
     """
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.on_interrupt = on_interrupt
     for name, changes in ({key: {} for key in names.split()} | changed | {"threads": {}}).items():
         add(made, name, **changes)
     return made

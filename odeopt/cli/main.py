@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 2, error
     except LostRankError as error:
         status, message = 1, error
+    except KeyboardInterrupt:
+        is_kept = args.command in ("train", "search", "suite", "matrix")
+        status, message = arguments.INTERRUPTED, arguments.RESUMES if is_kept else arguments.BEGINS_ANEW
+        print(file=sys.stderr)  # below a progress bar
     except train.Terminated as error:
         status, message = 128 + signal.SIGTERM, error
     print(f"{parser.prog} {args.command}: {message}", file=sys.stderr, flush=True)
