@@ -1,10 +1,15 @@
 """In the trainers that people use a learned optimizer takes the very steps that it takes in a plain loop."""
 
 import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.data import DataLoader, TensorDataset
 
 import odeopt
@@ -14,6 +19,7 @@ from odeopt.tasks.datasets import import_torchvision
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 N_EPOCHS, N_STEPS = 2, 8
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "clients.md"
 
 
 def needed(name):
@@ -168,3 +174,46 @@ def test_skorch_takes_the_steps_of_a_plain_loop(plain):
     net.fit(x.numpy(), y.numpy())
     assert net.optimizer_.n_steps == N_STEPS
     assert_same(net.module_, plain)
+
+
+# -------------------- scripts of several processes, as the page has them
+
+
+def scripts():
+    """The scripts of the page."""
+    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    found = [block for block in blocks if "destroy_process_group" in block]
+    assert len(found) == 2
+    return found
+
+
+def launch(script, folder):
+    (folder / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def unexplained(weights):
+    """Share of the target's variance, on points of its own, that the network of both scripts leaves unexplained."""
+    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
+    model.load_state_dict(weights)
+    x = torch.rand(2000, 2, generator=torch.Generator().manual_seed(7))
+    y = (3 * x).sin().sum(1, keepdim=True)
+    return (nn.functional.mse_loss(model(x), y) / y.var()).item()
+
+
+def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_one_process(tmp_path):
+    launch(scripts()[0], tmp_path)
+    saved = torch.load(tmp_path / "ddp.pt")
+    assert unexplained(saved["model"]) < 0.2
+    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = odeopt.LearnedOptimizer(odeopt.param_groups(model), total_steps=320)
+    optimizer.load_state_dict(saved["optimizer"])
+    assert optimizer.n_steps == 320
+
+
+def test_script_of_fsdp2_learns_and_its_checkpoint_holds_whole_tensors(tmp_path):
+    launch(scripts()[1], tmp_path)
+    dcp_to_torch_save(tmp_path / "fsdp", tmp_path / "whole.pt")
+    assert unexplained(torch.load(tmp_path / "whole.pt", weights_only=False)["model"]) < 0.2
