@@ -75,6 +75,18 @@ def watched(losses, options=None):
 # -------------------- rules that fail
 
 
+@pytest.mark.parametrize("level", [1.0, 30.0])
+def test_a_plateau_below_what_the_rule_itself_has_raised_is_no_progress(level):
+    """An explosion in the first window, then losses where the run began."""
+    first = [
+        2.4 * level,
+        *(k * level for k in (3, 9, 7, 8, 6, 7, 5, 4, 3, 3, 3, 2.5, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4, 2.4)),
+    ]
+    watch, decisions = watched(first + 200 * [2.31 * level])
+    assert watch.n_handovers >= 1
+    assert any(decision.restores for decision in decisions)
+
+
 @over_failing
 @pytest.mark.filterwarnings("ignore:Parameter .* was not moved:RuntimeWarning")  # of the rule alone
 def test_a_failing_rule_costs_little(rule):

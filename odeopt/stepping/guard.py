@@ -124,7 +124,7 @@ class Decision(NamedTuple):
 class Watch:
     """Running account of the losses, in numbers that one tensor holds."""
 
-    start: float = math.nan  # of the run: the first loss, or the mean of the first window if that is higher
+    start: float = math.nan  # of the run: the first loss, or the mean of the first window if that is a little higher
     kept: float = math.nan  # mean of the window at whose end the parameters were kept
     best: float = math.nan  # first loss, or mean of the lowest windows that noise does not tell apart, and their number
     n_best: float = 0.0
@@ -220,8 +220,8 @@ class Watch:
         if mean > (persistent if has_failed else limit) or self.n_high >= _N_PERSISTENT:
             return self._fail(options)
         self.noise = noise + (variance - noise) / 4
-        if self.n_best == 0 and self.n_restored == 0:
-            self.start = max(self.start, mean)
+        if self.n_best == 0 and self.n_restored == 0 and mean <= self.start + abs(self.start) / 2:
+            self.start = max(self.start, mean)  # the first loss was a lucky one; above that the rule has raised it
         if self.n_best == 0 or mean < best - _LEVEL * error:
             self.best, self.n_best = mean, 1.0
         elif mean < best + _LEVEL * error:  # the mean, because the least of many means is a lucky one
@@ -239,7 +239,8 @@ class Watch:
         """Whether to keep the parameters: not in place of others that are as good, which are less likely broken."""
         least = 0.0 if self._is_proven(mean) else options.tolerance / 2 * self._scale
         is_good = mean < self.kept - max(least, _LEVEL * error)
-        is_good = is_good and self.last <= limit + _HIGH * math.sqrt(self.noise)
+        # not at the end of a window in which the loss has begun to rise
+        is_good = is_good and self.last <= min(limit, mean) + math.sqrt(self.noise)
         self.kept = mean if is_good else self.kept
         return is_good
 

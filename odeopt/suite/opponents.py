@@ -94,7 +94,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """
     outer = (module for module in model.modules() if isinstance(module, nn.Embedding))
     excluded = {param for module in (model.head, *outer) for param in module.parameters()}
-    return [param for param in model.parameters() if param.ndim >= 2 and param not in excluded]
+    trained = (param for param in model.parameters() if param.requires_grad)
+    return [param for param in trained if param.ndim >= 2 and param not in excluded]
 
 
 class MuonAndAdamW:
@@ -112,9 +113,10 @@ class MuonAndAdamW:
         hidden = hidden_matrices(model)
         others = [param for param in model.parameters() if all(param is not other for other in hidden)]
         self._views = [(param, nn.Parameter(param.detach().flatten(1))) for param in hidden]
-        muon = torch.optim.Muon([view for _, view in self._views], lr=lr, weight_decay=_DECAY)
-        adamw = torch.optim.AdamW(others, lr=_LR_BESIDE_MUON, weight_decay=_DECAY)
-        self._parts = [_scheduled(part, n_steps) for part in (muon, adamw)]
+        parts = [torch.optim.AdamW(others, lr=_LR_BESIDE_MUON, weight_decay=_DECAY)]
+        if hidden:
+            parts.append(torch.optim.Muon([view for _, view in self._views], lr=lr, weight_decay=_DECAY))
+        self._parts = [_scheduled(part, n_steps) for part in parts]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
