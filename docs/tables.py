@@ -157,16 +157,16 @@ def solvers(title: str) -> str:
     return f"{blocks[index]}:\n\n{blocks[index + 1]}"
 
 
-def read_suite() -> Suite | None:
-    """Read the runs of the suite; None where there are none, or not those of all problems."""
-    if not (FIGS / "suite.json").exists():
+def read_suite(name: str = "suite") -> Suite | None:
+    """Read the runs of the suite, or of problems like its own; None where there are none, or not those of all."""
+    if not (FIGS / f"{name}.json").exists():
         return None
     found: dict[str, dict[str, dict[tuple[str, str], Mapping[str, Any]]]] = {}
-    for key, record in read("suite")["runs"].items():
+    for key, record in read(name)["runs"].items():
         problem, contender, lr, seed, _ = key.split(" | ")
         runs, place = found.setdefault(problem, {}).setdefault(contender, {}), (lr[3:], seed[5:])
         if place in runs:
-            raise ValueError(f"figs/suite.json has two runs like {key!r}, of which one is older. Make it anew.")
+            raise ValueError(f"figs/{name}.json has two runs like {key!r}, of which one is older. Make it anew.")
         runs[place] = record
     outcomes = {problem: {name: outcome(runs) for name, runs in by_name.items()} for problem, by_name in found.items()}
     contenders = {
@@ -192,9 +192,9 @@ def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
     return Outcome(lr, is_edge, *numbers, curves, steps_of(records[0]["settings"]["n_steps"]))
 
 
-def suite() -> str:
+def suite(name: str = "suite", command: str = "python -m odeopt suite") -> str:
     """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them."""
-    found = read_suite()
+    found = read_suite(name)
     if found is None:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
@@ -213,7 +213,7 @@ def suite() -> str:
         f"Losses over those of tuned AdamW with warm-up and cosine decay: geometric means of {found.n_runs} paired\n"
         "runs [95 % Student interval], below one is better; of the opponents the training loss. Learned rules are\n"
         "used as they are, the opponents' learning rates chosen by grid for each problem, but for Adam's and\n"
-        "Prodigy's (`python -m odeopt suite --out figs`)."
+        f"Prodigy's (`{command} --runs {found.n_runs} --out figs`)."
     )
     return "\n\n".join([caption, table(titles, rows), *map(found.summary, learned)])
 
@@ -297,6 +297,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
     "suite": suite_in_full,
+    "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
 }
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ STAGES = (
     ("diagnostics", 1, "diagnostics.py --out {out}", "--dataset digits --steps 30"),
     ("rule", 1, "-m odeopt show port-hamiltonian-spectral --out {out}", ""),
     ("guard", 4, "studies/guard.py --out {out}", "--dataset digits --runs 1 --steps 40"),
+    ("unseen", 25, "studies/unseen.py --out {out}", "--dataset digits --steps 5 --problems regression graph"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

@@ -44,6 +44,7 @@ TINY = {
     "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "embedded pendulum", "--rows", "Ham.*n$|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
+    "unseen": ["--dataset", "digits", "--steps", "2"],
     "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",
                 "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "bosh3"],
 }  # fmt: skip
