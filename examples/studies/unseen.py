@@ -18,7 +18,7 @@ from odeopt.cli import arguments
 from odeopt.suite import evaluate_suite, learned, opponents, untrained
 
 RULE = "port-hamiltonian-spectral"
-OPPONENTS = ("adamw", "muon", "prodigy", "schedule-free")
+OPPONENTS = ("adamw", "muon", "prodigy")
 NAMES = (
     "sines",
     "poisson",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,4 +121,6 @@ def _set_scale(axes: Axes, scale: str) -> None:
     if scale == "linear":
         axes.set_ylim(bottom=0.0)
     elif largest > 0:
-        axes.set_yscale(scale, **({"linthresh": 1e-2 * largest} if scale == "symlog" else {"nonpositive": "mask"}))
+        # a power of ten, below which no ticks crowd
+        linear = {"linthresh": 10.0 ** math.ceil(math.log10(largest / 100))}
+        axes.set_yscale(scale, **(linear if scale == "symlog" else {"nonpositive": "mask"}))

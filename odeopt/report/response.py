@@ -41,7 +41,8 @@ def plot_response(
         figure, (left, middle, right) = new_figure(11.0, 3.4, n_columns=3)
         for (name, values), colour in zip(update.items(), PALETTE, strict=False):
             left.plot(gradient, values, color=colour, label=name)
-        left.legend(title="gradients before", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
+        left.legend(title="gradients before", frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.0, **below)
         left.set(title="vectors", xlabel="gradient over its mean magnitude", ylabel="update")
         for (name, values), colour in zip(step_size.items(), PALETTE, strict=False):
             middle.plot(step, values, color=colour, label=name)
