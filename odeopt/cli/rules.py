@@ -63,7 +63,7 @@ def _account(rule: UpdateRule) -> list[str]:
     """Task, horizon, number of weights and size of the state."""
     account = rule.trained_for or {}
     task, horizon = account.get("task", "?"), account.get("horizon", "?")
-    name = task.get("class", "?") if isinstance(task, dict) else task
+    name = task.get("class", task.get("task", "?")) if isinstance(task, dict) else task
     n = 1000
     state = rule.init_state(torch.zeros(n))
     per_parameter = sum(x.numel() * x.element_size() for x in state if x.numel() >= n) / n
