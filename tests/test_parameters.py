@@ -82,5 +82,5 @@ def test_what_is_no_module_is_refused(module):
 
 @pytest.mark.parametrize("decay", [-0.1, math.inf, "0.1", True])
 def test_wrong_decays_are_refused(decay):
-    with pytest.raises(ValueError, match="`weight_decay` should be a non-negative number or None. Found"):
+    with pytest.raises(ValueError, match=r"`weight_decay` should be a non-negative number or None\. Found"):
         param_groups(nn.Linear(2, 2), weight_decay=decay)
