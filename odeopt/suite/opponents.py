@@ -113,9 +113,9 @@ class MuonAndAdamW:
         hidden = hidden_matrices(model)
         others = [param for param in model.parameters() if all(param is not other for other in hidden)]
         self._views = [(param, nn.Parameter(param.detach().flatten(1))) for param in hidden]
-        parts = [torch.optim.AdamW(others, lr=_LR_BESIDE_MUON, weight_decay=_DECAY)]
-        if hidden:
-            parts.append(torch.optim.Muon([view for _, view in self._views], lr=lr, weight_decay=_DECAY))
+        views = [view for _, view in self._views]
+        parts = [torch.optim.Muon(views, lr=lr, weight_decay=_DECAY)] if hidden else []
+        parts.append(torch.optim.AdamW(others, lr=_LR_BESIDE_MUON, weight_decay=_DECAY))
         self._parts = [_scheduled(part, n_steps) for part in parts]
 
     def zero_grad(self) -> None:
