@@ -107,6 +107,7 @@ class Parser(argparse.ArgumentParser):
     on_interrupt = BEGINS_ANEW
 
     def parse_args(self, args=None, namespace=None):
+        """Read the arguments; where they are those of the command line, Ctrl-C is a line from now on."""
         if args is None:  # a script reads its command line; a test or a notebook passes a list, and keeps its hooks
             before = sys.excepthook
 
