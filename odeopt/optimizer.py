@@ -343,7 +343,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group = plan.placed[0].group
         done = _share_done(group)
         progress = None if done is None else float(done)
-        return plan.native.step(float(group["lr"]), float(group["weight_decay"]), progress, maximize=group["maximize"])
+        lr, decay = float(self._lr(group)), float(group["weight_decay"])
+        return plan.native.step(lr, decay, progress, maximize=group["maximize"])
 
     def _step_bucket(self, placed: _Placed, kernels: TritonKernels | None) -> int:
         """Step a bucket; return whether a gradient was skipped, where that is known without a host synchronisation."""
@@ -596,8 +597,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         elif progress is not None:
             progress = torch.full((), progress, dtype=bucket.dtype, device=bucket.device)
         decay = scalar(group["weight_decay"]) if group["weight_decay"] != 0 else None
-        lr = group["lr"] if self._stepping_rule is self.rule else self._sentry.lr(group)
-        return StepOptions(scalar(lr), decay, progress, group["maximize"])
+        return StepOptions(scalar(self._lr(group)), decay, progress, group["maximize"])
+
+    def _lr(self, group: dict[str, Any]) -> float | Tensor:
+        """Factor on the updates of the rule that steps now."""
+        return group["lr"] if self._stepping_rule is self.rule else self._sentry.lr(group)
 
     def _lay_out(self) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""

@@ -508,6 +508,21 @@ def test_a_schedule_lowers_the_step_of_the_fallback_and_its_level_does_not():
     assert moves[1.0, 0.25] == pytest.approx(moves[1.0, 1.0] / 4, rel=0.1)  # Adam's steps change slowly
 
 
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_a_fallback_that_is_stepped_in_c_does_not_see_the_level_of_lr_either(implementation):
+    moves = []
+    for lr in (1.0, 1e3):
+        model = Bowl(noise=0.0)
+        fallback = PortHamiltonianUpdate(coordinatewise=True)
+        optimizer = guarded(model, EXPLODES, Guard(fallback), lr=lr, implementation=implementation)
+        run(model, optimizer, range(5))
+        assert optimizer.guard_status.stepping == "fallback"
+        before = model.weights[0].detach().clone()
+        run(model, optimizer, range(1))
+        moves.append((model.weights[0].detach() - before).norm().item())
+    assert moves[0] == pytest.approx(moves[1], rel=1e-4)  # float32
+
+
 def test_schedulers_keep_working_through_a_hand_over():
     model = Bowl()
     optimizer = guarded(model, EXPLODES)
