@@ -659,16 +659,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
         together: dict[tuple[int, int], list[_Placed]] = defaultdict(list)
         plans = []
+        if self.implementation == "eager":
+            return [_Plan(None, [placed]) for placed in self._placed]
         for placed in self._placed:
-            obstacle, kernels = native_obstacle(placed.rule, placed.bucket), None
-            if obstacle is None and self.implementation != "eager":
+            obstacle = native_obstacle(placed.rule, placed.bucket)
+            if obstacle is None:
                 together[id(placed.group), id(placed.rule)].append(placed)
                 continue
             is_matrix = placed.bucket.is_whole and placed.rule.is_staged
-            if self.implementation != "eager":
-                on_cuda = triton_obstacle(placed.rule, placed.bucket)
-                kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None
-                obstacle = on_cuda if placed.bucket.device.type == "cuda" else obstacle
+            on_cuda = triton_obstacle(placed.rule, placed.bucket)
+            kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None
+            obstacle = on_cuda if placed.bucket.device.type == "cuda" else obstacle
             is_asked_for = self.implementation == "native" and self._stepping_rule is self.rule
             if is_asked_for and kernels is None and not is_matrix:
                 self._forget_buckets()
