@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from guard_figure import plot
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
+from odeopt.progress import tqdm
 from odeopt.report import draw_table
 from odeopt.tasks import MLPClassification, NoisyQuadratic, Task
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,6 @@ _SHARED: dict[str, dict[str, Any]] = {
 
 RESUMES = "interrupted; what is done is kept, and the same command continues from there"
 BEGINS_ANEW = "interrupted; nothing was kept, and the same command begins anew"
-INTERRUPTED = 128 + signal.SIGINT  # exit status, as shells have it
 
 
 class Parser(argparse.ArgumentParser):

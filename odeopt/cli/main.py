@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="odeopt" if Path(sys.argv[0]).stem == "odeopt" else "python -m odeopt", description=__doc__
     )
+    parser.set_defaults(on_interrupt=arguments.BEGINS_ANEW)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (rules, train, search, tune, matrix, suite, solvers):
         command.add(commands)
@@ -36,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except LostRankError as error:
         status, message = 1, error
     except KeyboardInterrupt:
-        is_kept = args.command in ("train", "search", "suite", "matrix")
-        status, message = arguments.INTERRUPTED, arguments.RESUMES if is_kept else arguments.BEGINS_ANEW
+        status, message = 128 + signal.SIGINT, args.on_interrupt
         print(file=sys.stderr)  # below a progress bar
     except train.Terminated as error:
         status, message = 128 + signal.SIGTERM, error

@@ -41,7 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=arguments.folder, default="runs/matrix", help="folder of matrix.json and "
                         "matrix.png (default: %(default)s)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
                         "long; the same command continues")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=arguments.folder, default="runs/suite", help="folder of suite.json and "
                         "suite.png (default: %(default)s)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -51,7 +51,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeout", type=arguments.positive, default=1800, metavar="SECONDS", help="how long a rank "
                        "waits for the others before it counts them as lost (default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 
 def run(args: argparse.Namespace) -> int:
