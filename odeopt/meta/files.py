@@ -86,22 +86,18 @@ class Config:
         horizons = (self.training.horizon,)
         if self.task["class"] == "Mixture":
             horizons = self.task.get("horizons", inspect.signature(tasks.Mixture).parameters["horizons"].default)
-        start = {} if self.start is None else {START: self.start.describe()}
-        use = {USE: self.use} if self.use else {}
-        return (
-            start
-            | use
-            | {
-                "horizon": horizons[-1],
-                "task": self.task,
-                "config": self.name,
-                "training": self.training.describe(),
-                "tasks_per_meta_step": result.n_tasks_per_step,
-                "seconds": round(sum(each.seconds for each in results), 1),
-                "best_meta_step": result.best_step,
-                "validation_loss": result.best_score,
-            }
-        )
+        own = {} if self.start is None else {START: self.start.describe()}
+        own |= {USE: self.use} if self.use else {}
+        return own | {
+            "horizon": horizons[-1],
+            "task": self.task,
+            "config": self.name,
+            "training": self.training.describe(),
+            "tasks_per_meta_step": result.n_tasks_per_step,
+            "seconds": round(sum(each.seconds for each in results), 1),
+            "best_meta_step": result.best_step,
+            "validation_loss": result.best_score,
+        }
 
     def with_seed(self, seed: int) -> Config:
         """The same training from another meta-seed: other initial weights, tasks and batches."""
