@@ -479,8 +479,7 @@ class PortHamiltonianUpdate(StagedRule):
             shared = self._running_scales(sums, state, features)
             if not self.coordinatewise:
                 return shared
-            zero = torch.zeros_like(shared.step)
-            return self._with_network(shared, state.memory, [], features, progress, zero, zero, None)
+            return self._with_network(shared, state.memory, [], features, progress, torch.zeros_like(shared.step))
         d, means = self.modes, sums / features.size
         v, u2, theta2, up, p2 = means.split((1, 1, 1, d, d), dim=-1)
         alignment = up * (u2 * p2 + _EPS_SIGNAL).rsqrt()
@@ -517,8 +516,8 @@ class PortHamiltonianUpdate(StagedRule):
         features: ShapeFeatures | None,
         progress: Tensor | None,
         log_rms: Tensor,
-        alignment: Tensor,
-        mean_square: Tensor | None,
+        alignment: Tensor | None = None,
+        mean_square: Tensor | None = None,
     ) -> Shared:
         """Complete what a tensor shares by the coefficients that its network emits."""
         step, network = shared.step, self.coefficient_network
@@ -677,7 +676,9 @@ class PortHamiltonianUpdate(StagedRule):
             Energy rate, dissipated and supplied power and their residual per step: of each coordinate, ``(*batch, n)``,
             or of a matrix that spectral modes step, ``(*batch, 1)``, with the norm that the step holds.
         """
-        observation, shared = self._prepare(grad, state, param, shape, progress)
+        return self._balance(*self._prepare(grad, state, param, shape, progress), state, shape)
+
+    def _balance(self, observation: Observation, shared: Shared, state, shape) -> PowerBalance:
         if not self._has_spectral_balance(shape):
             u, z = self._held(observation, state, shared)
             x = self._phase(state.p.to(u.dtype), state.q.to(u.dtype))
@@ -704,11 +705,10 @@ class PortHamiltonianUpdate(StagedRule):
         The step size is the factor on the system's output, of a matrix the operator norm that the output is given. A
         friction or port that is a network of q is left out.
         """
-        signals = {"param": param, "shape": shape, "progress": progress}
-        balance = self.power_balance(grad, state, **signals)
+        observation, shared = self._prepare(grad, state, param, shape, progress)
+        balance = self._balance(observation, shared, state, shape)
         found = {"energy": self.energy(state, shape=shape), "energy_rate": balance.energy_rate}
         found |= {"dissipated": balance.dissipated, "supplied": balance.supplied}
-        observation, shared = self._prepare(grad, state, *signals.values())
         if self.is_whole(shape):
             step_size = shared.matrix_kappa * energies.operator_scale(tuple(shape), self.matrix_scale)
             modulation = self._matrix_modulation(observation, state, shared)
