@@ -54,12 +54,12 @@ BFLOAT16 = torch.bfloat16
 over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-def pair(rule, shapes, *, dtype=torch.float32, **settings):
+def pair(rule, shapes, *, dtype=torch.float32, device="cpu", **settings):
     """An eager optimizer and a native one, on equal parameters."""
     generator, optimizers = torch.Generator().manual_seed(0), []
     start = [0.3 * torch.randn(shape, generator=generator) for shape in shapes]
     for implementation in ("eager", "native"):
-        params = [nn.Parameter(x.clone().to(dtype)) for x in start]
+        params = [nn.Parameter(x.clone().to(device, dtype)) for x in start]
         optimizers.append(LearnedOptimizer(params, rule, implementation=implementation, **settings))
     return optimizers
 
@@ -75,7 +75,7 @@ def give(optimizers, step, *, scale=1.0):
         grad = scale * torch.randn(params[0].shape, generator=generator)
         grad = torch.where(torch.rand(grad.shape, generator=generator) < 0.1, 100 * grad, grad)
         for param in params:
-            param.grad = grad.to(param.dtype)
+            param.grad = grad.to(param.device, param.dtype)
 
 
 def is_native(optimizer):
@@ -98,7 +98,7 @@ def assert_rounded_alike(found, wanted):
         assert (found == wanted).float().mean() > 0.97
 
 
-def assert_steps_alike(optimizers, n_steps=3):
+def assert_steps_alike(optimizers, n_steps=3, *, are_rounded_alike=assert_rounded_alike):
     """Take each step from a common state, so that no difference grows."""
     eager, native = optimizers
     for step in range(n_steps):
@@ -119,9 +119,9 @@ def assert_steps_alike(optimizers, n_steps=3):
                 # momenta are sums that may cancel
                 atol = 1e-5 * wanted.abs().max().item() if wanted.numel() > 0 else 0
                 torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
-                assert_rounded_alike(found, wanted)
+                are_rounded_alike(found, wanted)
                 found.copy_(wanted)
-            assert_rounded_alike(b, a)
+            are_rounded_alike(b, a)
             with torch.no_grad():
                 b.copy_(a)
     assert native.n_steps == eager.n_steps == n_steps
