@@ -17,7 +17,7 @@ BROKEN = {
     "missing section": (
         "[task]",
         "[rule.task]",
-        r"should have the sections rule, task, training, and may have start. Found rule, training",
+        r"should have the sections rule, task, training, and may have start and use. Found rule, training",
     ),
     "section that is a value": ('[search]\nsampler = "grid"\npruner = "none"\n', "", "section .search.|should be"),
     "unknown option": ("pruner =", "pruning =", r"\[search\] should hold only .*sampler.*. Found `pruning`"),
