@@ -25,8 +25,8 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
 # Coordinates for each thread, at least: beginning one takes as long as stepping ten thousand.
 _PER_THREAD = 2**15
-# The shorter side m of the matrices whose products are taken in C, at most: 14 symmetric products (m, m), 2 Gram
-# matrices and 2 products with the matrix itself, where torch takes 10, 5 and 5, none of them symmetric. But one matrix is
+# The shorter side m of the matrices whose products are taken in C, at most: 14 products (m, m), 2 Gram matrices and 2
+# products with the matrix itself, where torch takes 5 of each; and all but the last are symmetric. But one matrix is
 # stepped on one thread, and each thread needs room for the largest.
 _LARGEST_SIDE = 1024
 
