@@ -280,7 +280,7 @@ def ill_conditioned(kind, m, n):
 
 
 @pytest.mark.parametrize("kind", ["graded", "of one sign", "rows of many sizes"])
-@pytest.mark.parametrize("shape", [(40, 90), (150, 64), (70, 71), (130, 600)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 90), (150, 64), (70, 71), (130, 600), (260, 1050)], ids=str)
 def test_steps_of_ill_conditioned_matrices_are_those_in_double_precision(kind, shape):
     updates, grad = [], ill_conditioned(kind, *shape)
     for dtype, implementation in ((torch.float64, "eager"), (torch.float32, "native")):
@@ -289,9 +289,9 @@ def test_steps_of_ill_conditioned_matrices_are_those_in_double_precision(kind, s
         LearnedOptimizer([param], rule, implementation=implementation).step()
         updates.append(param.detach().double())
     wanted, found = updates
-    # see assert_matrices_step_alike; the operator norm sees the worst direction, and rounding grows in several of them
-    bound = 1e-4 * torch.linalg.matrix_norm(wanted, 2)
-    assert torch.linalg.matrix_norm(found - wanted, 2) <= bound
+    # see assert_matrices_step_alike; the Gram matrix of a large and elongated one is computed once, and its roundings grow
+    bound = 1e-4 if shape[1] < 1000 else 1e-3
+    assert torch.linalg.matrix_norm(found - wanted, 2) <= bound * torch.linalg.matrix_norm(wanted, 2)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

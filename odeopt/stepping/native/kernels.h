@@ -356,23 +356,31 @@ TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Opti
     }
 }
 
-/* Tile c = a^T b of two strips of n rows: some columns of the one, all of the other. The compiler keeps it in
-   registers. */
+/* Tile c = a^T b of two strips of n rows: some columns of the one, all of the other. The compiler keeps `sums` in
+   registers. They are of few terms, because the roundings of a long sum of like terms are alike, and add up. */
 TARGET static ALWAYS_INLINE void ISA(tile)(const float *restrict a, const float *restrict b, int n,
                                            float c[TILE][STRIP])
 {
-    float sums[TILE][STRIP];
-    memset(sums, 0, sizeof sums);
-    for (int k = 0; k < n; k++) {
-        UNROLL
+    memset(c, 0, sizeof(float) * TILE * STRIP);
+    for (int start = 0; start < n; start += N_TERMS) {
+        const int stop = start + N_TERMS < n ? start + N_TERMS : n;
+        float sums[TILE][STRIP];
+        memset(sums, 0, sizeof sums);
+        for (int k = start; k < stop; k++) {
+            UNROLL
+            for (int i = 0; i < TILE; i++) {
+                const float factor = a[(size_t)k * STRIP + i];
+#pragma omp simd
+                for (int j = 0; j < STRIP; j++)
+                    sums[i][j] += factor * b[(size_t)k * STRIP + j];
+            }
+        }
         for (int i = 0; i < TILE; i++) {
-            const float factor = a[(size_t)k * STRIP + i];
 #pragma omp simd
             for (int j = 0; j < STRIP; j++)
-                sums[i][j] += factor * b[(size_t)k * STRIP + j];
+                c[i][j] += sums[i][j];
         }
     }
-    memcpy(c, sums, sizeof sums);
 }
 
 /* Symmetric product c = a^T b, or what it adds to c, of two matrices of n rows in strips of `stride` rows. Tiles on and

@@ -38,8 +38,9 @@
 
 #define TILE 8       /* rows of a product that are computed at once, in registers, and its columns */
 #define STRIP 16
-#define PANEL 256    /* columns of a wide matrix that are packed at once: for its Gram matrix, for products with it */
+#define PANEL 128    /* columns of a wide matrix that are packed at once: for its Gram matrix, for products with it */
 #define COLUMNS 64
+#define N_TERMS 128  /* of a sum in single precision, before it is added to others */
 
 #define LOG2_E 1.44269504f
 
@@ -51,7 +52,9 @@
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
-#define N_FIRST 3   /* factors after which the Gram matrix is computed anew */
+#define N_FIRST 3   /* factors after which a Gram matrix is computed anew, unless the matrix is large and elongated: */
+#define LARGE 256   /* shorter side, and how many times as long the longer one is */
+#define ELONGATED 4
 #define FACTOR_A 3.4445
 #define FACTOR_B -4.7750
 #define FACTOR_C 2.0315
@@ -473,19 +476,26 @@ static void polynomial(const Kernels *kernels, int m, int n_factors, float weigh
 
    The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of several q(A) is applied to X at
    once: it takes few products with X instead of two for each factor. But A holds the squares of singular values, and
-   each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Hence A is computed anew once:
-   the error is then that of the iteration of X itself, about 3e-5 of the operator norm, and not up to 2e-3. */
+   each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Where A is computed anew once,
+   the error of ill-conditioned matrices is that of the iteration of X itself in float32, up to 2e-4 of the operator
+   norm; where it is not, because that would be a third of the work, up to 1e-3 (in bfloat16, as in Muon, up to .5). */
 static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, double norm, double weight, Workspace *w,
                           float *sum)
 {
+    int n_factors = N_FACTORS;
+    float scale = (float)(1.0 / norm);
     if (!(norm > 0.0))
         return;
-    kernels->gram(x, m, n, (float)(1.0 / norm), w->panel, w->gram);
-    polynomial(kernels, m, N_FIRST, 1.0f, w);
-    kernels->combine(w->total, x, m, n, (float)(1.0 / norm), w->panel, x, 0);
-    kernels->gram(x, m, n, 1.0f, w->panel, w->gram);
-    polynomial(kernels, m, N_FACTORS - N_FIRST, (float)weight, w);
-    kernels->combine(w->total, x, m, n, 1.0f, w->panel, sum, 1);
+    kernels->gram(x, m, n, scale, w->panel, w->gram);
+    if (m < LARGE || n < ELONGATED * m) {
+        polynomial(kernels, m, N_FIRST, 1.0f, w);
+        kernels->combine(w->total, x, m, n, scale, w->panel, x, 0);
+        kernels->gram(x, m, n, 1.0f, w->panel, w->gram);
+        n_factors -= N_FIRST;
+        scale = 1.0f;
+    }
+    polynomial(kernels, m, n_factors, (float)weight, w);
+    kernels->combine(w->total, x, m, n, scale, w->panel, sum, 1);
 }
 
 /* ---------- one step, in pieces of work */
