@@ -289,7 +289,7 @@ def test_steps_of_ill_conditioned_matrices_are_those_in_double_precision(kind, s
         LearnedOptimizer([param], rule, implementation=implementation).step()
         updates.append(param.detach().double())
     wanted, found = updates
-    # see assert_matrices_step_alike; the Gram matrix of a large and elongated one is computed once, and its roundings grow
+    # see assert_matrices_step_alike; where matrices are large and elongated their Gram matrix is computed only once
     bound = 1e-4 if shape[1] < 1000 else 1e-3
     assert torch.linalg.matrix_norm(found - wanted, 2) <= bound * torch.linalg.matrix_norm(wanted, 2)
 
