@@ -267,6 +267,22 @@ def test_matrices_of_low_rank_and_of_zeros_step_alike():
         assert (optimizers[0].state[a]["p"].norm() == 0) == (i == 2)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-25, 1e-34])
+@pytest.mark.parametrize("kinetic", ["spectral", ("spectral", "quadratic")], ids=str)
+def test_momenta_that_no_gradient_has_driven_for_long_step_alike(kinetic, size):
+    optimizers = pair(port_hamiltonian(kinetic=kinetic), [(30, 50), (50, 30)])
+    assert_matrices_step_alike(optimizers, n_steps=1)
+    before = [param.detach().clone() for param in params_of(optimizers[0])]
+    for optimizer in optimizers:
+        for param in params_of(optimizer):
+            param.grad.zero_()
+            optimizer.state[param]["p"].mul_(size)
+        optimizer.step()
+    for a, b, start in zip(*map(params_of, optimizers), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert not torch.equal(a, start)
+
+
 def ill_conditioned(kind, m, n):
     """Matrices with singular values near and below those that the iteration brings to one, beside large ones."""
     generator = torch.Generator().manual_seed(m)

@@ -300,15 +300,15 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
                 const float kept = c->rates[4 * k + 2], driven = c->rates[4 * k + 3];
                 float *ahead = x + spectral * t->n + i;
                 double *squares = sums + 1 + 3 * spectral++;
-                float before = 0.0f, after = 0.0f, beyond = 0.0f;
+                double before = 0.0, after = 0.0, beyond = 0.0; /* momenta that no gradient drives fall towards zero */
 #pragma omp simd reduction(+ : before, after, beyond)
                 for (int j = 0; j < n; j++) {
                     const float old = p[j], new = kept * old + driven * u[j], point = old + lookahead * (new - old);
                     p[j] = new;
                     ahead[j] = point;
-                    before += old * old;
-                    after += new * new;
-                    beyond += point * point;
+                    before += (double)old * old;
+                    after += (double)new * new;
+                    beyond += (double)point * point;
                 }
                 squares[0] += before;
                 squares[1] += after;
@@ -325,10 +325,10 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
             ISA(store)(t->p, t->state_type, at, n, p);
         }
         if (rule->n_spectral == 0) {
-            float square = 0.0f;
+            double square = 0.0;
 #pragma omp simd reduction(+ : square)
             for (int j = 0; j < n; j++)
-                square += outputs[i + j] * outputs[i + j];
+                square += (double)outputs[i + j] * outputs[i + j];
             sums[3] += square;
         }
     }

@@ -52,6 +52,7 @@
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
+#define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
 #define N_FIRST 3   /* factors after which a Gram matrix is computed anew, unless the matrix is large and elongated: */
 #define LARGE 256   /* shorter side, and how many times as long the longer one is */
 #define ELONGATED 4
@@ -483,9 +484,14 @@ static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, do
                           float *sum)
 {
     int n_factors = N_FACTORS;
-    float scale = (float)(1.0 / norm);
     if (!(norm > 0.0))
         return;
+    if (norm < SMALLEST) {
+        for (int64_t j = 0; j < m * n; j++)
+            x[j] *= (float)(1.0 / SMALLEST);
+        norm /= SMALLEST;
+    }
+    float scale = (float)(1.0 / norm);
     kernels->gram(x, m, n, scale, w->panel, w->gram);
     if (m < LARGE || n < ELONGATED * m) {
         polynomial(kernels, m, N_FIRST, 1.0f, w);
