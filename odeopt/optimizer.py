@@ -582,10 +582,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._rules[*key, is_table]
 
     def _n_matrices(self) -> int:
-        """Number of parameters that the rule steps as wholes, frozen ones and those without a gradient included."""
+        """Number of matrices, frozen ones and those without a gradient included."""
         rules = {False: self._stepping_rule, True: self._stepping_rule.for_tables()}
         members = ((rules[group["is_table"]], param) for group in self.param_groups for param in group["params"])
-        return sum(rule.is_whole(param.shape) for rule, param in members if param.numel() > 0)
+        return sum(rule.is_matrix(param.shape) for rule, param in members if param.numel() > 0)
 
     def _options(self, group: dict[str, Any], bucket: Bucket) -> StepOptions:
         def scalar(x: float | Tensor) -> Tensor:

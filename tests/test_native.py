@@ -186,6 +186,7 @@ MATRIX_OPTIONS = {
     "depth": {"kinetic": "spectral", "depth_power": 0.5, "initial_decay": 0.1},
     "alignment, trust": {"kinetic": "spectral", "alignment_rate": 9.0, "trust_ratio": 0.05, "memory": 2},
     "alignment of a mixture": {"kinetic": ("quadratic", "spectral"), "alignment_rate": 9.0, "trust_ratio": 0.01},
+    "narrow": {"kinetic": "spectral", "narrow": 4, "depth_power": 1.0, "trust_ratio": 0.05},
     "spectral output": {"output": "spectral", "modes": 3},
     "spectral output, euler": {"output": "spectral", "solver": "euler", "initial_decay": 0.05},
 }  # fmt: skip

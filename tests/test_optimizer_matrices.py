@@ -33,6 +33,7 @@ VARIANTS = {
         "alignment_rate": 2.0, "trust_ratio": 0.1,
     },
     "efforts by coordinates": {"kinetic": ("spectral", "quadratic"), "matrix_normalization": "coordinate"},
+    "narrow": {"kinetic": "spectral", "narrow": 2, "depth_power": 1.0, "initial_decay": 0.1, "alignment_rate": 2.0},
     "output": {"output": "spectral", "normalization": "tensor", "uses_progress": True},
 }  # fmt: skip
 over_variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -99,7 +100,7 @@ def by_optimizer(rule, params):
 
 def by_rule(rule, params):
     states = {name: rule.init_state(x.detach().flatten()) for name, x in params.items()}
-    n_matrices = sum(rule.is_whole(x.shape) and name not in Tensors.tables for name, x in params.items())
+    n_matrices = sum(rule.is_matrix(x.shape) and name not in Tensors.tables for name, x in params.items())
 
     @torch.no_grad()
     def step(number):

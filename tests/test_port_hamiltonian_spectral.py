@@ -64,6 +64,21 @@ def test_matrices_are_stepped_whole_and_tables_never(shape):
     assert not rule.is_whole(None)
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (3, 9), (9, 3), (2, 3, 4), (4, 3, 1)])
+def test_narrow_matrices_are_stepped_by_coordinates_and_count_in_the_depth(shape):
+    """A gradient of the hundredth size in one column is made up for, as it is in a vector."""
+    rule = PortHamiltonianUpdate(kinetic="spectral", narrow=3, friction="constant", port="constant")
+    assert rule.is_matrix(shape) and not rule.is_whole(shape)
+    assert rule.is_whole((4, 5)) and rule.is_whole((4, 5, 1))
+    grad = torch.ones(shape)
+    grad[:, 0] = 0.01
+    state = rule.init_state(torch.zeros(shape).flatten())
+    for _ in range(2):
+        update, state = rule(grad.flatten(), state, param=torch.zeros(grad.numel()), shape=shape)
+    update = update.view(shape)
+    torch.testing.assert_close(update[:, 0].mean(), update[:, -1].mean(), rtol=0.1, atol=0)
+
+
 def test_rule_for_tables_shares_the_weights_and_steps_by_coordinates():
     rule = spectral("spectral")
     tables, grads = rule.for_tables(), draws(3, 12, seed=1)
@@ -592,6 +607,8 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "initial_decay": 0.1, "decay_growth": 0.5}, "`decay_growth` should be a number"),
         ({"kinetic": "spectral", "decay_growth": 4.0}, "`decay_growth` should be 1.0 where `initial_decay = 0`. Found"),
         ({"depth_power": 1.0}, "`depth_power` should be 0.0 where no energy is spectral. Found `depth_power = 1.0`"),
+        ({"narrow": 3}, "`narrow` should be 0 where no energy is spectral. Found `narrow = 3`"),
+        ({"kinetic": "spectral", "narrow": 1.5}, "`narrow` should be a non-negative integer. Found `narrow = 1.5`"),
         ({"trust_ratio": 0.1}, "`trust_ratio` should be 0.0 where no energy is spectral. Found `trust_ratio = 0.1`"),
         ({"kinetic": "spectral", "trust_ratio": -1}, "`trust_ratio` should be a non-negative number. Found .* = -1`"),
         ({"alignment_rate": math.nan}, "`alignment_rate` should be a non-negative number. Found .* = nan`"),

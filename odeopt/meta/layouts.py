@@ -146,7 +146,7 @@ class Stacked(Separate):
 
     Args:
         shapes: Shape of each parameter, ``(n_tasks, *shape)``.
-        n_matrices: Number of all parameters of the task that the rule steps as wholes.
+        n_matrices: Number of all matrices of the task.
     """
 
     def __init__(self, shapes: dict[str, torch.Size], n_matrices: int) -> None:
@@ -295,7 +295,7 @@ def layout_for(
     if not alike and (empty or (len(shapes) == 1 and staged is rule)):
         return Separate(shapes, tables)
     layouts: list[Separate] = [Packed(others, staged, like, tables)] if others else []
-    n_matrices = sum(map(len, alike.values()))
+    n_matrices = sum(staged.is_matrix(x[1:]) for name, x in shapes.items() if name not in {*tables, *empty})
     layouts += [Stacked(shapes, n_matrices) for shapes in alike.values()]
     layouts += [Separate(empty)] if empty else []
     return layouts[0] if not alike else Grouped(shapes, layouts)

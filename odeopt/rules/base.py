@@ -121,12 +121,16 @@ class UpdateRule(nn.Module, ABC):
         """
         return False
 
+    def is_matrix(self, shape: torch.Size | tuple[int, ...] | None) -> bool:
+        """True for the shape of a tensor that counts in the depth of a network (:meth:`for_depth`)."""
+        return self.is_whole(shape)
+
     def for_tables(self) -> Self:
         """The rule as it steps lookup tables, the rows of which are vectors of their own; shares the weights."""
         return self
 
     def for_depth(self, n_matrices: int) -> Self:
-        """The rule as it steps one of ``n_matrices`` tensors of a network that it :meth:`steps as wholes <is_whole>`.
+        """The rule as it steps one of ``n_matrices`` :meth:`matrices <is_matrix>` of a network.
 
         Shares the weights, as :meth:`for_tables` does.
         """

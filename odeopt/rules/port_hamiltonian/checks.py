@@ -31,6 +31,7 @@ _OF_MATRICES = (
     "decay_growth",
     "depth_power",
     "trust_ratio",
+    "narrow",
 )
 
 
@@ -45,9 +46,10 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     def check(name: str, is_right: bool, wanted: str) -> None:
         require(is_right, name, given[name], wanted)
 
-    modes, memory, decay, kappa = (given[name] for name in ("modes", "memory", "decay", "initial_kappa"))
+    modes, decay, kappa = (given[name] for name in ("modes", "decay", "initial_kappa"))
     check("modes", is_integer(modes) and modes >= 1, "an integer of at least 1")
-    check("memory", is_integer(memory) and memory >= 0, "a non-negative integer")
+    for name in ("memory", "narrow"):
+        check(name, is_integer(given[name]) and given[name] >= 0, "a non-negative integer")
     check("decay", is_number(decay) and 0 <= decay < 1, "in [0, 1)")
     check("hidden", all(is_integer(w) and w > 0 for w in given["hidden"]), "positive widths")
     scales = given["time_scales"]

@@ -185,6 +185,9 @@ class PortHamiltonianUpdate(StagedRule):
             It keeps one number per tensor, which the network does not see. 0 is none.
         trust_ratio: Bound of the rms of a matrix's step, before the schedule, over the rms of the matrix; a tenth of
             the step is always allowed, so that matrices of zeros are trained. 0 is none.
+        narrow: With spectral energies, the largest number of rows or of columns with which a matrix is stepped by
+            coordinates, as vectors are. The few singular values of a layer of one output, or of one input, are all
+            brought to one size, and what each of its many coordinates would need is lost. 0 is none.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -237,6 +240,7 @@ class PortHamiltonianUpdate(StagedRule):
         depth_power: float = 0.0,
         alignment_rate: float = 0.0,
         trust_ratio: float = 0.0,
+        narrow: int = 0,
     ) -> None:
         arguments = locals()
         defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
@@ -250,7 +254,7 @@ class PortHamiltonianUpdate(StagedRule):
         for name, number in numbers.items():
             setattr(self, name, number)
         self.modes, self.solver, self.backend = modes, solver, backend
-        self.memory, self.normalization = memory, normalization
+        self.memory, self.narrow, self.normalization = memory, narrow, normalization
         self.n_memory = memory + (self.alignment_rate > 0)
         # those that are added to log kappa: the first one of the network, and the last of all
         self._growths = [0] * (memory > 0) + [memory] * (self.alignment_rate > 0)
@@ -344,9 +348,13 @@ class PortHamiltonianUpdate(StagedRule):
             return self._advance_matrix(observation, state, shared, tuple(shape), param)
         return self._advance(observation, state, shared)
 
-    def is_whole(self, shape) -> bool:
-        """True for the shape of a tensor that is stepped as a matrix, by a spectral energy."""
+    def is_matrix(self, shape) -> bool:
+        """True for the shape of a matrix that is not a lookup table, where an energy is spectral."""
         return self.is_spectral and not self.steps_tables and shape is not None and energies.is_matrix(tuple(shape))
+
+    def is_whole(self, shape) -> bool:
+        """True for the shape of a tensor that is stepped as a matrix, by a spectral energy; see ``narrow``."""
+        return self.is_matrix(shape) and min(shape[0], math.prod(shape[1:])) > self.narrow
 
     def for_tables(self) -> PortHamiltonianUpdate:
         """The rule as it steps lookup tables, whose rows are vectors of their own: by coordinate energies."""
