@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, QuadraticEnergy, RelativisticEnergy
-from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
+from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.port_hamiltonian import kinetic as energies
 from odeopt.rules.port_hamiltonian.checks import check_arguments
 from odeopt.rules.port_hamiltonian.coefficients import (
@@ -46,6 +46,7 @@ from odeopt.rules.port_hamiltonian.system import (
     bounded_inverse_mass,
     potential_network,
 )
+from odeopt.rules.rows import Rows
 
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
@@ -409,26 +410,26 @@ class PortHamiltonianUpdate(StagedRule):
         features = shape_features(
             self, grad.shape[-1:] if shape is None else tuple(shape), state.step.dtype, state.step.device
         )
-        return self._observe_and_share(grad, state, features, param, progress, TENSOR, self.is_whole(shape))[:2]
+        return self._observe_and_share(grad, state, Rows(features), param, progress, self.is_whole(shape))[:2]
 
-    def forward_rows(self, grad, state, features, rows, *, param=None, progress=None):
-        observation, shared, once = self._observe_and_share(grad, state, features, param, progress, rows)
+    def forward_rows(self, grad, state, rows, *, param=None, progress=None):
+        observation, shared, once = self._observe_and_share(grad, state, rows, param, progress)
         update, new_state = self._advance(observation, state, shared)
         return update, new_state._replace(
             scale=once.scale, slow_scale=once.slow_scale, step=once.step, memory=once.memory
         )
 
     def _observe_and_share(
-        self, grad, state, features, param, progress, rows, is_whole=False
+        self, grad, state, rows, param, progress, is_whole=False
     ) -> tuple[Observation, Shared, Shared]:
         """Take both stages of a step: what is seen of each coordinate, shared by each row, and by each tensor."""
-        sums = rows.sum(self.statistics(0, grad, state, rows.spread(features), None, param))
-        shared = self.coefficients(0, sums, state, features, None, progress)
-        observation = self.observe(grad, state, rows.spread_all(shared), is_whole)
+        sums = rows.sum(self.statistics(0, grad, state, rows.broadcast(rows.features), None, param))
+        shared = self.coefficients(0, sums, state, rows.features, None, progress)
+        observation = self.observe(grad, state, rows.broadcast(shared), is_whole)
         if not self.coordinatewise:
             sums = rows.sum(self._second_sums(observation, state, param))
-            shared = self.coefficients(1, sums, state, features, shared, progress, has_param=param is not None)
-        return observation, rows.spread_all(shared), shared
+            shared = self.coefficients(1, sums, state, rows.features, shared, progress, has_param=param is not None)
+        return observation, rows.broadcast(shared), shared
 
     def features(self, shape):
         shape = tuple(shape)
