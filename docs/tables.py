@@ -192,8 +192,8 @@ def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
     return Outcome(lr, is_edge, *numbers, curves, steps_of(records[0]["settings"]["n_steps"]))
 
 
-def suite(name: str = "suite", command: str = "python -m odeopt suite") -> str:
-    """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them."""
+def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_full: bool = False) -> str:
+    """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them; and all else."""
     found = read_suite(name)
     if found is None:
         return NO_SUITE
@@ -215,13 +215,8 @@ def suite(name: str = "suite", command: str = "python -m odeopt suite") -> str:
         "used as they are, the opponents' learning rates chosen by grid for each problem, but for Adam's and\n"
         f"Prodigy's (`{command} --runs {found.n_runs} --out figs`)."
     )
-    return "\n\n".join([caption, table(titles, rows), *map(found.summary, learned)])
-
-
-def suite_in_full() -> str:
-    """The same, and all else that the suite's runs came to."""
-    found = read_suite()
-    return NO_SUITE if found is None else f"{suite()}\n\nAll numbers:\n\n{found.table(markdown=True)}"
+    rest = ["All numbers:", found.table(markdown=True)] if in_full else []
+    return "\n\n".join([caption, table(titles, rows), *map(found.summary, learned), *rest])
 
 
 def suite_in_short() -> str:
@@ -296,7 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
-    "suite": suite_in_full,
+    "suite": lambda: suite(in_full=True),
     "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
 }
 

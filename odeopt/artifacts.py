@@ -324,20 +324,31 @@ def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     total = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name, value in sorted(weights.items()):
         total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        total.update(_bytes(value))
     return total.hexdigest()
 
 
 @_disable_current_modes()  # FakeTensorMode, for instance, under which tensors have no bytes
-def digest(rule: UpdateRule) -> int:
-    """Number that tells rules apart by class, configuration and weights: 48 bits, which a float64 can hold, too.
+def fingerprint(rule: UpdateRule) -> str:
+    """Tell rules apart by class, configuration and weights, whatever they are called.
 
     A rule without values, on the meta device for instance, is told apart by class and configuration.
     """
-    config = json.dumps(rule.config, sort_keys=True, default=lambda value: type(value).__name__)
-    weights = {name: value for name, value in rule.state_dict().items() if isinstance(value, Tensor)}
-    weights = {name: _dense(value) for name, value in weights.items() if has_values(value)}
-    return int(checksum(weights, {"class": type(rule).__name__, "config": config})[:12], 16)
+    kind = [type(rule).__name__, rule.config]
+    total = hashlib.sha256(json.dumps(kind, sort_keys=True, default=lambda value: type(value).__name__).encode())
+    for name, value in sorted(rule.state_dict().items()):
+        if isinstance(value, Tensor) and has_values(value):
+            total.update(name.encode() + _bytes(_dense(value)))
+    return total.hexdigest()[:16]
+
+
+def digest(rule: UpdateRule) -> int:
+    """:func:`fingerprint` as a number: 48 bits, which a float64 can hold, too."""
+    return int(fingerprint(rule)[:12], 16)
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _dense(value: Tensor) -> Tensor:

@@ -30,10 +30,11 @@ ARROWS = {
     "checks": (),
     "files": (),
     "progress": (),
+    "timing": (),
     "report": ("checks",),
     "physics": ("checks",),
     "ode": ("physics", "report"),  # an energy ledger draws itself
-    "solvers": ("ode", "report", "files", "progress", "_version"),
+    "solvers": ("ode", "report", "files", "progress", "timing", "_version"),
     "systems": ("ode",),
     "rules": ("ode",),
     "artifacts": ("rules", "_version"),
@@ -43,7 +44,7 @@ ARROWS = {
     "optimizer": ("stepping", "artifacts"),
     "tasks": ("checks",),
     "meta": ("stepping", "tasks", "files", "progress"),
-    "evaluation": ("meta", "report", "_version"),
+    "evaluation": ("meta", "artifacts", "report", "timing"),
     "suite": ("evaluation", "optimizer", "parameters"),
     "cli": ("evaluation", "suite", "solvers", "hub"),
 }

@@ -12,9 +12,9 @@ from safetensors import safe_open
 import odeopt.evaluation.matrix
 from odeopt import load_pretrained
 from odeopt.__main__ import main
-from odeopt.artifacts import save
+from odeopt.artifacts import fingerprint, save
 from odeopt.evaluation import EVALUATION_SEED
-from odeopt.evaluation.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, fingerprint, grid
+from odeopt.evaluation.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, grid
 from odeopt.meta.unroll import unroll
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate

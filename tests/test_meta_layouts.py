@@ -112,7 +112,9 @@ def test_compiled_steps_give_the_gradient_and_train():
 def test_meta_training_takes_the_compiled_steps(estimator, monkeypatch):
     seen = []
     # what compiling does is tested above and takes half a minute
-    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: seen.append(1) or function(*args))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: lambda *args, **options: seen.append(1) or function(*args, **options)
+    )
     config = MetaConfig(n_meta_steps=3, n_tasks=4, horizon=4, n_validation_tasks=2, estimator=estimator)
     losses = []
     for compile in (False, True):
@@ -144,7 +146,7 @@ def test_rule_with_networks_of_positions_is_not_compiled():
 
 def test_steps_are_taken_as_they_are_where_nothing_compiles(monkeypatch):
     def compile_fails(function, **options):
-        def fails(*args):
+        def fails(*args, **options):
             raise torch._dynamo.exc.Unsupported("no compiler here")
 
         return fails

@@ -68,8 +68,10 @@ def test_matrices_are_stepped_whole_and_tables_never(shape):
 def test_narrow_matrices_are_stepped_by_coordinates_and_count_in_the_depth(shape):
     """A gradient of the hundredth size in one column is made up for, as it is in a vector."""
     rule = PortHamiltonianUpdate(kinetic="spectral", narrow=3, friction="constant", port="constant")
-    assert rule.is_matrix(shape) and not rule.is_whole(shape)
-    assert rule.is_whole((4, 5)) and rule.is_whole((4, 5, 1))
+    assert rule.is_matrix(shape)
+    assert not rule.is_whole(shape)
+    assert rule.is_whole((4, 5))
+    assert rule.is_whole((4, 5, 1))
     grad = torch.ones(shape)
     grad[:, 0] = 0.01
     state = rule.init_state(torch.zeros(shape).flatten())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,40 +15,6 @@ from torch.optim import Optimizer
 import odeopt
 from odeopt.evaluation import EVALUATION_SEED, scores_of
 from odeopt.tasks import Task
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, n_repeats: int, n_calls: int = 1
-) -> dict[str, list[float]]:
-    """Time calls in turns, so that what else the machine does strikes all alike.
-
-    Args:
-        calls: What to time, by name; each has been called before.
-        device: Where they compute.
-        n_repeats: Turns; three are enough of a call that took ten seconds in all.
-        n_calls: Calls of each in a turn, timed as one, so that the clock does not count.
-
-    Returns:
-        Seconds per call of each turn, by name.
-    """
-    names, seconds = list(calls), {name: [] for name in calls}
-    for repeat in range(n_repeats):
-        for i in range(len(names)):
-            name = names[(repeat + i) % len(names)]  # nobody always runs after the same one
-            if repeat >= 3 and n_calls * sum(seconds[name]) > 10:
-                continue
-            began = clock(device)
-            for _ in range(n_calls):
-                calls[name]()
-            seconds[name].append((clock(device) - began) / n_calls)
-    return seconds
 
 
 def captured(step: Callable[[], object]) -> Callable[[], None]:

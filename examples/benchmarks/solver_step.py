@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import captured, interleaved, machine
+from measuring import captured, machine
 from reporting import ratio, spread
 from torch import Tensor
 from torchdiffeq import odeint
@@ -23,6 +23,7 @@ from odeopt.ode import STRUCTURE_METHODS, integrate
 from odeopt.physics import PhaseState
 from odeopt.report import draw_table
 from odeopt.systems import pendulum
+from odeopt.timing import interleaved
 
 DT, FRICTION = 0.05, 0.1
 REFERENCE = "rk4, loop by hand"

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import captured, clock, extra_bytes, interleaved, machine, scores_with_state, state_bytes
+from measuring import captured, extra_bytes, machine, scores_with_state, state_bytes
 from reporting import CAPTION, draw, summary, timing_table
 from workloads import (
     LOOP,
@@ -37,6 +37,7 @@ from odeopt.cli import arguments
 from odeopt.evaluation import student_interval
 from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, MLPClassification, load_dataset_or_digits
+from odeopt.timing import clock, interleaved
 
 LARGE = 10**6  # parameters from which on memory is measured: less would not be seen
 

@@ -26,10 +26,10 @@ from held_out_figure import plot_generalisation
 from torch import Tensor
 
 import odeopt
+from odeopt.artifacts import fingerprint
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import TUNING_SEED, Family, build, tune_all
-from odeopt.evaluation.matrix import fingerprint
 from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.tasks import MLPClassification
 from odeopt.tasks.classification import SPLITS

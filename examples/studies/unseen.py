@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+import torch
 from unseen_problems import problems
 
 import odeopt
@@ -19,18 +20,7 @@ from odeopt.suite import evaluate_suite, learned, opponents, untrained
 
 RULE = "port-hamiltonian-spectral"
 OPPONENTS = ("adamw", "muon", "prodigy")
-NAMES = (
-    "sines",
-    "poisson",
-    "regression",
-    "factors",
-    "adapters",
-    "graph",
-    "contrasts",
-    "denoising",
-    "sums",
-    "quantiles",
-)
+NAMES = tuple(problems(torch.empty(0, 1), torch.empty(0), ""))  # whatever the images
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from operator import truediv
 
 import torch
 from torch import nn
@@ -17,8 +17,7 @@ from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
 from odeopt.report import draw_table, plot_response
 from odeopt.rules.base import UpdateRule
-
-_N_REPEATS, _N_STEPS = 5, 5
+from odeopt.timing import interleaved
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -77,12 +76,7 @@ def _prices(rules: dict[str, UpdateRule]) -> dict[str, float]:
         param.grad = 1e-3 * torch.randn_like(param)
     steps = {"Adam": torch.optim.Adam(model.parameters()).step}
     steps |= {name: LearnedOptimizer(param_groups(model), rule).step for name, rule in rules.items()}
-    seconds = {name: [] for name in steps}
-    for _ in range(_N_REPEATS + 1):  # the first is for laying out the state
-        for name, step in steps.items():
-            began = time.perf_counter()
-            for _ in range(_N_STEPS):
-                step()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(a / b for a, b in zip(seconds[name][1:], seconds["Adam"][1:], strict=True))
-            for name in rules}  # fmt: skip
+    for step in steps.values():  # lays out the state
+        step()
+    seconds = interleaved(steps, n_repeats=5, n_calls=5)
+    return {name: statistics.median(map(truediv, seconds[name], seconds["Adam"])) for name in rules}

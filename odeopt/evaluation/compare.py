@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from odeopt.meta.unroll import unroll
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
+from odeopt.timing import clock
 
 EVALUATION_SEED = 3_000_017  # streams that neither meta-training, its validation nor tuning draws from
 BEST_HAND_DESIGNED = "best hand-designed"
@@ -163,13 +163,11 @@ def time_step(rule: UpdateRule, task: Task, *, n_steps: int = 15, n_warmup: int 
     times = []
     for step in range(n_warmup + n_steps):
         progress = torch.tensor(step / (n_warmup + n_steps), device=task.device)
-        began = time.perf_counter()
+        began = clock(task.device)
         for name, grad in grads.items():
             update, states[name] = rule(grad, states[name], param=params[name], shape=shapes[name], progress=progress)
             params[name] = params[name] + update
-        if task.device.type == "cuda":
-            torch.cuda.synchronize(task.device)
-        times.append(time.perf_counter() - began)
+        times.append(clock(task.device) - began)
     return 1e3 * statistics.median(times[n_warmup:])
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import os
 import re
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from odeopt._version import __version__
+from odeopt.artifacts import fingerprint
 from odeopt.checks import require
 from odeopt.evaluation.baselines import TUNING_SEED, Family, tune
 from odeopt.evaluation.compare import EVALUATION_SEED, run
@@ -303,14 +302,6 @@ def _outcome(rule: UpdateRule, task: Task, cell: Cell, n_runs: int, lr: float | 
     n_diverged = int((~(losses[-1] <= losses[0])).sum())
     scores = scores_of(losses, _SCORE) / cell.loss_scale
     return Outcome(scores.where(scores.isfinite(), math.inf), n_diverged, lr)
-
-
-def fingerprint(rule: UpdateRule) -> str:
-    """Tells rules apart by class, configuration and weights, whatever they are called."""
-    digest = hashlib.sha256(json.dumps([type(rule).__name__, rule.config], sort_keys=True).encode())
-    for name, value in sorted(rule.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _read(path: str | os.PathLike, header: Mapping[str, Any]) -> dict[str, dict[str, Outcome]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from odeopt.checks import require
 from odeopt.rules.base import StagedRule, UpdateRule
+from odeopt.rules.rows import Rows
 from odeopt.stepping import state_fields
 
 # Coordinates per row at most: few enough that small tensors are not mostly padding, enough that rows cost little.
@@ -79,22 +80,8 @@ class Packed(Separate):
         self.pieces = [size for pair in zip(sizes, self.padding, strict=True) for size in pair]
         for_tables = rule.for_tables()
         features = [(for_tables if name in tables else rule).features(shape[1:]) for name, shape in shapes.items()]
-        self.features = torch.tensor(features, dtype=like.dtype, device=like.device)
-        tensor = torch.repeat_interleave(torch.arange(len(n_rows)), torch.tensor(n_rows))
-        self.tensor = tensor.to(like.device)
-        self.members = F.one_hot(self.tensor, len(n_rows)).mT.to(like.dtype)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Add up the rows of each tensor; see :class:`odeopt.rules.base.Rows`."""
-        return self.members @ x
-
-    def spread(self, x: Tensor | None) -> Tensor | None:
-        """Give each row what its tensor has."""
-        return None if x is None else x.index_select(-2, self.tensor)
-
-    def spread_all(self, shared: NamedTuple) -> NamedTuple:
-        """:meth:`spread` each field."""
-        return type(shared)(*(self.spread(x) for x in shared))
+        features = torch.tensor(features, dtype=like.dtype, device=like.device)
+        self.rows = Rows.packed(features, n_rows, has_tasks=True)
 
     def pack(self, params, states):
         fields = {}
@@ -125,10 +112,7 @@ class Packed(Separate):
 
     def step(self, rule, name, grad, state, param, progress):
         grad, param = (x.unflatten(1, (-1, self.n_columns)) for x in (grad, param))
-        if isinstance(rule, CompiledSteps):
-            update, state = rule.forward_rows(rule.rule, self, grad, state, param, progress)
-        else:
-            update, state = _forward_rows(rule, self, grad, state, param, progress)
+        update, state = rule.forward_rows(grad, state, self.rows, param=param, progress=progress)
         return update.flatten(1, 2), state
 
     def _join(self, values: list[Tensor], axis: int) -> Tensor:
@@ -240,22 +224,22 @@ class CompiledSteps:
         is_simple = not rule.stores_q
         require(is_simple, "rule", rule, "one without networks of positions where its steps are to be compiled")
         self.rule = rule
-        self._compiled = torch.compile(_forward_rows, dynamic=True, fullgraph=True)
+        self._compiled = torch.compile(rule.forward_rows, dynamic=True, fullgraph=True)
 
-    def forward_rows(self, rule, layout: Packed, *args) -> tuple[Tensor, NamedTuple]:
-        """One step, compiled where that works."""
+    def forward_rows(self, *args, **options) -> tuple[Tensor, NamedTuple]:
+        """As :meth:`odeopt.rules.base.StagedRule.forward_rows`, compiled where that works."""
         try:
-            return self._compiled(rule, layout, *args)
+            return self._compiled(*args, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()
             warnings.warn(
-                f"The steps of {type(rule).__name__} could not be compiled and are taken as they are, about half as "
-                f"fast. {type(error).__name__}: {reason[0] if reason else ''}",
+                f"The steps of {type(self.rule).__name__} could not be compiled and are taken as they are, about half "
+                f"as fast. {type(error).__name__}: {reason[0] if reason else ''}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self._compiled = _forward_rows
-            return _forward_rows(rule, layout, *args)
+            self._compiled = self.rule.forward_rows
+            return self._compiled(*args, **options)
 
     def init_state(self, param: Tensor) -> NamedTuple:
         """As :meth:`odeopt.UpdateRule.init_state`."""
@@ -264,10 +248,6 @@ class CompiledSteps:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the rule."""
         return self.rule.parameters()
-
-
-def _forward_rows(rule, layout: Packed, grad, state, param, progress) -> tuple[Tensor, NamedTuple]:
-    return rule.forward_rows(grad, state, layout.features, layout, param=param, progress=progress)
 
 
 def layout_for(

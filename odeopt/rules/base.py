@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.checks import require
+from odeopt.rules.rows import Rows
 
 
 class UpdateRule(nn.Module, ABC):
@@ -170,35 +171,6 @@ class UpdateRule(nn.Module, ABC):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
 
-class Rows(Protocol):
-    """Rows of coordinates, each a part of some tensor."""
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Add up the rows of each tensor: ``(*batch, n_rows, k)`` to ``(*batch, n_tensors, k)``."""
-
-    def spread(self, x: Tensor | None) -> Tensor | None:
-        """Broadcast from each tensor to its rows: ``(*batch, n_tensors, k)`` to ``(*batch, n_rows, k)``."""
-
-    def spread_all(self, shared: NamedTuple) -> NamedTuple:
-        """Broadcast each field."""
-
-
-class _WholeTensor:
-    """One tensor that is one row: nothing to add up, nothing to broadcast."""
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def spread(self, x: Tensor | None) -> Tensor | None:
-        return x
-
-    def spread_all(self, shared: NamedTuple) -> NamedTuple:
-        return shared
-
-
-TENSOR = _WholeTensor()
-
-
 class StagedRule(UpdateRule):
     r"""A rule under which the coordinates of a tensor interact only through a few sums over them.
 
@@ -264,7 +236,6 @@ class StagedRule(UpdateRule):
         self,
         grad: Tensor,
         state: NamedTuple,
-        features: Tensor,
         rows: Rows,
         *,
         param: Tensor | None = None,
@@ -275,8 +246,7 @@ class StagedRule(UpdateRule):
         Args:
             grad: Gradients as rows of coordinates, shape ``(*batch, n_rows, n_columns)``, padded with zeros.
             state: State; fields per coordinate in rows, those once per tensor of shape ``(*batch, n_tensors, k)``.
-            features: :meth:`features` of each tensor, shape ``(n_tensors, n_features)``.
-            rows: Which tensor each row belongs to.
+            rows: Which tensor each row belongs to, and the :meth:`features` of each tensor.
             param: Parameters in rows.
             progress: As in :meth:`UpdateRule.forward`.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from odeopt.solvers.problems import select_problems
 from odeopt.solvers.reference import gradient_of, loss_of, reference, reference_gradient
 from odeopt.solvers.result import SolverComparison
 from odeopt.solvers.runs import NOT_APPLICABLE, OVER_BUDGET, RAISED, OrderRun, SolverRun
+from odeopt.timing import clock
 
 TOLERANCES = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)
 N_STEPS = (1, 2, 4, 8, 16, 32, 64)
@@ -214,12 +214,13 @@ def _run(
     n_repeats: int,
 ) -> SolverRun:
     times: list[float] = []
+    device = tensors_of(problem.x0)[0].device
     try:
         with torch.no_grad():
             while len(times) < n_repeats and sum(times) < _MANY_SECONDS:
-                began = _now(problem)
+                began = clock(device)
                 solution = _solve(problem, method, blank.setting, problem.x0, max_evals)
-                times.append(_now(problem) - began)
+                times.append(clock(device) - began)
     except OverBudgetError:
         return replace(blank, status=OVER_BUDGET, message=f"asked for more than {max_evals:,} evaluations.")
     except Exception as error:  # a solver may raise anything; the others should run all the same
@@ -244,13 +245,6 @@ def _run(
 def _rounded(value: float) -> float:
     """Four digits: more of an error or a time mean nothing, and would fill files."""
     return float(f"{value:.4g}")
-
-
-def _now(problem: Problem) -> float:
-    device = tensors_of(problem.x0)[0].device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _solve(

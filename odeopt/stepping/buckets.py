@@ -10,47 +10,11 @@ import torch
 from torch import Tensor
 
 from odeopt.rules.base import UpdateRule, has_values, state_dtype
+from odeopt.rules.rows import Rows
 from odeopt.stepping.shards import Shard
 
 # Most coordinates per row of a packed bucket, and fewest; the last row of a tensor is filled up with zeros.
 ROW, SHORT_ROW = 1024, 16
-
-
-class Rows(NamedTuple):
-    """Rows of coordinates, packed per tensor.
-
-    Attributes:
-        features: Numbers that the rule derives from each tensor's shape, shape ``(n_tensors, n_features)``.
-        tensor: Number of the tensor of each row, int64, shape ``(n_rows,)``; None where one tensor is one row.
-        offsets: First row of each tensor, and the number of rows, int64, shape ``(n_tensors + 1,)``; None likewise.
-    """
-
-    features: Tensor
-    tensor: Tensor | None = None
-    offsets: Tensor | None = None
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Add up the rows of each tensor: ``(n_rows, k)`` to ``(n_tensors, k)``, in a fixed order."""
-        if self.offsets is None:
-            return x
-        # index_add_ adds in any order on CUDA: a run could not be repeated bit for bit
-        return torch.segment_reduce(x, "sum", offsets=self.offsets, axis=0, unsafe=True)
-
-    def spread(self, x: Tensor | None) -> Tensor | None:
-        """Broadcast from each tensor to its rows: ``(n_tensors, k)`` to ``(n_rows, k)``."""
-        return x if x is None or self.tensor is None else x[self.tensor]
-
-    def spread_all(self, shared: NamedTuple | None) -> NamedTuple | None:
-        """Broadcast each field."""
-        return None if shared is None else type(shared)(*(self.spread(x) for x in shared))
-
-    def first(self, x: Tensor) -> Tensor:
-        """Value of each tensor, which all of its rows hold: ``(n_rows, k)`` to ``(n_tensors, k)``."""
-        return x if self.offsets is None else x[self.offsets[:-1]]
-
-    def part(self, rows: slice) -> Rows:
-        """Layout of some of the rows, for :meth:`spread`."""
-        return self if self.tensor is None else self._replace(tensor=self.tensor[rows])
 
 
 class Bucket:
@@ -205,13 +169,7 @@ class Bucket:
     def _make_rows(self, rule: UpdateRule, n_rows: list[int], *, is_padded: bool) -> Rows:
         features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
         features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
-        if not is_padded:
-            return Rows(features)
-        counts = torch.tensor(n_rows, device="cpu")
-        numbers = torch.arange(len(counts), device="cpu")
-        tensor = torch.repeat_interleave(numbers, counts, output_size=self.shape[0])
-        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        return Rows(features, tensor.to(self.device), offsets.to(self.device))
+        return Rows.packed(features, n_rows) if is_padded else Rows(features)
 
     def _in_rows(self, name: str) -> Tensor:
         """Field of the state with the rows first."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from odeopt.rules.base import UpdateRule
-from odeopt.stepping.buckets import Bucket, Rows
+from odeopt.rules.rows import Rows
+from odeopt.stepping.buckets import Bucket
 
 
 class StepOptions(NamedTuple):
@@ -97,7 +98,7 @@ def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, kernels:
     needs_mask = not bucket.is_on_host or not bool(moves.all())
     for chunk in chunks:
         theta, state = _moved(rule, chunk, shared, options)
-        mask = chunk.rows.spread(moves) if needs_mask else None
+        mask = chunk.rows.broadcast(moves) if needs_mask else None
         _write(chunk.theta, theta, mask)
         for old, new in zip(chunk.state, state, strict=True):
             _write(old, new, mask)
@@ -114,7 +115,7 @@ def _sums(rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None,
     if piece.is_staged:
         state = _wide(piece.state, grad.dtype)
         sums.append(
-            rule.statistics(stage, grad, state, rows.spread(rows.features), rows.spread_all(shared), piece.theta)
+            rule.statistics(stage, grad, state, rows.broadcast(rows.features), rows.broadcast(shared), piece.theta)
         )
     return torch.cat(sums, dim=-1)
 
@@ -136,7 +137,7 @@ def _moved(
     grad, theta = _gradient(piece, options), piece.theta.to(piece.rows.features.dtype)
     state = _wide(piece.state, grad.dtype)
     if piece.is_staged:
-        update, state = rule.advance(grad, state, piece.rows.spread_all(shared))
+        update, state = rule.advance(grad, state, piece.rows.broadcast(shared))
     elif rule.crosses_coordinates:
         # the step of a gradient that is not finite is thrown away, but an adaptive solver would stumble over it
         update, state = _stepped_whole(rule, piece, torch.where(grad.isfinite(), grad, 0.0), state, theta, options)

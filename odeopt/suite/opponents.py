@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from odeopt._version import __version__
-from odeopt.evaluation.matrix import fingerprint
+from odeopt.artifacts import fingerprint
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
 from odeopt.rules.base import UpdateRule

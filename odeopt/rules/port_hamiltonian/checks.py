@@ -35,6 +35,22 @@ _OF_MATRICES = (
 )
 
 
+def depends_on_q(given: Mapping[str, Any]) -> bool:
+    """True if a part of the system is a network of positions."""
+    return "network" in (given["mass"], given["potential"], given["friction"], given["port"])
+
+
+def is_linear(given: Mapping[str, Any]) -> bool:
+    """True if held friction and port make the system linear, and a step of it a polynomial or an exponential."""
+    return given["solver"] in LINEAR_METHODS and not depends_on_q(given) and given["backend"] != "torchdiffeq"
+
+
+def is_spectral(given: Mapping[str, Any]) -> bool:
+    """True if matrices are stepped by their singular values."""
+    kinetic = given["kinetic"]
+    return given["output"] == "spectral" or "spectral" in ((kinetic,) if isinstance(kinetic, str) else kinetic)
+
+
 def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Check the constructor arguments of the rule, by name; the solver by what it has to solve.
 
@@ -46,7 +62,7 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     def check(name: str, is_right: bool, wanted: str) -> None:
         require(is_right, name, given[name], wanted)
 
-    modes, decay, kappa = (given[name] for name in ("modes", "decay", "initial_kappa"))
+    modes, decay = given["modes"], given["decay"]
     check("modes", is_integer(modes) and modes >= 1, "an integer of at least 1")
     for name in ("memory", "narrow"):
         check(name, is_integer(given[name]) and given[name] >= 0, "a non-negative integer")
@@ -54,7 +70,6 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check("hidden", all(is_integer(w) and w > 0 for w in given["hidden"]), "positive widths")
     scales = given["time_scales"]
     check("time_scales", len(scales) > 0 and all(is_number(s) and s > 0 for s in scales), "positive numbers")
-    check("initial_kappa", is_number(kappa) and kappa > 0, "a positive number")
     floor = given["ratio_floor"]
     check("ratio_floor", is_number(floor) and 0 <= floor <= 1, "a number in [0, 1]")
     for name in ("coordinatewise", "uses_progress"):
@@ -66,33 +81,24 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     names = (kinetic,) * modes if isinstance(kinetic, str) else kinetic
     is_known = is_list(names, str) and len(names) == modes and set(names) <= set(_ENERGIES)
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
-    for name in ("speed_limit", "initial_matrix_kappa", "initial_lookahead"):
+    for name in ("initial_kappa", "speed_limit", "initial_matrix_kappa", "initial_lookahead"):
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
-    for name in (
-        "initial_coherence",
-        "initial_decay",
-        "horizon_power",
-        "depth_power",
-        "alignment_rate",
-        "trust_ratio",
-    ):
+    for name in ("initial_coherence", "initial_decay", "horizon_power", "depth_power", "alignment_rate", "trust_ratio"):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     growth = given["decay_growth"]
     check("decay_growth", is_number(growth) and growth >= 1, "a number of at least 1")
-    depends_on_q = "network" in (given["mass"], given["potential"], given["friction"], given["port"])
-    is_closed = given["solver"] in LINEAR_METHODS and not depends_on_q and given["backend"] != "torchdiffeq"
-    if not is_closed:
+    if not is_linear(given):
         wanted = "'quadratic' where the momenta are not stepped in closed form"
         check("kinetic", set(names) == {"quadratic"}, f"{wanted} (networks of q, `backend`, `solver`)")
-    is_spectral = "spectral" in names or given["output"] == "spectral"
     if given["output"] == "spectral":
-        check("kinetic", set(names) == {"quadratic"} and is_closed, "'quadratic' where `output = 'spectral'`")
+        is_right = set(names) == {"quadratic"} and is_linear(given)
+        check("kinetic", is_right, "'quadratic' where `output = 'spectral'`")
     unused = {"speed_limit": "no mode is relativistic"} if "relativistic" not in names else {}
-    if not is_spectral:
+    if not is_spectral(given):
         unused |= dict.fromkeys(_OF_MATRICES, "no energy is spectral")
     elif given["output"] == "spectral":
         unused |= dict.fromkeys(("initial_lookahead", "initial_coherence"), "`output = 'spectral'`")
-    if is_spectral and given["initial_decay"] == 0:
+    if is_spectral(given) and given["initial_decay"] == 0:
         unused["decay_growth"] = "`initial_decay = 0`"
     if given["schedule"] == "none":
         unused["horizon_power"] = "`schedule = 'none'`"
@@ -101,15 +107,10 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)
-        check("kinetic", not is_spectral, "without spectral energies where `coordinatewise = True`")
+        check("kinetic", not is_spectral(given), "without spectral energies where `coordinatewise = True`")
         for name in ("ratio_floor", "alignment_rate"):
             check(name, given[name] == 0, "0 where `coordinatewise = True`, which knows nothing of the tensor")
-    solvers = _solvers(given["backend"], depends_on_q=depends_on_q)
+    theirs = () if given["backend"] == "odeopt" else available_methods()
+    ours = EXPLICIT_METHODS if depends_on_q(given) else LINEAR_METHODS
+    solvers = dict.fromkeys(theirs if given["backend"] == "torchdiffeq" else (*theirs, *ours))
     check("solver", given["solver"] in solvers, f"one of {', '.join(solvers)}")
-
-
-def _solvers(backend: str, *, depends_on_q: bool) -> tuple[str, ...]:
-    """Methods that a backend offers for a system that does, or does not, depend on ``q``."""
-    ours = EXPLICIT_METHODS if depends_on_q else LINEAR_METHODS
-    theirs = () if backend == "odeopt" else available_methods()
-    return theirs if backend == "torchdiffeq" else tuple(dict.fromkeys((*theirs, *ours)))

@@ -31,6 +31,11 @@ class Shared(NamedTuple):
     matrix_decay: Tensor | None = None  # decoupled decay of a matrix, per unit of its kappa
     log_rms: Tensor | None = None  # log rms of the tensor, which coordinates are compared with
 
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What the state holds once per tensor after the step, in its order."""
+        return self.scale, self.slow_scale, self.step, self.memory
+
 
 class Outputs(NamedTuple):
     """Outputs of the network of a tensor, in their order, each of shape ``(*batch, k)``; or the numbers of them, k.

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.ode import LINEAR_METHODS, integrate_unit, is_fixed_step, linear_step
+from odeopt.ode import integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, QuadraticEnergy, RelativisticEnergy
-from odeopt.rules.base import TENSOR, StagedRule, per_coordinate, per_tensor, state_dtype
+from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.port_hamiltonian import kinetic as energies
-from odeopt.rules.port_hamiltonian.checks import check_arguments
+from odeopt.rules.port_hamiltonian.checks import check_arguments, depends_on_q, is_linear, is_spectral
 from odeopt.rules.port_hamiltonian.coefficients import (
     Outputs,
     Shared,
@@ -46,6 +46,7 @@ from odeopt.rules.port_hamiltonian.system import (
     bounded_inverse_mass,
     potential_network,
 )
+from odeopt.rules.rows import Rows
 
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
 _EPS_SIGNAL = 1e-4  # under squares and ratios in logarithms, which it bounds from below
@@ -251,17 +252,13 @@ class PortHamiltonianUpdate(StagedRule):
         config |= numbers
         lists = {"hidden": list(hidden), "time_scales": list(time_scales)}
         super().__init__(**config | lists | {"kinetic": kinetic if isinstance(kinetic, str) else list(kinetic)})
-        for name, number in numbers.items():
-            setattr(self, name, number)
-        self.modes, self.solver, self.backend = modes, solver, backend
-        self.memory, self.narrow, self.normalization = memory, narrow, normalization
+        for name in config.keys() - {"time_scales"}:  # a buffer
+            setattr(self, name, config[name])
         self.n_memory = memory + (self.alignment_rate > 0)
         # those that are added to log kappa: the first one of the network, and the last of all
         self._growths = [0] * (memory > 0) + [memory] * (self.alignment_rate > 0)
         self.kinetic = (kinetic,) * modes if isinstance(kinetic, str) else tuple(kinetic)
-        self.output, self.schedule = output, schedule
-        self.matrix_normalization, self.matrix_scale = matrix_normalization, matrix_scale
-        self.is_spectral = output == "spectral" or "spectral" in self.kinetic
+        self.is_spectral = is_spectral(config)
         # of coordinates; those of what is no matrix have the quadratic energy in spectral modes. In a dictionary,
         # because they have no weights and are no modules of the rule
         quadratic, relativistic = QuadraticEnergy(), RelativisticEnergy(self.speed_limit)
@@ -269,13 +266,9 @@ class PortHamiltonianUpdate(StagedRule):
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
         self.steps_tables, self.depth_factor = False, 1.0
-        depends_on_q = "network" in (mass, potential, friction, port)
-        self.coordinatewise, self.stores_q = coordinatewise, depends_on_q
-        # held friction and port make the system linear, and a step of it a polynomial (or an exponential)
-        self.is_linear = solver in LINEAR_METHODS and not depends_on_q and backend != "torchdiffeq"
+        self.stores_q, self.is_linear = depends_on_q(config), is_linear(config)
         self.has_fixed_step = self.is_linear or is_fixed_step(solver)
         self.crosses_coordinates = not (coordinatewise and self.has_fixed_step)
-        self.uses_progress = uses_progress
         self.system = PortHamiltonianSystem(
             modes,
             inverse_mass=bounded_inverse_mass(modes) if mass == "network" else None,
@@ -295,18 +288,9 @@ class PortHamiltonianUpdate(StagedRule):
         self.n_numbers = self.n_gain + self.n_friction
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
-        outputs = Outputs(
-            per_mode=self.n_numbers * modes,
-            log_kappa=1,
-            memory_moves=memory,
-            log_exponent=int(schedule == "power"),
-            log_matrix_kappa=int(self.is_spectral),
-            log_lookahead=int(self.is_spectral),
-            log_matrix_decay=int(self.is_spectral),
-            log_coherence=int(self.is_spectral),
-        )
-        self._output_sizes = tuple(outputs)
-        self.coefficient_network = coefficient_network(n_signals, hidden, sum(outputs))
+        of_matrices = [int(self.is_spectral)] * 4
+        self._output_sizes = Outputs(self.n_numbers * modes, 1, memory, int(schedule == "power"), *of_matrices)
+        self.coefficient_network = coefficient_network(n_signals, hidden, sum(self._output_sizes))
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
         start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
@@ -338,7 +322,7 @@ class PortHamiltonianUpdate(StagedRule):
 
         An adaptive solver chooses one step size for all coordinates, and a potential moves those at rest.
         """
-        return self.has_fixed_step and self.config["potential"] == "none"
+        return self.has_fixed_step and self.potential == "none"
 
     def forward(self, grad, state, *, param=None, shape=None, progress=None):
         if grad.shape[-1] == 0:
@@ -392,7 +376,7 @@ class PortHamiltonianUpdate(StagedRule):
                 velocity = velocity * (log_coherence * shared.coherence.unsqueeze(-1)).exp()
             update = kappa / _START_GAIN * (rates[1] * velocity).sum(-2)
             if self._other_modes:
-                outputs = gain * self._coordinate_integral(new_p, integral, self.is_relativistic_mode.unsqueeze(-1))
+                outputs = gain * self._coordinate_integral(new_p, integral)
                 update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)
         if param is not None and self.initial_decay > 0:
             update = update - shared.matrix_kappa * shared.matrix_decay * param
@@ -404,9 +388,8 @@ class PortHamiltonianUpdate(StagedRule):
         held = 2 * torch.sigmoid(by_kind[self.n_gain]), by_kind[0].exp()
         if not self._other_modes:
             return held
-        u, log_ratio = observation.u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
-        modulated, is_spectral = self._modulation(state.p, u, log_ratio, by_kind), self.is_spectral_mode.unsqueeze(-1)
-        friction, gain = (torch.where(is_spectral, x, y) for x, y in zip(held, modulated, strict=True))
+        modulated, is_held = self._modulation(observation, state, shared), self.is_spectral_mode.unsqueeze(-1)
+        friction, gain = (torch.where(is_held, x, y) for x, y in zip(held, modulated, strict=True))
         return friction, gain
 
     def _ahead(self, before: Tensor, after: Tensor, shared: Shared) -> Tensor:
@@ -417,26 +400,24 @@ class PortHamiltonianUpdate(StagedRule):
         features = shape_features(
             self, grad.shape[-1:] if shape is None else tuple(shape), state.step.dtype, state.step.device
         )
-        return self._observe_and_share(grad, state, features, param, progress, TENSOR, self.is_whole(shape))[:2]
+        return self._observe_and_share(grad, state, Rows(features), param, progress, self.is_whole(shape))[:2]
 
-    def forward_rows(self, grad, state, features, rows, *, param=None, progress=None):
-        observation, shared, once = self._observe_and_share(grad, state, features, param, progress, rows)
+    def forward_rows(self, grad, state, rows, *, param=None, progress=None):
+        observation, shared, once = self._observe_and_share(grad, state, rows, param, progress)
         update, new_state = self._advance(observation, state, shared)
-        return update, new_state._replace(
-            scale=once.scale, slow_scale=once.slow_scale, step=once.step, memory=once.memory
-        )
+        return update, PortHamiltonianState(*new_state[:3], *once.kept)
 
     def _observe_and_share(
-        self, grad, state, features, param, progress, rows, is_whole=False
+        self, grad, state, rows, param, progress, is_whole=False
     ) -> tuple[Observation, Shared, Shared]:
         """Take both stages of a step: what is seen of each coordinate, shared by each row, and by each tensor."""
-        sums = rows.sum(self.statistics(0, grad, state, rows.spread(features), None, param))
-        shared = self.coefficients(0, sums, state, features, None, progress)
-        observation = self.observe(grad, state, rows.spread_all(shared), is_whole)
+        sums = rows.sum(self.statistics(0, grad, state, rows.broadcast(rows.features), None, param))
+        shared = self.coefficients(0, sums, state, rows.features, None, progress)
+        observation = self.observe(grad, state, rows.broadcast(shared), is_whole)
         if not self.coordinatewise:
             sums = rows.sum(self._second_sums(observation, state, param))
-            shared = self.coefficients(1, sums, state, features, shared, progress, has_param=param is not None)
-        return observation, rows.spread_all(shared), shared
+            shared = self.coefficients(1, sums, state, rows.features, shared, progress, has_param=param is not None)
+        return observation, rows.broadcast(shared), shared
 
     def features(self, shape):
         shape = tuple(shape)
@@ -581,36 +562,36 @@ class PortHamiltonianUpdate(StagedRule):
 
     def _advance(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, PortHamiltonianState]:
         """Integrate every coordinate's system over one step; return the update and the next state."""
-        u, q = observation.u, state.q
+        q = state.q
         if not self.is_linear:
             p, q, delta = self._integrate(state, *self._held(observation, state, shared))
         else:
-            u, log_ratio = u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
-            is_relativistic, by_kind = self.is_relativistic_mode.unsqueeze(-1), self._by_kind(shared)
-            friction, gain = self._modulation(state.p, u, log_ratio, by_kind)
-            p, integral = linear_step(state.p, gain * u, friction, self.solver)
-            delta = (gain * self._coordinate_integral(p, integral, is_relativistic)).sum(-2)
+            friction, gain = self._modulation(observation, state, shared)
+            p, integral = linear_step(state.p, gain * observation.u.unsqueeze(-2), friction, self.solver)
+            delta = (gain * self._coordinate_integral(p, integral)).sum(-2)
         return shared.kappa * delta, self._next_state(p, q, observation, state, shared)
 
     def _next_state(self, p, q, observation: Observation, state, shared: Shared) -> PortHamiltonianState:
         keeps = self.normalization == "coordinate" and not observation.is_tensor_wide
         second_moment = observation.second_moment if keeps else state.second_moment
-        per_tensor = (shared.scale, shared.slow_scale, shared.step, shared.memory)
-        return PortHamiltonianState(p, q, second_moment, *per_tensor)
+        return PortHamiltonianState(p, q, second_moment, *shared.kept)
 
-    def _coordinate_integral(self, p: Tensor, integral: Tensor, is_relativistic: Tensor) -> Tensor:
+    def _coordinate_integral(self, p: Tensor, integral: Tensor) -> Tensor:
         """Integral of the velocity over a step, of a momentum that ends at ``p`` and whose own integral is given."""
         if "relativistic" not in self.kinetic:
             return integral
         # a quadrature of one node, at the end
-        return torch.where(is_relativistic, self._energies["relativistic"].velocity(p), integral)
+        velocity = self._energies["relativistic"].velocity(p)
+        return torch.where(self.is_relativistic_mode.unsqueeze(-1), velocity, integral)
 
-    def _modulation(self, p: Tensor, u: Tensor, log_ratio: Tensor, coefficients) -> tuple[Tensor, Tensor]:
-        """Friction and port gain of the modes that ``p`` holds, held over a step; elementwise."""
+    def _modulation(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Friction and port gain of each mode of coordinates, held over a step, shape ``(*batch, modes, n)``."""
+        u, log_ratio = observation.u.unsqueeze(-2), self._log_ratio(observation, shared).unsqueeze(-2)
+        coefficients = self._by_kind(shared)
         (log_gain, *gain_slope), (logit, *slopes) = coefficients[: self.n_gain], coefficients[self.n_gain :]
         if slopes:
             by_log_rms, by_power, by_effort = slopes
-            logit = logit + by_log_rms * log_ratio + by_power * (u * p) + by_effort * u.abs()
+            logit = logit + by_log_rms * log_ratio + by_power * (u * state.p) + by_effort * u.abs()
         if gain_slope:
             log_gain = log_gain + gain_slope[0] * log_ratio
         # under 2 the friction stays inside rk4's stability region on a step of length one
@@ -618,10 +599,9 @@ class PortHamiltonianUpdate(StagedRule):
 
     def _held(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Modulation]:
         """Effort, shape ``(*batch, n, 1)``, and modulation, as the system takes them."""
-        dtype, p, u = self._system_dtype(state), state.p, observation.u.unsqueeze(-2)
-        log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
-        friction, gain = (x.expand_as(p) for x in self._modulation(p, u, log_ratio, self._by_kind(shared)))
-        return u.mT.to(dtype), Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
+        dtype, u = self._system_dtype(state), observation.u.unsqueeze(-1)
+        friction, gain = (x.expand_as(state.p) for x in self._modulation(observation, state, shared))
+        return u.to(dtype), Modulation(friction.mT.to(dtype), gain.mT.unsqueeze(-1).to(dtype))
 
     def _integrate(self, state, u: Tensor, z: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """Momenta, positions and integrated output after one step of the solver on the whole system."""
@@ -721,9 +701,7 @@ class PortHamiltonianUpdate(StagedRule):
             step_size = shared.matrix_kappa * energies.operator_scale(tuple(shape), self.matrix_scale)
             modulation = self._matrix_modulation(observation, state, shared)
         else:
-            step_size, u = shared.kappa, observation.u.unsqueeze(-2)
-            log_ratio = self._log_ratio(observation, shared).unsqueeze(-2)
-            modulation = self._modulation(state.p, u, log_ratio, self._by_kind(shared))
+            step_size, modulation = shared.kappa, self._modulation(observation, state, shared)
         found = {name: x.sum(-1) for name, x in found.items()} | {"step_size": step_size.squeeze(-1)}
         if self.stores_q:
             return found
