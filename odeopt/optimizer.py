@@ -42,6 +42,8 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 _EXCHANGES_ALONE = 2**22
 # Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
 _LARGE_DECAY = 0.01
+# Learning rates up to here are those of other optimizers, for which they are the step size.
+_SMALL_LR = 0.01
 
 
 class _Placed(NamedTuple):
@@ -115,7 +117,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
-        lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor.
+        lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor. 1 takes the steps that
+            the rule was trained for; a number of at most 0.01, as is usual for Adam, is warned of.
         weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW. There ``lr`` is the
             step size, here it is a factor, usually 1: what AdamW does with ``lr=1e-3, weight_decay=1e-2`` is
             ``weight_decay=1e-5`` here. A decay that takes more than one percent per step is warned of once. Beyond
@@ -208,6 +211,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             defaults[SAVED_GUARD] = self._sentry.saved()
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0) | {"rule_digest": digest(self.rule)})
+        rates = [group["lr"] for group in self.param_groups]
+        if not any(isinstance(rate, Tensor) for rate in rates) and 0 < max(rates) <= _SMALL_LR:
+            warn_caller(
+                "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
+                f"rule was trained for. Found `lr = {max(rates)}`, as if it were Adam's.",
+                UserWarning,
+            )
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
 
     @property
