@@ -35,6 +35,7 @@ QUICKER = {
     "docs/physical-systems.md": [
         ("make_data(mechanism)", "make_data(mechanism, n=4)"),
         ("n_passes=1000", "n_passes=1"),
+        ("n_passes=200", "n_passes=20"),
     ],
 }
 
@@ -76,6 +77,16 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
         assert said in code
         code = code.replace(said, quick)
     exec(code, {"__name__": page})
+
+
+def test_own_measurements_are_learned_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    used, *own = blocks("docs/physical-systems.md")
+    names = {}
+    exec("\n".join([used.splitlines()[0], *own]).replace("n_passes=200", "n_passes=20"), names)
+    assert names["result"].losses[-1] < 0.5 * names["result"].losses[0]
+    assert f"`{names['model'].observation}`" in PAGES["docs/physical-systems.md"]
+    assert names["data"].x.shape[-1] == names["model"].n_observed
 
 
 def test_rule_of_ones_own_learns(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ ARROWS = {
     "physics": ("checks",),
     "ode": ("physics", "report"),  # an energy ledger draws itself
     "solvers": ("ode", "report", "files", "progress", "_version"),
-    "systems": ("ode",),
+    "systems": ("ode", "progress"),
     "rules": ("ode",),
     "artifacts": ("rules", "_version"),
     "hub": ("artifacts",),
