@@ -29,6 +29,7 @@ QUICKER = {
     "docs/getting-started.md": [("n_steps=100, n_runs=5", "n_steps=5, n_runs=2")],
     "docs/own-task.md": [
         ("n_meta_steps=200, n_tasks=8, horizon=100", "n_meta_steps=2, n_tasks=2, horizon=5"),
+        ("task, n_steps=100)", "task, n_steps=5, n_tasks=2)"),
         ("n_steps=100, n_runs=10", "n_steps=5, n_runs=2"),
     ],
     "docs/write-a-rule.md": [("n_meta_steps=300,\n    n_tasks=64", "n_meta_steps=40,\n    n_tasks=16")],
