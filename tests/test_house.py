@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ ARROWS = {
     "optimizer": ("stepping", "artifacts"),
     "tasks": ("checks",),
     "meta": ("stepping", "tasks", "files", "progress"),
-    "evaluation": ("meta", "report", "_version"),
+    "evaluation": ("meta", "report", "artifacts", "_version"),
     "suite": ("evaluation", "optimizer", "parameters"),
     "cli": ("evaluation", "suite", "solvers", "hub"),
 }
@@ -137,6 +138,13 @@ def files_imported(path):
                 yield found[0]
                 break
             parts.pop()
+
+
+def test_nothing_is_installed_by_a_name_that_is_another_projects():
+    root = PACKAGE.parent
+    texts = [*FILES, *root.glob("docs/*.md"), root / "README.md"]
+    found = {path: re.findall(r"pip install.{0,9}odeopt", path.read_text(encoding="utf-8")) for path in texts}
+    assert not any(found.values()), found
 
 
 def test_every_room_has_its_arrows():
