@@ -66,7 +66,8 @@ def save(
     is_known = UpdateRule.registry.get(rule_class) is type(rule)
     require(is_known, "rule", rule, "of a class in `UpdateRule.registry`, by that name")
     wanted = "a dictionary with `horizon` and `task`"
-    require(isinstance(trained_for, Mapping), "trained_for", trained_for, wanted)
+    is_complete = isinstance(trained_for, Mapping) and {"horizon", "task"} <= trained_for.keys()
+    require(is_complete, "trained_for", trained_for, f"{wanted}: a number of steps, and a name or `task.describe()`")
     require(path.parent.is_dir(), "path", str(path), "in a folder that exists")
     require(not path.is_dir(), "path", str(path), "a file, not a folder")
     if path.exists() and not overwrite:
@@ -181,6 +182,8 @@ def find_pretrained(name: str, parameter: str) -> UpdateRule:
     if name not in names:
         close = difflib.get_close_matches(str(name), names, n=1)
         hint = f" Did you mean `{close[0]}`?" if close else ""
+        if str(name).endswith(".safetensors") or "/" in str(name):
+            hint = " Files, and rules on the Hub, are read by `odeopt.load`."
         raise ValueError(
             f"Parameter `{parameter}` should be one of {', '.join(names) or '(none is installed)'}. "
             f"Found `{parameter} = {name!r}`.{hint}"
@@ -204,7 +207,9 @@ def _folder() -> Traversable:
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields and weights, each of them checked on its own."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"Parameter `path` should be a file. Found `path = {os.fspath(path)!r}`.")
+        is_name = os.fspath(path) in available_pretrained()
+        hint = " `odeopt.load_pretrained` loads the rules that ship by their names." if is_name else ""
+        raise FileNotFoundError(f"Parameter `path` should be a file. Found `path = {os.fspath(path)!r}`.{hint}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

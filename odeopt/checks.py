@@ -12,6 +12,11 @@ def require(condition: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra: a bare ``odeopt`` on the package index is another project."""
+    return f'pip install -c constraints.txt -e ".[{extra}]"'
+
+
 def is_integer(value: object) -> bool:
     """Whether ``value`` is an integer that 64 bits hold, with a sign or without, and not a truth value."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from odeopt import artifacts
 from odeopt._version import __version__
-from odeopt.checks import require
+from odeopt.checks import install_command, require
 from odeopt.rules.base import UpdateRule
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load(path: str) -> UpdateRule:
 
     Args:
         path: The file; or ``hf://user/name``, ``hf://user/name@revision`` of a repository that
-            :meth:`UpdateRule.push_to_hub` made (``pip install "odeopt[hub]"``). It is kept in the cache of
+            :meth:`UpdateRule.push_to_hub` made (extra ``hub``). It is kept in the cache of
             ``huggingface_hub``.
 
     Returns:
@@ -135,7 +135,7 @@ def _api() -> HfApi:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise ImportError('Rules on the Hub need huggingface_hub: pip install "odeopt[hub]"') from error
+        raise ImportError(f"Rules on the Hub need huggingface_hub: {install_command('hub')}") from error
     return HfApi(library_name="odeopt", library_version=__version__)
 
 

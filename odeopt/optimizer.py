@@ -42,6 +42,8 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 _EXCHANGES_ALONE = 2**22
 # Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
 _LARGE_DECAY = 0.01
+# Learning rates up to here are those of other optimizers, for which they are the step size.
+_SMALL_LR = 0.01
 
 
 class _Placed(NamedTuple):
@@ -73,6 +75,11 @@ def _share_done(group: dict[str, Any]) -> float | Tensor | None:
         return None
     done = group["n_steps"] / group["total_steps"]
     return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
+
+
+def _is_within(group: dict[str, Any]) -> bool | Tensor:
+    """Whether the next step is one of those that `total_steps` counts: a tensor where steps are counted by one."""
+    return group["total_steps"] is None or group["n_steps"] < group["total_steps"]
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -110,13 +117,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
-        lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor.
+        lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor. 1 takes the steps that
+            the rule was trained for; a number of at most 0.01, as is usual for Adam, is warned of.
         weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW. There ``lr`` is the
             step size, here it is a factor, usually 1: what AdamW does with ``lr=1e-3, weight_decay=1e-2`` is
-            ``weight_decay=1e-5`` here. A decay that takes more than one percent per step is warned of once.
+            ``weight_decay=1e-5`` here. A decay that takes more than one percent per step is warned of once. Beyond
+            ``total_steps`` nothing decays.
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
-            where unknown.
+            where unknown. The first step beyond it is warned of, unless ``capturable`` keeps the count on the device.
         implementation: ``"auto"`` takes the native step of port-Hamiltonian rules where it can: in C on a CPU
             (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form.
             It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices
@@ -202,6 +211,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             defaults[SAVED_GUARD] = self._sentry.saved()
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0) | {"rule_digest": digest(self.rule)})
+        rates = [group["lr"] for group in self.param_groups]
+        if not any(isinstance(rate, Tensor) for rate in rates) and 0 < max(rates) <= _SMALL_LR:
+            warn_caller(
+                "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
+                f"rule was trained for. Found `lr = {max(rates)}`, as if it were Adam's.",
+                UserWarning,
+            )
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
 
     @property
@@ -274,6 +290,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
+            # a count on the device is not read, which would be a host synchronisation
+            if not self.capturable and not _is_within(group):
+                self._warn_once(
+                    "total_steps",
+                    f"Parameter `total_steps` should be the number of optimizer steps of the whole run. Found step "
+                    f"{group['n_steps'] + 1} and `total_steps = {group['total_steps']}`: rules with a schedule, the "
+                    "default one among them, no longer move the parameters. To go on, set `total_steps` in each group "
+                    "of `optimizer.param_groups`.",
+                )
             for param in group["params"]:
                 if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
@@ -343,7 +368,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group = plan.placed[0].group
         done = _share_done(group)
         progress = None if done is None else float(done)
-        lr, decay = float(self._lr(group)), float(group["weight_decay"])
+        lr, decay = float(self._lr(group)), float(group["weight_decay"] * _is_within(group))
         return plan.native.step(lr, decay, progress, maximize=group["maximize"])
 
     def _step_bucket(self, placed: _Placed, kernels: TritonKernels | None) -> int:
@@ -458,7 +483,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Continue bit for bit where the optimizer that gave ``state_dict`` stood.
 
         The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
-        group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning.
+        group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning. Options of
+        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of.
 
         Args:
             state_dict: Dictionary that :meth:`state_dict` returned.
@@ -488,6 +514,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         reading = self.register_load_state_dict_pre_hook(read)
         writing = self.register_load_state_dict_post_hook(lambda _: self.state.update(restored), prepend=True)
         watch = None if self._sentry is None else self._sentry.watch
+        given = [group["total_steps"] for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         except Exception:
@@ -499,6 +526,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
             reading.remove()
             writing.remove()
         self._place_counters()
+        loaded = [group["total_steps"] for group in self.param_groups]
+        if had := [(old, new) for old, new in zip(given, loaded, strict=True) if old not in (None, new)]:
+            warn_caller(
+                f"Parameter `total_steps` is {had[0][1]} from now on, as in `state_dict`; this optimizer had "
+                f"`total_steps = {had[0][0]}`. To train as long as that, set it again in each group of "
+                "`optimizer.param_groups`.",
+                UserWarning,
+            )
 
     def state_dict(self) -> StateDict:
         """State and options, in the form of ``torch.optim``, as they are now.
@@ -596,7 +631,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             progress = progress.to(bucket.device, bucket.dtype)
         elif progress is not None:
             progress = torch.full((), progress, dtype=bucket.dtype, device=bucket.device)
-        decay = scalar(group["weight_decay"]) if group["weight_decay"] != 0 else None
+        decay = scalar(group["weight_decay"]) * _is_within(group) if group["weight_decay"] != 0 else None
         return StepOptions(scalar(self._lr(group)), decay, progress, group["maximize"])
 
     def _lr(self, group: dict[str, Any]) -> float | Tensor:

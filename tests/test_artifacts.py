@@ -177,13 +177,11 @@ def test_interrupted_save_leaves_the_old_file_and_no_rubbish(path, fails, monkey
 @pytest.mark.parametrize(
     ("trained_for", "message"),
     [
-        (
-            {"task": "mnist"},
-            "not saved: field `horizon` should be a positive number of steps.*Found `horizon = None`",
-        ),
+        ({}, "`trained_for` should be a dictionary with `horizon` and `task`: a number of steps, and a name or `task"),
+        ({"task": "mnist"}, "with `horizon` and `task`: .*Found `trained_for = {'task': 'mnist'}`"),
         ({"task": "mnist", "horizon": 0}, "field `horizon` .*Found `horizon = 0`"),
         ({"task": "mnist", "horizon": True}, "field `horizon` .*Found `horizon = True`"),
-        ({"horizon": 100}, "field `task` should be a name or a description.*Found `task = None`"),
+        ({"horizon": 100}, "with `horizon` and `task`: .*Found `trained_for = {'horizon': 100}`"),
         ({"horizon": 100, "task": ""}, "field `task` should be a name or a description"),
         (
             {"horizon": 100, "task": "mnist", "rate": float("nan")},
@@ -193,10 +191,7 @@ def test_interrupted_save_leaves_the_old_file_and_no_rubbish(path, fails, monkey
             {"horizon": 100, "task": {"mnist"}},
             "field `task` should be what JSON can hold. Found `task = {'mnist'}`",
         ),
-        (
-            "mnist",
-            "Parameter `trained_for` should be a dictionary with `horizon` and `task`. Found .*'mnist'",
-        ),
+        ("mnist", "Parameter `trained_for` should be a dictionary with `horizon` and `task`: .*Found .*'mnist'"),
     ],
 )
 def test_incomplete_account_of_the_training_is_refused_and_writes_nothing(trained_for, message, tmp_path):
@@ -397,7 +392,7 @@ def test_bare_name_is_the_rule_trained_on_mnist(folder):
     [
         ("lstm-mnits", " Did you mean `lstm-mnist`?"),
         ("port-hamiltonian", " Did you mean `port-hamiltonian-quadratic`?"),
-        ("../toy", ""),
+        ("../toy", " Files, and rules on the Hub, are read by `odeopt.load`."),
         ("README", ""),
         (None, ""),
     ],
@@ -594,3 +589,17 @@ def test_rule_in_another_precision_computes_in_it_again(name, tmp_path):
     assert {x.dtype for x in loaded.buffers()} == {x.dtype for x in rule.buffers()}
     for ours, theirs in zip(*(r(param, r.init_state(param), param=param) for r in (rule, loaded)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# -------------------- hints
+
+
+def test_names_and_files_are_told_apart_by_a_hint():
+    param = nn.Parameter(torch.ones(2))
+    for name in ("mine.safetensors", "hf://me/rule"):
+        with pytest.raises(ValueError, match=r"Files, and rules on the Hub, are read by `odeopt\.load`"):
+            odeopt.LearnedOptimizer([param], name)
+    with pytest.raises(FileNotFoundError, match=r"Found `path = 'lstm'`. `odeopt.load_pretrained` loads the rules"):
+        load("lstm")
+    with pytest.raises(FileNotFoundError, match=r"Found `path = 'none'`\.$"):
+        load("none")

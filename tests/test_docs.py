@@ -29,12 +29,14 @@ QUICKER = {
     "docs/getting-started.md": [("n_steps=100, n_runs=5", "n_steps=5, n_runs=2")],
     "docs/own-task.md": [
         ("n_meta_steps=200, n_tasks=8, horizon=100", "n_meta_steps=2, n_tasks=2, horizon=5"),
+        ("task, n_steps=100)", "task, n_steps=5, n_tasks=2)"),
         ("n_steps=100, n_runs=10", "n_steps=5, n_runs=2"),
     ],
     "docs/write-a-rule.md": [("n_meta_steps=300,\n    n_tasks=64", "n_meta_steps=40,\n    n_tasks=16")],
     "docs/physical-systems.md": [
         ("make_data(mechanism)", "make_data(mechanism, n=4)"),
         ("n_passes=1000", "n_passes=1"),
+        ("n_passes=200", "n_passes=20"),
     ],
 }
 
@@ -76,6 +78,16 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
         assert said in code
         code = code.replace(said, quick)
     exec(code, {"__name__": page})
+
+
+def test_own_measurements_are_learned_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    used, *own = blocks("docs/physical-systems.md")
+    names = {}
+    exec("\n".join([used.splitlines()[0], *own]).replace("n_passes=200", "n_passes=20"), names)
+    assert names["result"].losses[-1] < 0.5 * names["result"].losses[0]
+    assert f"`{names['model'].observation}`" in PAGES["docs/physical-systems.md"]
+    assert names["data"].x.shape[-1] == names["model"].n_observed
 
 
 def test_rule_of_ones_own_learns(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
+from odeopt.artifacts import load_pretrained
 from odeopt.evaluation import (
     EVALUATION_SEED,
     Comparison,
@@ -306,3 +307,17 @@ def test_evaluation_draws_from_streams_of_its_own():
 
     used = {0, trainer.VALIDATION_SEED, TUNING_SEED}
     assert len(used | {EVALUATION_SEED}) == 4
+
+
+def test_rules_that_ship_are_compared_by_name_and_nothing_else_is_taken_for_a_rule():
+    by_name, by_rule = (
+        compare({"a": rule}, RandomQuadratic(), n_steps=2, n_runs=1, reference="a", progress_bar=False)
+        for rule in ("lstm", load_pretrained("lstm"))
+    )
+    assert torch.equal(by_name.results["a"].losses, by_rule.results["a"].losses)
+    for rule, kind, message in (
+        ("ltsm", ValueError, r"`rules\['a'\]` should be one of .* Did you mean `lstm`"),
+        (AdamUpdate, TypeError, r"`rules\['a'\]` should be an instance of UpdateRule or a name"),
+    ):
+        with pytest.raises(kind, match=message):
+            compare({"a": rule}, RandomQuadratic(), n_steps=2, n_runs=1)

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ ARROWS = {
     "physics": ("checks",),
     "ode": ("physics", "report"),  # an energy ledger draws itself
     "solvers": ("ode", "report", "files", "progress", "timing", "_version"),
-    "systems": ("ode",),
+    "systems": ("ode", "progress"),
     "rules": ("ode",),
     "artifacts": ("rules", "_version"),
     "hub": ("artifacts",),
@@ -44,7 +45,7 @@ ARROWS = {
     "optimizer": ("stepping", "artifacts"),
     "tasks": ("checks",),
     "meta": ("stepping", "tasks", "files", "progress"),
-    "evaluation": ("meta", "artifacts", "report", "timing"),
+    "evaluation": ("meta", "artifacts", "report", "timing", "_version"),
     "suite": ("evaluation", "optimizer", "parameters"),
     "cli": ("evaluation", "suite", "solvers", "hub"),
 }
@@ -138,6 +139,13 @@ def files_imported(path):
                 yield found[0]
                 break
             parts.pop()
+
+
+def test_nothing_is_installed_by_a_name_that_is_another_projects():
+    root = PACKAGE.parent
+    texts = [*FILES, *root.glob("docs/*.md"), root / "README.md"]
+    found = {path: re.findall(r"pip install.{0,9}odeopt", path.read_text(encoding="utf-8")) for path in texts}
+    assert not any(found.values()), found
 
 
 def test_every_room_has_its_arrows():

@@ -1,6 +1,7 @@
 """LearnedOptimizer steps as any optimizer of torch.optim does, whatever the rule."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -151,8 +152,9 @@ def test_progress_is_the_fraction_of_steps_done_and_never_above_one():
     param = parameter([1.0], [1.0])
     optimizer = LearnedOptimizer([param], Recorder(), total_steps=4)
     rule = optimizer._rule_for(param)
-    for _ in range(6):
-        optimizer.step()
+    for step in range(6):
+        with pytest.warns(UserWarning, match="`total_steps = 4`") if step == 4 else nullcontext():
+            optimizer.step()
     progress = [call["progress"] for call in rule.calls]
     assert all(p.shape == () for p in progress)
     assert [p.item() for p in progress] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
@@ -172,7 +174,8 @@ def test_trajectory_equals_the_one_of_unroll(rule):
         loss = task.loss(batched, task.sample_batch(index, step, 0)).sum()
         loss.backward()
         losses.append(loss.detach())
-        optimizer.step()
+        if step < n_steps:
+            optimizer.step()
     # float32; a matrix product with and without the batch axis may round differently, grown over six steps
     torch.testing.assert_close(torch.stack(losses), expected.losses[:, 0], rtol=1e-5, atol=1e-6)
 

@@ -399,3 +399,39 @@ def test_no_warning_escapes_a_normal_run():
         warnings.simplefilter("always")
         train(model, LearnedOptimizer(model.parameters(), LeakySum()), range(2))
     assert not record
+
+
+# -------------------- rules that are not as they should be
+
+
+class Tuple(LeakySum):
+    def init_state(self, param):
+        return tuple(super().init_state(param))
+
+
+class OneNumber(LeakySum):
+    def forward(self, grad, state, **signals):
+        return -grad.mean(), state
+
+
+class OneNumberByCoordinate(OneNumber):
+    crosses_coordinates = False
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind", "message"),
+    [
+        (
+            Tuple,
+            TypeError,
+            r"a state that is a NamedTuple of tensors. Found a tuple from `Tuple.init_state`",
+        ),
+        (OneNumber, ValueError, r"updates of the shape of `grad`, \(2,\). Found \(\) from `OneNumber.forward`"),
+        (OneNumberByCoordinate, ValueError, r"Found \(\) from `OneNumberByCoordinate.forward`"),
+    ],
+)
+def test_rules_that_return_something_else_are_refused_at_the_first_step(rule, kind, message):
+    param = parameter([1.0, 2.0], [1.0, 1.0])
+    with pytest.raises(kind, match=message):
+        LearnedOptimizer([param], rule()).step()
+    assert param.tolist() == [1.0, 2.0]

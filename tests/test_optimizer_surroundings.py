@@ -176,6 +176,23 @@ def test_large_decay_per_step_is_warned_of_once(lr):
     LearnedOptimizer(groups[:1], SGDUpdate(0.1), lr=lr)  # one percent is not more than one percent
 
 
+@pytest.mark.parametrize("lr", [1e-3, 0.01])
+def test_learning_rate_of_another_optimizer_is_warned_of_once(lr):
+    params = [parameter([1.0], [1.0]), parameter([1.0], [1.0])]
+    with pytest.warns(UserWarning, match=rf"multiplies the rule's own step sizes.* Found `lr = {lr}`") as record:
+        LearnedOptimizer(params, SGDUpdate(0.1), lr=lr)
+    assert [warning.filename for warning in record] == [__file__]
+    with pytest.warns(UserWarning, match="Found `lr = 0.002`"):
+        LearnedOptimizer([{"params": params[:1], "lr": 0.001}, {"params": params[1:], "lr": 0.002}], SGDUpdate(0.1))
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.011, torch.tensor(1e-3)], ids=["zero", "small", "tensor"])
+def test_other_learning_rates_are_not_warned_of(lr):
+    params = [parameter([1.0], [1.0]), parameter([1.0], [1.0])]
+    LearnedOptimizer(params, SGDUpdate(0.1), lr=lr)
+    LearnedOptimizer([{"params": params[:1], "lr": 0.001}, {"params": params[1:]}], SGDUpdate(0.1), lr=lr or 1.0)
+
+
 def test_warning_points_to_the_callers_line_past_the_wrappers_of_schedulers():
     param = parameter([1.0], [float("nan")])
     optimizer = LearnedOptimizer([param], LeakySum())

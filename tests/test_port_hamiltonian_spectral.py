@@ -536,6 +536,7 @@ def test_decay_grows_as_gradients_vanish_up_to_its_bound(options):
     torch.testing.assert_close(grown, 16 * decay)
 
 
+@pytest.mark.filterwarnings("ignore:.*total_steps:UserWarning")
 @pytest.mark.parametrize("variant", ["all", "output"])
 def test_a_run_that_is_over_stands_still(variant):
     param = nn.Parameter(draws(3, 5))

@@ -429,16 +429,16 @@ def test_state_dtype_is_float32_or_better(dtype):
 # -------------------- errors
 
 BAD = [
-    (SGDUpdate, {"lr": -0.1}, r"`lr` should be non-negative. Found `lr = -0.1`"),
+    (SGDUpdate, {"lr": -0.1}, r"`lr` should be a non-negative number. Found `lr = -0.1`"),
     (SGDUpdate, {"momentum": 1.0}, r"`momentum` should be in \[0, 1\). Found `momentum = 1.0`"),
     (SGDUpdate, {"nesterov": True}, r"`momentum` should be positive where `nesterov` is set"),
-    (RMSpropUpdate, {"lr": float("nan")}, r"`lr` should be non-negative. Found `lr = nan`"),
+    (RMSpropUpdate, {"lr": float("nan")}, r"`lr` should be a non-negative number. Found `lr = nan`"),
     (RMSpropUpdate, {"alpha": 1.5}, r"`alpha` should be in \[0, 1\). Found `alpha = 1.5`"),
-    (RMSpropUpdate, {"eps": -1.0}, r"`eps` should be non-negative. Found `eps = -1.0`"),
-    (AdamUpdate, {"lr": -1}, r"`lr` should be non-negative. Found `lr = -1`"),
+    (RMSpropUpdate, {"eps": -1.0}, r"`eps` should be a non-negative number. Found `eps = -1.0`"),
+    (AdamUpdate, {"lr": -1}, r"`lr` should be a non-negative number. Found `lr = -1`"),
     (AdamUpdate, {"betas": (0.9, 1.0)}, r"`betas` should be two numbers in \[0, 1\). Found `betas = \(0.9"),
     (AdamUpdate, {"betas": (0.9,)}, r"`betas` should be two numbers"),
-    (AdamUpdate, {"eps": -1e-8}, r"`eps` should be non-negative. Found `eps = -1e-08`"),
+    (AdamUpdate, {"eps": -1e-8}, r"`eps` should be a non-negative number. Found `eps = -1e-08`"),
     (LSTMUpdate, {"hidden_size": 0}, r"`hidden_size` should be a positive integer. Found `hidden_size = 0`"),
     (LSTMUpdate, {"output_scale": 0.0}, r"`output_scale` should be a positive number. Found `output_scale = 0.0`"),
     (
@@ -449,7 +449,7 @@ BAD = [
     (PortHamiltonianUpdate, {"modes": 0}, r"`modes` should be an integer of at least 1. Found `modes = 0`"),
     (PortHamiltonianUpdate, {"modes": "two"}, r"`modes` should be an integer of at least 1. Found `modes = 'two'`"),
     (PortHamiltonianUpdate, {"coordinatewise": 1}, r"`coordinatewise` should be True or False. Found"),
-    (AdamUpdate, {"lr": "fast"}, r"`lr` should be non-negative. Found `lr = 'fast'`"),
+    (AdamUpdate, {"lr": "fast"}, r"`lr` should be a non-negative number. Found `lr = 'fast'`"),
     (PortHamiltonianUpdate, {"solver": "rk5"}, r"`solver` should be one of .*rk4.*. Found `solver = 'rk5'`"),
     (PortHamiltonianUpdate, {"decay": 1.0}, r"`decay` should be in \[0, 1\). Found `decay = 1.0`"),
     (

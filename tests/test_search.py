@@ -410,10 +410,11 @@ def test_values_that_do_not_go_together_are_a_row_with_the_reason(tmp_path):
 def test_missing_optuna_is_said_with_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     config = write(tmp_path)
-    with pytest.raises(MissingOptunaError, match=r'Searching needs Optuna: pip install "odeopt\[search\]"'):
+    with pytest.raises(MissingOptunaError, match=r'Optuna: pip install -c constraints.txt -e "\.\[search\]"'):
         go(load_search(config), tmp_path / "study")
     assert main(["search", "--config", str(config), "--folder", str(tmp_path / "f"), "--out", str(tmp_path / "o")]) == 2
-    assert 'python -m odeopt search: Searching needs Optuna: pip install "odeopt[search]"' in capsys.readouterr().err
+    said = 'python -m odeopt search: Searching needs Optuna: pip install -c constraints.txt -e ".[search]"'
+    assert said in capsys.readouterr().err
 
 
 def test_optuna_is_imported_in_one_file_and_only_when_it_is_called():

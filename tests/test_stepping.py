@@ -265,13 +265,14 @@ def test_model_brought_to_another_dtype_takes_its_state_along():
     assert_close([p.detach().float() for p in params], wanted, f32)
 
 
+@pytest.mark.filterwarnings("ignore:.*total_steps:UserWarning")
 def test_progress_and_steps_are_counted_on_the_device_where_a_graph_captures_them():
     shapes = [(6,), (3, 3)]
     grads, results = gradients(shapes, 6), []
     for capturable in (False, True):
         params = parameters(shapes)
         rule = port_hamiltonian(uses_progress=True)
-        optimizer = LearnedOptimizer(params, rule, total_steps=4, capturable=capturable)
+        optimizer = LearnedOptimizer(params, rule, total_steps=4, capturable=capturable, weight_decay=1e-3)
         results.append(follow(params, optimizer, grads))
         assert isinstance(optimizer.param_groups[0]["n_steps"], torch.Tensor) == capturable
         assert optimizer.n_steps == 6

@@ -221,7 +221,7 @@ def test_opponents_that_lack_a_package_are_left_out_with_a_note(monkeypatch):
         OPPONENTS[name].title for name in ("muon", "schedule-free", "prodigy")
     ]
     assert "torch 2.9" in notes[0]
-    assert "odeopt[opponents]" in notes[1]
+    assert 'pip install -c constraints.txt -e ".[opponents]"' in notes[1]
 
 
 def test_a_learned_rule_is_told_the_steps_unless_it_is_not():

@@ -1,6 +1,7 @@
 """Models that learn from motions: that they do, what they are by construction, and how they are judged."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -367,6 +368,36 @@ def test_fitting_does_not_mind_that_gradients_are_off(mode):
             assert torch.is_grad_enabled() == (context is torch.enable_grad)
     assert found[0] == found[1]
     assert found[0][-1] < found[0][0]
+
+
+@pytest.mark.parametrize("progress_bar", [True, False])
+def test_fitting_shows_its_progress(progress_bar, capsys):
+    model, data = small_fit()
+    fit(model, data, FitConfig(n_passes=3, n_batches=2), progress_bar=progress_bar)
+    assert ("3/3" in capsys.readouterr().err) == progress_bar
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "observes", "observation"),
+    [
+        ("S", "velocity", "(cos q, sin q, dq/dt)"),
+        ("S", "momentum", "(q, p)"),
+        ("SR", "velocity", "(q2, cos q1, sin q1, dq1/dt, dq2/dt)"),
+        ("RS", "momentum", "(q1, q2, p1, p2)"),
+    ],
+)
+def test_errors_name_the_numbers_of_an_observation(coordinates, observes, observation):
+    model = make_model("geometric", coordinates, observes=observes)
+    assert observation.count(",") + 1 == model.n_observed
+    message = rf"Found `x.shape = \(6, 2, 7\)`; an observation of this model is {re.escape(observation)}\."
+    with pytest.raises(ValueError, match=message):
+        fit(model, Trajectories(torch.arange(6.0), torch.zeros(6, 2, 7)), FitConfig(n_passes=1))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_have_an_input(kind):
+    with pytest.raises(ValueError, match=r"`n_inputs` should be a positive integer.* Found `n_inputs = 0`"):
+        make_model(kind, "S", observes="velocity", n_inputs=0)
 
 
 def test_motions_keep_no_gradient_of_a_fit():

@@ -185,8 +185,22 @@ def test_windows_start_their_own_clock():
         Trajectories((1e4 + t).float(), x, u).windows(3)
     uneven = t - 4e8
     uneven[7] += 1e-4
-    with pytest.raises(ValueError, match=r"`t` should be evenly spaced"):
+    with pytest.raises(ValueError, match=r"Found steps of 0.01\d* and, from `t\[6\]` to `t\[7\]`, of 0.0101") as error:
         Trajectories(uneven, x, u).windows(3)
+    assert len(str(error.value)) < 250
+    late = t.clone()
+    late[300:] += 1.0  # which changes the mean step
+    with pytest.raises(ValueError, match=r"Found steps of 0.01 and, from `t\[299\]` to `t\[300\]`, of 1.01"):
+        Trajectories(late, x, u).windows(3)
+
+
+def test_motions_that_nothing_drives_need_no_inputs():
+    mechanism = pendulum()
+    data = simulate(mechanism, mechanism.first_observations(4, seed=0), 6)
+    alone = Trajectories(data.t, data.x)
+    assert alone.windows(4).u is None
+    for name, value in alone.checked(mechanism.model)._asdict().items():
+        assert torch.equal(value, getattr(data, name))
 
 
 @pytest.mark.parametrize("n_points", [2.0, True, "3", None])

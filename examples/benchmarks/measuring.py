@@ -93,6 +93,8 @@ def scores_with_state(task: Task, dtype: torch.dtype, *, n_runs: int, n_steps: i
             batch = task.sample_batch(index, step, EVALUATION_SEED)
             loss = task.loss({name: p.unsqueeze(0) for name, p in params.items()}, batch).sum()
             losses[step, run] = loss.item()
+            if step == n_steps:
+                break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

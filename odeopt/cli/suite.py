@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from odeopt import artifacts
+from odeopt.checks import install_command
 from odeopt.cli import arguments
 from odeopt.cli.files import named_rule
 from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents, untrained
@@ -23,7 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Train networks by learned rules, at learning rate 1 and told the number of steps, and by "
         "hand-designed optimizers, whose learning rates are chosen by grid for each network. Runs are kept as they are "
         "done: an interrupted suite continues with the same command, and two processes may share one. Schedule-Free "
-        'and Prodigy need pip install "odeopt[opponents]".',
+        f"and Prodigy need {install_command('opponents')}.",
     )
     parser.add_argument("--rule", action="append", metavar="NAME", help="a .safetensors file, or one of "
                         f"{', '.join(artifacts.available_pretrained())}; may be given several times (default: "

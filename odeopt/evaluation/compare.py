@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from odeopt.artifacts import find_pretrained
 from odeopt.checks import require
 from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
@@ -24,7 +25,7 @@ _BATCH_BYTES = {"cpu": 16e6, "cuda": 2e9}  # on a CPU about what its cache holds
 
 
 def compare(
-    rules: Mapping[str, UpdateRule],
+    rules: Mapping[str, UpdateRule | str],
     task: Task,
     *,
     n_steps: int,
@@ -40,7 +41,8 @@ def compare(
     """Run every rule on the same tasks: equal initialisations, equal minibatches at equal steps.
 
     Args:
-        rules: Rules by the name to show; those without learned parameters count as hand-designed.
+        rules: Rules, or names that :func:`odeopt.load_pretrained` takes, by the name to show; those without learned
+            parameters count as hand-designed.
         task: Where losses come from; its held-out accuracy is measured where it has a method ``accuracy``.
         n_steps: Updates per run; told to the rules as the horizon.
         n_runs: Number of tasks, numbered from 0.
@@ -58,8 +60,10 @@ def compare(
         The comparison, with its table and figure.
 
     Raises:
+        TypeError: If one of ``rules`` is neither a rule nor a name.
         ValueError: If an argument is out of range or names nothing.
     """
+    rules = {name: _as_rule(rule, f"rules[{name!r}]") for name, rule in rules.items()}
     if not rules:
         raise ValueError("Parameter `rules` should hold at least one rule. Found none.")
     require(n_runs >= 1, "n_runs", n_runs, "at least 1")
@@ -94,6 +98,15 @@ def compare(
     if reference == BEST_HAND_DESIGNED:
         reference = _best_hand_designed(results, score)
     return Comparison(results, reference, score, task.describe(), seed, loss_unit)
+
+
+def _as_rule(rule: UpdateRule | str, parameter: str) -> UpdateRule:
+    """The rule, or the one that ships under this name."""
+    if isinstance(rule, str):
+        return find_pretrained(rule, parameter)
+    if not isinstance(rule, UpdateRule):
+        raise TypeError(f"Parameter `{parameter}` should be an instance of UpdateRule or a name. Found {rule!r}.")
+    return rule
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import install_command, is_integer, is_number, require
 from odeopt.meta.config import MetaConfig
 from odeopt.meta.files import SECTIONS, START, Config, check_keys, make_config, read_toml
 
@@ -37,7 +37,7 @@ def import_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError as error:
-        raise MissingOptunaError(f'Searching needs Optuna: pip install "odeopt[search]" ({error}).') from error
+        raise MissingOptunaError(f"Searching needs Optuna: {install_command('search')} ({error}).") from error
     return optuna
 
 

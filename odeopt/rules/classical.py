@@ -39,7 +39,7 @@ class SGDUpdate(UpdateRule):
     crosses_coordinates = False
 
     def __init__(self, lr: float = 1e-2, *, momentum: float = 0.0, nesterov: bool = False) -> None:
-        require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
+        require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
         require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         require(momentum > 0 or not nesterov, "momentum", momentum, "positive where `nesterov` is set")
         super().__init__(lr=lr, momentum=momentum, nesterov=nesterov)
@@ -81,9 +81,9 @@ class RMSpropUpdate(UpdateRule):
     crosses_coordinates = False
 
     def __init__(self, lr: float = 1e-2, *, alpha: float = 0.99, eps: float = 1e-8) -> None:
-        require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
+        require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
         require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
-        require(is_number(eps) and eps >= 0, "eps", eps, "non-negative")
+        require(is_number(eps) and eps >= 0, "eps", eps, "a non-negative number")
         super().__init__(lr=lr, alpha=alpha, eps=eps)
         self.lr, self.alpha, self.eps = lr, alpha, eps
 
@@ -133,11 +133,11 @@ class AdamUpdate(UpdateRule):
         eps: float = 1e-8,
         cosine: bool = False,
     ) -> None:
-        require(is_number(lr) and lr >= 0, "lr", lr, "non-negative")
+        require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
         require(
             len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)"
         )
-        require(is_number(eps) and eps >= 0, "eps", eps, "non-negative")
+        require(is_number(eps) and eps >= 0, "eps", eps, "a non-negative number")
         require(isinstance(cosine, bool), "cosine", cosine, "True or False")
         super().__init__(lr=lr, betas=list(betas), eps=eps, cosine=cosine)
         self.lr, self.betas, self.eps, self.cosine = lr, tuple(betas), eps, cosine

@@ -15,6 +15,7 @@ from torch import nn
 
 from odeopt._version import __version__
 from odeopt.artifacts import fingerprint
+from odeopt.checks import install_command
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
 from odeopt.rules.base import UpdateRule
@@ -210,7 +211,7 @@ def _has(package: str) -> Callable[[], bool]:
     return lambda: importlib.util.find_spec(package) is not None
 
 
-_EXTRA = 'pip install "odeopt[opponents]"'
+_EXTRA = install_command("opponents")
 _NEEDS = {
     "muon": (lambda: hasattr(torch.optim, "Muon"), "torch 2.9 or later"),
     "schedule-free": (_has("schedulefree"), _EXTRA),

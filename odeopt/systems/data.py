@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
 from odeopt.systems.mechanics import Mechanism
-from odeopt.systems.observed import check_inputs, check_observations, check_seed, check_times
+from odeopt.systems.observed import ObservedSystem, check_inputs, check_observations, check_seed, check_times
 
 INPUTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 # rk4 over steps of a tenth of the data's is exact to 1e-9 on all four systems
@@ -22,21 +22,22 @@ class Trajectories(NamedTuple):
 
     Attributes:
         t: Times, shape ``(n_times,)``.
-        x: Observations, shape ``(n_times, n, n_observed)``.
-        u: Inputs, each held until the next time, shape ``(n_times - 1, n, n_inputs)``.
+        x: Observations, shape ``(n_times, n, n_observed)``; :attr:`ObservedSystem.observation` names their numbers.
+        u: Inputs, each held until the next time, shape ``(n_times - 1, n, n_inputs)``; None where nothing drove the
+            system.
     """
 
     t: Tensor
     x: Tensor
-    u: Tensor
+    u: Tensor | None = None
 
-    def checked(self, n_observed: int, n_inputs: int) -> Trajectories:
-        """Return these motions, or raise an error that names what does not fit or is not finite."""
-        check_observations("x", self.x, n_observed)
+    def checked(self, model: ObservedSystem) -> Trajectories:
+        """Return these motions, inputs included, or raise an error that names what does not fit the model."""
+        check_observations("x", self.x, model)
         require(self.x.dim() == 3, "x", tuple(self.x.shape), "of three axes, times, motions and numbers")
         t = check_times(self.t)
         require(len(t) == len(self.x), "t", tuple(t.shape), f"one time for each of {len(self.x)} observations")
-        u = check_inputs(self.u, len(t) - 1, self.x.shape[1:2], n_inputs, like=self.x)
+        u = check_inputs(self.u, len(t) - 1, self.x.shape[1:2], model.n_inputs, like=self.x)
         return Trajectories(t, self.x, u)
 
     def windows(self, n_points: int) -> Trajectories:
@@ -58,16 +59,24 @@ class Trajectories(NamedTuple):
         require(is_right, "n_points", n_points, f"between 2 and the {n_times} observations of a motion, an integer")
         steps = t.double().diff()
         step = steps.mean()  # far from zero it is known better than any one of them
-        is_even = bool(((steps - step).abs() <= 1e-4 * step + rounding).all()) and rounding <= 0.05 * step
-        wanted = "evenly spaced where motions are cut into windows, and precise enough to tell"
-        require(is_even, "t", t.tolist(), f"{wanted}, which {t.dtype} may not be")
-        x = self.x.unfold(0, n_points, 1).permute(3, 0, 1, 2).flatten(1, 2)
-        u = self.u.unfold(0, n_points - 1, 1).permute(3, 0, 1, 2).flatten(1, 2)
+        is_even = bool(((steps - step).abs() <= 1e-4 * step + rounding).all())
+        if not is_even or rounding > 0.05 * step:
+            usual = steps.median()
+            at = int(((steps - usual).abs() > 1e-4 * usual + rounding).int().argmax())
+            found = f"steps of {usual:.9g} and, from `t[{at}]` to `t[{at + 1}]`, of {steps[at]:.9g}"
+            raise ValueError(
+                "Parameter `t` should be evenly spaced where motions are cut into windows, and precise enough to tell, "
+                f"which {t.dtype} may not be. Found {found}."
+            )
+        x, u = (
+            None if value is None else value.unfold(0, n, 1).permute(3, 0, 1, 2).flatten(1, 2)
+            for value, n in ((self.x, n_points), (self.u, n_points - 1))
+        )
         return Trajectories(step * torch.arange(n_points, dtype=step.dtype, device=step.device), x, u)
 
     def to(self, like: Tensor) -> Trajectories:
         """Convert observations and inputs to the dtype and the device of a tensor; times stay as they are."""
-        return Trajectories(self.t, self.x.to(like), self.u.to(like))
+        return Trajectories(self.t, self.x.to(like), None if self.u is None else self.u.to(like))
 
 
 class Data(NamedTuple):

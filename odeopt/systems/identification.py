@@ -17,6 +17,7 @@ from torch import Tensor
 from odeopt.checks import is_integer, is_number, require
 from odeopt.ode import STRUCTURE_METHODS, Status, integrate
 from odeopt.physics import PhaseState
+from odeopt.progress import tqdm
 from odeopt.systems.data import Trajectories
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_class, check_seed, weights_like
 
@@ -67,7 +68,9 @@ class FitResult(NamedTuple):
 
 
 @torch.inference_mode(False)  # which also undoes `torch.no_grad()`
-def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = None) -> FitResult:
+def fit(
+    model: ObservedSystem, data: Trajectories, config: FitConfig | None = None, *, progress_bar: bool = True
+) -> FitResult:
     """Fit a model, in place, to the windows of motions.
 
     Gradients are recorded also where the caller has switched them off, as by ``torch.no_grad()``.
@@ -77,6 +80,7 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
             or lie in (-pi, pi]: on circles errors count modulo 2 pi.
         data: Motions, wherever their clock starts.
         config: How; the default of :class:`FitConfig` if None.
+        progress_bar: Whether to show one.
 
     Returns:
         Losses and status.
@@ -97,7 +101,7 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
     like = weights_like(model, weights[0])
     began = time.perf_counter()
     with torch.no_grad():
-        t, x, u = data.checked(model.n_observed, model.n_inputs).windows(config.n_points).to(like)
+        t, x, u = data.checked(model).windows(config.n_points).to(like)
         n = x.shape[1]
         require(config.n_batches <= n, "n_batches", config.n_batches, f"at most the number of windows, {n}")
         model.check_finite(model.encode(x[0]), u[0])
@@ -106,7 +110,8 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step / n_steps))
     generator, losses = torch.Generator().manual_seed(config.seed), []
     status, message = Status.SUCCESS, ""
-    for i in range(config.n_passes):
+    bar = tqdm(range(config.n_passes), disable=not progress_bar, desc="fit", unit="pass")
+    for i in bar:
         total = x.new_zeros(())
         for batch in torch.randperm(n, generator=generator, device="cpu").chunk(config.n_batches):
             target = x[:, batch]
@@ -114,6 +119,7 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
             loss = model.residual(predicted, target)[1:].square().mean()
             if not loss.isfinite():
                 status = Status.NON_FINITE_STATE
+                bar.close()
                 message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: lower `lr`."
                 return FitResult(losses, status, message, time.perf_counter() - began)
             optimizer.zero_grad()
@@ -123,6 +129,7 @@ def fit(model: ObservedSystem, data: Trajectories, config: FitConfig | None = No
             schedule.step()
             total += loss.detach() * len(batch) / n
         losses.append(total.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3g}")
     return FitResult(losses, status, message, time.perf_counter() - began)
 
 
@@ -134,7 +141,13 @@ def _one_cycle(part: float, warmup: float = 0.1) -> float:
 
 
 def fit_kept(
-    model: ObservedSystem, data: Trajectories, config: FitConfig, path: str | os.PathLike, *, settings: dict
+    model: ObservedSystem,
+    data: Trajectories,
+    config: FitConfig,
+    path: str | os.PathLike,
+    *,
+    settings: dict,
+    progress_bar: bool = True,
 ) -> FitResult:
     """Fit a model unless a file has what an earlier call made of it, and keep what comes out in that file.
 
@@ -145,6 +158,7 @@ def fit_kept(
         path: The file, whose folder is made; it appears when the fit is done.
         settings: What else tells one fit from another, as plain values: the seed of the model's first weights, options
             that their names and shapes do not show. The data and ``config`` are compared in any case.
+        progress_bar: Whether to show one.
 
     Returns:
         Losses and status.
@@ -153,7 +167,7 @@ def fit_kept(
         ValueError: If the file is of other settings, data or weights, or as for :func:`fit`.
     """
     check_class("data", data, Trajectories)
-    checked = data.checked(model.n_observed, model.n_inputs)
+    checked = data.checked(model)
     options = dataclasses.asdict(config) | {"data": _digest(checked), "model": _described(model)}
     for name in settings.keys() & options.keys():
         require(settings[name] == options[name], f"settings[{name!r}]", settings[name], f"{options[name]!r}, as fitted")
@@ -171,7 +185,7 @@ def fit_kept(
         model.load_state_dict(kept["weights"])
         losses, status, message, seconds = kept["result"]
         return FitResult(losses, Status(status), message, seconds)
-    result = fit(model, data, config)
+    result = fit(model, data, config, progress_bar=progress_bar)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     kept = {"settings": wanted, "weights": weights}
@@ -240,7 +254,7 @@ def trajectory_errors(model: ObservedSystem, data: Trajectories, *, n_substeps: 
     """
     check_class("model", model, ObservedSystem)
     check_class("data", data, Trajectories)
-    data = data.checked(model.n_observed, model.n_inputs)
+    data = data.checked(model)
     t, x, u = data.to(weights_like(model, data.x))
     with torch.no_grad():
         predicted = model.rollout(x[0], t, u, n_substeps=n_substeps).states
@@ -295,7 +309,7 @@ def energy_rises(
     require(is_number(factor) and factor > 0, "factor", factor, "positive")
     check_class("model", model, PortHamiltonianModel)
     check_class("data", data, Trajectories)
-    data = Trajectories(*(value.cpu().double() for value in data.checked(model.n_observed, model.n_inputs)))
+    data = Trajectories(*(value.cpu().double() for value in data.checked(model)))
     model = copy.deepcopy(model).cpu().double()
     t = factor * (data.t - data.t[0])  # without inputs nothing depends on the clock
     # far beyond the steps of its training a learned potential is rough; an equation not solved would blame the model

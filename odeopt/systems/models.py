@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from odeopt.checks import require
 from odeopt.physics import PortHamiltonianSystem, PortMatrix, PositiveDefinite, PositiveSemidefinite, Potential, mlp
 from odeopt.systems.coordinates import Coordinates
-from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, as_matrix, check_seed, momentum
+from odeopt.systems.observed import (
+    ObservedSystem,
+    PortHamiltonianModel,
+    as_matrix,
+    check_n_inputs,
+    check_seed,
+    momentum,
+)
 
 _WIDTHS, _SMALL = (40, 40), (16,)
 # bound of the inverse mass: p = M dq/dt would leave all bounds where it passes by zero
@@ -57,6 +64,7 @@ def structured(
     Raises:
         ValueError: If an argument is out of range.
     """
+    check_n_inputs(n_inputs)
     seen = Coordinates(coordinates)
     dof = seen.dof
 

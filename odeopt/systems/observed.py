@@ -41,6 +41,7 @@ class ObservedSystem(nn.Module, ABC):
     def __init__(self, coordinates: str, *, observes: str, n_inputs: int = 1) -> None:
         super().__init__()
         require(observes in OBSERVATIONS, "observes", observes, f"one of {', '.join(OBSERVATIONS)}")
+        check_n_inputs(n_inputs)
         self.coordinates = Coordinates(coordinates)
         self.observes, self.n_inputs = observes, n_inputs
 
@@ -53,6 +54,19 @@ class ObservedSystem(nn.Module, ABC):
     def n_observed(self) -> int:
         """Length of an observation."""
         return self.dof + (self.dof if self.observes == "momentum" else self.coordinates.n_features)
+
+    @property
+    def observation(self) -> str:
+        """Numbers of an observation in their order, by name: of a pendulum ``(cos q, sin q, dq/dt)`` or ``(q, p)``."""
+        kinds = self.coordinates.kinds
+        of = [f"{i}" if self.dof > 1 else "" for i in range(1, self.dof + 1)]
+        lines, circles = ([n for n, kind in zip(of, kinds, strict=True) if kind == wanted] for wanted in "RS")
+        if self.observes == "momentum":
+            names = [f"q{n}" for n in of] + [f"p{n}" for n in of]
+        else:
+            names = [f"q{n}" for n in lines] + [f"{f} q{n}" for f in ("cos", "sin") for n in circles]
+            names += [f"dq{n}/dt" for n in of]
+        return f"({', '.join(names)})"
 
     def n_parameters(self) -> int:
         """Count the learned parameters."""
@@ -120,7 +134,7 @@ class ObservedSystem(nn.Module, ABC):
             TypeError: If ``x0`` or ``u`` is no tensor.
         """
         t = check_times(t)
-        check_observations("x0", x0, self.n_observed)
+        check_observations("x0", x0, self)
         weights = weights_like(self, x0)
         require(x0.dtype == weights.dtype, "x0.dtype", x0.dtype, f"that of the model's weights, {weights.dtype}")
         inputs = check_inputs(u, len(t) - 1, x0.shape[:-1], self.n_inputs, like=x0)
@@ -288,13 +302,20 @@ def check_seed(seed: object) -> None:
     require(is_right, "seed", seed, "an integer of at least -2^63 and below 2^63")
 
 
-def check_observations(name: str, x: Tensor, n_observed: int) -> None:
+def check_n_inputs(n_inputs: object) -> None:
+    """Raise a ValueError unless a number of inputs is one that systems can have."""
+    wanted = "a positive integer; a system that nothing drives has one input, which is zero (`u=None`)"
+    require(is_integer(n_inputs) and n_inputs >= 1, "n_inputs", n_inputs, wanted)
+
+
+def check_observations(name: str, x: Tensor, model: ObservedSystem) -> None:
     """Raise an error unless observations are floating point, have their length and are finite."""
     check_class(name, x, Tensor)
     require(x.is_floating_point(), f"{name}.dtype", x.dtype, "floating point")
-    if x.shape[-1:] != (n_observed,):
+    if x.shape[-1:] != (model.n_observed,):
         raise ValueError(
-            f"Parameter `{name}` should have shape (*batch, {n_observed}). Found `{name}.shape = {tuple(x.shape)}`."
+            f"Parameter `{name}` should have shape (*batch, {model.n_observed}). Found `{name}.shape = "
+            f"{tuple(x.shape)}`; an observation of this model is {model.observation}."
         )
     is_finite = x.isfinite()
     require(bool(is_finite.all()), name, x[~is_finite][:1].tolist(), "finite")
