@@ -23,3 +23,13 @@ def load(monkeypatch):
     yield importlib.import_module
     for path in FOLDER.glob("*.py"):
         sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_timing():
+    """Take the time of a step, which comparisons show, once instead of fifteen times: with slow solvers it is most."""
+    from odeopt.evaluation import time_step
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(time_step, "__kwdefaults__", {"n_steps": 1, "n_warmup": 0})
+        yield
