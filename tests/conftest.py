@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 # The tensors of the tests are small: a second thread costs more than it gives, and many times more beside other work.
-# Set before torch is imported, and inherited by the processes that tests start.
+# Set before torch is imported, and inherited by the processes that tests start; those that ask for two wait asleep.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
