@@ -1,6 +1,9 @@
 """Every example runs, prints its table and writes its figures; bad options are refused before any work."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
 import os
 import re
@@ -31,9 +34,9 @@ TINY = {
     "depth": ["--dataset", "digits", "--width", "8", "--depths", "0", "2", "--rates", "1", "4", "--steps", "3"],
     "diagnostics": ["--dataset", "digits", "--steps", "4", "--every", "2"],
     "coordinate_check": ["--widths", "8", "16", "--steps", "1", "2", "--runs", "2"],
-    "estimators": ["--steps", "2", "--runs", "2"],
+    "estimators": ["--quick", "--steps", "20", "--runs", "20"],
     "generalisation": ["--quick", "--runs", "2", "--tuning-runs", "1", "--steps", "60"],
-    "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1"],
+    "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1", "--markdown"],
     "guard": ["--dataset", "digits", "--steps", "3", "--runs", "1"],
     "kinetic": ["--dataset", "digits", "--steps", "1", "--runs", "2", "--problems", "perceptron", "--variants",
                 "quadratic", "spectral, coherent"],
@@ -41,7 +44,7 @@ TINY = {
                    *(str(Path(odeopt.__file__).parent / "pretrained" / f"{name}.safetensors")
                      for name in ("hamiltonian-mnist", "port-hamiltonian-mnist", "lstm-quadratic"))],
     "mnist": ["--dataset", "digits", "--steps", "2", "--runs", "2"],
-    "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "embedded pendulum", "--rows", "Ham.*n$|naive"],
+    "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],
@@ -54,9 +57,7 @@ COLUMNS = ("losses", "all losses", "accuracy", "difference", "diverged", "time",
 HAND_DESIGNED = ("Adam (lr", "RMSprop (lr", "Momentum (lr", "Nesterov (lr")
 
 
-@pytest.fixture
-def untuned(monkeypatch):
-    """Skip the tuning, which takes most of the time."""
+def skip_tuning(monkeypatch):
     rules = {"Adam (lr 0.1)": odeopt.AdamUpdate(0.1)}
     monkeypatch.setattr(baselines, "baselines_for", lambda *args, **kwargs: (rules, "not tuned"))
 
@@ -67,9 +68,40 @@ def untuned(monkeypatch):
     monkeypatch.setattr(baselines, "tune_all", tune_all)
 
 
+@pytest.fixture
+def untuned(monkeypatch):
+    """Skip the tuning, which takes most of the time."""
+    skip_tuning(monkeypatch)
+
+
+def skip_substeps(monkeypatch):
+    """Let true systems take one step between two observations, not ten: no example tells the difference."""
+    monkeypatch.setattr("odeopt.systems.data._N_SUBSTEPS", 1)
+
+
 def run(name, *argv):
     """Call an example's main, in this process."""
     return runpy.run_path(str(SCRIPTS[name]))["main"](list(argv))
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """Run an example with tiny arguments, untuned, once for all tests: where it ran, its --out, and what it printed."""
+
+    @functools.cache
+    def tiny_run(name):
+        cwd, text = tmp_path_factory.mktemp(name), io.StringIO()
+        out = cwd / "new" / "folder"
+        with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(text):
+            monkeypatch.chdir(cwd)  # where runs are kept
+            skip_tuning(monkeypatch)
+            skip_substeps(monkeypatch)
+            for module in ("studies.variants", "variants"):  # one file, imported by two names
+                monkeypatch.setattr(f"{module}._N_TIMINGS", 1)
+            run(name, *TINY.get(name, []), "--out", str(out))
+        return cwd, out, text.getvalue()
+
+    return tiny_run
 
 
 def table_after(text, heading):
@@ -79,10 +111,9 @@ def table_after(text, heading):
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS.keys() - {"reproduce"}))
-def test_every_example_runs_and_saves_a_figure(name, tmp_path, monkeypatch, untuned):
-    monkeypatch.chdir(tmp_path)  # where runs are kept
-    run(name, *TINY.get(name, []), "--out", str(tmp_path / "new" / "folder"))
-    figures = list((tmp_path / "new" / "folder").glob("*.png"))
+def test_every_example_runs_and_saves_a_figure(name, tiny_run):
+    _, out, _ = tiny_run(name)
+    figures = list(out.glob("*.png"))
     assert figures
     assert all(figure.stat().st_size > 5000 for figure in figures)
 
@@ -144,15 +175,14 @@ def test_mnist_falls_back_to_digits_in_one_sentence(tmp_path, capsys, monkeypatc
     assert (tmp_path / "digits_relu.png").exists()
 
 
-def test_general_has_a_column_for_each_network_and_horizon(tmp_path, capsys, untuned):
-    run("general", *TINY["general"], "--markdown", "--out", str(tmp_path))
-    text = capsys.readouterr().out
+def test_general_has_a_column_for_each_network_and_horizon(tiny_run):
+    _, out, text = tiny_run("general")
     last = text[text.rindex("\n| rule") :]
     for column in ("64-20-10, sigmoid, 2 steps", "64-20-10, relu, 20 steps", "64-100-100-10, relu, 2 steps"):
         assert column in last
     rows = [line.split(" | ")[0].removeprefix("| ") for line in last.splitlines()[3:8]]
     assert rows == ["port-hamiltonian", "port-hamiltonian-mnist", "Adam", "Nesterov", "Adam, cosine"]
-    assert len(list(tmp_path.glob("general_*.png"))) == 5
+    assert len(list(out.glob("general_*.png"))) == 5
 
 
 def test_meta_seeds_stand_together_and_the_best_validation_first(tmp_path, capsys, untuned):
@@ -274,9 +304,8 @@ def test_saddle_reports_quartiles_and_runs_that_stay(tmp_path, capsys):
     assert next(row for name, row in rows.items() if name.startswith("Momentum")).split()[-7] == ">"
 
 
-def test_estimators_are_measured_against_the_exact_gradient(tmp_path, capsys):
-    run("estimators", "--quick", "--steps", "20", "--runs", "20", "--out", str(tmp_path))
-    text = capsys.readouterr().out
+def test_estimators_are_measured_against_the_exact_gradient(tiny_run):
+    *_, text = tiny_run("estimators")
     for stage in ("untrained", "after 1 exact", "after 2 exact"):
         titles, rows = table_after(text, f"Meta-gradients {stage}")
         assert re.split(r" {2,}", titles)[1:] == ["bias", "known to", "std. deviation", "cosine", "time"]
@@ -290,9 +319,8 @@ def test_estimators_are_measured_against_the_exact_gradient(tmp_path, capsys):
     assert all(f"\n{name}: best validation loss" in text for name in trained)
 
 
-def test_solvers_are_trained_with_and_run_with(tmp_path, capsys):
-    run("solvers", *TINY["solvers"], "--folder", str(tmp_path / "kept"), "--out", str(tmp_path))
-    text = capsys.readouterr().out
+def test_solvers_are_trained_with_and_run_with(tiny_run):
+    _, out, text = tiny_run("solvers")
     _, rows = table_after(text, "digits, 64-20-10, sigmoid, 2 steps")
     assert list(rows) == ["rk4", "euler", "exponential", "midpoint", "bosh3"]
     cells = {name: re.split(r" {2,}", row)[1:] for name, row in rows.items()}
@@ -307,31 +335,32 @@ def test_solvers_are_trained_with_and_run_with(tmp_path, capsys):
     evaluations = {name: row.split()[1] for name, row in rows.items()}
     assert [evaluations[name] for name in ("rk4", "euler", "midpoint")] == ["4", "1", "2"]
     assert float(evaluations["bosh3"]) > 4
-    content = json.loads((tmp_path / "optimizers_view.json").read_text())
+    content = json.loads((out / "optimizers_view.json").read_text())
     assert content["costs"]["rk4"]["ms"] > 0
     assert content["rules"]["euler"]["rk4"]["n_runs"] == 2
 
 
-def test_physics_continues_and_judges_parts_and_circles(tmp_path, capsys, monkeypatch):
-    options = [*TINY["physics"], "--folder", str(tmp_path / "kept"), "--out", str(tmp_path)]
-    run("physics", *options, "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive")
-    first = capsys.readouterr()
-    titles, rows = table_after(first.out, "\ncart-pole\n")
+def test_physics_continues_and_judges_parts_and_circles(tiny_run, capsys, monkeypatch):
+    cwd, out, first = tiny_run("physics")
+    titles, rows = table_after(first, "\ncart-pole\n")
     for title in ("parameters", "training", "test", "prediction", "off circle", "V", "1/M", "D", "g"):
         assert title in titles
     learned = ["port-Hamiltonian", "naive", "port-Hamiltonian, 1 % noise", "port-Hamiltonian, sampled inputs"]
     assert list(rows) == learned
-    assert len(table_after(first.out, "\npendulum\n")[1]) == 5  # and one that is told of the angle
-    results = json.loads((tmp_path / "physics-quick.json").read_text())["systems"]["cart-pole"]
+    assert len(table_after(first, "\npendulum\n")[1]) == 5  # and one that is told of the angle
+    results = json.loads((out / "physics-quick.json").read_text())["systems"]["cart-pole"]
     assert results["port-Hamiltonian"]["prediction"]["drift"] < 1e-6 < results["naive"]["prediction"]["drift"]
     assert set(results["port-Hamiltonian"]["parts"]) == {"V", "inverse_mass", "D", "g"}
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    folder = cwd / "runs" / "physics-quick"
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(kept) == 9
-    options += ["--systems", "cart-pole", "--rows", "naive"]
+    monkeypatch.chdir(cwd)
+    skip_substeps(monkeypatch)
+    options = [*TINY["physics"], "--systems", "cart-pole", "--rows", "naive", "--out", str(cwd / "again")]
     run("physics", *options)
     again = table_after(capsys.readouterr().out, "\ncart-pole\n")[1]["naive"]
     assert again.split() == rows["naive"].split()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()} == kept
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
     with pytest.raises(SystemExit, match=r"hold a fit of the same settings.*which differs in n_passes; choose another"):
         run("physics", *options, "--steps", "2")
 

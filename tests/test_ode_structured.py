@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structure_toys import F64, drive, error_at_end, make_state, make_system, observed_order
+from structure_toys import F64, drive, error_at_end, make_state, make_system, observed_order, shared_system
 
 from odeopt.ode import STRUCTURE_METHODS, STRUCTURE_ORDER, Newton, discrete_gradient, integrate, structure_step
 from odeopt.ode.implicit import solve_implicit
@@ -41,7 +41,7 @@ def step_of(system, method, dt=0.3, **options):
 @pytest.mark.parametrize("method", STRUCTURE_METHODS)
 def test_methods_have_their_order_also_where_the_input_depends_on_time(method, options, u):
     # .15: what is left of the next term of the error at these steps
-    assert observed_order(make_system(**options), method, u=u) == pytest.approx(STRUCTURE_ORDER[method], abs=0.15)
+    assert observed_order(shared_system(**options), method, u=u) == pytest.approx(STRUCTURE_ORDER[method], abs=0.15)
 
 
 @pytest.mark.parametrize("has_mass_network", [True, False])
@@ -159,7 +159,8 @@ def test_first_and_second_derivatives_are_those_of_the_root(method, has_mass_net
     arguments = [y, weights[name], torch.full((1,), 0.4, dtype=F64), torch.tensor(0.3, dtype=F64)]
     arguments = [value.requires_grad_() for value in arguments]
     assert torch.autograd.gradcheck(step, arguments)
-    assert torch.autograd.gradgradcheck(step, arguments)
+    # along one direction: a wrong second derivative, as of one held step, is wrong by a tenth and more
+    assert torch.autograd.gradgradcheck(step, arguments, fast_mode=True)
 
 
 def test_iterations_are_not_differentiated():
@@ -196,7 +197,8 @@ def test_steps_can_be_mapped_and_differentiated_by_torch_func(method):
 @pytest.mark.parametrize("method", STRUCTURE_METHODS)
 def test_steps_compile_as_one_graph(method):
     system, y = make_system(), joined(make_state())
-    step = step_of(system, method)
+    # short, so that two of Newton's iterations, each of which is traced, are enough
+    step = step_of(system, method, 1e-3, newton=Newton(max_iters=2))
     torch.compiler.reset()
     with torch.no_grad():
         compiled = torch.compile(step, fullgraph=True, backend="eager")

@@ -1,5 +1,6 @@
 """The comparison of solvers: orders, failures, precisions, gradients, tables, files and the command."""
 
+import functools
 import math
 import re
 from dataclasses import asdict, replace
@@ -38,6 +39,15 @@ def references():
     return {name: flatten(reference(problem)) for name, problem in ORDER_PROBLEMS.items()}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def remembered():
+    """Solve each problem at 1e-14, and for its gradient, once: it takes longer than most runs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("reference", "reference_gradient"):
+            monkeypatch.setattr(compare, name, functools.cache(getattr(compare, name)))
+        yield
+
+
 def run(problems, methods, **settings):
     settings = {"with_orders": False, "max_gradient_evals": 0, "n_repeats": 1} | settings
     return compare_solvers(problems, methods, progress_bar=False, **settings)
@@ -69,13 +79,13 @@ def test_structure_preserving_methods_are_among_them():
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_solves_an_easy_problem_with_its_gradient(name):
-    problem = select_problems(["pendulum"])[0] if METHODS[name].kind == "structure" else decay()
+    problem = ORDER_PROBLEMS["pendulum"] if METHODS[name].kind == "structure" else decay()
     (found,) = run([problem], [name], tolerances=(1e-5,), n_steps=(32,), max_gradient_evals=40000).runs
     assert found.status in ("success", "implicit iteration did not converge")
-    # euler with steps of 1/32 is off by 1/64 / e of the largest norm; the pendulum's steps are ten times as long
+    # euler with steps of 1/32 is off by 1/64 / e of the largest norm; the pendulum's steps are twice as long
     is_long = METHODS[name].kind == "structure"
-    assert found.error < (0.1 if is_long else 1e-2)
-    assert found.gradient_error < (0.5 if is_long else 5e-2)
+    assert found.error < (5e-2 if is_long else 1e-2)
+    assert found.gradient_error < (0.1 if is_long else 5e-2)
     assert found.n_evals > 0
     assert found.seconds > 0
 
