@@ -15,6 +15,7 @@ from odeopt.cli.files import named_rule
 from odeopt.evaluation.response import response
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
+from odeopt.progress import tqdm
 from odeopt.report import draw_table, plot_response
 from odeopt.rules.base import UpdateRule
 
@@ -63,11 +64,19 @@ def _account(rule: UpdateRule) -> list[str]:
     """Task, horizon, number of weights and size of the state."""
     account = rule.trained_for or {}
     task, horizon = account.get("task", "?"), account.get("horizon", "?")
-    name = task.get("class", task.get("task", "?")) if isinstance(task, dict) else task
+    name = _kind(task) if isinstance(task, dict) else task
     n = 1000
     state = rule.init_state(torch.zeros(n))
     per_parameter = sum(x.numel() * x.element_size() for x in state if x.numel() >= n) / n
     return [str(name), str(horizon), f"{rule.n_parameters():,}", f"{per_parameter:g}"]
+
+
+def _kind(task: dict) -> str:
+    """Name of a kind of problems; of a mixture, those of its members."""
+    kinds = list(dict.fromkeys(map(_kind, task.get("families", ()))))
+    if kinds:
+        return ", ".join(kinds[:2]) + (f" and {len(kinds) - 2} other kinds" if len(kinds) > 2 else "")
+    return str(task.get("class", task.get("task", "?")))
 
 
 def _prices(rules: dict[str, UpdateRule]) -> dict[str, float]:
@@ -78,7 +87,7 @@ def _prices(rules: dict[str, UpdateRule]) -> dict[str, float]:
     steps = {"Adam": torch.optim.Adam(model.parameters()).step}
     steps |= {name: LearnedOptimizer(param_groups(model), rule).step for name, rule in rules.items()}
     seconds = {name: [] for name in steps}
-    for _ in range(_N_REPEATS + 1):  # the first is for laying out the state
+    for _ in tqdm(range(_N_REPEATS + 1), desc="timing", leave=False):  # the first is for laying out the state
         for name, step in steps.items():
             began = time.perf_counter()
             for _ in range(_N_STEPS):
