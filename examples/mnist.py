@@ -95,6 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.parser(
         __doc__,
         "data_dir runs device seed out",
+        out={"default": "runs/mnist"},
         dataset={"help": "images to classify; for others than the default the hand-designed rules are tuned first"},
     )
     add = parser.add_argument

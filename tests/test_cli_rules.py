@@ -8,6 +8,7 @@ import torch
 import odeopt
 from odeopt.cli.main import main
 from odeopt.evaluation import response
+from odeopt.tasks import RandomQuadratic
 
 
 def test_gradient_descent_answers_in_proportion_whatever_was_before():
@@ -53,6 +54,9 @@ def test_rules_are_listed_with_task_horizon_weights_and_price(capsys):
     assert list(listed) == list(odeopt.available_pretrained())
     rule = odeopt.load_pretrained("lstm-mnist")
     task, horizon, weights, state, price = listed["lstm-mnist"]
+    assert not any("Mixture" in cells[0] for cells in listed.values())
+    assert listed["port-hamiltonian-mnist"][0] == "MLPClassification"
+    assert listed["port-hamiltonian"][0].endswith(" other kinds")
     assert [task, int(horizon)] == [rule.trained_for["task"]["class"], rule.trained_for["horizon"]]
     assert int(weights.replace(",", "")) == rule.n_parameters()
     assert float(state) == 320  # two cells of two states of 20 numbers
@@ -65,6 +69,10 @@ def test_a_rule_is_drawn_by_name_and_from_a_file(tmp_path, capsys):
     odeopt.save(odeopt.HamiltonianUpdate(), tmp_path / "mine.safetensors", trained_for={"horizon": 5, "task": "a toy"})
     assert main(["show", str(tmp_path / "mine.safetensors"), "--out", str(tmp_path)]) == 0
     assert "HamiltonianUpdate, trained on a toy for 5 steps" in capsys.readouterr().out
+    described = {"horizon": 5, "task": RandomQuadratic().describe()}
+    odeopt.save(odeopt.HamiltonianUpdate(), tmp_path / "mine.safetensors", trained_for=described, overwrite=True)
+    assert main(["show", str(tmp_path / "mine.safetensors"), "--out", str(tmp_path)]) == 0
+    assert "trained on RandomQuadratic for 5 steps" in capsys.readouterr().out
     assert all((tmp_path / f"rule-{name}.png").stat().st_size > 5000 for name in ("mine", "port-hamiltonian"))
 
 

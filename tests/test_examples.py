@@ -138,6 +138,11 @@ def test_mnist_compares_all_rules_on_both_activations(tmp_path, capsys):
     assert "tuned on the fly" in text
 
 
+def test_mnist_changes_no_figure_of_the_documentation_unless_asked_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runpy.run_path(str(SCRIPTS["mnist"]))["parse"]([]).out.as_posix() == "runs/mnist"
+
+
 def test_mnist_takes_another_solver_with_the_same_weights(tmp_path, capsys, untuned):
     run("mnist", *TINY["mnist"], "--solver", "euler", "--out", str(tmp_path))
     _, rows = table_after(capsys.readouterr().out, "sklearn digits")

@@ -182,5 +182,5 @@ def test_nothing_is_sent_where_the_rule_cannot_be_saved(server):
 
 def test_without_the_extra_its_name_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r'pip install "odeopt\[hub\]"'):
+    with pytest.raises(ImportError, match=r'pip install -c constraints.txt -e "\.\[hub\]"'):
         odeopt.load("hf://me/my-rule")

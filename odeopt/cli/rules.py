@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from operator import truediv
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from odeopt.cli.files import named_rule
 from odeopt.evaluation.response import response
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
+from odeopt.progress import tqdm
 from odeopt.report import draw_table, plot_response
 from odeopt.rules.base import UpdateRule
 from odeopt.timing import interleaved
@@ -62,11 +62,19 @@ def _account(rule: UpdateRule) -> list[str]:
     """Task, horizon, number of weights and size of the state."""
     account = rule.trained_for or {}
     task, horizon = account.get("task", "?"), account.get("horizon", "?")
-    name = task.get("class", task.get("task", "?")) if isinstance(task, dict) else task
+    name = _kind(task) if isinstance(task, dict) else task
     n = 1000
     state = rule.init_state(torch.zeros(n))
     per_parameter = sum(x.numel() * x.element_size() for x in state if x.numel() >= n) / n
     return [str(name), str(horizon), f"{rule.n_parameters():,}", f"{per_parameter:g}"]
+
+
+def _kind(task: dict) -> str:
+    """Name of a kind of problems; of a mixture, those of its members."""
+    kinds = list(dict.fromkeys(map(_kind, task.get("families", ()))))
+    if kinds:
+        return ", ".join(kinds[:2]) + (f" and {len(kinds) - 2} other kinds" if len(kinds) > 2 else "")
+    return str(task.get("class", task.get("task", "?")))
 
 
 def _prices(rules: dict[str, UpdateRule]) -> dict[str, float]:
@@ -78,5 +86,6 @@ def _prices(rules: dict[str, UpdateRule]) -> dict[str, float]:
     steps |= {name: LearnedOptimizer(param_groups(model), rule).step for name, rule in rules.items()}
     for step in steps.values():  # lays out the state
         step()
-    seconds = interleaved(steps, n_repeats=5, n_calls=5)
-    return {name: statistics.median(map(truediv, seconds[name], seconds["Adam"])) for name in rules}
+    turns = (interleaved(steps, n_repeats=1, n_calls=5) for _ in tqdm(range(5), desc="timing", leave=False))
+    ratios = [{name: turn[name][0] / turn["Adam"][0] for name in rules} for turn in turns]
+    return {name: statistics.median(ratio[name] for ratio in ratios) for name in rules}

@@ -63,7 +63,7 @@ class Trajectories(NamedTuple):
         if not is_even or rounding > 0.05 * step:
             usual = steps.median()
             at = int(((steps - usual).abs() > 1e-4 * usual + rounding).int().argmax())
-            found = f"steps of {usual:.9g} and, from `t[{at}]` to `t[{at + 1}]`, of {steps[at]:.9g}"
+            found = f"steps of {usual:.5g} and, from `t[{at}]` to `t[{at + 1}]`, of {steps[at]:.5g}"
             raise ValueError(
                 "Parameter `t` should be evenly spaced where motions are cut into windows, and precise enough to tell, "
                 f"which {t.dtype} may not be. Found {found}."
