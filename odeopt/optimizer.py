@@ -34,7 +34,6 @@ from odeopt.stepping.shards import Shard
 from odeopt.stepping.states import check_rule, empty_state, matched_state, saved_state
 from odeopt.stepping.triton import TritonKernels, triton_obstacle
 
-_COUNTERS = ("n_steps", "n_skipped")
 # Parameters from this size on are stepped in place, the others packed into a buffer. On a CPU copying
 # costs as much as half a step; on a GPU a call of its own costs more, unless the tensor is large.
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
@@ -310,10 +309,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         with self._without_autocast():
             # the gradients of a step that restores belong to the parameters that were given up
             for plan in () if is_restored else self._plans:
-                n_skipped = self._step_natively(plan)
-                if n_skipped is None:
-                    n_skipped = sum(self._step_bucket(placed, plan.kernels) for placed in plan.placed)
-                may_warn = may_warn or n_skipped > 0
+                may_warn |= self._step_plan(plan) > 0
         for group in self.param_groups:
             group["n_steps"] += 1
             if "momentum" in group:
@@ -361,23 +357,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The rule, or the fallback of a guard."""
         return self._sentry.rule if self._sentry is not None and self._sentry.is_fallback else self.rule
 
-    def _step_natively(self, plan: _Plan) -> int | None:
-        """Step the buckets of a plan; return the number of gradients that were skipped, None where nothing is done."""
-        if plan.native is None:
-            return None
-        group = plan.placed[0].group
-        done = _share_done(group)
-        progress = None if done is None else float(done)
-        lr, decay = float(self._lr(group)), float(group["weight_decay"] * _is_within(group))
-        return plan.native.step(lr, decay, progress, maximize=group["maximize"])
-
-    def _step_bucket(self, placed: _Placed, kernels: TritonKernels | None) -> int:
-        """Step a bucket; return whether a gradient was skipped, where that is known without a host synchronisation."""
-        bucket, rule, group, _ = placed
-        if all(param.grad is None for param in bucket.params):
-            return 0
-        step_bucket(rule, bucket, self._options(group, bucket), kernels)
-        return int(bucket.is_on_host and bool(bucket.n_skipped.any()))
+    def _step_plan(self, plan: _Plan) -> int:
+        """Step the buckets of a plan; return how many skipped gradients are known of without a host synchronisation."""
+        if plan.native is not None:
+            group = plan.placed[0].group
+            done = _share_done(group)
+            progress = None if done is None else float(done)
+            lr, decay = float(self._lr(group)), float(group["weight_decay"] * _is_within(group))
+            n_skipped = plan.native.step(lr, decay, progress, maximize=group["maximize"])
+            if n_skipped is not None:
+                return n_skipped
+        moved = [placed for placed in plan.placed if any(param.grad is not None for param in placed.bucket.params)]
+        for bucket, rule, group, _ in moved:
+            step_bucket(rule, bucket, self._options(group, bucket), plan.kernels)
+        return sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
@@ -657,26 +650,22 @@ class LearnedOptimizer(torch.optim.Optimizer):
         alike: dict[tuple, list[Tensor]] = defaultdict(list)
         for param in params:
             check_sharding(param, self._name(param))  # again: models are wrapped after their optimizer is built, too
-            shard = Shard.of(param)
-            rule = self._rule_for(param, group["is_table"])
+            shard, rule = Shard.of(param), self._rule_for(param, group["is_table"])
             is_alone = rule.crosses_coordinates and not rule.is_staged
-            is_whole = not is_alone and rule.is_whole(param.shape)
+            stacked = param.shape if not is_alone and rule.is_whole(param.shape) else None
             # by the average piece, so that all processes choose alike
             size = param.numel() // shard.n_shards
             threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
             if shard.n_shards > 1:
                 threshold = max(threshold, _EXCHANGES_ALONE)
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
-            key = (param.device, has_values(param), param.dtype, shard.group_key)
             alone = param if is_alone or is_large else None
-            alike[(*key, alone, param.shape if is_whole else None)].append(param)
+            alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
         n_matrices, deep = self._n_matrices(), {}
-        for (*_, shape), together in alike.items():
-            rule = self._rule_for(together[0], group["is_table"])
-            is_whole = shape is not None or (rule.crosses_coordinates and not rule.is_staged)
-            if shape is not None:  # one for all matrices, which go through one call then
-                rule = deep.setdefault(id(rule), rule.for_depth(n_matrices))
-            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole)
+        for (rule, *_, is_alone, stacked), together in alike.items():
+            if stacked is not None:  # one for all matrices, which go through one call then
+                rule = deep.setdefault(rule, rule.for_depth(n_matrices))
+            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_alone or stacked is not None)
             for index, param in enumerate(together):
                 held = self.state.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}

@@ -28,7 +28,6 @@ _MANTISSAS = (1, 1.1, 1.25, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5
 # of the searches, in turn: 1, 3.2, 10, ..., then ten values a decade, then all
 _STRIDES = (10, 2, 1)
 _N_EXTENSIONS = 100  # lattice points that a search may walk beyond its first grid: five decades
-_MOMENTA = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,13 @@ class Family:
             )
 
 
+_MOMENTA = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+_BY_MOMENTUM = {"other": "momentum", "values": _MOMENTA, "first": (0.8, 0.9, 0.95)}
 FAMILIES = (
     Family("Adam", AdamUpdate),
     Family("RMSprop", RMSpropUpdate, other="alpha", values=(0.9, 0.99), first=(0.9, 0.99)),
-    Family("Momentum", SGDUpdate, other="momentum", values=_MOMENTA, first=(0.8, 0.9, 0.95)),
-    Family(
-        "Nesterov",
-        partial(SGDUpdate, nesterov=True),
-        other="momentum",
-        values=_MOMENTA,
-        first=(0.8, 0.9, 0.95),
-    ),
+    Family("Momentum", SGDUpdate, **_BY_MOMENTUM),
+    Family("Nesterov", partial(SGDUpdate, nesterov=True), **_BY_MOMENTUM),
 )
 PLAIN_SGD = Family("SGD", SGDUpdate)
 
@@ -197,25 +192,15 @@ def _nearest_index(lr: float) -> int:
 
 
 def tune_all(
-    task: Task,
-    *,
-    n_steps: int,
-    n_tasks: int = 16,
-    seed: int = TUNING_SEED,
-    score: str | Score = "last ten",
-    families: Sequence[Family] = FAMILIES,
-    progress_bar: bool = True,
+    task: Task, *, families: Sequence[Family] = FAMILIES, progress_bar: bool = True, **options: Any
 ) -> tuple[Tuned, ...]:
-    """Tune every family on the same tasks; see :func:`tune`.
+    """Tune every family on the same tasks.
 
     Args:
         task: Where losses come from.
-        n_steps: Updates per run.
-        n_tasks: Number of tasks.
-        seed: Seed of initialisations and batches.
-        score: What to minimise.
         families: What to tune.
         progress_bar: Whether to show one; it counts trials, whose number is not known beforehand.
+        options: ``n_steps`` and further arguments of :func:`tune`.
 
     Returns:
         One outcome per family, in their order.
@@ -224,16 +209,7 @@ def tune_all(
     with tqdm(disable=not progress_bar, desc="tuning hand-designed rules", unit=" trials") as bar:
         for family in families:
             bar.set_postfix_str(family.name)
-            outcome = tune(
-                family,
-                task,
-                n_steps=n_steps,
-                n_tasks=n_tasks,
-                seed=seed,
-                score=score,
-                on_trial=bar.update,
-            )
-            outcomes.append(outcome)
+            outcomes.append(tune(family, task, on_trial=bar.update, **options))
     return tuple(outcomes)
 
 
@@ -303,14 +279,8 @@ def baselines_for(
     outcomes = read_baselines(task, n_steps)
     if outcomes is not None:
         return build(outcomes, families), "tuned for this task and horizon (committed table)"
-    outcomes = tune_all(
-        tuning_task,
-        n_steps=n_steps,
-        n_tasks=n_tasks,
-        score=score,
-        families=families,
-        progress_bar=progress_bar,
-    )
+    options = {"n_steps": n_steps, "n_tasks": n_tasks, "score": score}
+    outcomes = tune_all(tuning_task, families=families, progress_bar=progress_bar, **options)
     return build(outcomes, families), f"tuned on the fly on {n_tasks} separate tasks of {n_steps} steps"
 
 

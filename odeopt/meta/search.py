@@ -10,7 +10,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,8 +86,7 @@ class SearchResult:
     @property
     def best(self) -> Trial | None:
         """The complete trial with the least score; None where no trial is complete."""
-        first = next(iter(self.ranked), None)
-        return first if first is not None and first.state == "complete" else None
+        return next((trial for trial in self.ranked if trial.state == "complete"), None)
 
     def rows(self) -> tuple[list[tuple[str, str]], list[list[str]]]:
         """Headers and cells of a table, best trial first, for :func:`odeopt.report.draw_table`."""
@@ -174,8 +173,8 @@ class _Search:
         self.trials = [Trial(**trial.user_attrs["row"]) for trial in ended]
 
     @property
-    def best(self) -> Trial | None:
-        return SearchResult(self.config, tuple(self.trials)).best
+    def so_far(self) -> SearchResult:
+        return SearchResult(self.config, tuple(self.trials))
 
     def check_tasks(self) -> None:
         """Build every task that the values to be tried ask for, before any work, and compare them with the study's."""
@@ -245,7 +244,7 @@ class _Search:
         # judged before an interruption, which it did not end the trial at
         last_step = self.study.get_trials(deepcopy=False)[asked.number].last_step
         trial, ends = Trial(asked.number + 1, values, "complete"), []
-        best = f", best {self.best.score:.4f}" if self.best is not None else ""
+        best = "" if self.so_far.best is None else f", best {self.so_far.best.score:.4f}"
 
         def on_validation(step: int, score: float) -> bool:
             bar.set_postfix_str(f"meta-step {step} of {n_wanted}{best}")
@@ -296,7 +295,7 @@ class _Search:
 
     def write_table(self) -> None:
         """Write the table, and delete the checkpoints of all trials but the best."""
-        result = SearchResult(self.config, tuple(self.trials))
+        result = self.so_far
         rows = [trial._asdict() for trial in result.ranked]
         rows = [{**row, "score": row["score"] if math.isfinite(row["score"]) else None} for row in rows]
         content = {"config": self.config.name, "n_trials": self.config.n_trials, "settings": self.config.identity()}
@@ -307,13 +306,13 @@ class _Search:
 
     def result(self) -> SearchResult:
         """Return the trials and the rule of the best one, which its checkpoint holds."""
-        best, trials = self.best, tuple(self.trials)
+        found, best = self.so_far, self.so_far.best
         if best is None:
-            return SearchResult(self.config, trials)
+            return found
         config = self.config.at(best.values)
         trained = self.train(config, best)
         account = {**config.trained_for(trained), "search": {"trial": best.number, "values": best.values}}
-        return SearchResult(self.config, trials, config.in_use(trained.rule.cpu()), account)
+        return replace(found, rule=config.in_use(trained.rule.cpu()), trained_for=account)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,8 @@ class SearchConfig:
             config.build_rule()
         except (ValueError, TypeError) as error:
             reason = str(error).removeprefix(f"{self.path}: ")
-            raise ValueError(f"{self.path} with {assignments(values)}: {reason}") from error
+            given = ", ".join(f"`{name} = {value!r}`" for name, value in values.items())
+            raise ValueError(f"{self.path} with {given}: {reason}") from error
         return config
 
     def suggest(self, trial: optuna.trial.BaseTrial, name: str) -> Any:
@@ -117,11 +118,6 @@ class SearchConfig:
         """Settings that two searches share if they are one, by dotted names; a search may go on to more trials."""
         tables = {**self.sections, "search": {name: getattr(self, name) for name in ("sampler", *_DEFAULTS)}}
         return json.loads(json.dumps({**_flat(tables), **self.space}, default=str))
-
-
-def assignments(values: dict[str, Any]) -> str:
-    """Values as text."""
-    return ", ".join(f"`{name} = {value!r}`" for name, value in values.items())
 
 
 def load_search(
@@ -160,10 +156,6 @@ def load_search(
         _shorten(sections["training"], options, n_meta_steps)
     make_config(path, sections)
     _check_search(path, options, space)
-    if options["sampler"] == "grid":
-        size = math.prod(map(len, space.values()))
-        options.setdefault("n_trials", size)
-        _require(options["n_trials"] <= size, path, options, "n_trials", f"at most {size}, the size of the grid")
     config = SearchConfig(path, sections, space, **options)
     for values in config.probes():
         config.at(values)
@@ -211,26 +203,31 @@ def _shorten(training: dict[str, Any], options: dict[str, Any], n_meta_steps: in
 
 
 def _check_search(path: Path, options: dict[str, Any], space: dict[str, list[Any] | dict[str, Any]]) -> None:
+    """Check the options of a search; a grid makes all of its trials unless they say how many."""
+
+    def check(name: str, is_right: bool, wanted: str) -> None:
+        if not is_right:
+            found = options.get(name)
+            raise ValueError(f"{path}: `{name}` in [search] should be {wanted}. Found `{name} = {found!r}`.")
+
     sampler, pruner = options.get("sampler"), options.get("pruner", _DEFAULTS["pruner"])
-    _require(sampler in SAMPLERS, path, options, "sampler", f"one of {', '.join(SAMPLERS)}")
-    _require(pruner in PRUNERS, path, options, "pruner", f"one of {', '.join(PRUNERS)}")
+    check("sampler", sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
+    check("pruner", pruner in PRUNERS, f"one of {', '.join(PRUNERS)}")
+    if sampler == "grid":
+        for name, tried in space.items():
+            if isinstance(tried, dict):
+                wanted = 'a list of values where `sampler = "grid"`'
+                raise ValueError(f"{path}: `{name}` in [search.space] should be {wanted}. Found a range.")
+        size = math.prod(map(len, space.values()))
+        options.setdefault("n_trials", size)
     for name, least in (("n_trials", 1), ("startup_trials", 1), ("warmup_steps", 0), ("seed", 0)):
-        is_needed = name in options or (name == "n_trials" and sampler != "grid")
-        is_good = is_integer(options.get(name)) and options[name] >= least
-        _require(is_good or not is_needed, path, options, name, f"an integer of at least {least}")
+        value = options.get(name, _DEFAULTS.get(name))
+        check(name, is_integer(value) and value >= least, f"an integer of at least {least}")
+    if sampler == "grid":
+        check("n_trials", options["n_trials"] <= size, f"at most {size}, the size of the grid")
     wanted = f'left out where `sampler = "{sampler}"` and `pruner = "{pruner}"`, which have no such option'
     for name, readers in _READ_BY.items():
-        _require(name not in options or bool(readers & {sampler, pruner}), path, options, name, wanted)
-    for name, tried in space.items():
-        if sampler == "grid" and isinstance(tried, dict):
-            wanted = 'a list of values where `sampler = "grid"`'
-            raise ValueError(f"{path}: `{name}` in [search.space] should be {wanted}. Found a range.")
-
-
-def _require(condition: bool, path: Path, options: dict[str, Any], name: str, wanted: str) -> None:
-    if not condition:
-        found = options.get(name)
-        raise ValueError(f"{path}: `{name}` in [search] should be {wanted}. Found `{name} = {found!r}`.")
+        check(name, name not in options or bool(readers & {sampler, pruner}), wanted)
 
 
 def _read_space(path: Path, table: Any) -> dict[str, list[Any] | dict[str, Any]]:

@@ -193,6 +193,8 @@ class _Run:
         self.best_weights = _copy(rule.state_dict())
         self.averaged = _copy(rule.state_dict())
         self.outliers = Outliers(config.outlier_factor)
+        self.parts = {"meta_optimizer": self.meta_optimizer, "outliers": self.outliers}
+        self.parts |= {} if self.scheduler is None else {"scheduler": self.scheduler}
         self.n_tasks_seen = 0
         self.n_validated = 0
         self.path = None if folder is None else folder / "checkpoint.pt"
@@ -332,21 +334,12 @@ class _Run:
         if self.path is None or not self.world.is_first:
             return
         result = {f.name: getattr(self.result, f.name) for f in dataclasses.fields(MetaResult) if f.name != "rule"}
-        checkpoint = {
-            "format": _FORMAT,
-            "identity": self.identity,
-            "initial": self.initial,
-            "rule": self.rule.state_dict(),
-            "best_weights": self.best_weights,
-            "averaged": self.averaged,
-            "estimator": estimator,
-            "meta_optimizer": self.meta_optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "result": result,
-            "outliers": self.outliers.state_dict(),
-            "n_tasks_seen": self.n_tasks_seen,
-            "n_validated": self.n_validated,
+        checkpoint = {"format": _FORMAT, "rule": self.rule.state_dict(), "estimator": estimator, "result": result}
+        checkpoint |= {
+            name: getattr(self, name)
+            for name in ("identity", "initial", "best_weights", "averaged", "n_tasks_seen", "n_validated")
         }
+        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         # written beside and renamed: a run that dies while writing leaves the last checkpoint whole
         temporary = self.path.with_suffix(".tmp")
         torch.save(checkpoint, temporary)
@@ -392,11 +385,9 @@ class _Run:
         for name, value in self.rule.state_dict().items():
             self.best_weights[name] = checkpoint["best_weights"][name].to(value.device)
             self.averaged[name] = checkpoint["averaged"][name].to(value.device)
-        self.meta_optimizer.load_state_dict(checkpoint["meta_optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
         self.result = result
-        self.outliers.load_state_dict(checkpoint["outliers"])
         self.estimator.load_state_dict(checkpoint["estimator"])
         self.n_tasks_seen, self.n_validated = checkpoint["n_tasks_seen"], checkpoint["n_validated"]
 

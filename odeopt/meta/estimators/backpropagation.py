@@ -60,26 +60,13 @@ class Backpropagation(Estimator):
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
                   world=ALONE):  # fmt: skip
-        length = self.truncation or horizon
-        params = states = first = None
+        length, params, states, first = self.truncation or horizon, None, None, None
+        options = {"seed": seed, "total_steps": horizon if tells_horizon else None, "update_scale": update_scale}
+        options |= {"detach": self.detach, "damping": self.damping, "held_out": objective.held_out}
+        options |= {"indices": indices, "checkpoint_every": self.checkpoint_every}
         for start in range(0, horizon, length):
             n_steps = min(length, horizon - start)
-            trajectory = unroll(
-                rule,
-                task,
-                indices=indices,
-                n_steps=n_steps,
-                seed=seed,
-                start=start,
-                params=params,
-                states=states,
-                total_steps=horizon if tells_horizon else None,
-                detach=self.detach,
-                update_scale=update_scale,
-                checkpoint_every=self.checkpoint_every,
-                damping=self.damping,
-                held_out=objective.held_out,
-            )
+            trajectory = unroll(rule, task, n_steps=n_steps, start=start, params=params, states=states, **options)
             first = trajectory.losses[0].detach() if first is None else first
             meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon, first=first).mean()
             # a segment's weights sum to its share of the horizon; gradients of segments should be comparable

@@ -11,7 +11,7 @@ from torch import Tensor
 from odeopt.checks import is_integer, is_number, require
 from odeopt.meta.distributed import ALONE
 from odeopt.meta.estimators.base import Estimator
-from odeopt.meta.estimators.perturbations import Noise, perturbed
+from odeopt.meta.estimators.perturbations import Noise, differences_of_pairs, perturbed
 from odeopt.meta.unroll import unroll
 
 
@@ -93,10 +93,7 @@ class EvolutionStrategies(Estimator):
             losses.append(meta_losses.view(len(runs), len(indices)).mT)
         # in double precision: what follows are small differences
         losses = world.gather(torch.cat(losses, dim=1).double())
-        differences = losses[:, 0::2] - losses[:, 1::2]
-        if self.clip is not None:
-            differences = differences.clamp(-self.clip, self.clip)
-        slopes = differences.mean(0) / (2 * self.sigma)
+        slopes = differences_of_pairs(losses, self.clip).mean(0) / (2 * self.sigma)
         for name, grad in noise.combined(slopes / self.n_pairs, max(1, length // 2)).items():
             weights[name].grad = grad
         yield losses.mean().to(task.dtype)

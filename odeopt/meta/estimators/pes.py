@@ -13,7 +13,7 @@ from odeopt.checks import require
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators.base import Estimator
 from odeopt.meta.estimators.es import bounded, require_perturbations
-from odeopt.meta.estimators.perturbations import Noise, perturbed
+from odeopt.meta.estimators.perturbations import Noise, differences_of_pairs, perturbed
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
@@ -160,11 +160,10 @@ class PersistentEvolutionStrategies(Estimator):
         """Estimate from the meta-losses of the groups, each ``(n_tasks, 2 * n_pairs)``, of all ranks."""
         grads = {}
         for group, part in zip(self._runs.groups, losses, strict=True):
-            differences = part[:, 0::2] - part[:, 1::2]
-            if self.clip is not None:
-                differences = differences.clamp(-self.clip, self.clip)
             # a task counts alike in a large group and in a small one
-            slopes = differences.sum(0) / (2 * self.sigma**2 * self.n_pairs * self._runs.n_tasks)
+            slopes = differences_of_pairs(part, self.clip).sum(0) / (
+                2 * self.sigma**2 * self.n_pairs * self._runs.n_tasks
+            )
             for name, xi in group.xi.items():
                 grads[name] = grads.get(name, 0.0) + torch.tensordot(slopes.to(xi.device), xi, dims=1)
         return grads

@@ -171,6 +171,12 @@ class NativeStep:
         return n_threads
 
 
+# what step.c takes under the names of the rule
+_AS_THEY_ARE = ("speed_limit", "initial_kappa", "horizon_power", "initial_lookahead", "initial_coherence",
+                "decay_growth", "alignment_rate", "trust_ratio", "n_gain", "n_friction", "n_memory", "coordinatewise",
+                "uses_progress")  # fmt: skip
+
+
 class _Constants:
     """Constants of a rule, and the memory that they lie in."""
 
@@ -179,46 +185,29 @@ class _Constants:
         layers = [layer for layer in rule.coefficient_network if isinstance(layer, nn.Linear)]
         weights = torch.cat([x.detach().flatten() for layer in layers for x in (layer.weight.mT, layer.bias)])
         numbers = {"weights": weights, "start": rule.start.float(), "time_scales": rule.time_scales.float()}
-        numbers["widths"] = torch.tensor(
-            [layers[0].in_features, *(layer.out_features for layer in layers)], device="cpu"
-        ).int()
-        numbers["is_relativistic"], numbers["is_spectral"] = (
-            rule.is_relativistic_mode.int(),
-            rule.is_spectral_mode.int(),
-        )
+        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+        numbers["widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
+        numbers |= {"is_relativistic": rule.is_relativistic_mode.int(), "is_spectral": rule.is_spectral_mode.int()}
         self._numbers = {name: x.contiguous() for name, x in numbers.items()}
         at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule._output_sizes)), strict=False))
-        floor = rule.ratio_floor
         # in powers of the friction, -z
         terms = [1 / math.factorial(k + 2) * (-1) ** k for k in range(_PSI_TERMS.get(rule.solver, 0))]
         self.rule = Rule(
             **{name: x.data_ptr() for name, x in self._numbers.items()},
-            speed_limit=rule.config["speed_limit"],
+            **{name: getattr(rule, name) for name in _AS_THEY_ARE},
             psi=(ctypes.c_float * 3)(*terms),
             decays=(ctypes.c_float * 2)(*rule.decays.tolist()),
-            initial_kappa=rule.initial_kappa,
-            horizon_power=rule.horizon_power,
             initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor,
-            initial_lookahead=rule.initial_lookahead,
             initial_decay=rule.initial_decay / rule.depth_factor,
-            initial_coherence=rule.initial_coherence,
-            decay_growth=rule.decay_growth,
-            alignment_rate=rule.alignment_rate,
-            trust_ratio=rule.trust_ratio,
-            log_floor=math.log2(floor) if floor > 0 else -math.inf,
+            log_floor=math.log2(rule.ratio_floor) if rule.ratio_floor > 0 else -math.inf,
             n_layers=len(layers),
             n_modes=rule.modes,
-            n_gain=rule.n_gain,
-            n_friction=rule.n_friction,
             n_time_scales=len(rule.time_scales),
-            n_memory=rule.n_memory,
             n_moved=rule.memory,
             at_kappa=at["log_kappa"],
             at_memory=at["memory_moves"],
             at_exponent=at["log_exponent"] if rule.schedule == "power" else -1,
             at_matrix=at["log_matrix_kappa"] if rule.is_spectral else -1,
             n_spectral=len(rule.spectral_modes),
-            coordinatewise=rule.coordinatewise,
             is_exponential=rule.solver == "exponential",
-            uses_progress=rule.uses_progress,
         )

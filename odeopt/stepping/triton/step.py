@@ -77,7 +77,7 @@ class TritonKernels:
         self._kind = self._kernels.BY_HISTORY if rule.coordinatewise else kinds[rule.normalization]
         self._modes = {"mode_stride": bucket.state.p.stride(1), "MODES": rule.modes, "KIND": self._kind}
         self._constants = {
-            "speed_limit": float(rule.config["speed_limit"]),
+            "speed_limit": rule.speed_limit,
             "MEMORY": rule.n_memory,
             "N_GAIN": rule.n_gain,
             "N_FRICTION": rule.n_friction,
@@ -121,10 +121,9 @@ class TritonKernels:
         state, kept = self.bucket.state, torch.ones_like(shared.kappa)
         if options.decay is not None:
             kept = kept - options.lr * options.decay
-        held = shared.scale, shared.slow_scale, shared.step, shared.memory
-        log_rms, rate = shared.log_rms, options.lr * shared.kappa
-        numbers = (shared.weight, shared.divisor, shared.carried, log_rms, rate, kept, moves, *held, shared.per_mode)
-        numbers = torch.cat(numbers, dim=-1)
+        rate = options.lr * shared.kappa
+        numbers = (shared.weight, shared.divisor, shared.carried, shared.log_rms, rate, kept, moves, *shared.kept)
+        numbers = torch.cat((*numbers, shared.per_mode), dim=-1)
         self._launch(
             self._kernels.advance,
             *(_plain(grad), theta, state.p, state.second_moment),
