@@ -49,7 +49,7 @@ TINY = {
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],
     "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",
-                "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "bosh3"],
+                "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "dopri5"],
 }  # fmt: skip
 WITH_OPTIONS = tuple(name for name in TINY if name != "diagnostics")  # which makes one run
 MNIST_RULES = ("port-hamiltonian-mnist", "port-hamiltonian-coordinatewise-mnist", "lstm-mnist", "hamiltonian-mnist")
@@ -327,7 +327,7 @@ def test_estimators_are_measured_against_the_exact_gradient(tiny_run):
 def test_solvers_are_trained_with_and_run_with(tiny_run):
     _, out, text = tiny_run("solvers")
     _, rows = table_after(text, "digits, 64-20-10, sigmoid, 2 steps")
-    assert list(rows) == ["rk4", "euler", "exponential", "midpoint", "bosh3"]
+    assert list(rows) == ["rk4", "euler", "exponential", "midpoint", "dopri5"]
     cells = {name: re.split(r" {2,}", row)[1:] for name, row in rows.items()}
     assert [["[" in cell for cell in row] for row in cells.values()] == [
         [False, True],
@@ -335,11 +335,11 @@ def test_solvers_are_trained_with_and_run_with(tiny_run):
         *[[True, True]] * 3,
     ]
     losses = {name: float(row[0].split()[0]) for name, row in cells.items()}
-    assert losses["bosh3"] == pytest.approx(losses["exponential"], abs=2e-3)  # both solve the same equations
+    assert losses["dopri5"] == pytest.approx(losses["exponential"], abs=2e-3)  # both solve the same equations
     _, rows = table_after(text, "of the paired difference to it].")
     evaluations = {name: row.split()[1] for name, row in rows.items()}
     assert [evaluations[name] for name in ("rk4", "euler", "midpoint")] == ["4", "1", "2"]
-    assert float(evaluations["bosh3"]) > 4
+    assert float(evaluations["dopri5"]) > 4
     content = json.loads((out / "optimizers_view.json").read_text())
     assert content["costs"]["rk4"]["ms"] > 0
     assert content["rules"]["euler"]["rk4"]["n_runs"] == 2

@@ -1,5 +1,6 @@
 """Times of the solver room: kept in double precision, whatever the state is in, and differentiated."""
 
+import functools
 import math
 
 import pytest
@@ -188,6 +189,31 @@ def wavy(t, x):
     return torch.cos(2 * t) * torch.sin(x) - 0.3 * x
 
 
+def by_differences(total, h=1e-5):
+    """Gradient of a function of the times that :func:`gradient_of_times` takes."""
+    t = torch.tensor([0.3, 0.7, 1.2], dtype=F64)
+    return torch.stack([(total(t + h * e) - total(t - h * e)) / (2 * h) for e in torch.eye(3, dtype=F64)])
+
+
+@functools.cache
+def wavy_by_differences(method, step_size):
+    """The last output moves with the field there; the others carry what follows along."""
+    x0, n_steps = torch.tensor([0.4, 1.1], dtype=F64), {0.1: [4, 5]}.get(step_size, [1, 1])
+
+    def total(t):
+        if not is_fixed_step(method):
+            ends = integrate(wavy, x0, t, method=method, rtol=1e-11, atol=1e-11, options={"step_t": t}).states
+            return ends[1].sum() + 2 * ends[2].sum()
+        x, sums = x0, []
+        for a, b, n in zip(t[:-1].tolist(), t[1:].tolist(), n_steps, strict=True):
+            x = integrate(wavy, x, [a, b], method=method, backend="torchdiffeq", options={"step_size": (b - a) / n}
+                          ).states[-1]  # fmt: skip
+            sums.append(x.sum())
+        return sums[0] + 2 * sums[1]
+
+    return by_differences(total)
+
+
 @pytest.mark.parametrize("step_size", [None, 0.1])
 @pytest.mark.parametrize("backend", ["auto", "torchdiffeq"])
 @pytest.mark.parametrize("method", ["euler", "heun2", "fixed_adams", "dopri8", "bosh3"])
@@ -203,43 +229,33 @@ def test_gradients_of_times_are_those_of_the_solution(method, backend, step_size
                 gradient_of_times(wavy, x0, method, backend=backend, options=options)
             return
     found, _ = gradient_of_times(wavy, x0, method, backend=backend, options=options)
-    # the last output moves with the field there; the others carry what follows along: by differences
-    t, h = torch.tensor([0.3, 0.7, 1.2], dtype=F64), 1e-5
-    n_steps = {0.1: [4, 5]}.get(step_size, [1, 1])
-
-    def total(t):
-        if not is_fixed_step(method):
-            ends = integrate(wavy, x0, t, method=method, rtol=1e-11, atol=1e-11, options={"step_t": t}).states
-            return ends[1].sum() + 2 * ends[2].sum()
-        x, sums = x0, []
-        for a, b, n in zip(t[:-1].tolist(), t[1:].tolist(), n_steps, strict=True):
-            x = integrate(wavy, x, [a, b], method=method, backend="torchdiffeq", options={"step_size": (b - a) / n}
-                          ).states[-1]  # fmt: skip
-            sums.append(x.sum())
-        return sums[0] + 2 * sums[1]
-
-    expected = torch.stack([(total(t + h * e) - total(t - h * e)) / (2 * h) for e in torch.eye(3, dtype=F64)])
+    expected = wavy_by_differences(method, step_size)
     # those of adaptive methods at their default tolerances; bosh3 has an order of three
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 if is_fixed_step(method) else 1e-6)
 
 
-@pytest.mark.parametrize("method", ["midpoint", *STRUCTURE_METHODS, "adaptive_heun", "dopri8"])
-def test_gradients_of_times_reach_systems_across_knots(method):
-    system = PortHamiltonianSystem(1, potential=lambda q: q.pow(4).sum(-1), dissipation=0.2).to(F64)
-    x0 = PhaseState(torch.tensor([0.8], dtype=F64), torch.tensor([0.1], dtype=F64))
-    u = FirstOrderHold([0.0, 0.5, 1.0], torch.tensor([[0.0], [1.0], [0.0]], dtype=F64))
-    found, _ = gradient_of_times(system, x0, method, u=u)
-    t, h = torch.tensor([0.3, 0.7, 1.2], dtype=F64), 1e-5
+QUARTIC = PortHamiltonianSystem(1, potential=lambda q: q.pow(4).sum(-1), dissipation=0.2).to(F64)
+START = PhaseState(torch.tensor([0.8], dtype=F64), torch.tensor([0.1], dtype=F64))
+TENT = FirstOrderHold([0.0, 0.5, 1.0], torch.tensor([[0.0], [1.0], [0.0]], dtype=F64))
 
-    # a difference quotient would see the steps of an adaptive method jump
-    is_adaptive = method in ("adaptive_heun", "dopri8")
-    fine = {"method": "rk4", "options": {"step_size": 0.01}} if is_adaptive else {"method": method}
+
+@functools.cache
+def quartic_by_differences(method, step_size=None):
+    options = None if step_size is None else {"step_size": step_size}
 
     def total(t):
-        states = torch.cat(integrate(system, x0, t, u=u, **fine).states, -1)
+        states = torch.cat(integrate(QUARTIC, START, t, u=TENT, method=method, options=options).states, -1)
         return states[1].sum() + 2 * states[2].sum()
 
-    expected = torch.stack([(total(t + h * e) - total(t - h * e)) / (2 * h) for e in torch.eye(3, dtype=F64)])
+    return by_differences(total)
+
+
+@pytest.mark.parametrize("method", ["midpoint", *STRUCTURE_METHODS, "adaptive_heun", "dopri8"])
+def test_gradients_of_times_reach_systems_across_knots(method):
+    found, _ = gradient_of_times(QUARTIC, START, method, u=TENT)
+    # a difference quotient would see the steps of an adaptive method jump
+    is_adaptive = method in ("adaptive_heun", "dopri8")
+    expected = quartic_by_differences("rk4", 0.01) if is_adaptive else quartic_by_differences(method)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
