@@ -209,7 +209,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self._sentry is not None:
             defaults[SAVED_GUARD] = self._sentry.saved()
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
-        super().__init__(params, defaults | dict.fromkeys(_COUNTERS, 0) | {"rule_digest": digest(self.rule)})
+        super().__init__(params, defaults | {"n_steps": 0, "n_skipped": 0, "rule_digest": digest(self.rule)})
         rates = [group["lr"] for group in self.param_groups]
         if not any(isinstance(rate, Tensor) for rate in rates) and 0 < max(rates) <= _SMALL_LR:
             warn_caller(
