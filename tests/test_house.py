@@ -1,6 +1,7 @@
 """The house rules: which room may import which, one door per dependency, public names and their words."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -86,6 +87,7 @@ def circle_of(graph):
     return sorted(left)
 
 
+@functools.cache
 def imports(path, tree=None):
     """Absolute names that a file imports, and whether each import stands inside a function.
 
@@ -102,6 +104,7 @@ def imports(path, tree=None):
         for inner in ast.walk(statement)
     }
     is_lazy = {id(inner) for outer in ast.walk(tree) if isinstance(outer, functions) for inner in ast.walk(outer)}
+    found = []
     for node in ast.walk(tree):
         if id(node) in is_type_checking:
             continue
@@ -116,8 +119,8 @@ def imports(path, tree=None):
             names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
         else:
             continue
-        for name in names:
-            yield name, id(node) in is_lazy
+        found += [(name, id(node) in is_lazy) for name in names]
+    return found
 
 
 def rooms_imported(path, tree=None):
