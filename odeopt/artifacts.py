@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.resources
+import inspect
 import itertools
 import json
 import os
@@ -337,10 +338,17 @@ def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def fingerprint(rule: UpdateRule) -> str:
     """Tell rules apart by class, configuration and weights, whatever they are called.
 
-    A rule without values, on the meta device for instance, is told apart by class and configuration.
+    Options at their defaults do not count, so that a new one changes no rule that was there before. A rule without
+    values, on the meta device for instance, is told apart by class and configuration.
     """
-    kind = [type(rule).__name__, rule.config]
-    total = hashlib.sha256(json.dumps(kind, sort_keys=True, default=lambda value: type(value).__name__).encode())
+
+    def text(x: Any) -> str:
+        return json.dumps(x, sort_keys=True, default=lambda value: type(value).__name__)
+
+    parameters = inspect.signature(type(rule)).parameters
+    defaults = {name: text(parameter.default) for name, parameter in parameters.items()}
+    chosen = {name: x for name, x in rule.config.items() if text(x) != defaults.get(name)}
+    total = hashlib.sha256(text([type(rule).__name__, chosen]).encode())
     for name, value in sorted(rule.state_dict().items()):
         if isinstance(value, Tensor) and has_values(value):
             total.update(name.encode() + _bytes(_dense(value)))

@@ -14,7 +14,7 @@ from torch import nn
 
 import odeopt
 from odeopt import artifacts
-from odeopt.artifacts import available_pretrained, load, load_pretrained, read_metadata, save
+from odeopt.artifacts import available_pretrained, fingerprint, load, load_pretrained, read_metadata, save
 from odeopt.rules import (
     AdamUpdate,
     HamiltonianUpdate,
@@ -603,3 +603,14 @@ def test_names_and_files_are_told_apart_by_a_hint():
         load("lstm")
     with pytest.raises(FileNotFoundError, match=r"Found `path = 'none'`\.$"):
         load("none")
+
+
+def test_rules_are_told_apart_by_weights_and_by_the_options_that_are_not_defaults():
+    rule = odeopt.LSTMUpdate(hidden_size=4)
+    other = odeopt.LSTMUpdate(hidden_size=4)
+    assert fingerprint(rule) != fingerprint(other)
+    other.load_state_dict(rule.state_dict())
+    del other.config["output_scale"]  # as if the option had come later
+    assert fingerprint(rule) == fingerprint(other)
+    other.config["output_scale"] = 0.5
+    assert fingerprint(rule) != fingerprint(other)
