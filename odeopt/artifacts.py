@@ -338,8 +338,9 @@ def checksum(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def fingerprint(rule: UpdateRule) -> str:
     """Tell rules apart by class, configuration and weights, whatever they are called.
 
-    Options at their defaults do not count, so that a new one changes no rule that was there before. A rule without
-    values, on the meta device for instance, is told apart by class and configuration.
+    Options at their defaults do not count, so that a new one changes no rule that was there before; a default that
+    changes later would make unlike rules look alike, so none may. A rule without values, on the meta device for
+    instance, is told apart by class and configuration.
     """
 
     def text(x: Any) -> str:

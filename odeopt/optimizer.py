@@ -292,7 +292,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             # a count on the device is not read, which would be a host synchronisation
             if not self.capturable and not _is_within(group):
                 self._warn_once(
-                    "total_steps",
+                    f"total_steps = {group['total_steps']}",  # again where a longer run ends, too
                     f"Parameter `total_steps` should be the number of optimizer steps of the whole run. Found step "
                     f"{group['n_steps'] + 1} and `total_steps = {group['total_steps']}`: rules with a schedule, the "
                     "default one among them, no longer move the parameters. To go on, set `total_steps` in each group "
@@ -597,9 +597,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
 
-    def _warn_once(self, option: str, message: str) -> None:
-        if option not in self._warned:
-            self._warned.add(option)
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             warn_caller(message, UserWarning)
 
     def _rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
@@ -619,12 +619,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         def scalar(x: float | Tensor) -> Tensor:
             return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype, device="cpu")
 
-        progress = _share_done(group)
-        if isinstance(progress, Tensor):
-            progress = progress.to(bucket.device, bucket.dtype)
+        progress, within = _share_done(group), _is_within(group)
+        if isinstance(progress, Tensor):  # counted on one device, also where the group has parameters on others
+            progress, within = (x.to(bucket.device, bucket.dtype) for x in (progress, within))
         elif progress is not None:
             progress = torch.full((), progress, dtype=bucket.dtype, device=bucket.device)
-        decay = scalar(group["weight_decay"]) * _is_within(group) if group["weight_decay"] != 0 else None
+        decay = scalar(group["weight_decay"]) * within if group["weight_decay"] != 0 else None
         return StepOptions(scalar(self._lr(group)), decay, progress, group["maximize"])
 
     def _lr(self, group: dict[str, Any]) -> float | Tensor:

@@ -14,6 +14,7 @@ PATHS = {
     "native": {"implementation": "native"},
     "guarded": {"guard": True},
     "captured": {"capturable": True},
+    "captured, eager": {"capturable": True, "implementation": "eager"},
 }
 
 
@@ -43,11 +44,17 @@ def test_the_first_step_beyond_the_run_is_warned_of_once(path):
     step(optimizer, 1)
 
 
-def test_a_run_that_was_made_longer_is_not_warned_of():
+def test_a_run_that_was_made_longer_is_warned_of_at_its_own_end():
     optimizer = optimizer_of(small_model())
     step(optimizer, 3)
     optimizer.param_groups[0]["total_steps"] = 6
     step(optimizer, 3)
+    with pytest.warns(UserWarning, match="Found step 7 and `total_steps = 6`"):
+        step(optimizer, 1)
+    optimizer.param_groups[0]["total_steps"] = 8
+    step(optimizer, 1)
+    with pytest.warns(UserWarning, match="Found step 9 and `total_steps = 8`"):
+        step(optimizer, 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*total_steps:UserWarning")
@@ -82,3 +89,15 @@ def test_a_checkpoint_of_a_run_of_another_length_is_warned_of(given):
     with pytest.warns(UserWarning, match=match) if given == 7 else nullcontext():
         other.load_state_dict(saved)
     assert other.param_groups[0]["total_steps"] == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids=str)
+def test_a_count_on_one_device_ends_the_decay_on_all(devices):
+    params = [torch.nn.Parameter(torch.ones(4, device=device)) for device in devices]
+    optimizer = LearnedOptimizer(params, total_steps=3, capturable=True, weight_decay=1e-2, implementation="eager")
+    step(optimizer, 3)
+    at_end = [param.detach().clone() for param in params]
+    step(optimizer, 9)
+    for param, end in zip(params, at_end, strict=True):
+        torch.testing.assert_close(param.detach(), end, rtol=0, atol=1e-4)

@@ -373,8 +373,9 @@ def test_fitting_does_not_mind_that_gradients_are_off(mode):
     config, found = FitConfig(n_passes=3, n_batches=2), []
     for context in (torch.enable_grad, mode):
         model, _ = small_fit()
-        with context():
-            data = small_fit()[1]
+        with context():  # not the data that are kept for other tests, which no inference mode has made
+            data = systems.make_data(systems.embedded_pendulum(), n=4, n_times=5).train
+            assert data.x.is_inference() == (context is torch.inference_mode)
             found.append(fit(model, data, config).losses)
             assert torch.is_grad_enabled() == (context is torch.enable_grad)
     assert found[0] == found[1]

@@ -60,10 +60,13 @@ class Trajectories(NamedTuple):
         steps = t.double().diff()
         step = steps.mean()  # far from zero it is known better than any one of them
         is_even = bool(((steps - step).abs() <= 1e-4 * step + rounding).all())
-        if not is_even or rounding > 0.05 * step:
+        is_precise = rounding <= 0.05 * step
+        if not (is_even and is_precise):
             usual = steps.median()
             at = int(((steps - usual).abs() > 1e-4 * usual + rounding).int().argmax())
             found = f"steps of {usual:.5g} and, from `t[{at}]` to `t[{at + 1}]`, of {steps[at]:.5g}"
+            if not is_precise:
+                found = f"steps of {step:.3g} at times up to {t.abs().max():.5g}"
             raise ValueError(
                 "Parameter `t` should be evenly spaced where motions are cut into windows, and precise enough to tell, "
                 f"which {t.dtype} may not be. Found {found}."

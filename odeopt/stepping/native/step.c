@@ -478,8 +478,9 @@ static void polynomial(const Kernels *kernels, int m, int n_factors, float weigh
    The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of several q(A) is applied to X at
    once: it takes few products with X instead of two for each factor. But A holds the squares of singular values, and
    each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Where A is computed anew once,
-   the error of ill-conditioned matrices is that of the iteration of X itself in float32, up to 2e-4 of the operator
-   norm; where it is not, because that would be a third of the work, up to 1e-3 (in bfloat16, as in Muon, up to .5). */
+   the error of ill-conditioned matrices is that of the iteration of X itself in float32, up to 4e-4 of the operator
+   norm; where it is not, because that would be a third of the work, up to 2e-3, and 6e-3 where all entries are equal,
+   and so their roundings (in bfloat16, as in Muon, up to .5). */
 static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, double norm, double weight, Workspace *w,
                           float *sum)
 {
