@@ -79,9 +79,9 @@ def meta_train(
     Raises:
         ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings, tasks or
             weights, or with fewer tasks per meta-step than there are ranks; if gradients are disabled; if the rule's
-            weights have several dtypes, or its steps mix tasks; if ``stop_after`` is no number; if a rank's arguments are not those of the
-            others; if ``compile`` is set for a rule that is not staged, or an estimator that does not backpropagate; if
-            ``task`` is a mixture and the estimator has runs that go on from call to call.
+            weights have several dtypes, or its steps mix tasks; if ``stop_after`` is no number; if a rank's arguments
+            are not those of the others; if ``compile`` is set for a rule that is not staged, or an estimator that does
+            not backpropagate; if ``task`` is a mixture and the estimator has runs that go on from call to call.
         TypeError: If an argument is of another class, or the rule returns something else than it should.
         LostRankError: If another rank stopped or cannot be reached. The last checkpoint is whole.
 
