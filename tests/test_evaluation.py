@@ -322,3 +322,5 @@ def test_rules_that_ship_are_compared_by_name_and_nothing_else_is_taken_for_a_ru
     ):
         with pytest.raises(kind, match=message):
             compare({"a": rule}, RandomQuadratic(), n_steps=2, n_runs=1)
+    with pytest.raises(TypeError, match=r"`rules` should be a dictionary, .* Found \['lstm'\]"):
+        compare(["lstm"], RandomQuadratic(), n_steps=2, n_runs=1)

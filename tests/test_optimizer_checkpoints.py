@@ -150,7 +150,9 @@ def test_state_of_a_rule_alike_in_shape_is_refused_and_its_own_is_taken(pair):
     same.load_state_dict(saved)
     other.step()
     before = {name: x.clone() for name, x in other.state[param].items()}
-    with pytest.raises(ValueError, match="Parameter `rule` should be the one that `state_dict` was saved with"):
+    found = rf"Found another one, \w+ \(`rule_digest` \d+; in `state_dict` {first.defaults['rule_digest']}\)"
+    message = rf"Parameter `rule` should be the one that `state_dict` was saved with: .* {found}"
+    with pytest.raises(ValueError, match=message):
         other.load_state_dict(saved)
     assert all(torch.equal(x, other.state[param][name]) for name, x in before.items())
     for group in saved["param_groups"]:

@@ -20,8 +20,11 @@ from optimizer_toys import (
 )
 from torch import nn
 
+from odeopt.evaluation import compare
+from odeopt.meta import MetaConfig, meta_train
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, SGDUpdate
+from odeopt.tasks import RandomQuadratic
 
 # -------------------- gradients that go wrong
 
@@ -409,6 +412,16 @@ class Tuple(LeakySum):
         return tuple(super().init_state(param))
 
 
+class CountsInPython(LeakySum):
+    def init_state(self, param):
+        return super().init_state(param)._replace(step=0)
+
+
+class UpdateAlone(LeakySum):
+    def forward(self, grad, state, **signals):
+        return -grad
+
+
 class OneNumber(LeakySum):
     def forward(self, grad, state, **signals):
         return -grad.mean(), state
@@ -426,6 +439,8 @@ class OneNumberByCoordinate(OneNumber):
             TypeError,
             r"a state that is a NamedTuple of tensors. Found a tuple from `Tuple.init_state`",
         ),
+        (CountsInPython, TypeError, r"NamedTuple of tensors. Found `step = 0` from `CountsInPython.init_state`"),
+        (UpdateAlone, TypeError, r"should return two things, .* Found Tensor from `UpdateAlone.forward`"),
         (OneNumber, ValueError, r"updates of the shape of `grad`, \(2,\). Found \(\) from `OneNumber.forward`"),
         (OneNumberByCoordinate, ValueError, r"Found \(\) from `OneNumberByCoordinate.forward`"),
     ],
@@ -435,3 +450,23 @@ def test_rules_that_return_something_else_are_refused_at_the_first_step(rule, ki
     with pytest.raises(kind, match=message):
         LearnedOptimizer([param], rule()).step()
     assert param.tolist() == [1.0, 2.0]
+    for judge in (
+        lambda: meta_train(rule(), RandomQuadratic(2), MetaConfig(n_meta_steps=1, horizon=2), progress_bar=False),
+        lambda: compare({"mine": rule()}, RandomQuadratic(2), n_steps=2, n_runs=2, progress_bar=False),
+    ):
+        with pytest.raises(kind, match=message.replace(r"\(2,\)", r"\(2, 3\)")):
+            judge()
+
+
+class NormOfAll(LeakySum):
+    def forward(self, grad, state, **signals):
+        update, state = super().forward(grad, state, **signals)
+        return update / grad.norm(), state
+
+
+def test_rules_that_mix_tasks_are_refused_before_they_are_trained_or_compared():
+    message = "last axis only. Found `NormOfAll`, whose update of a task depends on the task beside it"
+    with pytest.raises(ValueError, match=message):
+        meta_train(NormOfAll(), RandomQuadratic(2), MetaConfig(n_meta_steps=1, horizon=2), progress_bar=False)
+    with pytest.raises(ValueError, match=message):
+        compare({"mine": NormOfAll()}, RandomQuadratic(2), n_steps=2, n_runs=2, progress_bar=False)

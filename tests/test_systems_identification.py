@@ -522,10 +522,20 @@ def test_a_network_that_is_not_finite_is_named(kind, part):
 def test_a_loss_that_is_not_finite_is_a_status():
     mechanism = pendulum()
     data, model = make_data(mechanism, n=8), model_of("port-Hamiltonian", mechanism)
-    result = fit(model, data.train, FitConfig(n_passes=200, n_batches=8, lr=1e6))
+    with pytest.warns(RuntimeWarning, match="lower `lr`") as record:
+        result = fit(model, data.train, FitConfig(n_passes=200, n_batches=8, lr=1e6))
+    assert record[0].filename == __file__
     assert result.status is Status.NON_FINITE_STATE
-    assert "lower `lr`" in result.message
+    assert result.message == str(record[0].message)
     assert len(result.losses) < 200
+
+
+def test_times_in_units_far_too_small_are_what_a_fit_that_never_began_tells_of():
+    mechanism = pendulum()
+    data, model = make_data(mechanism, n=8).train, model_of("port-Hamiltonian", mechanism)
+    with pytest.warns(RuntimeWarning, match="in pass 1 of 2: bring `t` and `x` to units in which the motions are"):
+        result = fit(model, data._replace(t=1e4 * data.t), FitConfig(n_passes=2))
+    assert result.losses == []
 
 
 @pytest.mark.parametrize(

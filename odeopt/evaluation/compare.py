@@ -15,7 +15,7 @@ from odeopt.checks import require
 from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
 from odeopt.progress import tqdm
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, check_tasks_apart, initial_state
 from odeopt.tasks.base import Task
 from odeopt.timing import clock
 
@@ -60,9 +60,15 @@ def compare(
         The comparison, with its table and figure.
 
     Raises:
-        TypeError: If one of ``rules`` is neither a rule nor a name.
-        ValueError: If an argument is out of range or names nothing.
+        TypeError: If ``rules`` is no mapping, one of them is neither a rule nor a name, or returns something else than
+            :meth:`odeopt.UpdateRule.forward` should.
+        ValueError: If an argument is out of range or names nothing, or a rule mixes tasks.
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            'Parameter `rules` should be a dictionary, such as {"mine": rule, "general": "port-hamiltonian"}. '
+            f"Found {rules!r}."
+        )
     rules = {name: _as_rule(rule, f"rules[{name!r}]") for name, rule in rules.items()}
     if not rules:
         raise ValueError("Parameter `rules` should hold at least one rule. Found none.")
@@ -78,6 +84,7 @@ def compare(
             bar.set_postfix_str(name)
             # a copy, so that the caller's rule stays where it is
             rule = copy.deepcopy(rule).to(task.device)
+            check_tasks_apart(rule)
             losses, accuracies = run(
                 rule,
                 task,
@@ -187,7 +194,7 @@ def time_step(rule: UpdateRule, task: Task, *, n_steps: int = 15, n_warmup: int 
 def _flat_start(rule: UpdateRule, task: Task) -> tuple[dict[str, Tensor], dict[str, NamedTuple]]:
     """Flattened parameters of one task, and the rule's states beside them."""
     params = {name: param.flatten(1) for name, param in task.init_params(torch.arange(1), 0).items()}
-    return params, {name: rule.init_state(param) for name, param in params.items()}
+    return params, {name: initial_state(rule, param) for name, param in params.items()}
 
 
 def _n_bytes(tensors: Sequence[Tensor]) -> int:

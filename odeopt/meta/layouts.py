@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeopt.checks import require
-from odeopt.rules.base import StagedRule, UpdateRule
+from odeopt.rules.base import StagedRule, UpdateRule, checked
 from odeopt.rules.rows import Rows
 from odeopt.stepping import state_fields
 
@@ -53,7 +53,8 @@ class Separate:
     def step(self, rule: UpdateRule, name: str, grad: Tensor, state: NamedTuple, param: Tensor, progress) -> tuple:
         """Update and next state of one packed parameter."""
         rule = rule.rule if isinstance(rule, CompiledSteps) else rule
-        return self.placed(rule, name)(grad, state, param=param, shape=self.shapes[name][1:], progress=progress)
+        rule, shape = self.placed(rule, name), self.shapes[name][1:]
+        return checked(rule, grad, rule(grad, state, param=param, shape=shape, progress=progress))
 
 
 class Packed(Separate):

@@ -23,7 +23,7 @@ from odeopt.meta.layouts import CompiledSteps
 from odeopt.meta.outliers import Outliers
 from odeopt.meta.validation import validation_score
 from odeopt.progress import tqdm
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, check_tasks_apart
 from odeopt.tasks import Draw, Mixture, Task
 
 _FORMAT = 4  # of checkpoints
@@ -79,10 +79,10 @@ def meta_train(
     Raises:
         ValueError: If ``folder`` holds a checkpoint that cannot be read, or one of a run with other settings, tasks or
             weights, or with fewer tasks per meta-step than there are ranks; if gradients are disabled; if the rule's
-            weights have several dtypes; if ``stop_after`` is no number; if a rank's arguments are not those of the
-            others; if ``compile`` is set for a rule that is not staged, or an estimator that does not backpropagate; if
-            ``task`` is a mixture and the estimator has runs that go on from call to call.
-        TypeError: If an argument is of another class.
+            weights have several dtypes, or its steps mix tasks; if ``stop_after`` is no number; if a rank's arguments
+            are not those of the others; if ``compile`` is set for a rule that is not staged, or an estimator that does
+            not backpropagate; if ``task`` is a mixture and the estimator has runs that go on from call to call.
+        TypeError: If an argument is of another class, or the rule returns something else than it should.
         LostRankError: If another rank stopped or cannot be reached. The last checkpoint is whole.
 
     Warns:
@@ -153,7 +153,7 @@ def _train(
         while not is_ended and len(run.result.meta_losses) < n_wanted:
             for loss in run.episode():
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", best=f"{run.result.best_score:.4f}")
+                bar.set_postfix({"meta-loss": f"{loss:.3f}", "best score": f"{run.result.best_score:.4f}"})
             seconds = time.perf_counter() - began
             run.result.seconds = seconds_before + seconds
             if run.after_episode():
@@ -183,6 +183,7 @@ class _Run:
         dtypes = sorted({str(value.dtype) for value in rule.state_dict().values() if value.is_floating_point()})
         if len(dtypes) > 1:
             raise ValueError(f"Parameter `rule` should have weights of one dtype. Found {' and '.join(dtypes)}.")
+        check_tasks_apart(rule)
         self.meta_optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.9, config.beta2))
         self.scheduler = None
         if config.schedule == "one-cycle":

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from odeopt.checks import is_number, require
 from odeopt.meta.layouts import Separate, layout_for
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.tasks.base import Task
 
 
@@ -97,7 +97,7 @@ def unroll(
     shapes = {name: param.shape for name, param in params.items()}
     flat = {name: param.reshape(len(indices), shapes[name][1:].numel()) for name, param in params.items()}
     if states is None:
-        states = {name: rule.init_state(param) for name, param in flat.items()}
+        states = {name: initial_state(rule, param) for name, param in flat.items()}
     layout = layout_for(rule, shapes, next(iter(flat.values())), task.tables)
     flat, states = layout.pack(flat, states)
     run = _Unroll(

@@ -255,6 +255,59 @@ class StagedRule(UpdateRule):
         """
 
 
+def initial_state(rule: UpdateRule, param: Tensor) -> NamedTuple:
+    """State of a rule before the first step; raises where it is no NamedTuple of tensors."""
+    state = rule.init_state(param)
+    found = None if hasattr(state, "_fields") else f"a {type(state).__name__}"
+    for name, value in state._asdict().items() if found is None else ():
+        if not torch.is_tensor(value):
+            found = f"`{name} = {value!r}`"
+    if found is not None:
+        raise TypeError(
+            "Parameter `rule` should have a state that is a NamedTuple of tensors. "
+            f"Found {found} from `{type(rule).__name__}.init_state`."
+        )
+    return state
+
+
+def checked(rule: UpdateRule, grad: Tensor, step: Any) -> tuple[Tensor, NamedTuple]:
+    """What ``rule`` returned for ``grad``; raises where that is no update of the shape of ``grad`` and a state."""
+    name = f"`{type(rule).__name__}.forward`"
+    if not (isinstance(step, tuple) and len(step) == 2 and torch.is_tensor(step[0]) and hasattr(step[1], "_fields")):
+        parts = [type(x).__name__ for x in (step if isinstance(step, tuple) else (step,))]
+        raise TypeError(
+            "Parameter `rule` should return two things, the update, a tensor, and the next state, a NamedTuple. "
+            f"Found {' and '.join(parts) or 'none'} from {name}."
+        )
+    if step[0].shape != grad.shape:
+        raise ValueError(
+            f"Parameter `rule` should return updates of the shape of `grad`, {tuple(grad.shape)}. Found "
+            f"{tuple(step[0].shape)} from {name}."
+        )
+    return step
+
+
+@torch.no_grad()
+def check_tasks_apart(rule: UpdateRule) -> None:
+    """Raise a ValueError where the step of a task depends on the tasks beside it."""
+    if isinstance(rule, StagedRule) or not rule.has_fixed_step:
+        return
+    like = next(rule.parameters(), torch.zeros(()))
+    grad = like.new_tensor([[0.1, -0.2, 0.3], [1.0, 2.0, -3.0]])
+    param = grad + 1
+    signals = {"shape": torch.Size((3,)), "progress": like.new_tensor(0.5)}
+    steps = (
+        rule.forward(grad[:n], initial_state(rule, param[:n]), param=param[:n], **signals)  # without the caller's hooks
+        for n in (2, 1)
+    )
+    both, alone = (checked(rule, grad[:n], step)[0][:1] for n, step in zip((2, 1), steps, strict=True))
+    if not torch.allclose(both, alone, rtol=1e-2, atol=1e-7, equal_nan=True):
+        raise ValueError(
+            "Parameter `rule` should step each task by itself: the leading axes of `grad` are tasks, so reduce over "
+            f"the last axis only. Found `{type(rule).__name__}`, whose update of a task depends on the task beside it."
+        )
+
+
 def built(rule_class: type[UpdateRule], config: Mapping[str, Any]) -> UpdateRule:
     """Build a rule on the CPU, with random weights that leave the caller's generator alone: twice gives the same."""
     with _disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import UpdateRule, has_values, state_dtype
+from odeopt.rules.base import UpdateRule, has_values, initial_state, state_dtype
 from odeopt.rules.rows import Rows
 from odeopt.stepping.shards import Shard
 
@@ -205,12 +205,7 @@ def state_fields(
 ) -> tuple[type, dict[str, int | None], dict[str, tuple[torch.Size, torch.dtype]]]:
     """Type of the rule's state; the axis of each field along coordinates, None for once per tensor; shape and dtype."""
     n, axes, template = like.numel(), {}, {}
-    state, larger = rule.init_state(like), rule.init_state(like.new_zeros(n + 2))
-    if not hasattr(state, "_fields"):
-        raise TypeError(
-            "Parameter `rule` should have a state that is a NamedTuple of tensors. "
-            f"Found a {type(state).__name__} from `{type(rule).__name__}.init_state`."
-        )
+    state, larger = initial_state(rule, like), rule.init_state(like.new_zeros(n + 2))
     for name, a, b in zip(state._fields, state, larger, strict=True):
         along = [axis for axis, sizes in enumerate(zip(a.shape, b.shape, strict=True)) if sizes == (n, n + 2)]
         axes[name] = along[0] if along else None

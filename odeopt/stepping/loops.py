@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, checked
 from odeopt.rules.rows import Rows
 from odeopt.stepping.buckets import Bucket
 
@@ -142,8 +142,7 @@ def _moved(
         # the step of a gradient that is not finite is thrown away, but an adaptive solver would stumble over it
         update, state = _stepped_whole(rule, piece, torch.where(grad.isfinite(), grad, 0.0), state, theta, options)
     else:
-        update, state = rule(grad, state, param=theta, progress=options.progress)
-        _check_update(rule, update, grad)
+        update, state = checked(rule, grad, rule(grad, state, param=theta, progress=options.progress))
     if options.decay is not None:
         theta = theta * (1 - options.lr * options.decay)
     return theta + options.lr * update, state
@@ -155,18 +154,9 @@ def _stepped_whole(rule, piece: Piece, grad: Tensor, state: NamedTuple, theta: T
     if rule.is_staged:
         return rule(grad, state, param=theta, **signals)
     # others step one, as they see it elsewhere: an adaptive solver chooses one step size for a batch
-    update, state = rule(grad[0], type(state)(*(x[0] for x in state)), param=theta[0], **signals)
-    _check_update(rule, update, grad[0])
+    step = rule(grad[0], type(state)(*(x[0] for x in state)), param=theta[0], **signals)
+    update, state = checked(rule, grad[0], step)
     return update, type(state)(*(x.unsqueeze(0) for x in state))
-
-
-def _check_update(rule: UpdateRule, update: Tensor, grad: Tensor) -> None:
-    """Raise a ValueError where a rule returns one number, say, for all coordinates."""
-    if update.shape != grad.shape:
-        raise ValueError(
-            f"Parameter `rule` should return updates of the shape of `grad`, {tuple(grad.shape)}. Found "
-            f"{tuple(update.shape)} from `{type(rule).__name__}.forward`."
-        )
 
 
 def _write(old: Tensor, new: Tensor, moves: Tensor | None) -> None:

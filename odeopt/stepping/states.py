@@ -57,8 +57,9 @@ def check_rule(groups: list[dict[str, Any]], rule: UpdateRule, digest: int) -> N
     if found - {None, digest}:
         raise ValueError(
             "Parameter `rule` should be the one that `state_dict` was saved with: the same class, configuration and "
-            f"weights. Found {type(rule).__name__} of digest {digest}, and {found} in `state_dict`. To change the rule "
-            "on purpose, remove `rule_digest` from the groups of `state_dict`."
+            f"weights. Found another one, {type(rule).__name__} (`rule_digest` {digest}; in `state_dict` "
+            f"{', '.join(map(str, found - {None, digest}))}). To change the rule on purpose, remove `rule_digest` from "
+            "the groups of `state_dict`."
         )
     if None in found:
         warn_caller("`state_dict` does not say by which rule it was made, so it may be another.", UserWarning)

@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,9 @@ def fit(
         ValueError: If the motions do not fit the model, are not finite or not evenly spaced, or a part of the model is
             not finite or not invertible at their first observations; if weights differ in dtype or device.
         TypeError: If an argument, or what the motions hold, is of another class.
+
+    Warns:
+        RuntimeWarning: If a loss was not finite, with which the fit ends.
     """
     config = FitConfig() if config is None else config
     for name, value, wanted in (("model", model, ObservedSystem), ("data", data, Trajectories)):
@@ -120,7 +124,11 @@ def fit(
             if not loss.isfinite():
                 status = Status.NON_FINITE_STATE
                 bar.close()
-                message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: lower `lr`."
+                advice = "lower `lr`"
+                if not optimizer.state:  # nothing has been learned yet
+                    advice = "bring `t` and `x` to units in which the motions are numbers of about one"
+                message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: {advice}."
+                warnings.warn(message, RuntimeWarning, stacklevel=3)  # past the decorator
                 return FitResult(losses, status, message, time.perf_counter() - began)
             optimizer.zero_grad()
             loss.backward()
