@@ -160,10 +160,11 @@ def test_shipped_rules_take_the_native_step_for_all_but_matrices(name):
 
 
 @pytest.mark.parametrize("is_table", [False, True])
-def test_only_matrices_whose_shorter_side_is_large_take_the_eager_step(is_table, monkeypatch):
-    monkeypatch.setattr(plans, "_LARGEST_SIDE", 4)
+def test_only_matrices_that_are_large_and_nearly_square_take_the_eager_step(is_table, monkeypatch):
+    monkeypatch.setattr(plans, "_ANY_ASPECT", 3)
+    monkeypatch.setattr(plans, "_ELONGATED", 4)
     rule = odeopt.load_pretrained("port-hamiltonian-spectral")
-    params = [parameter(torch.ones(shape), torch.ones(shape)) for shape in [(5, 7), (9, 5), (8, 4), (3, 99), (30,)]]
+    params = [parameter(torch.ones(shape), torch.ones(shape)) for shape in [(4, 7), (5, 10), (8, 4), (3, 3), (3,)]]
     optimizer = LearnedOptimizer([{"params": params, "is_table": is_table}], rule, implementation="native")
     optimizer.step()
     eager = [placed.bucket.params for plan in optimizer._plans if plan.native is None for placed in plan.placed]

@@ -356,111 +356,134 @@ TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Opti
     }
 }
 
-/* Tile c = a^T b of two strips of n rows: some columns of the one, all of the other. The compiler keeps `sums` in
-   registers. They are of few terms, because the roundings of a long sum of like terms are alike, and add up. */
-TARGET static ALWAYS_INLINE void ISA(tile)(const float *restrict a, const float *restrict b, int n,
-                                           float c[TILE][STRIP])
+/* Add x y^T, of which only what is on and below the diagonal in blocks of four is computed, to c. All have m rows, padded
+   to a multiple of four; those of x and y are n long, a multiple of eight, and `stride` apart. */
+TARGET static void ISA(add_products)(const double *x, const double *y, int m, int n, int stride, double *c,
+                                     int c_stride)
 {
-    memset(c, 0, sizeof(float) * TILE * STRIP);
-    for (int start = 0; start < n; start += N_TERMS) {
-        const int stop = start + N_TERMS < n ? start + N_TERMS : n;
-        float sums[TILE][STRIP];
-        memset(sums, 0, sizeof sums);
-        for (int k = start; k < stop; k++) {
-            UNROLL
-            for (int i = 0; i < TILE; i++) {
-                const float factor = a[(size_t)k * STRIP + i];
-#pragma omp simd
-                for (int j = 0; j < STRIP; j++)
-                    sums[i][j] += factor * b[(size_t)k * STRIP + j];
+    for (int i = 0; i < m; i += 4) {
+        const double *x0 = x + (size_t)i * stride, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
+        for (int j = 0; j <= i; j += 4) {
+            const double *y0 = y + (size_t)j * stride, *y1 = y0 + stride, *y2 = y1 + stride, *y3 = y2 + stride;
+            double c00 = 0, c01 = 0, c02 = 0, c03 = 0, c10 = 0, c11 = 0, c12 = 0, c13 = 0;
+            double c20 = 0, c21 = 0, c22 = 0, c23 = 0, c30 = 0, c31 = 0, c32 = 0, c33 = 0;
+#pragma omp simd reduction(+ : c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33)
+            for (int k = 0; k < n; k++) {
+                c00 += x0[k] * y0[k], c01 += x0[k] * y1[k], c02 += x0[k] * y2[k], c03 += x0[k] * y3[k];
+                c10 += x1[k] * y0[k], c11 += x1[k] * y1[k], c12 += x1[k] * y2[k], c13 += x1[k] * y3[k];
+                c20 += x2[k] * y0[k], c21 += x2[k] * y1[k], c22 += x2[k] * y2[k], c23 += x2[k] * y3[k];
+                c30 += x3[k] * y0[k], c31 += x3[k] * y1[k], c32 += x3[k] * y2[k], c33 += x3[k] * y3[k];
             }
-        }
-        for (int i = 0; i < TILE; i++) {
-#pragma omp simd
-            for (int j = 0; j < STRIP; j++)
-                c[i][j] += sums[i][j];
+            const double block[4][4] = {{c00, c01, c02, c03}, {c10, c11, c12, c13}, {c20, c21, c22, c23},
+                                        {c30, c31, c32, c33}};
+            for (int row = 0; row < 4; row++)
+                for (int column = 0; column < 4; column++)
+                    c[(size_t)(i + row) * c_stride + j + column] += block[row][column];
         }
     }
 }
 
-/* Symmetric product c = a^T b, or what it adds to c, of two matrices of n rows in strips of `stride` rows. Tiles on and
-   below the diagonal are computed; `is_last` mirrors them. */
-TARGET static void ISA(add_products)(const float *a, const float *b, int m, int n, int stride, float *c, int is_first,
-                                     int is_last)
+TARGET static void ISA(mirror)(double *c, int m, int stride)
 {
-    const int side = padded(m);
-    float tile[TILE][STRIP];
-    for (int j = 0; j < m; j += STRIP)
-        for (int i = j; i < m; i += TILE) {
-            float *to = c + (size_t)j * side + i * STRIP;
-            float *mirrored = c + (size_t)(i / STRIP) * STRIP * side + i % STRIP;
-            ISA(tile)(a + (size_t)(i / STRIP) * STRIP * stride + i % STRIP, b + (size_t)j * stride, n, tile);
-            for (int r = 0; r < TILE; r++) {
-#pragma omp simd
-                for (int s = 0; s < STRIP; s++)
-                    to[r * STRIP + s] = tile[r][s] += is_first ? 0.0f : to[r * STRIP + s];
-            }
-            for (int s = 0; is_last && s < STRIP; s++)
-                for (int r = j + s < i ? 0 : j + s - i; r < TILE; r++)
-                    mirrored[(size_t)(j + s) * STRIP + r] = tile[r][s];
-        }
+    for (int i = 0; i < m; i++)
+        for (int j = i + 1; j < m; j++)
+            c[(size_t)i * stride + j] = c[(size_t)j * stride + i];
 }
 
-/* Gram matrix a = scale^2 x x^T of the rows of a wide matrix (m, n). */
-TARGET static void ISA(gram)(const float *x, int m, int64_t n, float scale, float *panel, float *a)
+/* Gram matrix a = x x^T of the rows of a wide matrix (m, n), in double precision. */
+TARGET static void ISA(gram)(const float *x, int m, int64_t n, double *panel, double *a)
 {
-    memset(panel, 0, (size_t)padded(m) * PANEL * sizeof(float));
+    const int side = padded(m);
+    memset(a, 0, (size_t)side * side * sizeof(double));
+    memset(panel, 0, (size_t)side * PANEL * sizeof(double));
     for (int64_t start = 0; start < n; start += PANEL) {
         const int width = (int)(n - start < PANEL ? n - start : PANEL);
         for (int i = 0; i < m; i++) {
-            float *to = panel + (size_t)(i / STRIP) * STRIP * PANEL + i % STRIP;
+            double *to = panel + (size_t)i * PANEL;
             const float *from = x + i * n + start;
+#pragma omp simd
             for (int k = 0; k < width; k++)
-                to[k * STRIP] = scale * from[k];
+                to[k] = from[k];
+            for (int k = width; k < padded(width); k++)
+                to[k] = 0.0;
         }
-        ISA(add_products)(panel, panel, m, width, PANEL, a, start == 0, start + PANEL >= n);
+        ISA(add_products)(panel, panel, m, padded(width), PANEL, a, side);
     }
+    ISA(mirror)(a, m, side);
 }
 
-/* Product c = a b of symmetric matrices that commute. */
-TARGET static void ISA(multiply)(const float *a, const float *b, int m, float *c)
-{
-    ISA(add_products)(a, b, m, m, padded(m), c, 1, 1);
-}
-
-/* Product y = scale q x of a symmetric matrix with a wide one (m, n), or what it adds to y; y may be x. */
-TARGET static void ISA(combine)(const float *q, const float *x, int m, int64_t n, float scale, float *panel, float *y,
-                                int adds)
+/* Product c = a b of symmetric matrices that commute; side m, padded with zeros. */
+TARGET static void ISA(multiply)(const double *a, const double *b, int m, double *c)
 {
     const int side = padded(m);
-    float tile[TILE][STRIP];
-    for (int64_t start = 0; start < n; start += COLUMNS) {
-        const int width = (int)(n - start < COLUMNS ? n - start : COLUMNS);
-        for (int k = 0; k < m; k++) {
-            const float *from = x + k * n + start;
-            for (int j = 0; j < width; j += STRIP) {
-                float *to = panel + (size_t)j * side + k * STRIP;
-                const int n_there = width - j < STRIP ? width - j : STRIP;
-                if (n_there == STRIP) {
+    memset(c, 0, (size_t)side * side * sizeof(double));
+    if (m > SMALL) {
+        ISA(add_products)(a, b, m, side, side, c, side);
+    } else {
+        /* sums within vectors would take longer than all else */
+        for (int i = 0; i < m; i += 4) {
+            const double *a0 = a + (size_t)i * side, *a1 = a0 + side, *a2 = a1 + side, *a3 = a2 + side;
+            for (int j = 0; j < i + 4; j += 8) {
+                double c0[8] = {0}, c1[8] = {0}, c2[8] = {0}, c3[8] = {0};
+                for (int k = 0; k < m; k++) {
+                    const double *row = b + (size_t)k * side + j;
 #pragma omp simd
-                    for (int s = 0; s < STRIP; s++)
-                        to[s] = scale * from[j + s];
-                } else {
-                    for (int s = 0; s < STRIP; s++)
-                        to[s] = s < n_there ? scale * from[j + s] : 0.0f;
+                    for (int l = 0; l < 8; l++) {
+                        c0[l] += a0[k] * row[l];
+                        c1[l] += a1[k] * row[l];
+                        c2[l] += a2[k] * row[l];
+                        c3[l] += a3[k] * row[l];
+                    }
+                }
+                double *to = c + (size_t)i * side + j;
+                memcpy(to, c0, sizeof c0);
+                memcpy(to + side, c1, sizeof c1);
+                memcpy(to + 2 * side, c2, sizeof c2);
+                memcpy(to + 3 * side, c3, sizeof c3);
+            }
+        }
+    }
+    ISA(mirror)(c, m, side);
+}
+
+/* Add the product of a square matrix q with a wide one (m, n) to `sum`. */
+TARGET static void ISA(combine)(const float *q, const float *x, int m, int64_t n, float *sum)
+{
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        const int width = (int)(n - start < BLOCK ? n - start : BLOCK);
+        for (int i = 0; i < m; i += 4) {
+            const int n_rows = m - i < 4 ? m - i : 4;
+            for (int j = 0; j < m; j += 4) {
+                const int n_terms = m - j < 4 ? m - j : 4;
+                float *restrict z[4];
+                const float *restrict y[4];
+                float f[4][4];
+                for (int a = 0; a < 4; a++) {
+                    z[a] = sum + (i + (a < n_rows ? a : 0)) * n + start;
+                    y[a] = x + (j + (a < n_terms ? a : 0)) * n + start;
+                    for (int b = 0; b < 4; b++)
+                        f[a][b] = a < n_rows && b < n_terms ? q[(size_t)(i + a) * m + j + b] : 0.0f;
+                }
+                if (n_rows < 4) {
+                    for (int a = 0; a < n_rows; a++) {
+#pragma omp simd
+                        for (int k = 0; k < width; k++)
+                            z[a][k] += f[a][0] * y[0][k] + f[a][1] * y[1][k] + f[a][2] * y[2][k] + f[a][3] * y[3][k];
+                    }
+                    continue;
+                }
+                float *restrict z0 = z[0], *restrict z1 = z[1], *restrict z2 = z[2], *restrict z3 = z[3];
+                const float *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
+#pragma omp simd
+                for (int k = 0; k < width; k++) {
+                    const float a = y0[k], b = y1[k], c = y2[k], d = y3[k];
+                    z0[k] += f[0][0] * a + f[0][1] * b + f[0][2] * c + f[0][3] * d;
+                    z1[k] += f[1][0] * a + f[1][1] * b + f[1][2] * c + f[1][3] * d;
+                    z2[k] += f[2][0] * a + f[2][1] * b + f[2][2] * c + f[2][3] * d;
+                    z3[k] += f[3][0] * a + f[3][1] * b + f[3][2] * c + f[3][3] * d;
                 }
             }
         }
-        for (int i = 0; i < m; i += TILE)
-            for (int j = 0; j < width; j += STRIP) {
-                const int n_there = width - j < STRIP ? width - j : STRIP;
-                ISA(tile)(q + (size_t)(i / STRIP) * STRIP * side + i % STRIP, panel + (size_t)j * side, m, tile);
-                for (int r = 0; r < TILE && i + r < m; r++) {
-                    float *to = y + (i + r) * n + start + j;
-                    for (int s = 0; s < n_there; s++)
-                        to[s] = tile[r][s] + (adds ? to[s] : 0.0f);
-                }
-            }
     }
 }
 

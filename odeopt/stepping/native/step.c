@@ -14,12 +14,10 @@
 #if defined(_MSC_VER)
 #define EXPORT __declspec(dllexport)
 #define ALWAYS_INLINE __forceinline
-#define UNROLL
 #define restrict __restrict
 #else
 #define EXPORT __attribute__((visibility("default")))
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
 #endif
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -36,11 +34,8 @@
                         order, whatever the number of threads */
 #define SPLIT 65536  /* coordinates from which on threads share a tensor */
 
-#define TILE 8       /* rows of a product that are computed at once, in registers, and its columns */
-#define STRIP 16
-#define PANEL 128    /* columns of a wide matrix that are packed at once: for its Gram matrix, for products with it */
-#define COLUMNS 64
-#define N_TERMS 128  /* of a sum in single precision, before it is added to others */
+#define PANEL 256    /* columns of a matrix that are widened to double precision at once */
+#define SMALL 256    /* side of square matrices in the second cache, whose products are sums of vectors, not of numbers */
 
 #define LOG2_E 1.44269504f
 
@@ -52,10 +47,6 @@
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
-#define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
-#define N_FIRST 3   /* factors after which a Gram matrix is computed anew, unless the matrix is large and elongated: */
-#define LARGE 256   /* shorter side, and how many times as long the longer one is */
-#define ELONGATED 4
 #define FACTOR_A 3.4445
 #define FACTOR_B -4.7750
 #define FACTOR_C 2.0315
@@ -125,17 +116,16 @@ typedef struct {
     void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t, float *, float *,
                            double *);
     void (*move_matrix)(const Tensor *, const Shared *, const Options *, void *, const float *, const float *);
-    void (*gram)(const float *, int, int64_t, float, float *, float *);
-    void (*multiply)(const float *, const float *, int, float *);
-    void (*combine)(const float *, const float *, int, int64_t, float, float *, float *, int);
+    void (*gram)(const float *, int, int64_t, double *, double *);
+    void (*multiply)(const double *, const double *, int, double *);
+    void (*combine)(const float *, const float *, int, int64_t, float *);
     void (*functions)(float *, int64_t, int);
 } Kernels;
 
-/* Side of symmetric matrices in memory, where strips of columns follow each other: column j of row i is number
-   i STRIP + j % STRIP of strip j / STRIP. What is beyond row or column m is undefined, and enters no other number. */
+/* Rows and columns of small matrices in double precision: padded with zeros to whole vectors. */
 static inline int padded(int m)
 {
-    return (m + STRIP - 1) / STRIP * STRIP;
+    return (m + 7) / 8 * 8;
 }
 
 static inline int32_t bits_of(float x)
@@ -395,9 +385,10 @@ static void finish(const Rule *rule, const Tensor *t, const Shared *c)
 /* ---------- matrices */
 
 /* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
-   orthogonalised ones, and the same transposed; then a packed part of a matrix, and symmetric matrices. */
+   orthogonalised ones, and the same transposed; then square matrices in double precision. */
 typedef struct {
-    float *momenta, *others, *sum, *transposed, *panel, *gram, *power, *polynomial, *total;
+    float *momenta, *others, *sum, *transposed, *factor;
+    double *panel, *gram, *power, *polynomial, *total;
 } Workspace;
 
 static int short_side(const Tensor *t)
@@ -420,16 +411,16 @@ static size_t whole_lines(size_t size)
 /* Bytes that a matrix needs; they are laid out from `at`, or nowhere if that is NULL. */
 static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
 {
-    const size_t m = padded(short_side(t)), square = m * m * sizeof(float), flat = t->n * sizeof(float);
+    const size_t m = padded(short_side(t)), square = m * m * sizeof(double), flat = t->n * sizeof(float);
     const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
-    const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, m * PANEL * sizeof(float),
-                            square, square, square, square};
-    float *parts[9];
+    const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, m * m * sizeof(float),
+                            m * PANEL * sizeof(double), square, square, square, square};
+    void *parts[10];
     size_t total = 0;
-    for (int k = 0; k < 9; total += whole_lines(sizes[k++]))
-        parts[k] = at == NULL ? NULL : (float *)(at + total);
+    for (int k = 0; k < 10; total += whole_lines(sizes[k++]))
+        parts[k] = at == NULL ? NULL : at + total;
     *w = (Workspace){parts[0], is_mixed(rule) ? parts[1] : NULL, parts[2], parts[3], parts[4],
-                     parts[5], parts[6], parts[7], parts[8]};
+                     parts[5], parts[6], parts[7], parts[8], parts[9]};
     return total;
 }
 
@@ -443,66 +434,45 @@ static void transpose(const float *x, int64_t n_rows, int64_t n_columns, float *
                     y[j * n_rows + i] = x[i * n_columns + j];
 }
 
-/* Product of the q(A) of the next factors of the Newton-Schulz iteration, times weight, in w->total, from A in w->gram.
-   All matrices are polynomials of the first A, so they are symmetric and commute. */
-static void polynomial(const Kernels *kernels, int m, int n_factors, float weight, Workspace *w)
+/* Add weight * f(x / norm) to `sum`, f the Newton-Schulz iteration of a wide matrix (m, n).
+
+   The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of all q(A) is applied to X once: it
+   takes two products with X instead of ten. A holds the squares of the singular values, hence double precision. All
+   matrices are polynomials of the first A, so they are symmetric and commute. */
+static void orthogonalise(const Kernels *kernels, const float *x, int m, int64_t n, double norm, double weight,
+                          const Workspace *w, float *sum)
 {
     const int side = padded(m);
     const size_t size = (size_t)side * side;
-    for (int factor = 0; factor < n_factors; factor++) {
-        float *a = w->gram, *power = w->power, *q = w->polynomial, *total = w->total;
+    double *a = w->gram, *power = w->power, *q = w->polynomial, *total = w->total;
+    if (!(norm > 0.0))
+        return;
+    kernels->gram(x, m, n, w->panel, a);
+    for (size_t k = 0; k < size; k++)
+        a[k] /= norm * norm;
+    for (int factor = 0; factor < N_FACTORS; factor++) {
         kernels->multiply(a, a, m, power);
         for (size_t k = 0; k < size; k++)
-            q[k] = (float)FACTOR_B * a[k] + (float)FACTOR_C * power[k];
+            q[k] = FACTOR_B * a[k] + FACTOR_C * power[k];
         for (int i = 0; i < m; i++)
-            q[(size_t)(i / STRIP) * STRIP * side + i * STRIP + i % STRIP] += (float)FACTOR_A;
-        if (factor < n_factors - 1) {
+            q[(size_t)i * side + i] += FACTOR_A;
+        if (factor < N_FACTORS - 1) {
             kernels->multiply(a, q, m, power);
             kernels->multiply(power, q, m, a);
         }
         if (factor == 0) {
-            w->total = q;
-            w->polynomial = total;
+            memcpy(total, q, size * sizeof(double));
         } else {
             kernels->multiply(total, q, m, power);
-            w->total = power;
-            w->power = total;
+            double *swap = total;
+            total = power;
+            power = swap;
         }
     }
-    for (size_t k = 0; k < size; k++)
-        w->total[k] *= weight;
-}
-
-/* Add weight * f(x / norm) to `sum`, f the Newton-Schulz iteration of a wide matrix (m, n), which is overwritten.
-
-   The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of several q(A) is applied to X at
-   once: it takes few products with X instead of two for each factor. But A holds the squares of singular values, and
-   each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Where A is computed anew once,
-   the error of ill-conditioned matrices is that of the iteration of X itself in float32, up to 4e-4 of the operator
-   norm; where it is not, because that would be a third of the work, up to 2e-3, and 6e-3 where all entries are equal,
-   and so their roundings (in bfloat16, as in Muon, up to .5). */
-static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, double norm, double weight, Workspace *w,
-                          float *sum)
-{
-    int n_factors = N_FACTORS;
-    if (!(norm > 0.0))
-        return;
-    if (norm < SMALLEST) {
-        for (int64_t j = 0; j < m * n; j++)
-            x[j] *= (float)(1.0 / SMALLEST);
-        norm /= SMALLEST;
-    }
-    float scale = (float)(1.0 / norm);
-    kernels->gram(x, m, n, scale, w->panel, w->gram);
-    if (m < LARGE || n < ELONGATED * m) {
-        polynomial(kernels, m, N_FIRST, 1.0f, w);
-        kernels->combine(w->total, x, m, n, scale, w->panel, x, 0);
-        kernels->gram(x, m, n, 1.0f, w->panel, w->gram);
-        n_factors -= N_FIRST;
-        scale = 1.0f;
-    }
-    polynomial(kernels, m, n_factors, (float)weight, w);
-    kernels->combine(w->total, x, m, n, scale, w->panel, sum, 1);
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < m; j++)
+            w->factor[(size_t)i * m + j] = (float)(weight / norm * total[(size_t)i * side + j]);
+    kernels->combine(w->factor, x, m, n, sum);
 }
 
 /* ---------- one step, in pieces of work */
@@ -614,8 +584,7 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
         if (rule->n_spectral > 0 && !rule->is_spectral[mode])
             continue;
         const double *squares = sums + 1 + 3 * k;
-        const float *rates = c->rates + 4 * mode;
-        float *x = w.momenta + k * t->n;
+        const float *x = w.momenta + k * t->n, *rates = c->rates + 4 * mode;
         double norm = squares[2], weight = kappa;
         if (rule->n_spectral > 0) {
             norm = fmax(norm, fmax(squares[0], squares[1]));
@@ -782,18 +751,6 @@ static int is_split(const Tensor *t)
     return t->n >= SPLIT && t->n_rows == 0;
 }
 
-/* A tensor that one thread steps, and about how long that takes. */
-typedef struct {
-    double cost;
-    int64_t tensor;
-} Whole;
-
-static int by_cost(const void *a, const void *b)
-{
-    const double x = ((const Whole *)a)->cost, y = ((const Whole *)b)->cost;
-    return (x < y) - (x > y);
-}
-
 /* Lay out the pieces and the room for their sums; NULL where there is no memory. */
 static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
                      void *const *params, const Options *options)
@@ -818,8 +775,7 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     const size_t n_sums = 3 + 3 * rule->n_modes, n_numbers = 10 * rule->n_modes + rule->n_memory;
     const size_t sizes[] = {sizeof(Job), n_tensors * sizeof(Shared), 2 * n_tensors * width * sizeof(float),
                             n_pieces * n_sums * sizeof(double), n_pieces * sizeof(Piece),
-                            n_tensors * n_sums * sizeof(double), n_tensors * n_numbers * sizeof(float),
-                            n_wholes * sizeof(Whole)};
+                            n_tensors * n_sums * sizeof(double), n_tensors * n_numbers * sizeof(float)};
     size_t total = 0;
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
         total += sizes[k] + 64;
@@ -844,10 +800,9 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     job->pieces = room(&next, sizes[4]);
     double *sums = room(&next, sizes[5]);
     float *numbers = room(&next, sizes[6]);
-    Whole *wholes = room(&next, sizes[7]);
     job->n_chunks = n_chunks;
     job->n_pieces = n_pieces;
-    int64_t chunk = 0, whole = 0;
+    int64_t chunk = 0, whole = n_chunks;
     for (int64_t i = 0; i < n_tensors; i++, sums += n_sums, numbers += n_numbers) {
         job->shared[i].sums = sums;
         job->shared[i].per_mode = numbers;
@@ -859,13 +814,8 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
             for (int64_t k = 0; k < n_chunks_of(tensors + i); k++)
                 job->pieces[chunk++] = (Piece){i, k};
         else
-            wholes[whole++] = (Whole){tensors[i].n * (tensors[i].n_rows > 0 ? 32.0 + short_side(tensors + i) : 32), i};
+            job->pieces[whole++] = (Piece){i, -1};
     }
-    /* threads that take the largest first end at about the same time */
-    if (has_threads)
-        qsort(wholes, n_wholes, sizeof(Whole), by_cost);
-    for (int64_t k = 0; k < n_wholes; k++)
-        job->pieces[n_chunks + k] = (Piece){wholes[k].tensor, -1};
     return job;
 }
 
