@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from figures import plot_memory
-from measuring import clock, machine
+from measuring import machine
 from torch import Tensor
 
 import odeopt
@@ -30,6 +30,7 @@ from odeopt.meta.layouts import CompiledSteps
 from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
+from odeopt.timing import clock
 
 RULES = ("port-hamiltonian", "lstm", "hamiltonian")
 N_TASKS = {"quadratic": 128, "mnist": 4}
