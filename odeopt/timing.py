@@ -16,7 +16,12 @@ def clock(device: torch.device | str = "cpu") -> float:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], device: torch.device | str = "cpu", *, n_repeats: int, n_calls: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    *,
+    n_repeats: int,
+    n_calls: int = 1,
+    on_turn: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time calls in turns, so that what else the machine does strikes all alike.
 
@@ -25,6 +30,7 @@ def interleaved(
         device: Where they compute.
         n_repeats: Turns; three are enough of a call that took ten seconds in all.
         n_calls: Calls of each in a turn, timed as one, so that the clock does not count.
+        on_turn: Called after each turn.
 
     Returns:
         Seconds per call of each turn, by name.
@@ -39,4 +45,5 @@ def interleaved(
             for _ in range(n_calls):
                 calls[name]()
             seconds[name].append((clock(device) - began) / n_calls)
+        on_turn()
     return seconds
