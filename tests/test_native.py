@@ -184,6 +184,8 @@ MATRIX_OPTIONS = {
     "by tensor": {"kinetic": ("spectral", "quadratic"), "normalization": "tensor", "ratio_floor": 0.5},
     "constant friction and port": {"kinetic": "spectral", "friction": "constant", "port": "constant"},
     "schedule": {"kinetic": "spectral", "schedule": "power", "uses_progress": True, "horizon_power": 0.3, "memory": 1},
+    "decay of long runs": {"kinetic": "spectral", "schedule": "power", "uses_progress": True, "horizon_power": 0.4,
+                           "initial_decay": 2.0, "decay_horizon": 2.0},
     "depth": {"kinetic": "spectral", "depth_power": 0.5, "initial_decay": 0.1},
     "alignment, trust": {"kinetic": "spectral", "alignment_rate": 9.0, "trust_ratio": 0.05, "memory": 2},
     "alignment of a mixture": {"kinetic": ("quadratic", "spectral"), "alignment_rate": 9.0, "trust_ratio": 0.01},

@@ -29,8 +29,8 @@ VARIANTS = {
     "spectral": {"kinetic": "spectral"},
     "everything": {
         "kinetic": ("relativistic", "spectral"), "schedule": "power", "uses_progress": True, "memory": 2,
-        "initial_decay": 0.1, "decay_growth": 1.1, "ratio_floor": 0.3, "depth_power": 1.0,
-        "alignment_rate": 2.0, "trust_ratio": 0.1,
+        "initial_decay": 0.1, "decay_growth": 1.1, "horizon_power": 0.4, "decay_horizon": 2.0,
+        "ratio_floor": 0.3, "depth_power": 1.0, "alignment_rate": 2.0, "trust_ratio": 0.1,
     },
     "efforts by coordinates": {"kinetic": ("spectral", "quadratic"), "matrix_normalization": "coordinate"},
     "narrow": {"kinetic": "spectral", "narrow": 2, "depth_power": 1.0, "initial_decay": 0.1, "alignment_rate": 2.0},

@@ -536,6 +536,32 @@ def test_decay_grows_as_gradients_vanish_up_to_its_bound(options):
     torch.testing.assert_close(grown, 16 * decay)
 
 
+@pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
+def test_decay_falls_with_the_length_of_runs_beyond_its_horizon(options):
+    options = {**options, "schedule": "power", "horizon_power": 0.4}
+    none, plain, rule = (
+        PortHamiltonianUpdate(**options, **decay).double()
+        for decay in ({}, {"initial_decay": 0.1}, {"initial_decay": 0.1, "decay_horizon": 1000.0})
+    )
+    shape, param, grad = (3, 5), draws(15, seed=3), draws(15, seed=1)
+
+    def ratio(step, progress):
+        state = plain.init_state(param)
+        state = state._replace(step=torch.full_like(state.step, step - 1.0))
+        progress = None if progress is None else torch.tensor(progress, dtype=f64)
+        start, *moved = (r(grad, state, param=param, shape=shape, progress=progress)[0] for r in (none, plain, rule))
+        decay, fallen = (update - start for update in moved)
+        assert decay.abs().min() > 0
+        torch.testing.assert_close(fallen * decay.mean(), decay * fallen.mean())
+        return (fallen.mean() / decay.mean()).item()
+
+    for step, length in [(2, 100), (2, 1000), (700, 1000), (2, 6000), (3001, 6000)]:
+        assert ratio(step, (step - 1) / length) == pytest.approx(max(length / 1000, 1) ** -0.4)
+    assert ratio(1, 0.0) == pytest.approx(1)  # nothing tells the length yet
+    for step in (1, 1000, 4000):  # not told, a run counts as long as it has been
+        assert ratio(step, None) == pytest.approx(max(step / 1000, 1) ** -0.4)
+
+
 @pytest.mark.filterwarnings("ignore:.*total_steps:UserWarning")
 @pytest.mark.parametrize("variant", ["all", "output"])
 def test_a_run_that_is_over_stands_still(variant):
@@ -609,6 +635,10 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"schedule": "power", "horizon_power": -1}, "`horizon_power` should be a non-negative number"),
         ({"kinetic": "spectral", "initial_decay": 0.1, "decay_growth": 0.5}, "`decay_growth` should be a number"),
         ({"kinetic": "spectral", "decay_growth": 4.0}, "`decay_growth` should be 1.0 where `initial_decay = 0`. Found"),
+        ({"output": "spectral", "schedule": "power", "horizon_power": 0.4, "decay_horizon": 9.0},
+         "`decay_horizon` should be 0.0 where `initial_decay = 0`. Found `decay_horizon = 9.0`"),
+        ({"kinetic": "spectral", "initial_decay": 0.1, "decay_horizon": 9.0}, "0.0 where `horizon_power = 0`. Found"),
+        ({"decay_horizon": -1}, "`decay_horizon` should be a non-negative number. Found `decay_horizon = -1`"),
         ({"depth_power": 1.0}, "`depth_power` should be 0.0 where no energy is spectral. Found `depth_power = 1.0`"),
         ({"narrow": 3}, "`narrow` should be 0 where no energy is spectral. Found `narrow = 3`"),
         ({"kinetic": "spectral", "narrow": 1.5}, "`narrow` should be a non-negative integer. Found `narrow = 1.5`"),

@@ -29,6 +29,7 @@ _OF_MATRICES = (
     "initial_coherence",
     "initial_decay",
     "decay_growth",
+    "decay_horizon",
     "depth_power",
     "trust_ratio",
     "narrow",
@@ -83,7 +84,10 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check("kinetic", is_known, f"one of {', '.join(_ENERGIES)}, or one of them for each of {modes} modes")
     for name in ("initial_kappa", "speed_limit", "initial_matrix_kappa", "initial_lookahead"):
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
-    for name in ("initial_coherence", "initial_decay", "horizon_power", "depth_power", "alignment_rate", "trust_ratio"):
+    for name in (
+        *("initial_coherence", "initial_decay", "decay_horizon", "horizon_power", "depth_power"),
+        *("alignment_rate", "trust_ratio"),
+    ):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     growth = given["decay_growth"]
     check("decay_growth", is_number(growth) and growth >= 1, "a number of at least 1")
@@ -99,7 +103,9 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     elif given["output"] == "spectral":
         unused |= dict.fromkeys(("initial_lookahead", "initial_coherence"), "`output = 'spectral'`")
     if is_spectral(given) and given["initial_decay"] == 0:
-        unused["decay_growth"] = "`initial_decay = 0`"
+        unused |= dict.fromkeys(("decay_growth", "decay_horizon"), "`initial_decay = 0`")
+    if given["horizon_power"] == 0:
+        unused["decay_horizon"] = "`horizon_power = 0`"
     if given["schedule"] == "none":
         unused["horizon_power"] = "`schedule = 'none'`"
     for name, reason in unused.items():

@@ -107,3 +107,8 @@ def horizon_factor(step: Tensor, length: Tensor | None, power: float) -> Tensor:
         return 0.5 * (step.clamp(min=_ANYTIME) / _REFERENCE).pow(-power)
     # a tensor that got its first gradient in the midst of a run takes it for a shorter one, which is bounded
     return (length.clamp(min=_SHORTEST) / _REFERENCE).pow(-power).nan_to_num(1.0)
+
+
+def long_run_factor(length: Tensor, horizon: float, power: float) -> Tensor:
+    """Factor on the decay by which it falls with the length of a run, beyond ``horizon`` steps."""
+    return (length / horizon).clamp(min=1).pow(-power).nan_to_num(1.0)

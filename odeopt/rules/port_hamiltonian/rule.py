@@ -24,6 +24,7 @@ from odeopt.rules.port_hamiltonian.coefficients import (
     decay_growth,
     depth_factor,
     horizon_factor,
+    long_run_factor,
     power_schedule,
     trust,
 )
@@ -176,6 +177,9 @@ class PortHamiltonianUpdate(StagedRule):
             are :math:`(T / 500)^{-\text{power}}` times as large, from the second step on. Where the length is not told
             it counts as the number of steps so far, at least 100, and step sizes are half as large: the mean of what
             falls linearly to zero.
+        decay_horizon: With ``initial_decay`` and ``horizon_power``, length of a run, in steps, beyond which the decay
+            per step falls too: :math:`(T / T_0)^{-\text{power}}` times, with the steps so far for T where the length is
+            not told. A long run would decay its matrices the more, however long it lasts. 0 is none.
         depth_power: With spectral energies, how fast steps of matrices fall with the number N of matrices in the
             network, which :meth:`for_depth` tells: :math:`(4 / (N - 1))^{\text{power}}`, with N between 1.5 and 5.
             Layers that follow each other add up their changes of the output, so that each may make a part of it;
@@ -238,6 +242,7 @@ class PortHamiltonianUpdate(StagedRule):
         decay_growth: float = 1.0,
         schedule: str = "none",
         horizon_power: float = 0.0,
+        decay_horizon: float = 0.0,
         depth_power: float = 0.0,
         alignment_rate: float = 0.0,
         trust_ratio: float = 0.0,
@@ -542,6 +547,9 @@ class PortHamiltonianUpdate(StagedRule):
         if not self.is_spectral:
             return shared
         growth = decay_growth(shared.scale, shared.slow_scale, self.decay_growth) if self.decay_growth > 1 else 1.0
+        if self.decay_horizon > 0:
+            lasting = step if length is None or not is_told else length
+            growth = growth * long_run_factor(lasting, self.decay_horizon, self.horizon_power)
         matrix_kappa = self.initial_matrix_kappa * self.depth_factor * log_matrix_kappa.exp()
         if self.trust_ratio > 0 and mean_square is not None:
             matrix_kappa = matrix_kappa * trust(mean_square, matrix_kappa * features.step_rms, self.trust_ratio)

@@ -67,7 +67,7 @@ typedef struct {
     float initial_kappa;
     float horizon_power;
     float log_floor; /* the binary logarithm */
-    float initial_matrix_kappa, initial_lookahead, initial_decay, initial_coherence, decay_growth;
+    float initial_matrix_kappa, initial_lookahead, initial_decay, initial_coherence, decay_growth, decay_horizon;
     float alignment_rate, trust_ratio;
     int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales;
     int32_t n_memory, n_moved; /* slow variables, and those of them that the network moves; the others, one at most,
@@ -262,7 +262,7 @@ static const float *network(const Rule *rule, float *x, float *y)
 
 /* What a matrix needs beside the numbers of its coordinates; `out` is the part of the network's outputs for it. */
 static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, const float *out, float growth,
-                                float scheduled)
+                                float scheduled, float lasting)
 {
     float kappa = rule->initial_matrix_kappa * expf(out[0] + growth);
     if (rule->trust_ratio > 0.0f) {
@@ -278,6 +278,8 @@ static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, co
         const float present = fmaxf(c->scale, c->slow_scale / rule->decay_growth);
         c->decay *= fmaxf(c->slow_scale / (present > 0.0f ? present : 1.0f), 1.0f);
     }
+    if (rule->decay_horizon > 0.0f)
+        c->decay *= powf(fmaxf(lasting / rule->decay_horizon, 1.0f), -rule->horizon_power);
     for (int k = 0; k < rule->n_modes; k++) {
         const float *numbers = c->per_mode + 6 * k;
         const float friction = 2.0f / (1.0f + exp2f(-numbers[2])), gain = exp2f(numbers[0]);
@@ -370,7 +372,8 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
         }
     }
     if (t->n_rows > 0)
-        matrix_coefficients(rule, t, c, out + rule->at_matrix, growth, scheduled);
+        matrix_coefficients(rule, t, c, out + rule->at_matrix, growth, scheduled,
+                            !told ? c->step : knows_length ? length : 1.0f);
 }
 
 static void finish(const Rule *rule, const Tensor *t, const Shared *c)
