@@ -288,6 +288,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics_parts": lambda: physics(parts, "port-Hamiltonian"),
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
     "robustness": robustness,
+    "scale": lambda: suite("scale", "python examples/studies/scale.py"),
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),

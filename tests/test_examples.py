@@ -46,6 +46,7 @@ TINY = {
     "mnist": ["--dataset", "digits", "--steps", "2", "--runs", "2"],
     "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
+    "scale": ["--dataset", "digits", "--steps", "1", "--problems", "perceptron-64", "transformer-64", "long-convnet"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],
     "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",

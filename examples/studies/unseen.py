@@ -9,6 +9,7 @@ alignment and trust were chosen with a look at problems like these; the weights 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from unseen_problems import problems
 import odeopt
 from odeopt.cli import arguments
 from odeopt.suite import evaluate_suite, learned, opponents, untrained
+from odeopt.suite.problems import Problem
 
 RULE = "port-hamiltonian-spectral"
 OPPONENTS = ("adamw", "muon", "prodigy")
@@ -25,35 +27,39 @@ NAMES = tuple(problems(torch.empty(0, 1), torch.empty(0), ""))  # whatever the i
 
 def main(argv: list[str] | None = None) -> None:
     """Run the rule and its opponents, print tables and draw the figure."""
-    args = parse(argv)
+    args = parse(argv, "unseen", __doc__, NAMES)
     dataset = arguments.dataset(args)
     images = dataset.train_images.flatten(1).float() / 255
-    chosen = problems(images, dataset.train_labels, dataset.name)
-    if args.problems:
-        chosen = {key: chosen[key] for key in args.problems}
+    compare(problems(images, dataset.train_labels, dataset.name), OPPONENTS, args, "unseen")
+
+
+def compare(problems: Mapping[str, Problem], names: Iterable[str], args: argparse.Namespace, name: str) -> None:
+    """Run the rule, trained and not, and the opponents of these names on those of the problems that are asked for."""
+    chosen = {key: problems[key] for key in args.problems or problems}
     if args.steps is not None:
         chosen = {key: replace(problem, n_steps=args.steps) for key, problem in chosen.items()}
     rule = odeopt.load_pretrained(RULE)
-    contenders = {name: opponents()[0][name] for name in OPPONENTS}
+    contenders = {name: opponents()[0][name] for name in names}
     for each in (learned(rule, RULE), learned(untrained(rule), f"{RULE}, untrained")):
         contenders[each.name] = each
-    suite = evaluate_suite(chosen, contenders, path=args.out / "unseen.json", n_runs=args.runs, device=args.device)
+    path = args.out / f"{name}.json"
+    suite = evaluate_suite(chosen, contenders, path=path, n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
-    print(f"\nsaved {args.out / 'unseen.json'} and {suite.plot(args.out / 'unseen.png')}")
+    print(f"\nsaved {path} and {suite.plot(path.with_suffix('.png'))}")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def parse(argv: list[str] | None, name: str, description: str, names: Iterable[str]) -> argparse.Namespace:
+    """Read the command line of a study of problems of these names."""
     parser = arguments.parser(
-        __doc__,
+        description,
         "dataset data_dir markdown",
         on_interrupt=arguments.RESUMES,
         runs={"default": 2, "help": "paired runs"},
         device={"default": "cpu"},
-        out={"default": "runs/unseen"},
+        out={"default": f"runs/{name}"},
     )
     add = parser.add_argument
-    add("--problems", nargs="+", metavar="NAME", choices=NAMES, help=f"some of {', '.join(NAMES)} (default: all)")
+    add("--problems", nargs="+", metavar="NAME", choices=names, help=f"some of {', '.join(names)} (default: all)")
     add("--steps", type=arguments.positive, help="of every run, in place of its own number")
     return parser.parse_args(argv)
 
