@@ -1,18 +1,24 @@
 """Compare kinetic energies: the same rule, never trained, with the energies that tell the great optimizers apart.
 
 Heavy ball, sign momentum and Muon are one port-Hamiltonian family. Each variant takes its untrained weights, the
-learning rate 1 and one setting for all networks, so what differs is the energy alone; AdamW, tuned for each network,
-stands beside them. Runs are kept as they are done: an interrupted command continues.
+learning rate 1 and one setting for all networks, so what differs is the energy alone. Beside them stand AdamW, tuned
+for each network, the default rule, and what it has to beat: the rule ``port-hamiltonian`` as it ships, its updates of
+matrices orthogonalised. Runs are kept as they are done: an interrupted command continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 
-from odeopt import PortHamiltonianUpdate
+import torch
+from torch import nn
+
+from odeopt import LearnedOptimizer, PortHamiltonianUpdate, load_pretrained, param_groups
 from odeopt.cli import arguments
+from odeopt.physics import newton_schulz
 from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
-from odeopt.suite.opponents import REFERENCE
+from odeopt.suite.opponents import REFERENCE, Contender
 
 COMMON = {"uses_progress": True, "ratio_floor": 0.4, "schedule": "power", "initial_kappa": 0.008}
 SPECTRAL = {"kinetic": "spectral", "initial_lookahead": 1.5}
@@ -26,6 +32,38 @@ VARIANTS = {
     "quadratic and spectral": SPECTRAL | {"kinetic": ("quadratic", "spectral"), "initial_matrix_kappa": 0.04},
     "spectral, coherent": SPECTRAL | {"initial_matrix_kappa": 0.07, "initial_coherence": 0.75},
 }
+ORTHOGONALISED, DEFAULT = "port-hamiltonian, orthogonalised", "port-hamiltonian-spectral"
+
+
+class Orthogonalised:
+    """The rule ``port-hamiltonian``, its updates of matrices orthogonalised.
+
+    Every matrix but embeddings moves by five Newton-Schulz iterations of its update, times .03 sqrt(out/in), and every
+    other tensor by .3 times its update. Both fall linearly to zero.
+    """
+
+    def __init__(self, model: nn.Module, n_steps: int, lr: float) -> None:
+        groups = param_groups(model)
+        self._n_steps = n_steps
+        self._optimizer = LearnedOptimizer(groups, "port-hamiltonian", lr=lr, total_steps=n_steps)
+        self._tensors = [(p, group["is_table"]) for group in self._optimizer.param_groups for p in group["params"]]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the parameters."""
+        starts = [param.clone() for param, _ in self._tensors]
+        left = 1 - self._optimizer.n_steps / self._n_steps
+        self._optimizer.step()
+        for (param, is_table), start in zip(self._tensors, starts, strict=True):
+            update, size = param - start, 0.3
+            if param.ndim >= 2 and not is_table:
+                matrix = update.flatten(1)
+                update, size = newton_schulz(matrix).view_as(param), 0.03 * math.sqrt(len(matrix) / matrix.shape[1])
+            param.copy_(start + left * size * update)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     problems = {name: make_problem(name, **options) for name in args.problems}
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
     for name in args.variants:
-        contenders[name] = learned(PortHamiltonianUpdate(**COMMON | VARIANTS[name]), name)
+        if name == ORTHOGONALISED:
+            contenders[name] = Contender(name, name, Orthogonalised, (1.0,), {"version": 1}, is_learned=True)
+        else:
+            rule = load_pretrained(name) if name == DEFAULT else PortHamiltonianUpdate(**COMMON | VARIANTS[name])
+            contenders[name] = learned(rule, name)
     suite = evaluate_suite(problems, contenders, path=args.out / "kinetic.json", n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
     print(f"Figure: {suite.plot(args.out / 'kinetic.png')}")
@@ -54,8 +96,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--problems", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
-    add("--variants", nargs="+", choices=[*VARIANTS], default=[*VARIANTS], metavar="NAME",
-        help=f"of {', '.join(VARIANTS)}")  # fmt: skip
+    variants = (DEFAULT, ORTHOGONALISED, *VARIANTS)
+    add("--variants", nargs="+", choices=variants, default=variants, metavar="NAME", help=f"of {', '.join(variants)}")
     add("--steps", type=arguments.positive, help="length of a run (None: each problem's own)")
     return parser.parse_args(argv)
 

@@ -39,7 +39,7 @@ TINY = {
     "general": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--tuning-runs", "1", "--markdown"],
     "guard": ["--dataset", "digits", "--steps", "3", "--runs", "1"],
     "kinetic": ["--dataset", "digits", "--steps", "1", "--runs", "2", "--problems", "perceptron", "--variants",
-                "quadratic", "spectral, coherent"],
+                "quadratic", "spectral, coherent", "port-hamiltonian, orthogonalised"],
     "meta_seeds": ["--dataset", "digits", "--steps", "2", "--runs", "2", "--problems", "3", "--tuning-runs", "1",
                    *(str(Path(odeopt.__file__).parent / "pretrained" / f"{name}.safetensors")
                      for name in ("hamiltonian-mnist", "port-hamiltonian-mnist", "lstm-quadratic"))],
