@@ -493,3 +493,29 @@ def test_options_out_of_range_are_refused_by_name_and_value(rule_class, options,
 def test_unknown_options_are_refused(rule_class):
     with pytest.raises(TypeError, match="unexpected keyword argument 'learning_rate'"):
         rule_class(learning_rate=0.1)
+
+
+@pytest.mark.parametrize("value", [0.1, nn.Parameter(torch.ones(()))], ids=["number", "parameter"])
+@pytest.mark.parametrize("calls", [lambda self: None, nn.Module.__init__], ids=["nothing", "that of Module"])
+def test_rule_that_does_not_initialise_its_base_is_refused_by_its_name(monkeypatch, value, calls):
+    monkeypatch.setattr(UpdateRule, "registry", dict(UpdateRule.registry))
+
+    class Forgetful(SGDUpdate):
+        def __init__(self):
+            calls(self)
+            self.rate = value
+
+    with pytest.raises(TypeError, match=r"`Forgetful\.__init__` should begin with `super\(\)\.__init__\(\.\.\.\)`"):
+        Forgetful()
+
+
+def test_other_attribute_errors_of_a_rule_are_its_own(monkeypatch):
+    monkeypatch.setattr(UpdateRule, "registry", dict(UpdateRule.registry))
+
+    class Misspelt(SGDUpdate):
+        def __init__(self):
+            super().__init__()
+            self.lr = self.learning_rate
+
+    with pytest.raises(AttributeError, match="learning_rate"):
+        Misspelt()
