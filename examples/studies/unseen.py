@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         contenders[each.name] = each
     suite = evaluate_suite(chosen, contenders, path=args.out / "unseen.json", n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
-    print(f"\nsaved {args.out / 'unseen.json'} and {suite.plot(args.out / 'unseen.png')}")
+    figure = suite.plot(args.out / "unseen.png", title="Kinds of problems that no training had")
+    print(f"\nsaved {args.out / 'unseen.json'} and {figure}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
