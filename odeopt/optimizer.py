@@ -188,9 +188,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             rule = find_pretrained(rule, "rule")
         if not isinstance(rule, UpdateRule):
             found = f"the class {rule.__name__} itself" if isinstance(rule, type) else repr(rule)
+            hint = f" A learning rate is given by its name, `lr={rule}`." if is_number(rule) else ""
             raise TypeError(
                 "Parameter `rule` should be an instance of UpdateRule, built by its class or loaded by "
-                f"`odeopt.load_pretrained`, or the name of a shipped one. Found `rule = {found}`."
+                f"`odeopt.load_pretrained`, or the name of a shipped one. Found `rule = {found}`.{hint}"
             )
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")

@@ -264,6 +264,12 @@ def test_rule_is_the_general_one_by_default():
     assert optimizer.rule.config == load_pretrained("port-hamiltonian-spectral").config
 
 
+@pytest.mark.parametrize("lr", [1, 0.1])
+def test_learning_rate_in_place_of_a_rule_is_refused_with_its_name(lr):
+    with pytest.raises(TypeError, match=rf"Found `rule = {lr}`\. A learning rate is given by its name, `lr={lr}`"):
+        LearnedOptimizer([parameter([1.0], [1.0])], lr)
+
+
 def test_unknown_name_is_refused_by_the_parameter_it_was_given_for():
     with pytest.raises(ValueError, match=r"Parameter `rule` should be one of .*Found `rule = 'lstm-mnits'`\. Did you"):
         LearnedOptimizer([parameter([1.0], [1.0])], "lstm-mnits")
