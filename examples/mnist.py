@@ -2,7 +2,8 @@
 
 A 784-20-10 network is trained on MNIST for a hundred steps by the general rule, the rules that were
 meta-trained for such networks and tuned hand-designed ones, on common initialisations and batches, first with
-sigmoid activations (what all rules but the general one were trained on), then with ReLU.
+sigmoid activations (what all rules but the general one were trained on), then with ReLU. ``--rule
+port-hamiltonian-spectral`` adds the default rule of ``odeopt.LearnedOptimizer``, which is made for larger networks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 
 import odeopt
 from odeopt.cli import arguments
+from odeopt.cli.files import named_rule
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.evaluation.baselines import baselines_for
 from odeopt.meta import meta_train
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         learned = {f"{name} (new)": train(name, dataset, args) for name in RULES}
     else:
         learned = {name: odeopt.load_pretrained(name) for name in (GENERAL, *RULES)}
+    learned |= dict(args.rule)
     if args.solver:
         learned = dict(with_solver(name, rule, args.solver) for name, rule in learned.items())
     for activation in ("sigmoid", "relu"):
@@ -103,11 +106,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--train", action="store_true", help="meta-train the rules of this task from scratch first (takes long)")
     add("--steps", type=arguments.positive, default=100, help="optimizer steps per run; for others than the default "
         "the hand-designed rules are tuned first")  # fmt: skip
+    add("--rule", action="append", metavar="NAME", help="a rule beside those, a .safetensors file or a name that "
+        "`python -m odeopt rules` lists; may be given several times (None: no other)")  # fmt: skip
     add("--solver", metavar="METHOD", help="ODE solver of the port-hamiltonian rules (None: the one they were "
         f"trained with): {', '.join(available_methods())}")  # fmt: skip
     args = parser.parse_args(argv)
     if args.solver and args.solver not in available_methods():
         parser.error(f"--solver should be one of {', '.join(available_methods())}; found {args.solver}")
+    try:
+        args.rule = [named_rule(text) for text in args.rule or ()]
+    except (OSError, ValueError) as error:
+        parser.error(f"--rule: {error}")
     return args
 
 

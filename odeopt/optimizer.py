@@ -9,7 +9,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.artifacts import digest, find_pretrained
@@ -117,7 +117,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
         lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor. 1 takes the steps that
-            the rule was trained for; a number of at most 0.01, as is usual for Adam, is warned of.
+            the rule was trained for; at most 0.01, as is usual for Adam, is warned of under a learned rule.
         weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW. There ``lr`` is the
             step size, here it is a factor, usually 1: what AdamW does with ``lr=1e-3, weight_decay=1e-2`` is
             ``weight_decay=1e-5`` here. A decay that takes more than one percent per step is warned of once. Beyond
@@ -145,7 +145,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             step is what it would be without a guard.
 
     Raises:
-        TypeError: If ``rule`` is neither a name nor an instance of :class:`odeopt.rules.base.UpdateRule`.
+        TypeError: If ``params`` is a module, or ``rule`` neither a name nor an instance of
+            :class:`odeopt.rules.base.UpdateRule`.
         ValueError: If there is no rule of that name, an option is out of range, or a parameter is complex, sparse, or
             sharded otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for instance.
 
@@ -177,13 +178,20 @@ class LearnedOptimizer(torch.optim.Optimizer):
         averaging: float | None = None,
         guard: Guard | bool | None = None,
     ) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                "Parameter `params` should be parameters or groups of them: `model.parameters()` or "
+                f"`odeopt.param_groups(model)`. Found a module, `params = {type(params).__name__}(...)`."
+            )
+        self._rule_name = rule if isinstance(rule, str) else type(rule).__name__
         if isinstance(rule, str):
             rule = find_pretrained(rule, "rule")
         if not isinstance(rule, UpdateRule):
             found = f"the class {rule.__name__} itself" if isinstance(rule, type) else repr(rule)
+            hint = f" A learning rate is given by its name, `lr={rule}`." if is_number(rule) else ""
             raise TypeError(
                 "Parameter `rule` should be an instance of UpdateRule, built by its class or loaded by "
-                f"`odeopt.load_pretrained`, or the name of a shipped one. Found `rule = {found}`."
+                f"`odeopt.load_pretrained`, or the name of a shipped one. Found `rule = {found}`.{hint}"
             )
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
@@ -210,14 +218,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
             defaults[SAVED_GUARD] = self._sentry.saved()
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | {"n_steps": 0, "n_skipped": 0, "rule_digest": digest(self.rule)})
-        rates = [group["lr"] for group in self.param_groups]
-        if not any(isinstance(rate, Tensor) for rate in rates) and 0 < max(rates) <= _SMALL_LR:
-            warn_caller(
-                "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
-                f"rule was trained for. Found `lr = {max(rates)}`, as if it were Adam's.",
-                UserWarning,
-            )
+        self._check_size_of_lr(self.param_groups)
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
+
+    def __repr__(self) -> str:
+        guard = "" if self._sentry is None else f", guard: {type(self._sentry.options.fallback).__name__}"
+        lines = [f"{type(self).__name__} (rule: {self._rule_name}{guard}"]
+        for number, group in enumerate(self.param_groups):  # as torch.optim has them, without what the guard keeps
+            options = [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", SAVED_GUARD)]
+            lines += [f"Parameter Group {number}", *options, ""]
+        return "\n".join([*lines[:-1], ")"])
 
     @property
     def n_steps(self) -> int:
@@ -471,6 +481,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 f"`weight_decay = {group['weight_decay']}` and `lr = {float(group['lr'])}`; AdamW's weight decay times "
                 "its learning rate is what corresponds to it.",
             )
+        if "momentum" in self.defaults:  # later than the groups of the constructor, which are looked at together
+            self._check_size_of_lr([group])
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue bit for bit where the optimizer that gave ``state_dict`` stood.
@@ -554,7 +566,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._fetch_skipped()
         state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of packed tensors
-        names = ("rule", "implementation", "state_dtype", "capturable", "averaging", "_sentry")
+        names = ("rule", "_rule_name", "implementation", "state_dtype", "capturable", "averaging", "_sentry")
         own = {name: getattr(self, name) for name in names} | {"_warned": set()}
         return super().__getstate__() | {"state": state} | own
 
@@ -596,6 +608,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
             f"Parameter `{self._name(param)}` should {wanted} (embeddings: `sparse=False`; "
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
+
+    def _check_size_of_lr(self, groups: list[dict[str, Any]]) -> None:
+        """Warn where a learned rule is to take steps of another optimizer's learning rate in all of these groups."""
+        lr = max(float(group["lr"]) for group in groups)
+        if 0 < lr <= _SMALL_LR and any(True for _ in self.rule.parameters()):
+            self._warn_once(
+                "lr",
+                "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
+                f"rule was trained for. Found `lr = {lr:g}`, as if it were Adam's.",
+            )
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:

@@ -147,6 +147,14 @@ def test_every_package_has_its_page_of_the_api():
 # --------------------------------------------------------------------------------------- tables
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"\{\{ \w+ \}\}", PAGES[page])])
+def test_pages_with_tables_say_on_github_how_they_are_filled_in(page):
+    title, _, note, *_ = PAGES[page].splitlines()
+    assert title.startswith("# ")
+    assert note.startswith("% ")  # a comment for Sphinx, text for GitHub
+    assert "sphinx-build docs docs/build" in note
+
+
 def test_pages_have_every_table_once(tables):
     used = [name for page in PAGES for name in re.findall(r"\{\{ (\w+) \}\}", PAGES[page])]
     assert sorted(used) == sorted(tables.TABLES)

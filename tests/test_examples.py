@@ -139,6 +139,14 @@ def test_mnist_compares_all_rules_on_both_activations(tmp_path, capsys):
     assert "tuned on the fly" in text
 
 
+def test_mnist_takes_further_rules(tmp_path, capsys, untuned):
+    path = Path(odeopt.__file__).parent / "pretrained" / "port-hamiltonian-quadratic.safetensors"
+    named = ["--rule", "port-hamiltonian-spectral", "--rule", str(path)]
+    run("mnist", *TINY["mnist"], *named, "--out", str(tmp_path))
+    _, rows = table_after(capsys.readouterr().out, "sklearn digits")
+    assert list(rows)[5:7] == ["port-hamiltonian-spectral", "port-hamiltonian-quadratic"]
+
+
 def test_mnist_changes_no_figure_of_the_documentation_unless_asked_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert runpy.run_path(str(SCRIPTS["mnist"]))["parse"]([]).out.as_posix() == "runs/mnist"
@@ -401,6 +409,8 @@ def test_bad_options_are_refused_in_one_line(name, argv, message, capsys, monkey
     [
         (["--solver", "rk5"], "--solver should be one of .*rk4.*; found rk5"),
         (["--dataset", "cifar"], "argument --dataset: invalid choice: 'cifar'"),
+        (["--rule", "mine"], "--rule: Parameter `name` should be one of .* Found `name = 'mine'`"),
+        (["--rule", "mine.safetensors"], "--rule: Parameter `path` should be a file. Found `path = 'mine.safe"),
     ],
 )
 def test_mnist_refuses_unknown_names(argv, message, capsys):

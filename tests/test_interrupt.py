@@ -1,5 +1,6 @@
 """Ctrl-C ends every long command with one line on how to go on, and loses nothing that was kept."""
 
+import json
 import re
 import signal
 import subprocess
@@ -53,6 +54,16 @@ def test_training_is_kept_and_continued(tmp_path):
     assert "Traceback" not in output
     done = subprocess.run([sys.executable, *command, "0"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert int(re.search(r"(\d+) of 100000 meta-steps", done.stdout)[1]) >= 1
+
+
+def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py
+    command = ["-m", "odeopt", "suite", "--quick", "--problems", "perceptron"]
+    path = tmp_path / "runs" / "suite" / "suite.json"
+    status, output = interrupted(command, tmp_path, path.exists)
+    assert status == 130
+    assert output.splitlines()[-1] == f"python -m odeopt suite: {arguments.RESUMES}"
+    assert "Traceback" not in output
+    assert json.loads(path.read_text())["runs"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -176,21 +177,31 @@ def test_large_decay_per_step_is_warned_of_once(lr):
     LearnedOptimizer(groups[:1], SGDUpdate(0.1), lr=lr)  # one percent is not more than one percent
 
 
-@pytest.mark.parametrize("lr", [1e-3, 0.01])
+@pytest.mark.parametrize("lr", [1e-3, 0.01, torch.tensor(1e-3)], ids=str)
 def test_learning_rate_of_another_optimizer_is_warned_of_once(lr):
-    params = [parameter([1.0], [1.0]), parameter([1.0], [1.0])]
-    with pytest.warns(UserWarning, match=rf"multiplies the rule's own step sizes.* Found `lr = {lr}`") as record:
-        LearnedOptimizer(params, SGDUpdate(0.1), lr=lr)
+    params = [parameter([1.0], [1.0]) for _ in range(3)]
+    with pytest.warns(UserWarning, match=rf"multiplies the rule's own step sizes.* Found `lr = {lr:g}`") as record:
+        optimizer = LearnedOptimizer(params[:2], LeakySum(), lr=lr)
     assert [warning.filename for warning in record] == [__file__]
+    optimizer.add_param_group({"params": params[2:]})
     with pytest.warns(UserWarning, match="Found `lr = 0.002`"):
-        LearnedOptimizer([{"params": params[:1], "lr": 0.001}, {"params": params[1:], "lr": 0.002}], SGDUpdate(0.1))
+        LearnedOptimizer([{"params": params[:1], "lr": 0.001}, {"params": params[1:], "lr": 0.002}], LeakySum())
+    optimizer = LearnedOptimizer(params[:1], LeakySum())
+    with pytest.warns(UserWarning, match=rf"Found `lr = {lr:g}`") as record:
+        optimizer.add_param_group({"params": params[1:], "lr": lr})
+    assert [warning.filename for warning in record] == [__file__]
 
 
-@pytest.mark.parametrize("lr", [0.0, 0.011, torch.tensor(1e-3)], ids=["zero", "small", "tensor"])
+@pytest.mark.parametrize("lr", [0.0, 0.011, torch.tensor(0.011)], ids=["zero", "small", "tensor"])
 def test_other_learning_rates_are_not_warned_of(lr):
     params = [parameter([1.0], [1.0]), parameter([1.0], [1.0])]
-    LearnedOptimizer(params, SGDUpdate(0.1), lr=lr)
-    LearnedOptimizer([{"params": params[:1], "lr": 0.001}, {"params": params[1:]}], SGDUpdate(0.1), lr=lr or 1.0)
+    LearnedOptimizer(params, LeakySum(), lr=lr)
+    LearnedOptimizer([{"params": params[:1], "lr": 0.001}, {"params": params[1:]}], LeakySum(), lr=lr or 1.0)
+
+
+def test_hand_designed_rules_may_have_a_small_learning_rate():
+    optimizer = LearnedOptimizer([parameter([1.0], [1.0])], SGDUpdate(1.0), lr=1e-3)
+    optimizer.add_param_group({"params": [parameter([1.0], [1.0])], "lr": 1e-4})
 
 
 def test_warning_points_to_the_callers_line_past_the_wrappers_of_schedulers():
@@ -200,6 +211,37 @@ def test_warning_points_to_the_callers_line_past_the_wrappers_of_schedulers():
     with pytest.warns(RuntimeWarning, match="not finite") as record:
         optimizer.step()
     assert record[0].filename == __file__
+
+
+# -------------------- what is said of it
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "named"),
+    [
+        ("lstm", {}, "rule: lstm"),
+        (LeakySum(), {"total_steps": 5}, "rule: LeakySum"),
+        ("lstm", {"guard": True}, "rule: lstm, guard: AdamUpdate"),
+    ],
+)
+def test_repr_names_rule_and_guard_above_the_groups_of_torch(rule, options, named):
+    groups = [{"params": [(name, parameter([1.0], [1.0]))]} for name in ("a", "b")]
+    optimizer = LearnedOptimizer(groups, rule, **options)
+    first, *rest = repr(optimizer).split("\n")
+    assert first == f"LearnedOptimizer ({named}"
+    plain = torch.optim.Optimizer.__repr__(
+        LearnedOptimizer(groups, optimizer.rule, total_steps=options.get("total_steps"))
+    )
+    assert ["LearnedOptimizer (", *rest] == plain.split("\n")
+    assert f"    total_steps: {options.get('total_steps')}" in rest
+    assert repr(pickle.loads(pickle.dumps(optimizer))).split("\n")[0] == first
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 1), nn.Sequential(nn.Linear(2, 1))], ids=["layer", "sequence"])
+def test_a_model_in_place_of_its_parameters_is_refused(model):
+    name = type(model).__name__
+    with pytest.raises(TypeError, match=rf"`odeopt\.param_groups\(model\)`\. Found a module, `params = {name}\("):
+        LearnedOptimizer(model)
 
 
 # -------------------- rules by name
@@ -220,6 +262,12 @@ def test_rule_is_the_general_one_by_default():
     named = LearnedOptimizer([parameter([1.0], [1.0])], "port-hamiltonian-spectral", lr=0.5)
     assert optimizer.defaults["rule_digest"] == named.defaults["rule_digest"]
     assert optimizer.rule.config == load_pretrained("port-hamiltonian-spectral").config
+
+
+@pytest.mark.parametrize("lr", [1, 0.1])
+def test_learning_rate_in_place_of_a_rule_is_refused_with_its_name(lr):
+    with pytest.raises(TypeError, match=rf"Found `rule = {lr}`\. A learning rate is given by its name, `lr={lr}`"):
+        LearnedOptimizer([parameter([1.0], [1.0])], lr)
 
 
 def test_unknown_name_is_refused_by_the_parameter_it_was_given_for():

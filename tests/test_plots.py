@@ -87,6 +87,7 @@ def test_no_two_rules_look_alike_without_colour():
     styles = line_styles({f"learned {i}": True for i in range(4)} | {f"other {i}": False for i in range(5)})
     looks = [(style["linewidth"], str(style["linestyle"])) for style in styles.values()]
     assert len(set(looks)) == len(looks)
+    assert len({style["color"] for style in styles.values()}) == len(styles)
     assert min(styles[f"learned {i}"]["linewidth"] for i in range(4)) > max(
         styles[f"other {i}"]["linewidth"] for i in range(5)
     )

@@ -493,3 +493,16 @@ def test_options_out_of_range_are_refused_by_name_and_value(rule_class, options,
 def test_unknown_options_are_refused(rule_class):
     with pytest.raises(TypeError, match="unexpected keyword argument 'learning_rate'"):
         rule_class(learning_rate=0.1)
+
+
+@pytest.mark.parametrize("calls", [lambda self: None, nn.Module.__init__], ids=["nothing", "that of Module"])
+def test_rule_that_does_not_initialise_its_base_is_refused_by_its_name(monkeypatch, calls):
+    monkeypatch.setattr(UpdateRule, "registry", dict(UpdateRule.registry))
+
+    class Forgetful(SGDUpdate):
+        def __init__(self):
+            calls(self)
+            self.rate = 0.1
+
+    with pytest.raises(TypeError, match=r"`Forgetful\.__init__` should begin with `super\(\)\.__init__\(\.\.\.\)`"):
+        Forgetful()

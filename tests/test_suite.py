@@ -456,6 +456,12 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+@pytest.mark.parametrize(("options", "title"), [({}, "The suite"), ({"title": "Others"}, "Others")])
+def test_figure_has_the_title_that_it_is_given(made, tmp_path, options, title):
+    path = evaluate(tiny("vit"), grid_of(0.1, 0.3)).plot(tmp_path / "figure.svg", **options)
+    assert f"<!-- {title}, " in path.read_text()  # matplotlib writes each text as a comment beside its outlines
+
+
 # --------------------------------------------------------------------------------------- command
 
 

@@ -50,7 +50,7 @@ def problems(dataset: str, data_dir: str | None) -> dict[str, Problem]:
 def main(argv: list[str] | None = None) -> None:
     """Run the rule and AdamW, print tables and draw the figure."""
     args = parse(argv, "scale", __doc__, NAMES)
-    compare(problems(args.dataset, args.data_dir), ("adamw",), args, "scale")
+    compare("scale", "Wider networks, longer runs", problems(args.dataset, args.data_dir), ("adamw",), args)
 
 
 if __name__ == "__main__":

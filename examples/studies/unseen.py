@@ -30,22 +30,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv, "unseen", __doc__, NAMES)
     dataset = arguments.dataset(args)
     images = dataset.train_images.flatten(1).float() / 255
-    compare(problems(images, dataset.train_labels, dataset.name), OPPONENTS, args, "unseen")
+    found = problems(images, dataset.train_labels, dataset.name)
+    compare("unseen", "Kinds of problems that no training had", found, OPPONENTS, args)
 
 
-def compare(problems: Mapping[str, Problem], names: Iterable[str], args: argparse.Namespace, name: str) -> None:
-    """Run the rule, trained and not, and the opponents of these names on those of the problems that are asked for."""
+def compare(
+    name: str, title: str, problems: Mapping[str, Problem], opponents_: Iterable[str], args: argparse.Namespace
+) -> None:
+    """Run the rule, trained and not, and opponents on those of the problems that are asked for."""
     chosen = {key: problems[key] for key in args.problems or problems}
     if args.steps is not None:
         chosen = {key: replace(problem, n_steps=args.steps) for key, problem in chosen.items()}
     rule = odeopt.load_pretrained(RULE)
-    contenders = {name: opponents()[0][name] for name in names}
+    contenders = {key: opponents()[0][key] for key in opponents_}
     for each in (learned(rule, RULE), learned(untrained(rule), f"{RULE}, untrained")):
         contenders[each.name] = each
     path = args.out / f"{name}.json"
     suite = evaluate_suite(chosen, contenders, path=path, n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
-    print(f"\nsaved {path} and {suite.plot(path.with_suffix('.png'))}")
+    print(f"\nsaved {path} and {suite.plot(path.with_suffix('.png'), title=title)}")
 
 
 def parse(argv: list[str] | None, name: str, description: str, names: Iterable[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008), Color universal design; yellow is left out, which white paper swallows
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_LINE_COLOURS = (*PALETTE, "#882255", "#999999")  # where there are more lines than that
 _LEARNED_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.2)), (0, (7, 2, 2, 2)))
 _HAND_DESIGNED_DASHES = (
     "solid",
@@ -141,7 +142,7 @@ def line_styles(is_learned: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
         dashes = _LEARNED_DASHES if learned else _HAND_DESIGNED_DASHES
         n = n_learned if learned else n_hand_designed
         styles[name] = {
-            "color": PALETTE[i % len(PALETTE)],
+            "color": _LINE_COLOURS[i % len(_LINE_COLOURS)],
             "linestyle": dashes[n % len(dashes)],
             "linewidth": 2.4 if learned else 1.1,
             "zorder": 3 if learned else 2,

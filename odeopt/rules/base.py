@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -55,6 +56,8 @@ class UpdateRule(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         UpdateRule.registry[cls.__name__] = cls
+        if "__init__" in vars(cls):
+            cls.__init__ = _checked(cls.__init__)
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
@@ -253,6 +256,19 @@ class StagedRule(UpdateRule):
         Returns:
             The update in rows, and the next state in the form of ``state``.
         """
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def initialise(self: UpdateRule, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if "config" not in vars(self):
+            raise TypeError(
+                f"`{type(self).__name__}.__init__` should begin with `super().__init__(...)`, given its own arguments "
+                "by name. Found that `UpdateRule.__init__` was not called."
+            )
+
+    return initialise
 
 
 def initial_state(rule: UpdateRule, param: Tensor) -> NamedTuple:

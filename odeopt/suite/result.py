@@ -142,8 +142,11 @@ class Suite:
             rows.append([*row, f"{outcome.seconds.median():.1f}", str(outcome.n_diverged)])
         return headers, rows
 
-    def plot(self, path: str | os.PathLike) -> Path:
-        """Draw losses and ratios; see :func:`odeopt.report.plot_suite`."""
+    def plot(self, path: str | os.PathLike, *, title: str = "The suite") -> Path:
+        """Draw losses and ratios, under a title that the number of runs is added to.
+
+        See :func:`odeopt.report.plot_suite`.
+        """
         titles = {name: contender.title for name, contender in self.contenders.items()}
         curves = {
             problem.title: {titles[c]: (o.steps, o.curves) for c, o in self.outcomes[name].items()}
@@ -157,4 +160,4 @@ class Suite:
             for of, words in _TITLES.items()
         }
         is_learned = {contender.title: contender.is_learned for contender in self.contenders.values()}
-        return plot_suite(curves, ratios, is_learned, path, title=f"The suite, {self.n_runs} paired runs")
+        return plot_suite(curves, ratios, is_learned, path, title=f"{title}, {self.n_runs} paired runs")
