@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from operator import is_
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,13 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.artifacts import digest, find_pretrained
 from odeopt.checks import is_number, require
-from odeopt.rules.base import UpdateRule, has_values
+from odeopt.rules.base import UpdateRule
 from odeopt.stepping import averages
-from odeopt.stepping.buckets import Bucket, state_template
-from odeopt.stepping.checks import check_options, check_sharding, is_supported, warn_caller
-from odeopt.stepping.copies import copied, copy_beside, frozen_copy
+from odeopt.stepping.buckets import state_template
+from odeopt.stepping.checkpoints import check_saved, read_states, warn_of_other_length
+from odeopt.stepping.checks import check_options, check_sharding, is_supported, parameter_names, warn_caller
+from odeopt.stepping.copies import copied, frozen_copy
+from odeopt.stepping.diagnostics import diagnose
 from odeopt.stepping.guard import (
     SAVED_GUARD,
     Guard,
@@ -28,57 +29,13 @@ from odeopt.stepping.guard import (
     restore_snapshot,
     take_snapshot,
 )
-from odeopt.stepping.loops import StepOptions, step_bucket
-from odeopt.stepping.native import NativeStep, native_obstacle
+from odeopt.stepping.layout import Layout, is_within
 from odeopt.stepping.shards import Shard
-from odeopt.stepping.states import check_rule, empty_state, matched_state, saved_state
-from odeopt.stepping.triton import TritonKernels, triton_obstacle
 
-# Parameters from this size on are stepped in place, the others packed into a buffer. On a CPU copying
-# costs as much as half a step; on a GPU a call of its own costs more, unless the tensor is large.
-_STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
-# Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
-_EXCHANGES_ALONE = 2**22
 # Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
 _LARGE_DECAY = 0.01
 # Learning rates up to here are those of other optimizers, for which they are the step size.
 _SMALL_LR = 0.01
-
-
-class _Placed(NamedTuple):
-    """A bucket, its rule, the group whose options it follows, and the state that it handed out, field by field."""
-
-    bucket: Bucket
-    rule: UpdateRule
-    group: dict[str, Any]
-    handed: list[Tensor]
-
-    def is_current(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
-        """Return True while the bucket steps these parameters and this state."""
-        names = self.bucket.state._fields
-        found = (x for param in self.bucket.params for x in map(state.get(param, {}).get, names))
-        return all(map(is_, found, self.handed)) and not self.bucket.has_moved()
-
-
-class _Plan(NamedTuple):
-    """Buckets of one group and rule that are stepped together in C; or another bucket, with its kernels if any."""
-
-    native: NativeStep | None
-    placed: list[_Placed]
-    kernels: TritonKernels | None = None
-
-
-def _share_done(group: dict[str, Any]) -> float | Tensor | None:
-    """Fraction of the run that is done, at most one: a tensor where the steps are counted by one; None if unknown."""
-    if group["total_steps"] is None:
-        return None
-    done = group["n_steps"] / group["total_steps"]
-    return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
-
-
-def _is_within(group: dict[str, Any]) -> bool | Tensor:
-    """Whether the next step is one of those that `total_steps` counts: a tensor where steps are counted by one."""
-    return group["total_steps"] is None or group["n_steps"] < group["total_steps"]
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -208,9 +165,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._sentry = Sentry(guard, digest(guard.fallback)) if guard else None
         self.implementation, self.state_dtype = implementation, state_dtype
         self.capturable, self.averaging = capturable, averaging
-        self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
-        self._warned: set[str] = set()
-        self._forget_buckets()
+        self._warned: set[Hashable] = set()
+        self._layout = self._new_layout(is_fallback=False)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
         defaults["is_table"] = False
         check_options(defaults)
@@ -237,7 +193,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @property
     def n_skipped(self) -> int:
         """Number of gradients skipped so far, one per tensor and step, because they were not finite."""
-        self._fetch_skipped()
+        self._layout.count_skipped(self.param_groups)
         return sum(group["n_skipped"] for group in self.param_groups)
 
     @property
@@ -292,95 +248,67 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 loss = closure()
             self.report(loss)
         sentry = self._sentry
-        if sentry is not None:
-            moves = any(float(group["lr"]) != 0 for group in self.param_groups)
-            if not sentry.expects_step(moves=moves):
-                sentry = None
+        is_told = sentry is not None and sentry.expects_step(any(float(group["lr"]) for group in self.param_groups))
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
                 require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
             # a count on the device is not read, which would be a host synchronisation
-            if not self.capturable and not _is_within(group):
-                self._warn_once(
-                    f"total_steps = {group['total_steps']}",  # again where a longer run ends, too
+            is_beyond = not self.capturable and not is_within(group)
+            if is_beyond and self._is_first(("total_steps", group["total_steps"])):  # where a longer run ends, too
+                warn_caller(
                     f"Parameter `total_steps` should be the number of optimizer steps of the whole run. Found step "
                     f"{group['n_steps'] + 1} and `total_steps = {group['total_steps']}`: rules with a schedule, the "
                     "default one among them, no longer move the parameters. To go on, set `total_steps` in each group "
                     "of `optimizer.param_groups`.",
+                    UserWarning,
                 )
             for param in group["params"]:
                 if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
-        self._lay_out()
-        if sentry is None and self._sentry is not None:
-            take_snapshot(self._is_placed, self.state)
-        is_restored = sentry is not None and self._follow_guard(sentry)
-        may_warn = False
-        with self._without_autocast():
-            # the gradients of a step that restores belong to the parameters that were given up
-            for plan in () if is_restored else self._plans:
-                may_warn |= self._step_plan(plan) > 0
+        self._layout.update(self.param_groups, self.state)
+        if sentry is not None and not is_told:
+            take_snapshot(self._layout.params, self.state)
+        # the gradients of a step that restores belong to the parameters that were given up
+        is_restored = is_told and self._follow_guard(sentry)
+        may_warn = not is_restored and self._layout.step()
         for group in self.param_groups:
             group["n_steps"] += 1
-            if "momentum" in group:
-                self._warn_once(
-                    "momentum",
+            if "momentum" in group and self._is_first("momentum"):
+                warn_caller(
                     "A scheduler cycles `momentum`, which the rule does not have: only `lr` follows the schedule. "
                     "`cycle_momentum=False` does the same without a warning.",
+                    UserWarning,
                 )
             if self.averaging is not None:
                 weight = (self.averaging + 1) / (group["n_steps"] + self.averaging)
-                averages.follow(filter(self._is_placed.__contains__, group["params"]), self.state, weight)
+                averages.follow(filter(self._layout.params.__contains__, group["params"]), self.state, weight)
         if may_warn:
-            self._fetch_skipped(is_on_host=True)
+            self._layout.count_skipped(self.param_groups, is_on_host=True)
         return loss
-
-    def _without_autocast(self) -> AbstractContextManager:
-        """Compute in the dtypes of rule and state: what autocast narrows in a model it would narrow in a rule, too."""
-        stack = ExitStack()
-        for kind in {placed.bucket.device.type for placed in self._placed}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        return stack
 
     def _follow_guard(self, sentry: Sentry) -> bool:
         """Let the guard decide who steps; return True where the parameters went back to the last good ones."""
-        had = self._stepping_rule
-        decision = sentry.decide(self.param_groups)
+        decision, params = sentry.decide(self.param_groups), self._layout.params
         if decision.restores:
-            restore_snapshot(self._is_placed, self.state)
+            restore_snapshot(params, self.state)
             averages.restart(self.state)
         elif decision.snapshots:
-            take_snapshot(self._is_placed, self.state)
+            take_snapshot(params, self.state)
         if decision.begins_anew:
-            self._fetch_skipped()
-            for param in self._is_placed:
-                for name in state_template(had, param, self.state_dtype):
+            self._layout.count_skipped(self.param_groups)
+            for param in params:
+                for name in state_template(self._layout.rule, param, self.state_dtype):
                     self.state[param].pop(name, None)
-            self._forget_buckets()
-            self._rules.clear()
-            self._lay_out()
+            self._layout = self._new_layout(is_fallback=sentry.is_fallback)
+            self._layout.update(self.param_groups, self.state)
         return decision.restores
 
-    @property
-    def _stepping_rule(self) -> UpdateRule:
-        """The rule, or the fallback of a guard."""
-        return self._sentry.rule if self._sentry is not None and self._sentry.is_fallback else self.rule
-
-    def _step_plan(self, plan: _Plan) -> int:
-        """Step the buckets of a plan; return how many skipped gradients are known of without a host synchronisation."""
-        if plan.native is not None:
-            group = plan.placed[0].group
-            done = _share_done(group)
-            progress = None if done is None else float(done)
-            lr, decay = float(self._lr(group)), float(group["weight_decay"] * _is_within(group))
-            n_skipped = plan.native.step(lr, decay, progress, maximize=group["maximize"])
-            if n_skipped is not None:
-                return n_skipped
-        moved = [placed for placed in plan.placed if any(param.grad is not None for param in placed.bucket.params)]
-        for bucket, rule, group, _ in moved:
-            step_bucket(rule, bucket, self._options(group, bucket), plan.kernels)
-        return sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
+    def _new_layout(self, *, is_fallback: bool) -> Layout:
+        """Layout in which all parameters are yet to be placed, for the rule or for the fallback of a guard."""
+        if not is_fallback:
+            return Layout(self.rule, itemgetter("lr"), self.implementation, self.state_dtype)
+        implementation = "eager" if self.implementation == "eager" else "auto"  # "native" is asked of the rule alone
+        return Layout(self._sentry.rule, self._sentry.lr, implementation, self.state_dtype)
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
@@ -405,28 +333,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             >>> sorted(optimizer.diagnostics()["weight"])[:3]
             ['dissipated', 'energy', 'energy_rate']
         """
-        self._lay_out()
-        found = {}
-        with self._without_autocast():
-            for bucket, rule, group, _ in self._placed:
-                options = self._options(group, bucket)
-                for index, param in enumerate(bucket.params):
-                    require(not bucket.is_shared, self._name(param), "a shard of it", "whole on each process")
-                    if param.grad is not None:
-                        found[self._name(param)] = self._diagnosed(bucket, index, rule, options)
-        names = (self._name(param) for group in self.param_groups for param in group["params"])
-        return {name: found[name] for name in names if name in found}
-
-    @staticmethod
-    def _diagnosed(bucket: Bucket, index: int, rule: UpdateRule, options: StepOptions) -> dict[str, Tensor]:
-        """Quantities of one parameter of a bucket."""
-        theta, grad = (x.detach().flatten().to(bucket.dtype) for x in (bucket.params[index], bucket.params[index].grad))
-        grad, state = -grad if options.maximize else grad, bucket.rule_state(index)
-        signals = {"param": theta, "shape": bucket.params[index].shape, "progress": options.progress}
-        change = options.lr * rule(grad, state, **signals)[0]
-        if options.decay is not None:
-            change = change - options.lr * options.decay * theta
-        return {"update_to_weight": change.norm() / theta.norm()} | rule.account(grad, state, **signals)
+        self._layout.update(self.param_groups, self.state)
+        return diagnose(self._layout, self.param_groups)
 
     def eval(self) -> None:
         """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
@@ -455,9 +363,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._place_counters()
         try:
             check_options(group)
-            rule = self.rule.for_tables() if group["is_table"] else self.rule
+            rule, names = self.rule.for_tables() if group["is_table"] else self.rule, parameter_names(self.param_groups)
             for param in group["params"]:
-                check_sharding(param, self._name(param))
+                check_sharding(param, names[param])
                 if not is_supported(param):
                     self._raise_unsupported(param, param, "be dense, real and of a floating-point type")
                 if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:
@@ -467,19 +375,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     )
                 if rule.is_whole(param.shape) and Shard.of(param).n_shards > 1:
                     raise ValueError(
-                        f"Parameter `{self._name(param)}` should be whole on each process, because the rule steps "
+                        f"Parameter `{names[param]}` should be whole on each process, because the rule steps "
                         "matrices by their singular values: replicate it (`DistributedDataParallel`), or step it by "
                         f"coordinates (`is_table=True` in its group). Found `placements = {param.placements}`."
                     )
         except ValueError:
             self.param_groups.pop()
             raise
-        if group["lr"] * group["weight_decay"] > _LARGE_DECAY:
-            self._warn_once(
-                "weight_decay",
+        if group["lr"] * group["weight_decay"] > _LARGE_DECAY and self._is_first("weight_decay"):
+            warn_caller(
                 f"Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found "
                 f"`weight_decay = {group['weight_decay']}` and `lr = {float(group['lr'])}`; AdamW's weight decay times "
                 "its learning rate is what corresponds to it.",
+                UserWarning,
             )
         if "momentum" in self.defaults:  # later than the groups of the constructor, which are looked at together
             self._check_size_of_lr([group])
@@ -497,48 +405,34 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer.
         """
-        restored: dict[Tensor, dict[str, Any]] = {}
+        watch = layout = restored = None
 
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> None:
-            # loading leaves a default of torch's own behind, `differentiable`, which no group has
-            options = self.defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD}
-            missing = {name for group in final.get("param_groups", [{}]) for name in options - group.keys()}
-            lacks = f", with {', '.join(sorted(missing))} in each group"
-            require(not missing, "state_dict", sorted(final), f"the state of a LearnedOptimizer{lacks}")
-            check_rule(final["param_groups"], self.rule, self.defaults["rule_digest"])
+            nonlocal watch, layout, restored
+            check_saved(final, self.rule, self.defaults)
             if self._sentry is None:
                 check_unguarded(final["param_groups"])
             else:
-                self._sentry.load(final["param_groups"])
-                self._rules.clear()
-            restored.update(self._read_state(final))
+                watch = self._sentry.saved_watch(final["param_groups"])
+            layout = self._new_layout(is_fallback=watch is not None and bool(watch.is_fallback))
+            restored = read_states(layout, self.param_groups, final)
 
-        self._forget_buckets()
-        reading = self.register_load_state_dict_pre_hook(read)
-        writing = self.register_load_state_dict_post_hook(lambda _: self.state.update(restored), prepend=True)
-        watch = None if self._sentry is None else self._sentry.watch
-        given = [group["total_steps"] for group in self.param_groups]
-        try:
-            super().load_state_dict(state_dict)
-        except Exception:
+        def take_up(_: torch.optim.Optimizer) -> None:
+            self.state.update(restored)
+            self._layout = layout
             if self._sentry is not None:
                 self._sentry.watch = watch
-                self._rules.clear()
-            raise
-        finally:
-            reading.remove()
-            writing.remove()
+
+        given = [group["total_steps"] for group in self.param_groups]
+        with (
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(take_up, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
         self._place_counters()
-        loaded = [group["total_steps"] for group in self.param_groups]
-        if had := [(old, new) for old, new in zip(given, loaded, strict=True) if old not in (None, new)]:
-            warn_caller(
-                f"Parameter `total_steps` is {had[0][1]} from now on, as in `state_dict`; this optimizer had "
-                f"`total_steps = {had[0][0]}`. To train as long as that, set it again in each group of "
-                "`optimizer.param_groups`.",
-                UserWarning,
-            )
+        warn_of_other_length(given, self.param_groups)
 
     def state_dict(self) -> StateDict:
         """State and options, in the form of ``torch.optim``, as they are now.
@@ -548,7 +442,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             takes as much memory as the state; :attr:`state` itself is live. Beside the options each group holds the
             counts of steps and of skipped gradients, and ``rule_digest``.
         """
-        self._fetch_skipped()
+        self._layout.count_skipped(self.param_groups)
         if self._sentry is not None:
             for group in self.param_groups:
                 group[SAVED_GUARD] = self._sentry.saved()
@@ -557,14 +451,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             final["state"] = copied(final["state"])
             final["param_groups"] = [copied(group) for group in final["param_groups"]]
 
-        detaching = self.register_state_dict_post_hook(detach, prepend=True)  # before the user's own
-        try:
+        with self.register_state_dict_post_hook(detach, prepend=True):  # before the user's own
             return super().state_dict()
-        finally:
-            detaching.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._fetch_skipped()
+        self._layout.count_skipped(self.param_groups)
         state = defaultdict(dict, copied(self.state))  # a pickle would hold the padding of packed tensors
         names = ("rule", "_rule_name", "implementation", "state_dtype", "capturable", "averaging", "_sentry")
         own = {name: getattr(self, name) for name in names} | {"_warned": set()}
@@ -572,17 +463,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rules = {}
-        self._forget_buckets()
+        self._layout = self._new_layout(is_fallback=self._sentry is not None and self._sentry.is_fallback)
         for group in self.param_groups:
             group["rule_digest"] = self.defaults["rule_digest"]
-
-    def _forget_buckets(self) -> None:
-        """Let the next step pack the parameters anew, with the state that :attr:`state` holds."""
-        self._placed: list[_Placed] = []
-        self._plans: list[_Plan] = []
-        self._is_placed: set[Tensor] = set()
-        self._placed_groups: list[list[int]] = []
 
     def _place_counters(self) -> None:
         """Keep the count of steps on the device, where a captured step can raise it, or as a number."""
@@ -594,168 +477,24 @@ class LearnedOptimizer(torch.optim.Optimizer):
             else:
                 group["n_steps"] = int(group["n_steps"])
 
-    def _name(self, param: Tensor) -> str | None:
-        """Name of a parameter; None for one that has been removed."""
-        for number, group in enumerate(self.param_groups):
-            for index, other in enumerate(group["params"]):
-                if other is param:
-                    names = group.get("param_names")
-                    return names[index] if names else f"param_groups[{number}]['params'][{index}]"
-        return None
-
     def _raise_unsupported(self, tensor: Tensor, param: Tensor, wanted: str) -> None:
         raise ValueError(
-            f"Parameter `{self._name(param)}` should {wanted} (embeddings: `sparse=False`; "
+            f"Parameter `{parameter_names(self.param_groups)[param]}` should {wanted} (embeddings: `sparse=False`; "
             f"complex numbers: `torch.view_as_real`). Found {tensor.layout}, {tensor.dtype}."
         )
 
     def _check_size_of_lr(self, groups: list[dict[str, Any]]) -> None:
         """Warn where a learned rule is to take steps of another optimizer's learning rate in all of these groups."""
         lr = max(float(group["lr"]) for group in groups)
-        if 0 < lr <= _SMALL_LR and any(True for _ in self.rule.parameters()):
-            self._warn_once(
-                "lr",
+        if 0 < lr <= _SMALL_LR and any(True for _ in self.rule.parameters()) and self._is_first("lr"):
+            warn_caller(
                 "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
                 f"rule was trained for. Found `lr = {lr:g}`, as if it were Adam's.",
+                UserWarning,
             )
 
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warn_caller(message, UserWarning)
-
-    def _rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
-        key = param.device, has_values(param)
-        if (*key, is_table) not in self._rules:
-            rule = copy_beside(self._stepping_rule, param)
-            self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
-        return self._rules[*key, is_table]
-
-    def _n_matrices(self) -> int:
-        """Number of matrices, frozen ones and those without a gradient included."""
-        rules = {False: self._stepping_rule, True: self._stepping_rule.for_tables()}
-        members = ((rules[group["is_table"]], param) for group in self.param_groups for param in group["params"])
-        return sum(rule.is_matrix(param.shape) for rule, param in members if param.numel() > 0)
-
-    def _options(self, group: dict[str, Any], bucket: Bucket) -> StepOptions:
-        def scalar(x: float | Tensor) -> Tensor:
-            return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype, device="cpu")
-
-        progress, within = _share_done(group), _is_within(group)
-        if isinstance(progress, Tensor):  # counted on one device, also where the group has parameters on others
-            progress, within = (x.to(bucket.device, bucket.dtype) for x in (progress, within))
-        elif progress is not None:
-            progress = torch.full((), progress, dtype=bucket.dtype, device=bucket.device)
-        decay = scalar(group["weight_decay"]) * within if group["weight_decay"] != 0 else None
-        return StepOptions(scalar(self._lr(group)), decay, progress, group["maximize"])
-
-    def _lr(self, group: dict[str, Any]) -> float | Tensor:
-        """Factor on the updates of the rule that steps now."""
-        return group["lr"] if self._stepping_rule is self.rule else self._sentry.lr(group)
-
-    def _lay_out(self) -> None:
-        """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
-        groups = [[id(group), group["is_table"], *map(id, group["params"])] for group in self.param_groups]
-        if groups != self._placed_groups or not all(placed.is_current(self.state) for placed in self._placed):
-            self._fetch_skipped()
-            self._forget_buckets()
-            self._placed_groups = groups
-        for group in self.param_groups:
-            new = [p for p in group["params"] if p.grad is not None and p not in self._is_placed]
-            if new:
-                self._place(group, [p for p in new if p.numel() > 0])
-                self._place_empty([p for p in new if p.numel() == 0])
-                self._plans = self._make_plans()
-
-    def _place(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Lay out parameters that have their first gradient, and begin or take up their state."""
-        alike: dict[tuple, list[Tensor]] = defaultdict(list)
-        for param in params:
-            check_sharding(param, self._name(param))  # again: models are wrapped after their optimizer is built, too
-            shard, rule = Shard.of(param), self._rule_for(param, group["is_table"])
-            is_alone = rule.crosses_coordinates and not rule.is_staged
-            stacked = param.shape if not is_alone and rule.is_whole(param.shape) else None
-            # by the average piece, so that all processes choose alike
-            size = param.numel() // shard.n_shards
-            threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
-            if shard.n_shards > 1:
-                threshold = max(threshold, _EXCHANGES_ALONE)
-            is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
-            alone = param if is_alone or is_large else None
-            alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
-        n_matrices, deep = self._n_matrices(), {}
-        for (rule, *_, is_alone, stacked), together in alike.items():
-            if stacked is not None:  # one for all matrices, which go through one call then
-                rule = deep.setdefault(rule, rule.for_depth(n_matrices))
-            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_alone or stacked is not None)
-            for index, param in enumerate(together):
-                held = self.state.get(param, {})  # others may keep something of theirs there too
-                begun = {name: held[name] for name in bucket.state._fields if name in held}
-                if begun:
-                    matched = matched_state(rule, param, begun, self.state_dtype, name=self._name(param))
-                    bucket.set_state(index, matched)
-                else:
-                    bucket.init_state(index, rule)
-                self.state[param] = {**held, **bucket.views(index)}
-            handed = [self.state[param][name] for param in together for name in bucket.state._fields]
-            self._placed.append(_Placed(bucket, rule, group, handed))
-            self._is_placed.update(together)
-
-    def _make_plans(self) -> list[_Plan]:
-        """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
-        together: dict[tuple[int, int], list[_Placed]] = defaultdict(list)
-        plans = []
-        if self.implementation == "eager":
-            return [_Plan(None, [placed]) for placed in self._placed]
-        for placed in self._placed:
-            obstacle = native_obstacle(placed.rule, placed.bucket)
-            if obstacle is None:
-                together[id(placed.group), id(placed.rule)].append(placed)
-                continue
-            is_matrix = placed.bucket.is_whole and placed.rule.is_staged
-            on_cuda = triton_obstacle(placed.rule, placed.bucket)
-            kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None
-            obstacle = on_cuda if placed.bucket.device.type == "cuda" else obstacle
-            is_asked_for = self.implementation == "native" and self._stepping_rule is self.rule
-            if is_asked_for and kernels is None and not is_matrix:
-                self._forget_buckets()
-                require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
-            plans.append(_Plan(None, [placed], kernels))
-        plans += [_Plan(NativeStep(some[0].rule, [x.bucket for x in some]), some) for some in together.values()]
-        return plans
-
-    def _place_empty(self, params: list[Tensor]) -> None:
-        """Give parameters without elements their state."""
-        for param in params:
-            begun = empty_state(self._rule_for(param), param, self.state_dtype)
-            self.state[param] = begun | self.state.get(param, {})
-        self._is_placed.update(params)
-
-    def _fetch_skipped(self, *, is_on_host: bool = False) -> None:
-        """Bring the counts of skipped gradients to the host, or those that are there, and warn of the first ones."""
-        had = any(group["n_skipped"] for group in self.param_groups)
-        first = None
-        for bucket, _, group, _ in self._placed:
-            if bucket.is_on_host if is_on_host else bucket.has_values:
-                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=True):
-                    if count and first is None:
-                        first = self._name(param)
-                    group["n_skipped"] += count
-                bucket.n_skipped.zero_()
-        if first is not None and not had:
-            warn_caller(
-                f"Parameter `{first}` was not moved at {'' if is_on_host else 'or before '}step {self.n_steps}: its "
-                "gradient is not finite. Later such steps are skipped and counted in `n_skipped` without a warning."
-            )
-
-    def _read_state(self, state_dict: StateDict) -> dict[Tensor, dict[str, Any]]:
-        """Saved state by parameter, without those that have none."""
-        restored = {}
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)  # lengths: the base class's job
-        for group, saved_group in pairs:
-            is_of_rule = "rule_digest" in saved_group
-            for param, key in zip(group["params"], saved_group["params"], strict=False):
-                if saved := state_dict["state"].get(key):
-                    named = {"name": self._name(param), "is_of_rule": is_of_rule}
-                    restored[param] = saved_state(self._rule_for(param), param, saved, self.state_dtype, **named)
-        return restored
+    def _is_first(self, what: Hashable) -> bool:
+        """Return True the first time that it is asked, for warnings that are given once."""
+        n_before = len(self._warned)
+        self._warned.add(what)
+        return len(self._warned) > n_before

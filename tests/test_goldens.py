@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import odeopt
-import odeopt.optimizer
+from odeopt.stepping import layout
 
 PATH = Path(odeopt.__file__).parent / "pretrained" / "goldens.json"
 F64 = torch.float64
@@ -155,10 +155,10 @@ def test_rule_takes_its_golden_steps(name, is_known):
 @over_cases
 def test_optimizer_takes_the_golden_steps(name, is_known, is_packed, monkeypatch):
     # all of these tensors are small enough to be packed, unless told otherwise
-    n_calls, step_bucket = [], odeopt.optimizer.step_bucket
-    monkeypatch.setattr(odeopt.optimizer, "step_bucket", lambda *a, **k: (n_calls.append(1), step_bucket(*a, **k)))
+    n_calls, step_bucket = [], layout.step_bucket
+    monkeypatch.setattr(layout, "step_bucket", lambda *a, **k: (n_calls.append(1), step_bucket(*a, **k)))
     if not is_packed:
-        monkeypatch.setattr(odeopt.optimizer, "_STEPPED_IN_PLACE", {"cpu": 0})
+        monkeypatch.setattr(layout, "_STEPPED_IN_PLACE", {"cpu": 0})
     rule = odeopt.load_pretrained(name).to(F64)
     assert_golden(by_optimizer(rule, is_known), name, is_known)
     is_packable = is_packed and (rule.is_staged or not rule.crosses_coordinates)

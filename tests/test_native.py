@@ -79,7 +79,7 @@ def give(optimizers, step, *, scale=1.0):
 
 
 def is_native(optimizer):
-    return all(plan.native is not None for plan in optimizer._plans)
+    return all(plan.native is not None for plan in optimizer._layout.plans)
 
 
 def equal_state(a, b):
@@ -167,7 +167,7 @@ def test_only_matrices_that_are_large_and_nearly_square_take_the_eager_step(is_t
     params = [parameter(torch.ones(shape), torch.ones(shape)) for shape in [(4, 7), (5, 10), (8, 4), (3, 3), (3,)]]
     optimizer = LearnedOptimizer([{"params": params, "is_table": is_table}], rule, implementation="native")
     optimizer.step()
-    eager = [placed.bucket.params for plan in optimizer._plans if plan.native is None for placed in plan.placed]
+    eager = [placed.bucket.params for plan in optimizer._layout.plans if plan.native is None for placed in plan.placed]
     assert [list(map(id, some)) for some in eager] == ([] if is_table else [[id(params[0])], [id(params[1])]])
 
 
@@ -344,7 +344,7 @@ def assert_threads_change_nothing(monkeypatch, shapes, broken_at=None, **options
                 params_of(optimizer)[0].grad[-1] = float("nan")
             optimizer.step()
         assert optimizer.n_skipped == (broken_at is not None)
-        (plan,) = optimizer._plans
+        (plan,) = optimizer._layout.plans
         assert plan.native._options.n_threads == n_threads
         found.append(copy(optimizer))
     for params, state in found[1:]:
@@ -525,7 +525,7 @@ def test_parts_of_one_tensor_that_do_not_overlap_share_threads(monkeypatch):
         param.grad = part
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     optimizer.step()
-    (plan,) = optimizer._plans
+    (plan,) = optimizer._layout.plans
     assert plan.native._options.n_threads == 3
     assert flat.count_nonzero() == len(flat)
 
@@ -744,4 +744,4 @@ def test_one_call_steps_all_matrices_of_a_group_whatever_the_depth():
     optimizer = pair(rule, [(4, 3), (3, 4), (30, 4), (3,)])[1]
     give([optimizer], 0)
     optimizer.step()
-    assert sorted(len(plan.placed) for plan in optimizer._plans) == [1, 3]
+    assert sorted(len(plan.placed) for plan in optimizer._layout.plans) == [1, 3]

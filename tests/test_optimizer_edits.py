@@ -112,11 +112,11 @@ def test_state_that_is_replaced_is_taken_up(size, edit):
 
 def test_state_edited_in_place_is_stepped_without_a_new_layout():
     (a, _), optimizer = stepped(LeakySum())
-    placed = list(optimizer._placed)
+    placed = list(optimizer._layout.placed)
     optimizer.state[a]["total"].zero_()
     optimizer.step()
     assert torch.equal(optimizer.state[a]["total"], a.grad)
-    assert all(x is y for x, y in zip(optimizer._placed, placed, strict=True))
+    assert all(x is y for x, y in zip(optimizer._layout.placed, placed, strict=True))
 
 
 def test_state_that_is_not_the_rules_is_refused_by_name_before_anything_moves():
@@ -144,12 +144,21 @@ def test_what_others_keep_beside_the_state_stays_there():
 
 def test_counts_of_skipped_gradients_survive_a_new_layout():
     (a, _), optimizer = stepped()
-    optimizer._placed[0].bucket.n_skipped[1] = 1  # as on a GPU, where the count waits to be fetched
+    optimizer._layout.placed[0].bucket.n_skipped[1] = 1  # as on a GPU, where the count waits to be fetched
     optimizer.param_groups[0]["params"].remove(a)
     with pytest.warns(RuntimeWarning, match="was not moved at or before step 2") as record:
         optimizer.step()
     assert record[0].filename == __file__
     assert optimizer.n_skipped == 1
+
+
+def test_counts_of_skipped_gradients_survive_a_load_that_fails():
+    _, optimizer = stepped()
+    optimizer._layout.placed[0].bucket.n_skipped[1] = 1
+    with pytest.raises(ValueError, match="`state_dict` should be the state of a LearnedOptimizer"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [{"params": [0, 1]}]})
+    with pytest.warns(RuntimeWarning, match="was not moved at or before step 2"):
+        assert optimizer.n_skipped == 1
 
 
 class KeepsDtype(UpdateRule):

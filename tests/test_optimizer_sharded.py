@@ -19,10 +19,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-import odeopt.optimizer
 from odeopt import stepping
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate, RMSpropUpdate, SGDUpdate
+from odeopt.stepping import layout
 
 RULES = {
     "port-hamiltonian": lambda: port_hamiltonian(uses_progress=True),
@@ -155,12 +155,12 @@ def assert_same(found, wanted, **tolerance):
 @contextlib.contextmanager
 def stepped_in_place(threshold):
     """Step tensors whose pieces have this many coordinates where they lie."""
-    kept, kept_alone = dict(odeopt.optimizer._STEPPED_IN_PLACE), odeopt.optimizer._EXCHANGES_ALONE
+    kept, kept_alone = dict(layout._STEPPED_IN_PLACE), layout._EXCHANGES_ALONE
     if threshold is not None:
-        odeopt.optimizer._STEPPED_IN_PLACE["cpu"] = odeopt.optimizer._EXCHANGES_ALONE = threshold
+        layout._STEPPED_IN_PLACE["cpu"] = layout._EXCHANGES_ALONE = threshold
     yield
-    odeopt.optimizer._STEPPED_IN_PLACE.update(kept)
-    odeopt.optimizer._EXCHANGES_ALONE = kept_alone
+    layout._STEPPED_IN_PLACE.update(kept)
+    layout._EXCHANGES_ALONE = kept_alone
 
 
 @contextlib.contextmanager

@@ -6,11 +6,10 @@ from cuda_toys import no_waiting
 from optimizer_toys import LeakySum, parameter, port_hamiltonian
 from torch import nn
 
-from odeopt import optimizer as optimizer_module
 from odeopt.ode import LINEAR_METHODS
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate, SGDUpdate
-from odeopt.stepping import Bucket
+from odeopt.stepping import Bucket, layout
 
 f32, f64 = torch.float32, torch.float64
 
@@ -22,7 +21,7 @@ SHAPES = [(), (1,), (7, 3), (1024,), (5, 0), (1025,), (2, 3, 200, 2), LARGE]
 @pytest.fixture
 def large_in_place(monkeypatch):
     """Step a few thousand coordinates where they lie, as 65,536 are: solvers that adapt take long over so many."""
-    monkeypatch.setattr(optimizer_module, "_STEPPED_IN_PLACE", {"cpu": 4096})
+    monkeypatch.setattr(layout, "_STEPPED_IN_PLACE", {"cpu": 4096})
 
 
 def gradients(shapes, n_steps, dtype=f32):
@@ -141,7 +140,7 @@ def test_rules_are_called_once_for_all_small_tensors():
 def test_network_of_the_rule_runs_once_for_all_tensors():
     rule, params = port_hamiltonian(), parameters([(3,), (4, 4), (2000,)])
     optimizer, seen = LearnedOptimizer(params, rule, implementation="eager"), []
-    placed = optimizer._rule_for(params[0])
+    placed = optimizer._layout.rule_for(params[0])
     placed.coefficient_network.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
     follow(params, optimizer, gradients([p.shape for p in params], 1))
     assert seen == [(3, 13)]
@@ -152,7 +151,7 @@ def test_large_parameters_are_stepped_where_they_lie(implementation):
     params = parameters([(300, 250), (10,), (11,)])
     optimizer = LearnedOptimizer(params, port_hamiltonian(), implementation=implementation)
     follow(params, optimizer, gradients([p.shape for p in params], 1))
-    buckets = [placed.bucket for placed in optimizer._placed]
+    buckets = [placed.bucket for placed in optimizer._layout.placed]
     sizes = sorted((len(b.params), b.shape) for b in buckets)
     assert sizes == [(1, (1, 75_000)), (2, (2, 16))]  # short rows for short tensors
     # native steps copy nothing
@@ -195,7 +194,7 @@ def test_padding_stays_zero(implementation):
     rule, params = port_hamiltonian(), parameters([(5,), (1030,)])
     optimizer = LearnedOptimizer(params, rule, implementation=implementation)
     follow(params, optimizer, gradients([p.shape for p in params], 5))
-    bucket = optimizer._placed[0].bucket
+    bucket = optimizer._layout.placed[0].bucket
     theta = [] if bucket.theta is None else [bucket.theta]
     for field in (*bucket.state.p.unbind(1), bucket.state.second_moment, *theta):
         assert field[0, 5:].eq(0).all()

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import odeopt
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate
-from odeopt.stepping import Bucket
+from odeopt.stepping import Bucket, layout
 from odeopt.stepping.triton import step as kernels_step
 from odeopt.stepping.triton import triton_obstacle
 
@@ -51,20 +51,20 @@ def test_kernels_are_right_in_the_interpreter():
 @pytest.fixture
 def in_triton(monkeypatch):
     """Leave tensors on a CPU to Triton."""
-    monkeypatch.setattr(odeopt.optimizer, "native_obstacle", lambda *_: "this is about kernels")
+    monkeypatch.setattr(layout, "native_obstacle", lambda *_: "this is about kernels")
 
 
 @pytest.fixture
 def in_place(monkeypatch):
     """Step each tensor where it lies."""
-    monkeypatch.setattr(odeopt.optimizer, "_STEPPED_IN_PLACE", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(layout, "_STEPPED_IN_PLACE", {"cpu": 0, "cuda": 0})
 
 
 pair = partial(test_native.pair, device=DEVICE)
 
 
 def has_kernels(optimizer):
-    return all(plan.kernels is not None for plan in optimizer._plans)
+    return all(plan.kernels is not None for plan in optimizer._layout.plans)
 
 
 def copy(optimizer):
@@ -77,7 +77,7 @@ def assert_steps_alike(optimizers, n_steps=3):
     eager, ours = optimizers
     test_native.assert_steps_alike(optimizers, n_steps, are_rounded_alike=lambda found, wanted: None)
     assert has_kernels(ours)
-    assert not any(plan.kernels for plan in eager._plans)
+    assert not any(plan.kernels for plan in eager._layout.plans)
 
 
 # -------------------- parity
@@ -103,7 +103,7 @@ def test_step_is_the_eager_one(options, settings):
 def test_step_of_a_tensor_in_place_is_the_eager_one(options):
     optimizers = pair(port_hamiltonian(**options), [(), (5,), (2, 1025)], weight_decay=0.01)
     assert_steps_alike(optimizers)
-    assert all(plan.placed[0].bucket.theta is None for plan in optimizers[1]._plans)
+    assert all(plan.placed[0].bucket.theta is None for plan in optimizers[1]._layout.plans)
 
 
 @on_device
@@ -132,7 +132,7 @@ def test_matrices_of_a_spectral_rule_are_left_to_torch():
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    assert sorted(plan.kernels is not None for plan in optimizer._plans) == [False, True]
+    assert sorted(plan.kernels is not None for plan in optimizer._layout.plans) == [False, True]
 
 
 @on_device
@@ -197,7 +197,7 @@ def test_padding_stays_zero():
     for step in range(2):
         give([optimizer], step)
         optimizer.step()
-    bucket = optimizer._placed[0].bucket
+    bucket = optimizer._layout.placed[0].bucket
     for field in (*bucket.state.p.unbind(1), bucket.state.second_moment, bucket.theta):
         assert field[0, 5:].eq(0).all()
         assert field[2, 6:].eq(0).all()
@@ -308,7 +308,7 @@ def test_what_has_no_kernels_is_stepped_eagerly_and_the_reason_is_known(make, dt
     optimizer, _ = pair(make(), [(3,)], dtype=dtype)
     give([optimizer], 0)
     optimizer.step()
-    (placed,) = optimizer._placed
+    (placed,) = optimizer._layout.placed
     assert reason in triton_obstacle(placed.rule, placed.bucket)
 
 
@@ -323,7 +323,7 @@ def test_without_triton_steps_are_eager(monkeypatch):
         optimizer = LearnedOptimizer([param], port_hamiltonian())
         optimizer.step()
         assert not has_kernels(optimizer)
-        (placed,) = optimizer._placed
+        (placed,) = optimizer._layout.placed
         assert triton_obstacle(placed.rule, placed.bucket).startswith("Triton does not work here (ModuleNotFoundError")
     finally:
         kernels_step._kernels_on.cache_clear()

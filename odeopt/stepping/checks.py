@@ -62,12 +62,22 @@ def check_options(options: dict[str, Any]) -> None:
         require(isinstance(options[name], bool), name, options[name], "True or False")
 
 
+def parameter_names(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """Name of each parameter in messages, in the order of the groups."""
+    names = {}
+    for number, group in enumerate(groups):
+        given = group.get("param_names")
+        for index, param in enumerate(group["params"]):
+            names[param] = given[index] if given else f"param_groups[{number}]['params'][{index}]"
+    return names
+
+
 def is_supported(tensor: Tensor) -> bool:
     """Return True for a parameter or a gradient that is dense, real and of a floating-point type."""
     return tensor.layout == torch.strided and tensor.is_floating_point()
 
 
-def check_sharding(param: Tensor, name: str | None) -> None:
+def check_sharding(param: Tensor, name: str) -> None:
     """Raise a ValueError where a parameter is a piece of a tensor in a way that the sums across it cannot follow."""
     found = next((owner for mark, owner in _FOREIGN.items() if hasattr(param, mark)), None)
     if found is None and is_distributed(param) and any(placement.is_partial() for placement in param.placements):

@@ -364,7 +364,7 @@ class Sentry:
         """Let the next loss take the place of one whose gradients were set to zero: the step was left out."""
         self._may_replace = True
 
-    def expects_step(self, *, moves: bool) -> bool:
+    def expects_step(self, moves: bool) -> bool:
         """Return True if a loss was reported; raise an error if not, unless the step moves nothing.
 
         Steps at learning rate zero are how ``torch.distributed.checkpoint`` has the state begun.
@@ -403,17 +403,16 @@ class Sentry:
         """Watch and digest of the fallback, float64."""
         return torch.tensor([self.digest, *astuple(self.watch)], dtype=torch.float64)
 
-    def load(self, groups: list[dict[str, Any]]) -> None:
-        """Take up the watch of saved groups, or begin one if they were saved without a guard."""
+    def saved_watch(self, groups: list[dict[str, Any]]) -> Watch:
+        """Return the watch of saved groups, or a new one if they were saved without a guard."""
         saved = groups[0].get(SAVED_GUARD) if groups else None
         if saved is None:
-            self.watch = Watch()
-            return
+            return Watch()
         found = torch.as_tensor(saved).tolist()
         n = 1 + len(fields(Watch))
         require(len(found) == n, SAVED_GUARD, found, f"{n} numbers in the groups of `state_dict`")
         require(int(found[0]) == self.digest, "guard", int(found[0]), f"saved with this fallback, of {self.digest}")
-        self.watch = Watch(*found[1:])
+        return Watch(*found[1:])
 
 
 def check_unguarded(groups: list[dict[str, Any]]) -> None:

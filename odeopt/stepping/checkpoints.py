@@ -1,0 +1,66 @@
+"""State dictionaries of an optimizer, which are checked and read back exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import StateDict
+
+from odeopt.checks import require
+from odeopt.rules.base import UpdateRule
+from odeopt.stepping.buckets import state_template
+from odeopt.stepping.checks import parameter_names, warn_caller
+from odeopt.stepping.guard import SAVED_GUARD
+from odeopt.stepping.layout import Group, Layout, matched_state
+
+
+def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any]) -> None:
+    """Refuse the state of another kind of optimizer or of another rule; warn where the rule's digest was removed."""
+    # loading leaves a default of torch's own behind, `differentiable`, which no group has
+    options = defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD}
+    missing = {name for group in state_dict.get("param_groups", [{}]) for name in options - group.keys()}
+    lacks = f", with {', '.join(sorted(missing))} in each group"
+    require(not missing, "state_dict", sorted(state_dict), f"the state of a LearnedOptimizer{lacks}")
+    digest, found = defaults["rule_digest"], {group.get("rule_digest") for group in state_dict["param_groups"]}
+    if others := found - {None, digest}:
+        raise ValueError(
+            "Parameter `rule` should be the one that `state_dict` was saved with: the same class, configuration and "
+            f"weights. Found another one, {type(rule).__name__} (`rule_digest` {digest}; in `state_dict` "
+            f"{', '.join(map(str, others))}). To change the rule on purpose, remove `rule_digest` from the groups of "
+            "`state_dict`."
+        )
+    if None in found:
+        warn_caller("`state_dict` does not say by which rule it was made, so it may be another.", UserWarning)
+
+
+def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> dict[Tensor, dict[str, Any]]:
+    """Return the saved state of each parameter that has one, in the dtypes that the rule of a layout keeps.
+
+    Entries that are not the rule's keep their dtypes. Where a digest does not say that the state is the rule's, names
+    alone tell the fields of another rule from entries of others, so a state without any field of the rule is refused.
+    """
+    restored, names = {}, parameter_names(groups)
+    for group, saved_group in zip(groups, state_dict["param_groups"], strict=False):  # lengths: the base class's job
+        for param, key in zip(group["params"], saved_group["params"], strict=False):
+            if saved := state_dict["state"].get(key):
+                rule, dtype = layout.rule_for(param), layout.state_dtype
+                fields = state_template(rule, param, dtype)
+                others = {name: x for name, x in saved.items() if name not in fields}
+                restored[param] = {name: x.to(param.device) if torch.is_tensor(x) else x for name, x in others.items()}
+                if len(others) < len(saved) or "rule_digest" not in saved_group:
+                    restored[param] |= matched_state(rule, param, saved, dtype, name=names[param])
+    return restored
+
+
+def warn_of_other_length(given: list[int | None], groups: list[Group]) -> None:
+    """Warn where ``total_steps`` of the groups that were loaded is not the one that was ``given`` before."""
+    loaded = (group["total_steps"] for group in groups)
+    if had := [(old, new) for old, new in zip(given, loaded, strict=True) if old not in (None, new)]:
+        warn_caller(
+            f"Parameter `total_steps` is {had[0][1]} from now on, as in `state_dict`; this optimizer had "
+            f"`total_steps = {had[0][0]}`. To train as long as that, set it again in each group of "
+            "`optimizer.param_groups`.",
+            UserWarning,
+        )

@@ -1,0 +1,264 @@
+"""Layout of the parameters of an optimizer: the buckets that hold them, and what steps each bucket."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odeopt.checks import require
+from odeopt.rules.base import UpdateRule, has_values
+from odeopt.stepping.buckets import Bucket, state_template
+from odeopt.stepping.checks import check_sharding, parameter_names, warn_caller
+from odeopt.stepping.copies import copy_beside
+from odeopt.stepping.loops import StepOptions, step_bucket
+from odeopt.stepping.native import NativeStep, native_obstacle
+from odeopt.stepping.shards import Shard
+from odeopt.stepping.triton import TritonKernels, triton_obstacle
+
+# Parameters from this size on are stepped in place, the others packed into a buffer. On a CPU copying
+# costs as much as half a step; on a GPU a call of its own costs more, unless the tensor is large.
+_STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
+# Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
+_EXCHANGES_ALONE = 2**22
+
+Group = dict[str, Any]
+States = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Placed(NamedTuple):
+    """A bucket, its rule, the group whose options it follows, and the state that it handed out, field by field."""
+
+    bucket: Bucket
+    rule: UpdateRule
+    group: Group
+    handed: list[Tensor]
+
+    def is_current(self, states: States) -> bool:
+        """Return True while the bucket steps these parameters and this state."""
+        names = self.bucket.state._fields
+        found = (x for param in self.bucket.params for x in map(states.get(param, {}).get, names))
+        return all(map(is_, found, self.handed)) and not self.bucket.has_moved()
+
+
+class Plan(NamedTuple):
+    """Buckets of one group and rule that are stepped together in C; or another bucket, with its kernels if any."""
+
+    native: NativeStep | None
+    placed: list[Placed]
+    kernels: TritonKernels | None = None
+
+
+class Layout:
+    """Buckets of the parameters of an optimizer that have had a gradient, and what steps each bucket.
+
+    Args:
+        rule: The rule that steps.
+        lr: Returns the factor on the updates of a group.
+        implementation: ``"auto"``, ``"native"`` or ``"eager"``, as of :class:`odeopt.LearnedOptimizer`.
+        state_dtype: Dtype of the state per coordinate; None for float32 or better.
+
+    Attributes:
+        params: Parameters that have their state.
+        placed: The buckets.
+        plans: The same, as they are stepped.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        lr: Callable[[Group], float | Tensor],
+        implementation: str,
+        state_dtype: torch.dtype | None,
+    ) -> None:
+        self.rule, self.lr, self.implementation, self.state_dtype = rule, lr, implementation, state_dtype
+        self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
+        self._forget()
+
+    def update(self, groups: list[Group], states: States) -> None:
+        """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
+        found = [[id(group), group["is_table"], *map(id, group["params"])] for group in groups]
+        if found != self._groups or not all(placed.is_current(states) for placed in self.placed):
+            self.count_skipped(groups)
+            self._forget()
+            self._groups = found
+        for group in groups:
+            new = [p for p in group["params"] if p.grad is not None and p not in self.params]
+            if new:
+                self._place(groups, group, [p for p in new if p.numel() > 0], states)
+                for param in new:
+                    if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
+                        template = state_template(self.rule_for(param), param, self.state_dtype)
+                        begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
+                        states[param] = begun | states.get(param, {})
+                        self.params.add(param)
+                self.plans = self._make_plans()
+
+    def step(self) -> bool:
+        """Step all buckets; return True if gradients were skipped, as far as the host knows without waiting."""
+        with self.without_autocast():
+            return sum(map(self._step, self.plans)) > 0
+
+    def count_skipped(self, groups: list[Group], *, is_on_host: bool = False) -> None:
+        """Bring the counts of skipped gradients to the groups, or those on the host, and warn of the first ones."""
+        had = any(group["n_skipped"] for group in groups)
+        first = None
+        for bucket, _, group, _ in self.placed:
+            if bucket.is_on_host if is_on_host else bucket.has_values:
+                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=True):
+                    if count and first is None:
+                        first = parameter_names(groups).get(param)
+                    group["n_skipped"] += count
+                bucket.n_skipped.zero_()
+        if first is not None and not had:
+            warn_caller(
+                f"Parameter `{first}` was not moved at {'' if is_on_host else 'or before '}step "
+                f"{int(groups[0]['n_steps'])}: its gradient is not finite. Later such steps are skipped and counted in "
+                "`n_skipped` without a warning."
+            )
+
+    def rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
+        """Return the copy of the rule that steps a parameter, on its device."""
+        key = param.device, has_values(param)
+        if (*key, is_table) not in self._rules:
+            rule = copy_beside(self.rule, param)
+            self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
+        return self._rules[*key, is_table]
+
+    def options(self, placed: Placed) -> StepOptions:
+        """Options of the next step of a bucket, on its device."""
+        bucket, _, group, _ = placed
+
+        def scalar(x: float | Tensor) -> Tensor:
+            return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype, device="cpu")
+
+        progress, within = _share_done(group), is_within(group)
+        if isinstance(progress, Tensor):  # counted on one device, also where the group has parameters on others
+            progress, within = (x.to(bucket.device, bucket.dtype) for x in (progress, within))
+        elif progress is not None:
+            progress = torch.full((), progress, dtype=bucket.dtype, device=bucket.device)
+        decay = scalar(group["weight_decay"]) * within if group["weight_decay"] != 0 else None
+        return StepOptions(scalar(self.lr(group)), decay, progress, group["maximize"])
+
+    @contextmanager
+    def without_autocast(self) -> Iterator[None]:
+        """Compute in the dtypes of rule and state: what autocast narrows in a model it would narrow in a rule, too."""
+        with ExitStack() as stack:
+            for kind in {placed.bucket.device.type for placed in self.placed}:
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+
+    def _forget(self) -> None:
+        """Let the next update place all parameters anew, with the state that it is given."""
+        self.placed: list[Placed] = []
+        self.plans: list[Plan] = []
+        self.params: set[Tensor] = set()
+        self._groups: list[list[int]] = []
+
+    def _place(self, groups: list[Group], group: Group, params: list[Tensor], states: States) -> None:
+        """Lay out parameters that have their first gradient, and begin or take up their state."""
+        names, alike = parameter_names(groups), defaultdict(list)
+        for param in params:
+            check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
+            shard, rule = Shard.of(param), self.rule_for(param, group["is_table"])
+            is_alone = rule.crosses_coordinates and not rule.is_staged
+            stacked = param.shape if not is_alone and rule.is_whole(param.shape) else None
+            # by the average piece, so that all processes choose alike
+            size = param.numel() // shard.n_shards
+            threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
+            if shard.n_shards > 1:
+                threshold = max(threshold, _EXCHANGES_ALONE)
+            is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
+            alone = param if is_alone or is_large else None
+            alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
+        n_matrices, deep = self._n_matrices(groups), {}
+        for (rule, *_, is_alone, stacked), together in alike.items():
+            if stacked is not None:  # one for all matrices, which go through one call then
+                rule = deep.setdefault(rule, rule.for_depth(n_matrices))
+            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_alone or stacked is not None)
+            for index, param in enumerate(together):
+                held = states.get(param, {})  # others may keep something of theirs there too
+                begun = {name: held[name] for name in bucket.state._fields if name in held}
+                if begun:
+                    matched = matched_state(rule, param, begun, self.state_dtype, name=names[param])
+                    bucket.set_state(index, matched)
+                else:
+                    bucket.init_state(index, rule)
+                states[param] = {**held, **bucket.views(index)}
+            handed = [states[param][name] for param in together for name in bucket.state._fields]
+            self.placed.append(Placed(bucket, rule, group, handed))
+            self.params.update(together)
+
+    def _n_matrices(self, groups: list[Group]) -> int:
+        """Number of matrices, frozen ones and those without a gradient included."""
+        rules = {False: self.rule, True: self.rule.for_tables()}
+        members = ((rules[group["is_table"]], param) for group in groups for param in group["params"])
+        return sum(rule.is_matrix(param.shape) for rule, param in members if param.numel() > 0)
+
+    def _make_plans(self) -> list[Plan]:
+        """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
+        if self.implementation == "eager":
+            return [Plan(None, [placed]) for placed in self.placed]
+        together: dict[tuple[int, int], list[Placed]] = defaultdict(list)
+        plans = []
+        for placed in self.placed:
+            obstacle = native_obstacle(placed.rule, placed.bucket)
+            if obstacle is None:
+                together[id(placed.group), id(placed.rule)].append(placed)
+                continue
+            is_matrix = placed.bucket.is_whole and placed.rule.is_staged
+            on_cuda = triton_obstacle(placed.rule, placed.bucket)
+            kernels = TritonKernels(placed.rule, placed.bucket) if on_cuda is None else None
+            obstacle = on_cuda if placed.bucket.device.type == "cuda" else obstacle
+            if self.implementation == "native" and kernels is None and not is_matrix:
+                self._forget()
+                require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
+            plans.append(Plan(None, [placed], kernels))
+        plans += [Plan(NativeStep(some[0].rule, [x.bucket for x in some]), some) for some in together.values()]
+        return plans
+
+    def _step(self, plan: Plan) -> int:
+        """Step the buckets of a plan; return how many skipped gradients are known of without a host synchronisation."""
+        if plan.native is not None:
+            group = plan.placed[0].group
+            done = _share_done(group)
+            progress = None if done is None else float(done)
+            lr, decay = float(self.lr(group)), float(group["weight_decay"] * is_within(group))
+            n_skipped = plan.native.step(lr, decay, progress, maximize=group["maximize"])
+            if n_skipped is not None:
+                return n_skipped
+        moved = [placed for placed in plan.placed if any(param.grad is not None for param in placed.bucket.params)]
+        for placed in moved:
+            step_bucket(placed.rule, placed.bucket, self.options(placed), plan.kernels)
+        return sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
+
+
+def is_within(group: Group) -> bool | Tensor:
+    """Whether the next step is one of those that `total_steps` counts: a tensor where steps are counted by one."""
+    return group["total_steps"] is None or group["n_steps"] < group["total_steps"]
+
+
+def _share_done(group: Group) -> float | Tensor | None:
+    """Fraction of the run that is done, at most one: a tensor where the steps are counted by one; None if unknown."""
+    if group["total_steps"] is None:
+        return None
+    done = group["n_steps"] / group["total_steps"]
+    return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
+
+
+def matched_state(
+    rule: UpdateRule, param: Tensor, state: dict[str, Any], dtype: torch.dtype | None, *, name: str
+) -> dict[str, Tensor]:
+    """The rule's part of a parameter's state, in the rule's dtypes; a ValueError where a field is missing or unfit."""
+    template = state_template(rule, param, dtype)
+    wanted = {field: tuple(shape) for field, (shape, _) in template.items()}
+    found = {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in state.items()}
+    if wanted.items() - found.items():
+        raise ValueError(f"Parameter `{name}` should have a state of {wanted} under this rule. Found {found}.")
+    return {field: state[field].to(dtype=kept) for field, (_, kept) in template.items()}
