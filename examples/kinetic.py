@@ -17,7 +17,7 @@ from torch import nn
 from odeopt import LearnedOptimizer, PortHamiltonianUpdate, load_pretrained, param_groups
 from odeopt.cli import arguments
 from odeopt.physics import newton_schulz
-from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
+from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents, untrained
 from odeopt.suite.opponents import REFERENCE, Contender
 
 COMMON = {"uses_progress": True, "ratio_floor": 0.4, "schedule": "power", "initial_kappa": 0.008}
@@ -76,11 +76,12 @@ def main(argv: list[str] | None = None) -> None:
         if name == ORTHOGONALISED:
             contenders[name] = Contender(name, name, Orthogonalised, (1.0,), {"version": 1}, is_learned=True)
         else:
-            rule = load_pretrained(name) if name == DEFAULT else PortHamiltonianUpdate(**COMMON | VARIANTS[name])
+            is_default = name == DEFAULT
+            rule = load_pretrained(name) if is_default else untrained(PortHamiltonianUpdate(**COMMON | VARIANTS[name]))
             contenders[name] = learned(rule, name)
     suite = evaluate_suite(problems, contenders, path=args.out / "kinetic.json", n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
-    print(f"Figure: {suite.plot(args.out / 'kinetic.png')}")
+    print(f"Figure: {suite.plot(args.out / 'kinetic.png', title='Kinetic energies')}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

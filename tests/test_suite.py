@@ -462,6 +462,14 @@ def test_figure_has_the_title_that_it_is_given(made, tmp_path, options, title):
     assert f"<!-- {title}, " in path.read_text()  # matplotlib writes each text as a comment beside its outlines
 
 
+@pytest.mark.parametrize("loss", [0.0, 1e-3, float("nan")])
+def test_figure_shows_losses_that_are_zero_or_not_finite(made, tmp_path, loss):
+    suite = evaluate(tiny("vit"), grid_of(0.1, 0.3))
+    for outcome in suite.outcomes["vit"].values():
+        outcome.curves[1:] = loss
+    assert suite.plot(tmp_path / "figure.png").stat().st_size > 0
+
+
 # --------------------------------------------------------------------------------------- command
 
 

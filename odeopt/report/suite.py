@@ -76,11 +76,11 @@ def plot_suite(
 
 def _zoom(axes: Axes, means: list[Tensor]) -> None:
     """Show what lies between the least loss and the worst end, or somewhat more; plain numbers at the ticks."""
-    finite = torch.cat([mean[mean.isfinite()] for mean in means])
+    shown = torch.cat([mean[mean.isfinite() & (mean > 0)] for mean in means])  # on a logarithmic axis
     ends = [mean[-1].item() for mean in means if mean[-1].isfinite()]
-    if ends:
-        lowest = finite.min().item()
-        axes.set_ylim(0.93 * lowest, max(1.3 * max(ends), lowest * (finite.max().item() / lowest) ** 0.5))
+    if ends and len(shown) > 0:
+        lowest = shown.min().item()
+        axes.set_ylim(0.93 * lowest, max(1.3 * max(ends), lowest * (shown.max().item() / lowest) ** 0.5))
     low, high = axes.get_ylim()
     if high < 1e3 * low:  # over more powers of ten their labels would cover each other
         use_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 5, 7))

@@ -73,7 +73,7 @@ def power_schedule(progress: Tensor, log_exponent: Tensor) -> Tensor:
 
 def depth_factor(n_matrices: int, power: float) -> float:
     """Factor on the steps of each of ``n_matrices`` matrices in a network, by which they fall with the depth."""
-    return (4 / (min(max(n_matrices, 1.5), 5) - 1)) ** power
+    return (4 / (min(max(n_matrices, 1.25), 5) - 1)) ** power
 
 
 def decay_growth(scale: Tensor, slow_scale: Tensor, bound: float) -> Tensor:
