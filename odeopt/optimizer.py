@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 _EXCHANGES_ALONE = 2**22
 # Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
 _LARGE_DECAY = 0.01
+# Frozen matrices do not count in the depth of a network.
+_REQUIRES_GRAD = attrgetter("requires_grad")
 # Learning rates up to here are those of other optimizers, for which they are the step size.
 _SMALL_LR = 0.01
 
@@ -99,6 +101,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
     Matrices that a rule steps by their singular values are stacked by shapes. Rules under which coordinates
     interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
+
+    The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
+    do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
     weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
@@ -632,10 +637,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return self._rules[*key, is_table]
 
     def _n_matrices(self) -> int:
-        """Number of matrices, frozen ones and those without a gradient included."""
+        """Number of matrices, but those that are frozen; some are trained by gradients that are put there by hand."""
         rules = {False: self._stepping_rule, True: self._stepping_rule.for_tables()}
         members = ((rules[group["is_table"]], param) for group in self.param_groups for param in group["params"])
-        return sum(rule.is_matrix(param.shape) for rule, param in members if param.numel() > 0)
+        trained = (x for x in members if x[1].numel() > 0 and (x[1].requires_grad or x[1].grad is not None))
+        return sum(rule.is_matrix(param.shape) for rule, param in trained)
 
     def _options(self, group: dict[str, Any], bucket: Bucket) -> StepOptions:
         def scalar(x: float | Tensor) -> Tensor:
@@ -655,7 +661,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
-        groups = [[id(group), group["is_table"], *map(id, group["params"])] for group in self.param_groups]
+        groups = [
+            [id(group), group["is_table"], *map(id, group["params"]), *map(_REQUIRES_GRAD, group["params"])]
+            for group in self.param_groups
+        ]
         if groups != self._placed_groups or not all(placed.is_current(self.state) for placed in self._placed):
             self._fetch_skipped()
             self._forget_buckets()
