@@ -57,6 +57,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Matrices that a rule steps by their singular values are stacked by shapes. Rules under which coordinates
     interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
 
+    The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
+    do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.
+
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
     weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
     :meth:`state_dict`) fetches the count, and the first are warned of then, on a CPU at once. Parameters without

@@ -60,6 +60,57 @@ def test_kinds_that_there_are_not_have_no_group():
     assert param_groups(nn.ReLU()) == []
 
 
+class Stacks(nn.Module):
+    """Tensors of three and more axes: kernels, and what is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 4, 5))
+        self.ensemble = nn.Parameter(torch.randn(3, 4, 2, 3, 3))
+        self.bilinear = nn.Bilinear(2, 3, 4, bias=False)
+        self.up = nn.ConvTranspose2d(2, 3, 2, bias=False)
+        self.lazy = nn.LazyConv1d(3, 2, bias=False)
+        self.lazy(torch.zeros(1, 2, 4))
+        self.scaled = weight_norm(nn.Conv3d(2, 3, 2, bias=False))
+        self.norm = nn.LayerNorm((2, 3, 4))
+        self.gain = nn.Parameter(torch.ones(4, 1, 1))
+        self.positions = nn.Parameter(torch.zeros(1, 3, 4))
+        self.pairs = nn.Parameter(torch.zeros(3, 4))
+
+
+def test_stacks_of_matrices_are_told_from_kernels_and_stepped_by_coordinates_and_decayed():
+    groups = param_groups(Stacks(), weight_decay=0.1)
+    matrices, vectors, tables, stacks = names(groups)
+    scaled = [f"scaled.parametrizations.weight.original{k}" for k in range(2)]
+    assert sorted(matrices) == sorted(["bilinear.weight", "lazy.weight", "pairs", "up.weight", *scaled])
+    assert vectors == ["positions"]
+    assert sorted(tables) == ["gain", "norm.bias", "norm.weight"]
+    assert sorted(stacks) == ["ensemble", "experts"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.1]
+    assert [group.get("is_table", False) for group in groups] == [False, False, True, True]
+
+
+def test_an_ensemble_in_one_tensor_is_trained_better_than_as_one_matrix_and_by_adamw():
+    def last_losses(make_optimizer):
+        torch.manual_seed(0)
+        net = nn.ParameterList(torch.randn(8, a, b) / a**0.5 for a, b in ((16, 64), (64, 64), (64, 1)))
+        optimizer, losses = make_optimizer(net), []
+        for _ in range(150):
+            x = torch.randn(64, 16)
+            y = (2 * x[:, :1]).sin() * x[:, 1:2] + x[:, 2:3].abs()
+            loss = (((x @ net[0]).relu() @ net[1]).relu() @ net[2] - y).square().mean((1, 2)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return sum(losses[-20:])
+
+    ours = last_losses(lambda net: LearnedOptimizer(param_groups(net), total_steps=150))
+    as_matrix = last_losses(lambda net: LearnedOptimizer(net.parameters(), total_steps=150))
+    assert ours < 0.5 * as_matrix
+    assert ours < last_losses(lambda net: torch.optim.AdamW(net.parameters(), 0.01, weight_decay=0))
+
+
 def test_groups_tell_the_rule_which_parameters_are_tables():
     model, rule = Network(), PortHamiltonianUpdate(kinetic="spectral")
     optimizer = LearnedOptimizer(param_groups(model), rule)

@@ -536,20 +536,6 @@ def test_decay_grows_as_gradients_vanish_up_to_its_bound(options):
     torch.testing.assert_close(grown, 16 * decay)
 
 
-@pytest.mark.parametrize(("n_matrices", "factor"), [(0, 16), (1, 16), (2, 4), (3, 2), (5, 1), (40, 1)])
-def test_steps_of_matrices_fall_with_their_number_and_their_decay_does_not(n_matrices, factor):
-    options = {"kinetic": "spectral", "initial_decay": 0.1, "depth_power": 1.0}
-    plain, rule = (PortHamiltonianUpdate(**options).double().for_depth(n) for n in (5, n_matrices))
-    shape, param, grad = (3, 5), draws(15, seed=3), draws(15, seed=1)
-
-    def moves(rule):
-        updates = [rule(grad, rule.init_state(p), param=p, shape=shape)[0] for p in (0 * param, param)]
-        return updates[0], updates[1] - updates[0]
-
-    for found, wanted, times in zip(moves(rule), moves(plain), (factor, 1), strict=True):
-        torch.testing.assert_close(found, times * wanted)
-
-
 @pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
 def test_decay_falls_with_the_length_of_runs_beyond_its_horizon(options):
     options = {**options, "schedule": "power", "horizon_power": 0.4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from odeopt.stepping.triton import TritonKernels, triton_obstacle
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 # Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
 _EXCHANGES_ALONE = 2**22
+_REQUIRES_GRAD = attrgetter("requires_grad")  # frozen matrices do not count in the depth of a network
 
 Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -82,7 +83,10 @@ class Layout:
 
     def update(self, groups: list[Group], states: States) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
-        found = [[id(group), group["is_table"], *map(id, group["params"])] for group in groups]
+        found = [
+            [id(group), group["is_table"], *map(id, group["params"]), *map(_REQUIRES_GRAD, group["params"])]
+            for group in groups
+        ]
         if found != self._groups or not all(placed.is_current(states) for placed in self.placed):
             self.count_skipped(groups)
             self._forget()
@@ -196,10 +200,11 @@ class Layout:
             self.params.update(together)
 
     def _n_matrices(self, groups: list[Group]) -> int:
-        """Number of matrices, frozen ones and those without a gradient included."""
+        """Number of matrices, but those that are frozen; some are trained by gradients that are put there by hand."""
         rules = {False: self.rule, True: self.rule.for_tables()}
         members = ((rules[group["is_table"]], param) for group in groups for param in group["params"])
-        return sum(rule.is_matrix(param.shape) for rule, param in members if param.numel() > 0)
+        trained = (x for x in members if x[1].numel() > 0 and (x[1].requires_grad or x[1].grad is not None))
+        return sum(rule.is_matrix(param.shape) for rule, param in trained)
 
     def _make_plans(self) -> list[Plan]:
         """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
