@@ -356,134 +356,53 @@ TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Opti
     }
 }
 
-/* Add x y^T, of which only what is on and below the diagonal in blocks of four is computed, to c. All have m rows, padded
-   to a multiple of four; those of x and y are n long, a multiple of eight, and `stride` apart. */
-TARGET static void ISA(add_products)(const double *x, const double *y, int m, int n, int stride, double *c,
-                                     int c_stride)
-{
-    for (int i = 0; i < m; i += 4) {
-        const double *x0 = x + (size_t)i * stride, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
-        for (int j = 0; j <= i; j += 4) {
-            const double *y0 = y + (size_t)j * stride, *y1 = y0 + stride, *y2 = y1 + stride, *y3 = y2 + stride;
-            double c00 = 0, c01 = 0, c02 = 0, c03 = 0, c10 = 0, c11 = 0, c12 = 0, c13 = 0;
-            double c20 = 0, c21 = 0, c22 = 0, c23 = 0, c30 = 0, c31 = 0, c32 = 0, c33 = 0;
-#pragma omp simd reduction(+ : c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33)
-            for (int k = 0; k < n; k++) {
-                c00 += x0[k] * y0[k], c01 += x0[k] * y1[k], c02 += x0[k] * y2[k], c03 += x0[k] * y3[k];
-                c10 += x1[k] * y0[k], c11 += x1[k] * y1[k], c12 += x1[k] * y2[k], c13 += x1[k] * y3[k];
-                c20 += x2[k] * y0[k], c21 += x2[k] * y1[k], c22 += x2[k] * y2[k], c23 += x2[k] * y3[k];
-                c30 += x3[k] * y0[k], c31 += x3[k] * y1[k], c32 += x3[k] * y2[k], c33 += x3[k] * y3[k];
-            }
-            const double block[4][4] = {{c00, c01, c02, c03}, {c10, c11, c12, c13}, {c20, c21, c22, c23},
-                                        {c30, c31, c32, c33}};
-            for (int row = 0; row < 4; row++)
-                for (int column = 0; column < 4; column++)
-                    c[(size_t)(i + row) * c_stride + j + column] += block[row][column];
-        }
-    }
-}
+#define REAL double
+#define COLUMNS (STRIP / 2)
+#define IN(name) ISA(name##_double)
+#include "products.h"
+#define REAL float
+#define COLUMNS STRIP
+#define IN(name) ISA(name##_single)
+#include "products.h"
 
-TARGET static void ISA(mirror)(double *c, int m, int stride)
-{
-    for (int i = 0; i < m; i++)
-        for (int j = i + 1; j < m; j++)
-            c[(size_t)i * stride + j] = c[(size_t)j * stride + i];
-}
-
-/* Gram matrix a = x x^T of the rows of a wide matrix (m, n), in double precision. */
-TARGET static void ISA(gram)(const float *x, int m, int64_t n, double *panel, double *a)
+/* Product y = scale q x of a symmetric matrix with a wide one (m, n), or what it adds to y; y may be x. */
+TARGET static void ISA(combine)(const float *q, const float *x, int m, int64_t n, float scale, float *panel, float *y,
+                                int adds)
 {
     const int side = padded(m);
-    memset(a, 0, (size_t)side * side * sizeof(double));
-    memset(panel, 0, (size_t)side * PANEL * sizeof(double));
+    float tile[TILE * STRIP];
     for (int64_t start = 0; start < n; start += PANEL) {
         const int width = (int)(n - start < PANEL ? n - start : PANEL);
-        for (int i = 0; i < m; i++) {
-            double *to = panel + (size_t)i * PANEL;
-            const float *from = x + i * n + start;
+        for (int k = 0; k < m; k++)
+            for (int j = 0; j < width; j += STRIP) {
+                const float *from = x + k * n + start + j;
+                float *to = panel + (size_t)j * side + k * STRIP;
+                if (width - j >= STRIP) {
 #pragma omp simd
-            for (int k = 0; k < width; k++)
-                to[k] = from[k];
-            for (int k = width; k < padded(width); k++)
-                to[k] = 0.0;
-        }
-        ISA(add_products)(panel, panel, m, padded(width), PANEL, a, side);
-    }
-    ISA(mirror)(a, m, side);
-}
-
-/* Product c = a b of symmetric matrices that commute; side m, padded with zeros. */
-TARGET static void ISA(multiply)(const double *a, const double *b, int m, double *c)
-{
-    const int side = padded(m);
-    memset(c, 0, (size_t)side * side * sizeof(double));
-    if (m > SMALL) {
-        ISA(add_products)(a, b, m, side, side, c, side);
-    } else {
-        /* sums within vectors would take longer than all else */
-        for (int i = 0; i < m; i += 4) {
-            const double *a0 = a + (size_t)i * side, *a1 = a0 + side, *a2 = a1 + side, *a3 = a2 + side;
-            for (int j = 0; j < i + 4; j += 8) {
-                double c0[8] = {0}, c1[8] = {0}, c2[8] = {0}, c3[8] = {0};
-                for (int k = 0; k < m; k++) {
-                    const double *row = b + (size_t)k * side + j;
-#pragma omp simd
-                    for (int l = 0; l < 8; l++) {
-                        c0[l] += a0[k] * row[l];
-                        c1[l] += a1[k] * row[l];
-                        c2[l] += a2[k] * row[l];
-                        c3[l] += a3[k] * row[l];
-                    }
-                }
-                double *to = c + (size_t)i * side + j;
-                memcpy(to, c0, sizeof c0);
-                memcpy(to + side, c1, sizeof c1);
-                memcpy(to + 2 * side, c2, sizeof c2);
-                memcpy(to + 3 * side, c3, sizeof c3);
-            }
-        }
-    }
-    ISA(mirror)(c, m, side);
-}
-
-/* Add the product of a square matrix q with a wide one (m, n) to `sum`. */
-TARGET static void ISA(combine)(const float *q, const float *x, int m, int64_t n, float *sum)
-{
-    for (int64_t start = 0; start < n; start += BLOCK) {
-        const int width = (int)(n - start < BLOCK ? n - start : BLOCK);
-        for (int i = 0; i < m; i += 4) {
-            const int n_rows = m - i < 4 ? m - i : 4;
-            for (int j = 0; j < m; j += 4) {
-                const int n_terms = m - j < 4 ? m - j : 4;
-                float *restrict z[4];
-                const float *restrict y[4];
-                float f[4][4];
-                for (int a = 0; a < 4; a++) {
-                    z[a] = sum + (i + (a < n_rows ? a : 0)) * n + start;
-                    y[a] = x + (j + (a < n_terms ? a : 0)) * n + start;
-                    for (int b = 0; b < 4; b++)
-                        f[a][b] = a < n_rows && b < n_terms ? q[(size_t)(i + a) * m + j + b] : 0.0f;
-                }
-                if (n_rows < 4) {
-                    for (int a = 0; a < n_rows; a++) {
-#pragma omp simd
-                        for (int k = 0; k < width; k++)
-                            z[a][k] += f[a][0] * y[0][k] + f[a][1] * y[1][k] + f[a][2] * y[2][k] + f[a][3] * y[3][k];
-                    }
-                    continue;
-                }
-                float *restrict z0 = z[0], *restrict z1 = z[1], *restrict z2 = z[2], *restrict z3 = z[3];
-                const float *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
-#pragma omp simd
-                for (int k = 0; k < width; k++) {
-                    const float a = y0[k], b = y1[k], c = y2[k], d = y3[k];
-                    z0[k] += f[0][0] * a + f[0][1] * b + f[0][2] * c + f[0][3] * d;
-                    z1[k] += f[1][0] * a + f[1][1] * b + f[1][2] * c + f[1][3] * d;
-                    z2[k] += f[2][0] * a + f[2][1] * b + f[2][2] * c + f[2][3] * d;
-                    z3[k] += f[3][0] * a + f[3][1] * b + f[3][2] * c + f[3][3] * d;
+                    for (int s = 0; s < STRIP; s++)
+                        to[s] = scale * from[s];
+                } else {
+                    for (int s = 0; s < STRIP; s++)
+                        to[s] = s < width - j ? scale * from[s] : 0.0f;
                 }
             }
-        }
+        for (int from = 0; from < m; from += N_TERMS)
+            for (int i = 0; i < m; i += TILE)
+                for (int j = 0; j < width; j += STRIP) {
+                    const int n_terms = m - from < N_TERMS ? m - from : N_TERMS, is_sum = adds || from > 0;
+                    const int n_rows = m - i < TILE ? m - i : TILE, n_columns = width - j < STRIP ? width - j : STRIP;
+                    const float *rows = q + (size_t)(i / STRIP) * STRIP * side + from * STRIP + i % STRIP;
+                    const float *columns = panel + (size_t)j * side + from * STRIP;
+                    float *to = y + i * n + start + j;
+                    if (n_rows == TILE && n_columns == STRIP) {
+                        ISA(tile_single)(rows, columns, n_terms, to, n, is_sum);
+                    } else {
+                        ISA(tile_single)(rows, columns, n_terms, tile, STRIP, 0);
+                        for (int r = 0; r < n_rows; r++)
+                            for (int s = 0; s < n_columns; s++)
+                                to[r * n + s] = tile[r * STRIP + s] + (is_sum ? to[r * n + s] : 0.0f);
+                    }
+                }
     }
 }
 
@@ -501,7 +420,8 @@ TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
 }
 
 static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advance), ISA(advance_matrix), ISA(move_matrix),
-                                     ISA(gram), ISA(multiply), ISA(combine), ISA(functions)};
+                                     {ISA(gram_single), ISA(gram_double)},
+                                     {ISA(polynomial_single), ISA(polynomial_double)}, ISA(combine), ISA(functions)};
 
 #undef ISA
 #undef TARGET

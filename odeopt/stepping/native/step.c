@@ -14,10 +14,12 @@
 #if defined(_MSC_VER)
 #define EXPORT __declspec(dllexport)
 #define ALWAYS_INLINE __forceinline
+#define UNROLL
 #define restrict __restrict
 #else
 #define EXPORT __attribute__((visibility("default")))
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 4")
 #endif
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -34,8 +36,10 @@
                         order, whatever the number of threads */
 #define SPLIT 65536  /* coordinates from which on threads share a tensor */
 
-#define PANEL 256    /* columns of a matrix that are widened to double precision at once */
-#define SMALL 256    /* side of square matrices in the second cache, whose products are sums of vectors, not of numbers */
+#define TILE 4       /* rows of a product that are computed at once, in registers */
+#define STRIP 16     /* and its columns in single precision; half as many in double precision */
+#define PANEL 128    /* columns of a wide matrix that are packed at once: for its Gram matrix, for products with it */
+#define N_TERMS 128  /* of a sum of products, before it is added to others */
 
 #define LOG2_E 1.44269504f
 
@@ -47,6 +51,9 @@
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
+#define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
+#define N_FIRST 3   /* factors after which a Gram matrix is computed anew, if it is: see orthogonalise */
+#define LARGE 256   /* side of a matrix in single precision that fills a quarter of the second cache */
 #define FACTOR_A 3.4445
 #define FACTOR_B -4.7750
 #define FACTOR_C 2.0315
@@ -107,6 +114,13 @@ typedef struct {
     int is_broken;
 } Shared;
 
+/* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
+   orthogonalised ones, and the same transposed; then a packed part of a matrix, and symmetric matrices. */
+typedef struct {
+    float *momenta, *others, *sum, *transposed, *factor;
+    void *panel, *gram, *power, *polynomial, *total;
+} Workspace;
+
 typedef struct {
     int (*magnitude)(const Rule *, const Tensor *, const void *, int64_t, int64_t, double *);
     void (*statistics)(const Rule *, const Tensor *, const Shared *, const void *, const void *, int64_t, int64_t,
@@ -116,16 +130,16 @@ typedef struct {
     void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t, float *, float *,
                            double *);
     void (*move_matrix)(const Tensor *, const Shared *, const Options *, void *, const float *, const float *);
-    void (*gram)(const float *, int, int64_t, double *, double *);
-    void (*multiply)(const double *, const double *, int, double *);
-    void (*combine)(const float *, const float *, int, int64_t, float *);
+    void (*gram[2])(const float *, int, int64_t, double, void *, void *); /* in single precision, and in double */
+    void (*polynomial[2])(int, int, double, const Workspace *);
+    void (*combine)(const float *, const float *, int, int64_t, float, float *, float *, int);
     void (*functions)(float *, int64_t, int);
 } Kernels;
 
-/* Rows and columns of small matrices in double precision: padded with zeros to whole vectors. */
+/* Side of symmetric matrices in memory: see products.h. */
 static inline int padded(int m)
 {
-    return (m + 7) / 8 * 8;
+    return (m + STRIP - 1) / STRIP * STRIP;
 }
 
 static inline int32_t bits_of(float x)
@@ -387,13 +401,6 @@ static void finish(const Rule *rule, const Tensor *t, const Shared *c)
 
 /* ---------- matrices */
 
-/* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
-   orthogonalised ones, and the same transposed; then square matrices in double precision. */
-typedef struct {
-    float *momenta, *others, *sum, *transposed, *factor;
-    double *panel, *gram, *power, *polynomial, *total;
-} Workspace;
-
 static int short_side(const Tensor *t)
 {
     const int64_t n_columns = t->n / t->n_rows;
@@ -437,45 +444,42 @@ static void transpose(const float *x, int64_t n_rows, int64_t n_columns, float *
                     y[j * n_rows + i] = x[i * n_columns + j];
 }
 
-/* Add weight * f(x / norm) to `sum`, f the Newton-Schulz iteration of a wide matrix (m, n).
+/* Set w->sum to weight * f(x / norm), or add that; f is the Newton-Schulz iteration of a wide matrix (m, n), which is
+   overwritten.
 
-   The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of all q(A) is applied to X once: it
-   takes two products with X instead of ten. A holds the squares of the singular values, hence double precision. All
-   matrices are polynomials of the first A, so they are symmetric and commute. */
-static void orthogonalise(const Kernels *kernels, const float *x, int m, int64_t n, double norm, double weight,
-                          const Workspace *w, float *sum)
+   The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of several q(A) is applied to X at
+   once: it takes few products with X instead of two for each factor. But A holds the squares of singular values, and
+   each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Double precision bears that; so
+   does single precision where A is computed anew once, and the error of ill-conditioned matrices is then that of the
+   iteration of X itself in float32, up to 4e-4 of the operator norm. Double precision takes twice as long for products
+   of squares, and saves two passes over X: it is faster where X is elongated. Large elongated matrices take neither, as
+   long as their error, up to 2e-3, or 6e-3 where all entries are equal and so their roundings, is far below that of
+   bfloat16, up to .5, which Muon takes. */
+static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, double norm, double weight,
+                          const Workspace *w, int adds)
 {
-    const int side = padded(m);
-    const size_t size = (size_t)side * side;
-    double *a = w->gram, *power = w->power, *q = w->polynomial, *total = w->total;
-    if (!(norm > 0.0))
+    const int is_double = m < LARGE && n >= 8 * m, is_anew = m < LARGE ? !is_double : n < 4 * m;
+    int n_factors = N_FACTORS;
+    if (!(norm > 0.0)) {
+        memset(w->sum, 0, adds ? 0 : m * n * sizeof(float));
         return;
-    kernels->gram(x, m, n, w->panel, a);
-    for (size_t k = 0; k < size; k++)
-        a[k] /= norm * norm;
-    for (int factor = 0; factor < N_FACTORS; factor++) {
-        kernels->multiply(a, a, m, power);
-        for (size_t k = 0; k < size; k++)
-            q[k] = FACTOR_B * a[k] + FACTOR_C * power[k];
-        for (int i = 0; i < m; i++)
-            q[(size_t)i * side + i] += FACTOR_A;
-        if (factor < N_FACTORS - 1) {
-            kernels->multiply(a, q, m, power);
-            kernels->multiply(power, q, m, a);
-        }
-        if (factor == 0) {
-            memcpy(total, q, size * sizeof(double));
-        } else {
-            kernels->multiply(total, q, m, power);
-            double *swap = total;
-            total = power;
-            power = swap;
-        }
     }
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < m; j++)
-            w->factor[(size_t)i * m + j] = (float)(weight / norm * total[(size_t)i * side + j]);
-    kernels->combine(w->factor, x, m, n, sum);
+    if (norm < SMALLEST) {
+        for (int64_t j = 0; j < m * n; j++)
+            x[j] *= (float)(1.0 / SMALLEST);
+        norm /= SMALLEST;
+    }
+    double scale = 1.0 / norm;
+    kernels->gram[is_double](x, m, n, scale, w->panel, w->gram);
+    if (is_anew) {
+        kernels->polynomial[is_double](m, N_FIRST, 1.0, w);
+        kernels->combine(w->factor, x, m, n, (float)scale, w->panel, x, 0);
+        kernels->gram[is_double](x, m, n, 1.0, w->panel, w->gram);
+        n_factors -= N_FIRST;
+        scale = 1.0;
+    }
+    kernels->polynomial[is_double](m, n_factors, weight, w);
+    kernels->combine(w->factor, x, m, n, (float)scale, w->panel, w->sum, adds);
 }
 
 /* ---------- one step, in pieces of work */
@@ -581,13 +585,13 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
         const int64_t stop = start + CHUNK < t->n ? start + CHUNK : t->n;
         kernels->advance_matrix(rule, t, c, job->grads[i], start, stop, w.momenta, w.others, sums);
     }
-    memset(w.sum, 0, t->n * sizeof(float));
     const float kappa = c->matrix_kappa * t->operator_scale;
     for (int mode = 0, k = 0; k < n_momenta; mode++) {
         if (rule->n_spectral > 0 && !rule->is_spectral[mode])
             continue;
         const double *squares = sums + 1 + 3 * k;
-        const float *x = w.momenta + k * t->n, *rates = c->rates + 4 * mode;
+        const float *rates = c->rates + 4 * mode;
+        float *x = w.momenta + k * t->n;
         double norm = squares[2], weight = kappa;
         if (rule->n_spectral > 0) {
             norm = fmax(norm, fmax(squares[0], squares[1]));
@@ -601,7 +605,7 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
             transpose(x, t->n_rows, n_columns, w.transposed);
             x = w.transposed;
         }
-        orthogonalise(kernels, x, m, t->n / m, sqrt(norm), weight, &w, w.sum);
+        orthogonalise(kernels, x, m, t->n / m, sqrt(norm), weight, &w, k > 0);
         k++;
     }
     if (is_tall) {
