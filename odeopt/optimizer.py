@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 _EXCHANGES_ALONE = 2**22
 # Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
 _LARGE_DECAY = 0.01
+# False for frozen matrices, which do not count in the depth of a network.
+_REQUIRES_GRAD = attrgetter("requires_grad")
 # Learning rates up to here are those of other optimizers, for which they are the step size.
 _SMALL_LR = 0.01
 
@@ -99,6 +101,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
     Matrices that a rule steps by their singular values are stacked by shapes. Rules under which coordinates
     interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
+
+    The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
+    do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
     weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
@@ -583,6 +588,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._plans: list[_Plan] = []
         self._is_placed: set[Tensor] = set()
         self._placed_groups: list[list[int]] = []
+        self._matrices: list[Tensor] = []
+        self._are_trained: list[bool] = []
 
     def _place_counters(self) -> None:
         """Keep the count of steps on the device, where a captured step can raise it, or as a number."""
@@ -631,11 +638,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
         return self._rules[*key, is_table]
 
-    def _n_matrices(self) -> int:
-        """Number of matrices, frozen ones and those without a gradient included."""
+    def _find_matrices(self) -> list[Tensor]:
+        """All matrices, frozen ones and those without a gradient so far included."""
         rules = {False: self._stepping_rule, True: self._stepping_rule.for_tables()}
         members = ((rules[group["is_table"]], param) for group in self.param_groups for param in group["params"])
-        return sum(rule.is_matrix(param.shape) for rule, param in members if param.numel() > 0)
+        return [param for rule, param in members if param.numel() > 0 and rule.is_matrix(param.shape)]
 
     def _options(self, group: dict[str, Any], bucket: Bucket) -> StepOptions:
         def scalar(x: float | Tensor) -> Tensor:
@@ -656,10 +663,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _lay_out(self) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
         groups = [[id(group), group["is_table"], *map(id, group["params"])] for group in self.param_groups]
-        if groups != self._placed_groups or not all(placed.is_current(self.state) for placed in self._placed):
+        is_same = groups == self._placed_groups and self._are_trained == [*map(_REQUIRES_GRAD, self._matrices)]
+        if not is_same or not all(placed.is_current(self.state) for placed in self._placed):
             self._fetch_skipped()
             self._forget_buckets()
-            self._placed_groups = groups
+            self._placed_groups, self._matrices = groups, self._find_matrices()
+            self._are_trained = [*map(_REQUIRES_GRAD, self._matrices)]
         for group in self.param_groups:
             new = [p for p in group["params"] if p.grad is not None and p not in self._is_placed]
             if new:
@@ -683,7 +692,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
             alone = param if is_alone or is_large else None
             alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
-        n_matrices, deep = self._n_matrices(), {}
+        # gradients may also be put by hand where autograd is told to leave a parameter alone
+        n_matrices = sum(param.requires_grad or param.grad is not None for param in self._matrices)
+        deep: dict[UpdateRule, UpdateRule] = {}
         for (rule, *_, is_alone, stacked), together in alike.items():
             if stacked is not None:  # one for all matrices, which go through one call then
                 rule = deep.setdefault(rule, rule.for_depth(n_matrices))

@@ -280,6 +280,28 @@ def test_steps_of_matrices_fall_with_their_number_and_nothing_else_does():
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("is_by_hand", [False, True])
+def test_frozen_matrices_do_not_count_and_those_unfrozen_count_from_the_next_step_on(is_by_hand):
+    rule = spectral("spectral", depth_power=1.0)
+    frozen = [parameter(3, 4, seed=k).requires_grad_(False) for k in range(3)]
+    head, alone, beside = (parameter(3, 4, seed=9).requires_grad_(not is_by_hand) for _ in range(3))
+    a, b = LearnedOptimizer([*frozen, head], rule), LearnedOptimizer([alone], rule)
+    step([head], a, 2)
+    step([alone], b, 2)
+    assert torch.equal(head, alone)
+
+    beside.data.copy_(head)
+    c = LearnedOptimizer([*[parameter(3, 4, seed=k) for k in range(3)], beside], rule)
+    c.load_state_dict(a.state_dict())
+    for param in frozen:
+        param.requires_grad_()
+    step([head], a, start=2)
+    step([alone], b, start=2)
+    step([beside], c, start=2)
+    assert not torch.equal(head, alone)
+    assert torch.equal(head, beside)  # a run that is taken up again is the run that was not interrupted
+
+
 def test_number_of_matrices_counts_those_that_came_later():
     rule = spectral("spectral", depth_power=1.0)
     first, second, later = (parameter(3, 4, seed=k) for k in range(3))
