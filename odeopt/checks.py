@@ -12,6 +12,11 @@ def require(condition: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
 
 
+def n_of(n: int, noun: str) -> str:
+    """A number of things, as in ``1 run`` and ``2 runs``."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def install_command(extra: str) -> str:
     """The command that installs an extra: a bare ``odeopt`` on the package index is another project."""
     return f'pip install -c constraints.txt -e ".[{extra}]"'

@@ -105,6 +105,7 @@ def push_to_hub(
     Raises:
         ImportError: If the extra ``hub`` is not installed.
         ValueError: If ``repo_id`` is not of that form, or the rule cannot be saved.
+        ConnectionError: If the Hub cannot be reached.
         huggingface_hub.errors.HfHubHTTPError: If the user is not logged in, or may not write there.
 
     Example:
@@ -118,8 +119,17 @@ def push_to_hub(
         account = rule.trained_for if trained_for is None else trained_for
         artifacts.save(rule, Path(folder, FILE), trained_for=account)
         Path(folder, "README.md").write_text(model_card(rule, repo_id, account), encoding="utf-8")
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+        except Exception as error:
+            # by the library that huggingface_hub speaks through, another one in each of its major versions
+            if not type(error).__module__.startswith(("httpx", "requests")):
+                raise
+            raise ConnectionError(
+                f"The rule was not uploaded to `{repo_id}`: the Hugging Face Hub, {api.endpoint}, cannot be reached "
+                f"({type(error).__name__}: {error})."
+            ) from error
     return f"{PREFIX}{repo_id}@{commit.oid}"
 
 

@@ -71,8 +71,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either with their own ``lr``,
             ``weight_decay``, ``maximize``, ``total_steps`` and ``is_table`` (whether the parameters of the group are
-            lookup tables, the rows of which are vectors of their own: rules that step matrices by their singular values
-            step tables by coordinates; False by default). :func:`odeopt.param_groups` makes such groups.
+            lookup tables, the rows of which are vectors of their own, or stacks of matrices: rules that step matrices
+            by their singular values step these by coordinates; False by default). :func:`odeopt.param_groups` makes
+            such groups.
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.

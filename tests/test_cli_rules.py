@@ -1,5 +1,6 @@
 """`odeopt rules` and `odeopt show`: what a rule answers to gradients, and the commands."""
 
+import re
 from importlib.metadata import entry_points
 
 import pytest
@@ -79,6 +80,15 @@ def test_a_rule_is_drawn_by_name_and_from_a_file(tmp_path, capsys):
 def test_an_unknown_rule_is_refused_by_name(capsys, tmp_path):
     assert main(["show", "port-hamiltonion", "--out", str(tmp_path)]) == 2
     assert "port-hamiltonion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["mine.safetensor", "./", "runs/mine", "mine.pt", "mine"])
+def test_files_of_other_names_are_refused_with_what_would_be_taken(text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert main(["show", text]) == 2
+    message = f"Parameter `rule` should be a file that ends in `.safetensors`, .*Found `rule = {text!r}`"
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
 def test_the_console_script_is_the_command_line():

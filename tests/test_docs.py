@@ -124,10 +124,12 @@ def test_links_lead_to_files_and_headings(page):
             assert not anchor or anchor in anchors(found.resolve().relative_to(ROOT).as_posix()), target
 
 
-def test_readme_is_a_front_page():
+def test_readme_is_a_front_page(tables):
     """A newcomer reads it once; what is more goes behind it."""
     assert len(PAGES["README.md"].splitlines()) < 150
     assert len(PAGES["README.md"].encode()) < 12_000
+    before, after = (PAGES["README.md"].split(mark)[number] for number, mark in enumerate(tables.MARKS))
+    assert all(len(line) <= 120 for line in (before + after).splitlines())
     assert len(re.findall(r"^!\[", PAGES["README.md"], flags=re.MULTILINE)) == 1
 
 

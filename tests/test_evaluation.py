@@ -184,6 +184,12 @@ def test_runs_that_end_above_their_start_are_counted():
     comparison = quiet({"sgd": SGDUpdate(0.6)}, Bowls(1.0, 1.0, 4.0), n_steps=4, n_runs=9)
     assert comparison.results["sgd"].is_diverged.tolist() == [False, False, True] * 3
     assert "3/9" in comparison.table()
+    assert "one batch, so noise alone can put a run here" in comparison.table()
+
+
+@pytest.mark.parametrize(("n", "words"), [(1, "1 run of 1 step,"), (2, "2 runs of 2 steps,")])
+def test_captions_count_runs_and_steps(n, words):
+    assert words in quiet({"sgd": SGDUpdate(0.1)}, Bowls(1.0), n_steps=n, n_runs=n).table()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -164,6 +164,13 @@ def test_what_is_not_there_is_named(server, capsys, tmp_path):
     assert main(["show", "hf://me/my-rule", "--out", str(tmp_path)]) == 0
 
 
+def test_a_hub_that_cannot_be_reached_is_named(server, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    message = r"not uploaded to `me/my-rule`: the Hugging Face Hub, http://127.0.0.1:9, cannot be reached \(Connect"
+    with pytest.raises(ConnectionError, match=message):
+        rule().push_to_hub("me/my-rule", trained_for=ACCOUNT)
+
+
 @pytest.mark.parametrize("path", ["hf://", "hf://me", "hf://me/a/b", "hf://me/a@", "hf://me/a b"])
 def test_addresses_of_another_form_are_refused(path):
     with pytest.raises(

@@ -101,6 +101,14 @@ def test_a_selection_of_nothing_is_refused(options, message):
 # ------------------------------------------------------------------------------------- numbers
 
 
+@pytest.mark.parametrize(
+    ("n", "words"), [(1, ("losses of 1 run,", "on 1 run on", "of 1 run of")), (2, ("of 2 runs,",))]
+)
+def test_captions_count_runs(two_rates, n, words):
+    table = evaluate(AdamUpdate(0.05), TINY, n_runs=n, n_tuning_runs=n).table()
+    assert all(word in table for word in words)
+
+
 def test_a_rule_that_is_tuned_adam_has_ratio_one(two_rates):
     matrix = evaluate(AdamUpdate(0.05), TINY)
     assert matrix.ratio(TINY.name, "Adam") == (1, 1, 1)

@@ -19,6 +19,7 @@ import odeopt
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import FAMILIES, build, tune_all
+from odeopt.evaluation.result import DIVERGED
 from odeopt.files import write_json
 from odeopt.meta.files import Config, load_config
 from odeopt.report import draw_table
@@ -45,9 +46,10 @@ VARIANTS = {
 HAND_DESIGNED = tuple(family for family in FAMILIES if family.name in ("Adam", "Nesterov"))
 QUICK = {"dataset": "digits", "steps": 5, "horizon": 20, "seeds": 1, "runs": 5, "tuning_runs": 1}
 QUICK["folder"] = Path("runs/ablation-quick")
-CAPTION = """Mean of the last ten losses, ± half the range of {seeds} meta-trainings, [95 % Student interval of the
-paired difference to the default over {runs} runs]. The interval knows nothing of meta-training: hold it against the ±.
-Diverged: final loss not finite, or above the first."""
+CAPTION = f"""Mean of the last ten losses, ± half the range of {{seeds}} meta-trainings, [95 % Student interval of the
+paired difference to the default over {{runs}} runs]. The
+interval knows nothing of meta-training: hold it against the ±.
+{DIVERGED}"""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from odeopt import artifacts, hub
+from odeopt.checks import require
 from odeopt.rules import UpdateRule
 
 
@@ -19,4 +20,7 @@ def named_rule(text: str) -> tuple[str, UpdateRule]:
     """Load a rule from a file, or one of the package; and its name."""
     if text.endswith(".safetensors") or text.startswith(hub.PREFIX):
         return Path(text).stem, hub.load(text)
+    is_like_a_file = bool(Path(text).suffix) or "/" in text or Path(text).exists()
+    wanted = f"a file that ends in `.safetensors`, `{hub.PREFIX}user/name`, or a name that `odeopt rules` lists"
+    require(text in artifacts.available_pretrained() or not is_like_a_file, "rule", text, wanted)
     return text, artifacts.load_pretrained(text)

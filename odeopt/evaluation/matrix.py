@@ -17,11 +17,11 @@ from torch import Tensor
 
 from odeopt._version import __version__
 from odeopt.artifacts import fingerprint
-from odeopt.checks import require
+from odeopt.checks import n_of, require
 from odeopt.evaluation.baselines import TUNING_SEED, Family, tune
 from odeopt.evaluation.compare import EVALUATION_SEED, run
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
-from odeopt.evaluation.result import scores_of
+from odeopt.evaluation.result import DIVERGED, scores_of
 from odeopt.files import read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.report import draw_table, plot_ratios
@@ -189,7 +189,7 @@ class Matrix:
         return (
             f"To {reference}: {n_good} of {len(ratios)} cells ({n_good / len(ratios):.0%}) no worse, {n_surely_worse} "
             f"worse beyond their interval; worst {ratio_text(ratios[worst])} ({worst}). Diverged: {mine} of "
-            f"{len(ratios) * self.settings['runs']} runs of {self.rule}, {theirs} of {reference}."
+            f"{n_of(len(ratios) * self.settings['runs'], 'run')} of {self.rule}, {theirs} of {reference}."
         )
 
     def table(self, *, markdown: bool = False) -> str:
@@ -212,11 +212,11 @@ class Matrix:
                 row += [f"{outcome.scores.mean():.4g}", f"{outcome.lr:g}", ratio_text(ratio)]
             rows.append(row)
         caption = [
-            f"Means of the last ten losses of {self.settings['runs']} runs, on common initialisations and batches, the "
-            "loss scale divided out.",
+            f"Means of the last ten losses of {n_of(self.settings['runs'], 'run')}, on common initialisations and "
+            "batches, the loss scale divided out.",
             "Ratio: geometric mean of paired runs [95 % Student interval]. Learning rates are tuned for each cell, on "
-            f"{self.settings['tuning_runs']} runs on other data.",
-            "Diverged: final loss not finite, or above the first.",
+            f"{n_of(self.settings['tuning_runs'], 'run')} on other data.",
+            DIVERGED,
             *(self.summary(family.name) for family in REFERENCES),
             f"Targets, to Adam: {TARGET_SHARE:.0%} of the cells no worse, none beyond {TARGET_WORST:g}, none diverged.",
         ]

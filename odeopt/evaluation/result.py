@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import n_of, require
 from odeopt.evaluation.intervals import Interval, student_interval, trailing_mean
 from odeopt.report import draw_table, number_text, plot_losses
 
@@ -19,6 +19,9 @@ SCORES = {
     "last ten": "the mean of the last ten losses before the last update",
     "final": "the loss after the last update",
 }
+DIVERGED = (
+    "Diverged: last loss not finite, or above the first. Each is of one batch, so noise alone can put a run here."
+)
 Score = Callable[[Tensor], Tensor]
 
 
@@ -170,7 +173,7 @@ class Comparison:
             bands,
             {name: result.is_learned for name, result in self.results.items()},
             path,
-            title=title or f"{self.task['task']}, {self.n_runs} runs",
+            title=title or f"{self.task['task']}, {n_of(self.n_runs, 'run')}",
             xlabel=f"optimizer step{'; losses over the last 5 % of steps so far' if is_noisy else ''}",
             ylabel=f"loss{unit}, mean and its 95 % interval",
         )
@@ -217,7 +220,7 @@ def _difference(comparison: Comparison, name: str) -> str:
 
 
 def _caption(comparison: Comparison, separator: str) -> str:
-    runs = f"{comparison.n_runs} runs of {comparison.n_steps} steps"
+    runs = f"{n_of(comparison.n_runs, 'run')} of {n_of(comparison.n_steps, 'step')}"
     lines = [f"{runs}, on common tasks, initialisations and batches."]
     if comparison.reference is not None:
         lines.append(
@@ -225,7 +228,8 @@ def _caption(comparison: Comparison, separator: str) -> str:
             f"to {comparison.reference}."
         )
     lines += [
-        "Diverged: final loss not finite, or above the first. Looks across: a coordinate's step depends on others.",
+        DIVERGED,
+        "Looks across: a coordinate's step depends on others.",
         "Time: the rule alone, in tensor operations; LearnedOptimizer's step in C is faster (`odeopt rules`).",
     ]
     return separator.join(lines)
