@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,8 +157,11 @@ def solvers(title: str) -> str:
     return f"{blocks[index]}:\n\n{blocks[index + 1]}"
 
 
-def read_suite(name: str = "suite") -> Suite | None:
-    """Read the runs of the suite, or of problems like its own; None where there are none, or not those of all."""
+def read_suite(name: str = "suite", names: Collection[str] = ()) -> Suite | None:
+    """Read the runs of the suite, or of problems like its own; None where there are none, or not those of all.
+
+    With the names of contenders, their runs alone, on those problems that all of them have run.
+    """
     if not (FIGS / f"{name}.json").exists():
         return None
     found: dict[str, dict[str, dict[tuple[str, str], Mapping[str, Any]]]] = {}
@@ -168,6 +171,8 @@ def read_suite(name: str = "suite") -> Suite | None:
         if place in runs:
             raise ValueError(f"figs/{name}.json has two runs like {key!r}, of which one is older. Make it anew.")
         runs[place] = record
+    if names:
+        found = {p: {name: of[name] for name in names} for p, of in found.items() if of.keys() >= set(names)}
     outcomes = {problem: {name: outcome(runs) for name, runs in by_name.items()} for problem, by_name in found.items()}
     contenders = {
         name: OPPONENTS.get(name) or Contender(name, name, LearnedOptimizer, (1.0,), is_learned=True)
@@ -192,9 +197,11 @@ def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
     return Outcome(lr, is_edge, *numbers, curves, steps_of(records[0]["settings"]["n_steps"]))
 
 
-def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_full: bool = False) -> str:
+def suite(
+    name: str = "suite", command: str = "python -m odeopt suite", names: Collection[str] = (), *, in_full: bool = False
+) -> str:
     """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them; and all else."""
-    found = read_suite(name)
+    found = read_suite(name, names)
     if found is None:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
@@ -226,13 +233,8 @@ def suite_in_short() -> str:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     names = [learned[0], *(name for name in found.contenders if name not in (*learned, REFERENCE))]
-
-    def cell(problem: str, name: str) -> str:
-        train, held_out = (found.ratio(problem, name, of).mean for of in ("train", "held_out"))
-        return f"{train:.2f} / {held_out:.2f}"
-
     first, *others = names
-    rows = [[p, f"**{cell(p, first)}**", *(cell(p, name) for name in others)] for p in found.problems]
+    rows = [[p, f"**{both(found, p, first)}**", *(both(found, p, name) for name in others)] for p in found.problems]
     caption = (
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
         f"{found.n_runs} paired runs; below one is better. The learned rule is used as it is, at `lr=1`; the\n"
@@ -240,6 +242,26 @@ def suite_in_short() -> str:
         f"odeopt suite --runs {found.n_runs} --out figs`; intervals and all numbers: [Results](docs/results.md))."
     )
     return f"{caption}\n\n{table(['network', *(found.contenders[name].title for name in names)], rows)}"
+
+
+def both(found: Suite, problem: str, name: str) -> str:
+    """Training / held-out loss of a contender over that of tuned AdamW."""
+    return " / ".join(f"{found.ratio(problem, name, of).mean:.2f}" for of in ("train", "held_out"))
+
+
+def energies() -> str:
+    """Training / held-out losses of each kinetic energy over those of tuned AdamW, on problems that all have run."""
+    names = dict.fromkeys(key.split(" | ")[1] for key in read("kinetic")["runs"])
+    found = read_suite("kinetic", names)
+    rows = [[name, *(both(found, p, name) for p in found.problems)] for name in names if name != REFERENCE]
+    caption = f"Training / held-out loss over that of tuned AdamW, geometric means of {found.n_runs} paired runs."
+    return f"{caption}\n\n{table(['kinetic energy', *found.problems], rows)}"
+
+
+def orthogonalised() -> str:
+    """The default rule beside the orthogonalised updates of another one, on all problems of the suite."""
+    names = (REFERENCE, "port-hamiltonian-spectral", "port-hamiltonian, orthogonalised")
+    return suite("kinetic", "python examples/kinetic.py", names)
 
 
 def with_suite(readme: str) -> str:
@@ -281,9 +303,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
     "generalisation": generalisation,
     "guard": guard,
+    "kinetic": energies,
     "matrix": matrix,
     "meta_seeds": meta_seeds,
     "optimizers_view": optimizers_view,
+    "orthogonalised": orthogonalised,
     "physics": lambda: physics(lambda entry: entry["prediction"]["text"]),
     "physics_parts": lambda: physics(parts, "port-Hamiltonian"),
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
