@@ -25,10 +25,9 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PSI_TERMS = {"euler": 0, "midpoint": 1, "heun2": 1, "heun3": 2, "rk4": 3}
 # Coordinates for each thread, at least: beginning one takes as long as stepping ten thousand.
 _PER_THREAD = 2**15
-# The shorter side m of the matrices whose products are taken in C, one matrix on a thread: 17 products (m, m) in double
-# precision and 2 with the matrix itself, where torch takes 5 of the one and 10 of the other in single precision. Torch
-# wins where they are large enough to hide what its calls cost, and nearly square.
-_ANY_ASPECT, _ELONGATED = 128, 512
+# The shorter side of the matrices whose products are taken in C, at most. They take half as long as torch's on one
+# thread; but one matrix is stepped on one thread, and each thread needs room for the largest.
+_LARGEST_SIDE = 1024
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
@@ -41,8 +40,8 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
         return obstacle
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
-    if bucket.is_whole and not _are_products_cheap(bucket.params[0]):
-        return "products of matrices that are large and nearly square are left to torch"
+    if bucket.is_whole and _short_side(bucket.params[0]) > _LARGEST_SIDE:
+        return "products of large matrices are left to torch"
     is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
     if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
         return "the parameters are not plain tensors on a CPU"
@@ -51,15 +50,9 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     return None
 
 
-def _are_products_cheap(matrix: Tensor) -> bool:
-    short, long = _sides(matrix)
-    return short <= _ANY_ASPECT or (short <= _ELONGATED and long >= 2 * short)
-
-
-def _sides(matrix: Tensor) -> tuple[int, int]:
-    """Shorter and longer side of a tensor as a matrix (out, rest)."""
-    short, long = sorted((matrix.shape[0], matrix.numel() // matrix.shape[0]))
-    return short, long
+def _short_side(matrix: Tensor) -> int:
+    """Shorter side of a tensor as a matrix (out, rest)."""
+    return min(matrix.shape[0], matrix.numel() // matrix.shape[0])
 
 
 class NativeStep:
@@ -79,7 +72,7 @@ class NativeStep:
         n, self._sizes = len(self.params), [param.numel() for param in self.params]
         # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
         self._work = [
-            param.numel() * (1 + _sides(param)[0] // 16 if bucket.is_whole else 1)
+            param.numel() * (1 + _short_side(param) // 32 if bucket.is_whole else 1)
             for bucket in buckets
             for param in bucket.params
         ]

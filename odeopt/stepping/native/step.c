@@ -39,7 +39,7 @@
 #define TILE 4       /* rows of a product that are computed at once, in registers */
 #define STRIP 16     /* and its columns in single precision; half as many in double precision */
 #define PANEL 128    /* columns of a wide matrix that are packed at once: for its Gram matrix, for products with it */
-#define N_TERMS 128  /* of a sum of products, before it is added to others */
+#define N_TERMS 32   /* of a sum of products, before it is added to others */
 
 #define LOG2_E 1.44269504f
 
@@ -53,7 +53,8 @@
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
 #define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
 #define N_FIRST 3   /* factors after which a Gram matrix is computed anew, if it is: see orthogonalise */
-#define LARGE 256   /* side of a matrix in single precision that fills a quarter of the second cache */
+#define LARGE 256   /* shorter side of a matrix, and how many times as long the longer one is, where other ways to take */
+#define ELONGATED 8 /* the products are faster, as measured */
 #define FACTOR_A 3.4445
 #define FACTOR_B -4.7750
 #define FACTOR_C 2.0315
@@ -412,6 +413,12 @@ static int is_mixed(const Rule *rule)
     return rule->n_spectral > 0 && rule->n_spectral < rule->n_modes;
 }
 
+/* Whether products of a matrix (m, n) are in double precision: see orthogonalise. */
+static int in_double_precision(int m, int64_t n)
+{
+    return m < LARGE && n >= ELONGATED * m;
+}
+
 /* A size as a multiple of 64 bytes. */
 static size_t whole_lines(size_t size)
 {
@@ -421,10 +428,12 @@ static size_t whole_lines(size_t size)
 /* Bytes that a matrix needs; they are laid out from `at`, or nowhere if that is NULL. */
 static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
 {
-    const size_t m = padded(short_side(t)), square = m * m * sizeof(double), flat = t->n * sizeof(float);
+    const int is_double = in_double_precision(short_side(t), t->n / short_side(t));
+    const size_t m = padded(short_side(t)), number = is_double ? sizeof(double) : sizeof(float);
+    const size_t square = m * m * number, flat = t->n * sizeof(float);
     const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
     const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, m * m * sizeof(float),
-                            m * PANEL * sizeof(double), square, square, square, square};
+                            m * PANEL * number, square, square, square, square};
     void *parts[10];
     size_t total = 0;
     for (int k = 0; k < 10; total += whole_lines(sizes[k++]))
@@ -449,16 +458,16 @@ static void transpose(const float *x, int64_t n_rows, int64_t n_columns, float *
 
    The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of several q(A) is applied to X at
    once: it takes few products with X instead of two for each factor. But A holds the squares of singular values, and
-   each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Double precision bears that; so
-   does single precision where A is computed anew once, and the error of ill-conditioned matrices is then that of the
-   iteration of X itself in float32, up to 4e-4 of the operator norm. Double precision takes twice as long for products
-   of squares, and saves two passes over X: it is faster where X is elongated. Large elongated matrices take neither, as
-   long as their error, up to 2e-3, or 6e-3 where all entries are equal and so their roundings, is far below that of
-   bfloat16, up to .5, which Muon takes. */
+   each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Double precision bears that,
+   and so does single precision where A is computed anew once: the error of ill-conditioned matrices is then that of the
+   iteration of X itself in float32, up to 6e-4 of the operator norm. The former takes twice as long for products of
+   squares, the latter for those with X, so the former is faster where X is elongated. X that is large, too, would take
+   long either way: it is stepped in single precision with one A. Its error, up to 1e-3, or 6e-3 where all entries are
+   equal and so their roundings, is far below that of bfloat16 in Muon, up to .5. */
 static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, double norm, double weight,
                           const Workspace *w, int adds)
 {
-    const int is_double = m < LARGE && n >= 8 * m, is_anew = m < LARGE ? !is_double : n < 4 * m;
+    const int is_double = in_double_precision(m, n), is_anew = m < LARGE ? !is_double : n < ELONGATED / 2 * m;
     int n_factors = N_FACTORS;
     if (!(norm > 0.0)) {
         memset(w->sum, 0, adds ? 0 : m * n * sizeof(float));
