@@ -27,6 +27,14 @@ n_validation_tasks = 2
 """
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Have processes hear SIGINT: what a shell begins in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(command, folder, begun):
     """Send SIGINT to a process once ``begun()`` is true; its exit status and the end of what it wrote."""
     with (folder / "output").open("w") as output:
@@ -49,7 +57,7 @@ def test_training_is_kept_and_continued(tmp_path):
     command = ["-m", "odeopt", "train", "--config", "tiny.toml", "--stop-after"]
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoint.pt"
     status, output = interrupted([*command, "1000"], tmp_path, checkpoint.exists)
-    assert status == 130
+    assert status == 130, output
     assert output.splitlines()[-1] == f"python -m odeopt train: {arguments.RESUMES}"
     assert "Traceback" not in output
     done = subprocess.run([sys.executable, *command, "0"], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -60,7 +68,7 @@ def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py
     command = ["-m", "odeopt", "suite", "--quick", "--problems", "perceptron"]
     path = tmp_path / "runs" / "suite" / "suite.json"
     status, output = interrupted(command, tmp_path, path.exists)
-    assert status == 130
+    assert status == 130, output
     assert output.splitlines()[-1] == f"python -m odeopt suite: {arguments.RESUMES}"
     assert "Traceback" not in output
     assert json.loads(path.read_text())["runs"]
@@ -73,7 +81,7 @@ def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py
 def test_scripts_say_how_to_go_on(tmp_path, script, message):
     out = tmp_path / "out"  # made once the arguments are read
     status, output = interrupted([str(EXAMPLES / script), "--out", str(out)], tmp_path, out.exists)
-    assert status in (130, -signal.SIGINT)
+    assert status in (130, -signal.SIGINT), output
     assert output.splitlines()[-1] == f"{script}: {message}"
     assert "Traceback" not in output
 
