@@ -177,7 +177,8 @@ def integrate(
         t = torch.stack([torch.as_tensor(time, dtype=torch.float64, device=like.device) for time in t])
     times = times_of(t)
     is_ours = _is_ours(system, method, backend, options, times, adjoint=adjoint)
-    check_options("options", options, method, _own_options(method) if is_ours else accepted_options(method))
+    own_options = STEP_OPTIONS | NEWTON_OPTIONS if method in STRUCTURE_METHODS else STEP_OPTIONS
+    check_options("options", options, method, own_options if is_ours else accepted_options(method))
     tensors = tensors_of(x0)
     is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
     is_checked = not (is_ours and is_given and must_not_synchronise(tensors[0]))
@@ -267,10 +268,6 @@ def _divides(step_size: Any, times: Times | None) -> bool:
         return False
     counts, slack = [(time - times.numbers[0]) / step_size for time in times.numbers], times.slack(step_size)
     return all(abs(count - round(count)) <= slack for count in counts)
-
-
-def _own_options(method: str) -> frozenset[str]:
-    return STEP_OPTIONS | NEWTON_OPTIONS if method in STRUCTURE_METHODS else STEP_OPTIONS
 
 
 def _own_steps(
