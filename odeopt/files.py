@@ -1,19 +1,28 @@
-"""Files of results: JSON that is whole or not there."""
+"""Files that are whole or not there, those of results as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
+@contextmanager
+def replaced(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a path beside a file to write to, and move it there: an interruption leaves the old file or the new one."""
+    temporary = Path(path).with_suffix(".tmp")
+    yield temporary
+    os.replace(temporary, path)
+
+
 def write_json(path: str | os.PathLike, content: Any, *, is_by_row: bool = False, sort_keys: bool = False) -> None:
-    """Write JSON beside its place and move it there: an interruption leaves the old file or the new one.
+    """Write JSON, as :func:`replaced` writes files.
 
     Args:
         path: The file.
@@ -27,9 +36,8 @@ def write_json(path: str | os.PathLike, content: Any, *, is_by_row: bool = False
     text = json.dumps(content, indent=1, sort_keys=sort_keys, allow_nan=False)
     if is_by_row:
         text = re.sub(r"\[([^][{}]*)\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replaced(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(

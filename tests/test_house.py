@@ -37,7 +37,7 @@ ARROWS = {
     "physics": ("checks",),
     "ode": ("physics", "report"),  # an energy ledger draws itself
     "solvers": ("ode", "report", "files", "progress", "timing", "_version"),
-    "systems": ("ode", "progress"),
+    "systems": ("ode", "files", "progress"),
     "rules": ("ode",),
     "artifacts": ("rules", "_version"),
     "hub": ("artifacts",),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import operator
 import os
+import pkgutil
 import tomllib
 from collections.abc import Callable
 from functools import partial
@@ -306,10 +305,7 @@ def _check_class(
 
 def _found(name: str, known: dict[str, type[T]]) -> type[T]:
     """Find a class by its short name, or import it by ``package.module:Name``."""
-    if ":" not in name:
-        return known[name]
-    module, _, attribute = name.partition(":")
-    return operator.attrgetter(attribute)(importlib.import_module(module))
+    return pkgutil.resolve_name(name) if ":" in name else known[name]
 
 
 def _check_table(path: Path, section: str, table: Any) -> None:

@@ -28,7 +28,7 @@ class Outliers:
 
     def has(self, norm: float) -> bool:
         """Decide whether the next norm, a finite number, is an outlier; called once for each norm."""
-        if not self._is_beyond(norm):
+        if len(self.accepted) < _N_LEAST or norm <= self.factor * statistics.median(self.accepted):
             self.accepted = [*self.accepted, norm][-_N_NORMS:]
             self.surplus = self.surplus[1:]
             return False
@@ -37,9 +37,6 @@ class Outliers:
             return True
         self.accepted, self.surplus = self.surplus, []
         return self.has(norm)
-
-    def _is_beyond(self, norm: float) -> bool:
-        return len(self.accepted) >= _N_LEAST and norm > self.factor * statistics.median(self.accepted)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next judgements depend on, for a checkpoint."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_number, require
+from odeopt.files import replaced
 from odeopt.meta.config import MetaConfig, MetaResult
 from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
 from odeopt.meta.identity import are_close, differences, identity_of
@@ -341,10 +342,8 @@ class _Run:
             for name in ("identity", "initial", "best_weights", "averaged", "n_tasks_seen", "n_validated")
         }
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
-        # written beside and renamed: a run that dies while writing leaves the last checkpoint whole
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, self.path)
+        with replaced(self.path) as temporary:
+            torch.save(checkpoint, temporary)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one; the first rank reads it for all."""

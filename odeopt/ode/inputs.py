@@ -106,11 +106,8 @@ class FirstOrderHold(_Sampled):
 
 def checked_input(u: Any) -> Tensor | Input | None:
     """Refuse what is neither a tensor (held all the time), a function of time nor None."""
-    if not (u is None or isinstance(u, Tensor) or callable(u)):
-        raise ValueError(
-            "Parameter `u` should be None, a tensor of shape (*batch, n_inputs), a `ZeroOrderHold`, a "
-            f"`FirstOrderHold` or a function of time. Found `u = {u!r}`."
-        )
+    wanted = "None, a tensor of shape (*batch, n_inputs), a `ZeroOrderHold`, a `FirstOrderHold` or a function of time"
+    require(u is None or isinstance(u, Tensor) or callable(u), "u", u, wanted)
     return u
 
 

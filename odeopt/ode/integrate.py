@@ -148,8 +148,7 @@ def integrate(
         >>> solution.states.shape, solution.n_steps, solution.n_field_evals
         (torch.Size([11, 2]), 10, 40)
     """
-    if not callable(field):
-        raise ValueError(f"Parameter `field` should be a function of time and state. Found `field = {field!r}`.")
+    require(callable(field), "field", field, "a function of time and state")
     check_choice("backend", backend, BACKENDS)
     check_choice("method", method, (*SOLVERS, *STRUCTURE_METHODS))
     for name, value in {"adjoint": adjoint, "throw": throw}.items():
@@ -167,19 +166,19 @@ def integrate(
         raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
     if adjoint_method is not None:
         check_choice("adjoint_method", adjoint_method, SOLVERS)
-    if event_fn is not None:
-        raise ValueError(
-            "Parameter `event_fn` should be None, as the last time is the end: `torchdiffeq.odeint_event` takes the "
-            "same field, and `odeopt.gradient_flow(..., until_norm=...)` ends where gradients are small. "
-            f"Found `event_fn = {event_fn!r}`."
-        )
+    wanted = (
+        "None, as the last time is the end: `torchdiffeq.odeint_event` takes the same field, and "
+        "`odeopt.gradient_flow(..., until_norm=...)` ends where gradients are small"
+    )
+    require(event_fn is None, "event_fn", event_fn, wanted)
     x0 = _check_problem(system, x0, u, z, method)
     if isinstance(t, list | tuple) and any(isinstance(time, Tensor) for time in t):  # numbers would drop gradients
         like = next(time for time in t if isinstance(time, Tensor))
         t = torch.stack([torch.as_tensor(time, dtype=torch.float64, device=like.device) for time in t])
     times = times_of(t)
     is_ours = _is_ours(system, method, backend, options, times, adjoint=adjoint)
-    check_options("options", options, method, _own_options(method) if is_ours else accepted_options(method))
+    own_options = STEP_OPTIONS | NEWTON_OPTIONS if method in STRUCTURE_METHODS else STEP_OPTIONS
+    check_options("options", options, method, own_options if is_ours else accepted_options(method))
     tensors = tensors_of(x0)
     is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
     is_checked = not (is_ours and is_given and must_not_synchronise(tensors[0]))
@@ -232,12 +231,10 @@ def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: A
                 "and its matrices apart. Found a bare field."
             )
         for name, value in (("u", u), ("z", z)):
-            if value is not None:
-                raise ValueError(f"Parameter `{name}` should be None unless `field` is a `PortHamiltonianSystem`. "
-                                 f"Found `{name} = {value!r}`.")  # fmt: skip
+            require(value is None, name, value, "None unless `field` is a `PortHamiltonianSystem`")
         return x0
-    if not isinstance(x0, tuple) or len(x0) != 2 or not all(isinstance(x, Tensor) for x in x0):
-        raise ValueError(f"Parameter `x0` should be a `PhaseState` of tensors q and p. Found `x0 = {x0!r}`.")
+    is_state = isinstance(x0, tuple) and len(x0) == 2 and all(isinstance(x, Tensor) for x in x0)
+    require(is_state, "x0", x0, "a `PhaseState` of tensors q and p")
     checked_input(u)
     return PhaseState(*x0)
 
@@ -251,13 +248,11 @@ def _is_ours(
             return True
         if method not in SOLVERS:
             found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
-            raise ValueError(f"Parameter `method` should be one of torchdiffeq's with `{found}`. "
-                             f"Found `method = {method!r}`.")  # fmt: skip
+            require(False, "method", method, f"one of torchdiffeq's with `{found}`")
         return False
     if backend == "odeopt":
         check_explicit(method)
-        if adjoint:
-            raise ValueError("Parameter `adjoint` should be False with `backend = 'odeopt'`. Found `adjoint = True`.")
+        require(not adjoint, "adjoint", adjoint, "False with `backend = 'odeopt'`")
     if backend != "auto":
         return backend == "odeopt"
     if method not in EXPLICIT_METHODS or adjoint or not (options is None or isinstance(options, dict)):
@@ -273,10 +268,6 @@ def _divides(step_size: Any, times: Times | None) -> bool:
         return False
     counts, slack = [(time - times.numbers[0]) / step_size for time in times.numbers], times.slack(step_size)
     return all(abs(count - round(count)) <= slack for count in counts)
-
-
-def _own_options(method: str) -> frozenset[str]:
-    return STEP_OPTIONS | NEWTON_OPTIONS if method in STRUCTURE_METHODS else STEP_OPTIONS
 
 
 def _own_steps(

@@ -76,7 +76,8 @@ class Bucket:
             shape, kept = template[name]
             shape = (self.shape[0], *shape) if axis is None else (*shape[:axis], *self.shape, *shape[axis + 1 :])
             self._storage[name] = torch.zeros(shape, dtype=kept, device=self.device)
-        self.state = self._type(*(self._in_rows(name) for name in self._storage))
+        # with the rows first
+        self.state = self._type(*(x.movedim(self._axes[name] or 0, 0) for name, x in self._storage.items()))
         self.columns = tuple(None if axis is None else axis + 1 for axis in self._axes.values())
         self.grad = self.theta = None  # of a packed bucket, from the first step on that needs them
 
@@ -170,10 +171,6 @@ class Bucket:
         features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
         features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
         return Rows.packed(features, n_rows) if is_padded else Rows(features)
-
-    def _in_rows(self, name: str) -> Tensor:
-        """Field of the state with the rows first."""
-        return self._storage[name].movedim(self._axes[name] or 0, 0)
 
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
         """Coordinates of one tensor in its own shape; ``axis`` is that of the rows, columns follow."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
+from odeopt.files import replaced
 from odeopt.ode import STRUCTURE_METHODS, Status, integrate
 from odeopt.physics import PhaseState
 from odeopt.progress import tqdm
@@ -198,8 +199,8 @@ def fit_kept(
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     kept = {"settings": wanted, "weights": weights}
     kept["result"] = [result.losses, str(result.status), result.message, result.seconds]
-    torch.save(kept, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replaced(path) as temporary:
+        torch.save(kept, temporary)
     return result
 
 

@@ -95,7 +95,7 @@ def coordinate_energy(p: Tensor, energies: Mapping[int, CoordinateEnergy]) -> Te
         p: Momenta, shape ``(*batch, modes, n)``.
         energies: Energies of the modes that count, by number.
     """
-    return sum(energy.energy(p[..., k, :]) for k, energy in energies.items())
+    return sum((energy.energy(p[..., k, :]) for k, energy in energies.items()), torch.zeros_like(p[..., 0, :]))
 
 
 def coordinate_balance(

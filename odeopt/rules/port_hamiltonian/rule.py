@@ -643,12 +643,14 @@ class PortHamiltonianUpdate(StagedRule):
             Energy of each coordinate's system, shape ``(*batch, n)``; of a matrix that spectral modes step that of the
             whole, shape ``(*batch, 1)``, the spectral ones in units of the momentum's Frobenius norm.
         """
-        if not self._has_spectral_balance(shape):
-            return self._coordinate_energy(state)
-        energy = energies.spectral_energy(state.p[..., self.spectral_modes, :], tuple(shape)).sum(-1, keepdim=True)
-        if not self._other_modes:
-            return energy
-        return energy + energies.coordinate_energy(state.p, self._energies_of(self._other_modes)).sum(-1, keepdim=True)
+        if self._has_spectral_balance(shape):
+            spectral = energies.spectral_energy(state.p[..., self.spectral_modes, :], tuple(shape)).sum(-1)
+            others = energies.coordinate_energy(state.p, self._energies_of(self._other_modes))
+            return (spectral + others.sum(-1)).unsqueeze(-1)
+        if "relativistic" in self.kinetic:
+            return energies.coordinate_energy(state.p, self._energies_of(range(self.modes)))
+        dtype = self._system_dtype(state)
+        return self.system.energy(self._phase(state.p.to(dtype), state.q.to(dtype)))
 
     def power_balance(
         self,
@@ -714,13 +716,6 @@ class PortHamiltonianUpdate(StagedRule):
         if self.stores_q:
             return found
         return found | {name: x.mean(-1) for name, x in zip(("friction", "gain"), modulation, strict=True)}
-
-    def _coordinate_energy(self, state) -> Tensor:
-        """Energies of coordinates, summed over all modes, shape ``(*batch, n)``."""
-        if "relativistic" in self.kinetic:
-            return energies.coordinate_energy(state.p, self._energies_of(range(self.modes)))
-        dtype = self._system_dtype(state)
-        return self.system.energy(self._phase(state.p.to(dtype), state.q.to(dtype)))
 
     def _energies_of(self, modes: Iterable[int]) -> dict[int, energies.CoordinateEnergy]:
         return {k: self._energies[self.kinetic[k]] for k in modes}
