@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import odeopt
-from odeopt.ode import LINEAR_METHODS
+from odeopt.ode import LINEAR_METHODS, linear_step
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate
 from odeopt.stepping.native import library as libraries
@@ -345,9 +345,10 @@ def assert_broken_stay(optimizer, bad, places):
 
 
 def assert_threads_change_nothing(monkeypatch, shapes, broken_at=None, **options):
-    """Take three steps on one, two and five threads, one of them with a gradient that is not finite if asked for."""
-    found = []
-    for n_threads in (1, 2, 5):
+    """Take three steps on one to five threads, one of them with a gradient that is not finite if asked for."""
+    found, used = [], library()
+    for n_threads, parallel in [(1, None), (2, None), (5, None), (2, used.parallel), (5, used.parallel)]:
+        monkeypatch.setattr(plans, "library", lambda parallel=parallel: used._replace(parallel=parallel))
         monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
         _, optimizer = pair(port_hamiltonian(**options), shapes)
         for step in range(3):
@@ -357,11 +358,19 @@ def assert_threads_change_nothing(monkeypatch, shapes, broken_at=None, **options
             optimizer.step()
         assert optimizer.n_skipped == (broken_at is not None)
         (plan,) = optimizer._layout.plans
-        assert plan.native._options.n_threads == n_threads
+        assert (plan.native._options.n_threads, plan.native._options.parallel) == (n_threads, parallel)
         found.append(copy(optimizer))
     for params, state in found[1:]:
         assert all(map(torch.equal, params, found[0][0]))
         assert all(equal_state(state[i], found[0][1][i]) for i in state)
+
+
+@pytest.mark.parametrize("solver", LINEAR_METHODS)
+def test_polynomial_of_a_solver_is_what_its_step_integrates(solver):
+    friction = torch.linspace(0, 2, 1001, dtype=torch.float64)  # as far as twice a logistic function goes
+    _, displacement = linear_step(torch.zeros(1001, dtype=torch.float64), 1.0, friction, solver)
+    found = sum((term * friction**k for k, term in enumerate(plans._PSI[solver])), torch.zeros_like(friction))
+    torch.testing.assert_close(found, displacement, rtol=0, atol=2.5e-8 if solver == "exponential" else 1e-15)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -127,38 +127,25 @@ TARGET static ALWAYS_INLINE void ISA(observe)(const Shared *shared, const int ki
 /* Momentum of one mode after a unit step, in place; what it adds to the output is added to `delta`. */
 TARGET static ALWAYS_INLINE void ISA(mode)(const Rule *rule, const float *c, float *restrict p, const float *restrict u,
                                            const float *restrict log_ratio, int n, float *restrict delta,
-                                           const int is_exponential, const int is_relativistic)
+                                           const int n_terms, const int is_relativistic)
 {
     const float log_gain = c[0], gain_slope = c[1], logit = c[2], by_log_rms = c[3], by_power = c[4], by_effort = c[5];
-    const float psi0 = rule->psi[0], psi1 = rule->psi[1], psi2 = rule->psi[2];
     const double limit = rule->speed_limit;
+    float terms[N_PSI], frictions[BLOCK], gains[BLOCK];
+    memcpy(terms, rule->psi, sizeof terms);
+    /* two loops: in one, each coordinate is a longer chain of operations than a processor looks ahead */
 #pragma omp simd
     for (int j = 0; j < n; j++) {
-        const float old = p[j];
-        const float x = logit + by_log_rms * log_ratio[j] + by_power * (u[j] * old) + by_effort * fabsf(u[j]);
-        const float friction = 2.0f / (1.0f + ISA(exp2)(-x));
-        const float gain = ISA(exp2)(log_gain + gain_slope * log_ratio[j]);
+        const float x = logit + by_log_rms * log_ratio[j] + by_power * (u[j] * p[j]) + by_effort * fabsf(u[j]);
+        frictions[j] = 2.0f / (1.0f + ISA(exp2)(-x));
+        gains[j] = ISA(exp2)(log_gain + gain_slope * log_ratio[j]);
+    }
+#pragma omp simd
+    for (int j = 0; j < n; j++) {
+        const float old = p[j], friction = frictions[j], gain = gains[j];
         const float force = gain * u[j];
-        float end, output;
-        if (is_exponential) {
-            /* phi_1 and phi_2 of -friction, by Bernoulli's series where the closed forms cancel */
-            const float z = -friction, s = z * z, decay = ISA(exp2)(LOG2_E * z);
-            const int is_small = friction < 1.0f;
-            float series = (float)(1.0 / 47900160);
-            series = series * s + (float)(-1.0 / 1209600);
-            series = series * s + (float)(1.0 / 30240);
-            series = series * s + (float)(-1.0 / 720);
-            series = series * s + (float)(1.0 / 12);
-            const float ratio = 0.5f - z * series, phi_small = 1.0f / (1.0f - z * ratio);
-            const float inverse = 1.0f / (is_small ? -1.0f : z), phi_large = (decay - 1.0f) * inverse;
-            const float phi = is_small ? phi_small : phi_large;
-            const float psi = is_small ? ratio * phi_small : (phi_large - 1.0f) * inverse;
-            end = decay * old + phi * force;
-            output = phi * old + psi * force;
-        } else {
-            output = old + (force - friction * old) * (psi0 + friction * (psi1 + friction * psi2));
-            end = old + (force - friction * output);
-        }
+        float output = old + (force - friction * old) * horner(terms, n_terms, friction);
+        const float end = old + (force - friction * output);
         if (is_relativistic) /* in double precision, in which no square of a float32 overflows or vanishes */
             output = (float)(limit * end / sqrt((double)end * end + limit * limit));
         p[j] = end;
@@ -245,11 +232,11 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
             const float *coefficients = c->per_mode + 6 * k;
             const int64_t at = k * t->mode_stride + i;
             float *p = ISA(load)(t->p, t->state_type, at, n, x_buffer);
-            switch (2 * rule->is_exponential + rule->is_relativistic[k]) {
-            case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, 0, 0); break;
-            case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, 0, 1); break;
-            case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, 1, 0); break;
-            default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, 1, 1);
+            switch (2 * (rule->n_psi > N_EXPLICIT) + rule->is_relativistic[k]) {
+            case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_EXPLICIT, 0); break;
+            case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_EXPLICIT, 1); break;
+            case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_PSI, 0); break;
+            default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_PSI, 1);
             }
             ISA(store)(t->p, t->state_type, at, n, p);
         }
@@ -315,11 +302,11 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
                 squares[2] += beyond;
             } else {
                 const float *coefficients = c->per_mode + 6 * k;
-                switch (2 * rule->is_exponential + rule->is_relativistic[k]) {
-                case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 0, 0); break;
-                case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 0, 1); break;
-                case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 1, 0); break;
-                default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, 1, 1);
+                switch (2 * (rule->n_psi > N_EXPLICIT) + rule->is_relativistic[k]) {
+                case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_EXPLICIT, 0); break;
+                case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_EXPLICIT, 1); break;
+                case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_PSI, 0); break;
+                default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_PSI, 1);
                 }
             }
             ISA(store)(t->p, t->state_type, at, n, p);

@@ -9,7 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_VERSION = 2  # of the structures; step.c has the same
+import torch
+
+_VERSION = 3  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -20,7 +22,7 @@ class Rule(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weights", "start", "time_scales", "widths", "is_relativistic", "is_spectral")),
         ("speed_limit", c_double),
-        ("psi", c_float * 3),
+        ("psi", c_float * 7),
         ("decays", c_float * 2),
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
         *((name, c_float) for name in ("initial_matrix_kappa", "initial_lookahead", "initial_decay")),
@@ -29,7 +31,7 @@ class Rule(ctypes.Structure):
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales")),
         *((name, c_int32) for name in ("n_memory", "n_moved")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix", "n_spectral")),
-        *((name, c_int32) for name in ("coordinatewise", "is_exponential", "uses_progress")),
+        *((name, c_int32) for name in ("n_psi", "coordinatewise", "uses_progress")),
     )
 
 
@@ -51,6 +53,7 @@ class Options(ctypes.Structure):
     _fields_ = (
         *((name, c_float) for name in ("lr", "keep", "progress")),
         *((name, c_int32) for name in ("knows_progress", "maximize", "n_threads", "instructions")),
+        ("parallel", c_void_p),
     )
 
 
@@ -60,6 +63,7 @@ class Library(NamedTuple):
     step: ctypes._CFuncPtr
     functions: ctypes._CFuncPtr
     instructions: int
+    parallel: int | None  # address of GOMP_parallel, see _parallel
 
 
 def native_status() -> str:
@@ -94,7 +98,19 @@ def library() -> Library | str:
     step.restype = c_int64
     step.argtypes = POINTER(Rule), POINTER(TensorState), c_int64, c_void_p, c_void_p, POINTER(Options)
     functions.restype, functions.argtypes = None, (c_void_p, c_int64, c_int, c_int)
-    return Library(step, functions, instructions())
+    return Library(step, functions, instructions(), _parallel())
+
+
+def _parallel() -> int | None:
+    """Find how the OpenMP runtime that torch runs on begins work on its threads, where there is one with such a call.
+
+    Threads of another kind would wait for processors on which those of torch still spin.
+    """
+    try:
+        found = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # among what torch's library depends on
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(found, c_void_p).value
 
 
 def _layout() -> int:

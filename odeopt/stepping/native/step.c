@@ -30,17 +30,21 @@
 #define HAS_THREADS 0
 #endif
 
-#define VERSION 2    /* of the structures below */
+#define VERSION 3    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
 #define SPLIT 65536  /* coordinates from which on threads share a tensor */
+
+#define N_LOOKS 2000 /* at a pass that others finish, before a thread sleeps: some 50 microseconds */
 
 #define TILE 4       /* rows of a product that are computed at once, in registers */
 #define STRIP 16     /* and its columns in single precision; half as many in double precision */
 #define PANEL 128    /* columns of a wide matrix that are packed at once: for its Gram matrix, for products with it */
 #define N_TERMS 32   /* of a sum of products, before it is added to others */
 
+#define N_EXPLICIT 3 /* coefficients of psi, at most: of explicit solvers, */
+#define N_PSI 7      /* and of the exponential one */
 #define LOG2_E 1.44269504f
 
 #define EPS_EFFORT 1e-10f /* the constants of the rule of the same names */
@@ -70,7 +74,7 @@ typedef struct {
     const int32_t *widths; /* n_layers + 1 */
     const int32_t *is_relativistic, *is_spectral;
     double speed_limit;
-    float psi[3]; /* of an explicit solver: psi = psi[0] + psi[1] D + psi[2] D^2, D the friction */
+    float psi[N_PSI]; /* of the solver, as a polynomial of the friction: see odeopt.ode.linear_step */
     float decays[2];
     float initial_kappa;
     float horizon_power;
@@ -82,7 +86,7 @@ typedef struct {
                                   follow the alignment */
     int32_t at_kappa, at_memory, at_exponent, at_matrix; /* places in the outputs of the network; -1 for none */
     int32_t n_spectral; /* modes whose momentum is orthogonalised in matrices; 0 where the sum of the outputs is */
-    int32_t coordinatewise, is_exponential, uses_progress;
+    int32_t n_psi, coordinatewise, uses_progress;
 } Rule;
 
 typedef struct {
@@ -100,6 +104,8 @@ typedef struct {
 typedef struct {
     float lr, keep, progress;
     int32_t knows_progress, maximize, n_threads, instructions;
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of the OpenMP runtime whose threads
+                                                                       are to be used; NULL to begin threads here */
 } Options;
 
 /* Numbers that the coordinates of a tensor share over one step. */
@@ -155,6 +161,14 @@ static inline float float_of(int32_t bits)
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+static ALWAYS_INLINE float horner(const float *coefficients, const int n, float x)
+{
+    float y = coefficients[n - 1];
+    for (int k = n - 2; k >= 0; k--)
+        y = y * x + coefficients[k];
+    return y;
 }
 
 #define ISA(name) name##_any
@@ -301,14 +315,9 @@ static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, co
         float *rates = c->rates + 4 * k;
         rates[0] = friction;
         rates[1] = gain;
-        if (rule->is_exponential) {
-            rates[2] = expf(-friction);
-            rates[3] = friction > 0.0f ? -expm1f(-friction) / friction * gain : gain;
-        } else {
-            const float psi = rule->psi[0] + friction * (rule->psi[1] + friction * rule->psi[2]);
-            rates[3] = (1.0f - friction * psi) * gain;
-            rates[2] = 1.0f - friction * (1.0f - friction * psi);
-        }
+        const float phi = 1.0f - friction * horner(rule->psi, N_PSI, friction);
+        rates[2] = 1.0f - friction * phi;
+        rates[3] = phi * gain;
     }
 }
 
@@ -677,16 +686,31 @@ static void close_shared(Job *job)
     open_pass(job);
 }
 
-/* Take pieces until all are finished. No thread waits for one that has not come yet, as it would beside other work. */
-static void work(Job *job)
+/* Wait, under the lock, until a pass is over: for as long as a piece takes, a thread that sleeps would wake too late. */
+static void await_pass(Job *job, int pass)
 {
+    pthread_mutex_unlock(&job->lock);
+    for (int k = 0; k < N_LOOKS && __atomic_load_n(&job->pass, __ATOMIC_RELAXED) == pass; k++) {
+#if HAS_X86
+        __builtin_ia32_pause();
+#endif
+    }
+    pthread_mutex_lock(&job->lock);
+    while (job->pass == pass)
+        pthread_cond_wait(&job->changed, &job->lock);
+}
+
+/* Take pieces until all are finished. No thread waits for one that has not come yet, as it would beside other work. */
+static void work(void *argument)
+{
+    Job *job = argument;
     pthread_mutex_lock(&job->lock);
     const int thread = job->n_working++;
     char *workspace = job->memory == NULL ? NULL : job->workspaces + job->workspace * thread;
     while (!job->is_done) {
         const int pass = job->pass;
         if (job->n_taken == pieces_of(job, pass)) {
-            pthread_cond_wait(&job->changed, &job->lock);
+            await_pass(job, pass);
             continue;
         }
         const int64_t number = job->n_taken++;
@@ -728,7 +752,7 @@ static void *help(void *job)
     return NULL;
 }
 
-/* Step with threads that end by themselves. */
+/* Step with the threads of an OpenMP runtime, or with threads that end by themselves. */
 static void step_in_threads(Job *job, int n_threads)
 {
     pthread_t thread;
@@ -736,6 +760,12 @@ static void step_in_threads(Job *job, int n_threads)
     sigset_t all, before;
     pthread_mutex_init(&job->lock, NULL);
     pthread_cond_init(&job->changed, NULL);
+    if (job->options->parallel != NULL) {
+        open_pass(job);
+        job->n_threads = 1; /* that leaves, when all have come back */
+        job->options->parallel(work, job, n_threads, 0);
+        return;
+    }
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
     sigfillset(&all); /* signals are for the threads of the caller */
