@@ -26,7 +26,7 @@ class BuildStep(build_ext):
     def build_extensions(self):
         # -ffast-math, or -march=native, would give wrong numbers here, or none elsewhere
         flags = ["-std=gnu11", "-O3", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-        flags += ["-fopenmp-simd", "-fno-thread-jumps", "-fvisibility=hidden", "-pthread"]
+        flags += ["-fopenmp-simd", "-fvisibility=hidden", "-pthread"]
         is_msvc = self.compiler.compiler_type == "msvc"
         for extension in self.extensions:
             extension.extra_compile_args = ["/O2", "/std:c11", "/fp:precise"] if is_msvc else flags

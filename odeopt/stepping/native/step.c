@@ -1,6 +1,10 @@
 /* Step of many tensors under a port-Hamiltonian rule, on a CPU: what odeopt.rules.PortHamiltonianUpdate does in tensor
    operations, in three passes over each tensor, and in matrix products for matrices. Plain C, called by pointers from odeopt/stepping/native/plan.py, which declares the same structures. */
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-thread-jumps") /* they cost some loops a tenth; as an option of its own, clang refuses it */
+#endif
+
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
