@@ -93,6 +93,13 @@ def test_no_two_rules_look_alike_without_colour():
     )
 
 
+@pytest.mark.parametrize("order", [[True] * 20, [True] * 4 + [False] * 5 + [True, False], [False, True] * 10])
+def test_no_two_rules_look_alike_where_colours_come_again(order):
+    styles = line_styles({str(i): is_learned for i, is_learned in enumerate(order)})
+    looks = [(style["color"], str(style["linestyle"]), style["linewidth"]) for style in styles.values()]
+    assert len(set(looks)) == len(looks)
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_labels_keep_apart_in_order_and_inside(heights):

@@ -137,17 +137,18 @@ def line_styles(is_learned: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
     Returns:
         Keyword arguments of ``Axes.plot``, by name.
     """
-    styles, n_learned, n_hand_designed = {}, 0, 0
+    styles: dict[str, dict[str, Any]] = {}
     for i, (name, learned) in enumerate(is_learned.items()):
-        dashes = _LEARNED_DASHES if learned else _HAND_DESIGNED_DASHES
-        n = n_learned if learned else n_hand_designed
+        colour, dashes = _LINE_COLOURS[i % len(_LINE_COLOURS)], _LEARNED_DASHES if learned else _HAND_DESIGNED_DASHES
+        n = sum(is_learned[other] == learned for other in styles)
+        turns = [dashes[(n + k) % len(dashes)] for k in range(len(dashes))]
+        used = [style["linestyle"] for style in styles.values() if style["color"] == colour]  # colours come again
         styles[name] = {
-            "color": _LINE_COLOURS[i % len(_LINE_COLOURS)],
-            "linestyle": dashes[n % len(dashes)],
+            "color": colour,
+            "linestyle": next((turn for turn in turns if turn not in used), turns[0]),
             "linewidth": 2.4 if learned else 1.1,
             "zorder": 3 if learned else 2,
         }
-        n_learned, n_hand_designed = n_learned + learned, n_hand_designed + (not learned)
     return styles
 
 
