@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from odeopt.progress import tqdm
+
 
 def clock(device: torch.device | str = "cpu") -> float:
     """Seconds, once the device has done its work."""
@@ -21,7 +23,7 @@ def interleaved(
     *,
     n_repeats: int,
     n_calls: int = 1,
-    on_turn: Callable[[], object] = lambda: None,
+    description: str | None = None,
 ) -> dict[str, list[float]]:
     """Time calls in turns, so that what else the machine does strikes all alike.
 
@@ -30,13 +32,13 @@ def interleaved(
         device: Where they compute.
         n_repeats: Turns; three are enough of a call that took ten seconds in all.
         n_calls: Calls of each in a turn, timed as one, so that the clock does not count.
-        on_turn: Called after each turn.
+        description: Of a progress bar over the turns; None for no bar.
 
     Returns:
         Seconds per call of each turn, by name.
     """
     names, seconds = list(calls), {name: [] for name in calls}
-    for repeat in range(n_repeats):
+    for repeat in tqdm(range(n_repeats), desc=description, unit=" turns", leave=False, disable=description is None):
         for i in range(len(names)):
             name = names[(repeat + i) % len(names)]  # nobody always runs after the same one
             if repeat >= 3 and n_calls * sum(seconds[name]) > 10:
@@ -45,5 +47,4 @@ def interleaved(
             for _ in range(n_calls):
                 calls[name]()
             seconds[name].append((clock(device) - began) / n_calls)
-        on_turn()
     return seconds

@@ -27,6 +27,7 @@ from odeopt.cli import arguments
 from odeopt.meta import Backpropagation, MetaConfig, MetaObjective, unroll
 from odeopt.meta.files import load_config
 from odeopt.meta.layouts import CompiledSteps
+from odeopt.progress import tqdm
 from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     memory = [(n, 0) for n in horizons]  # 0: every step kept
     # a step in memory takes about twelve times what the boundary of a segment takes
     memory += [(n, max(1, round((n / 12) ** 0.5))) for n in (*horizons, *((500, 1000, 2000) if args.full else ()))]
-    memory = [(n, length, measured_apart(n, length, args)) for n, length in memory]
+    memory = [(n, length, measured_apart(n, length, args)) for n, length in tqdm(memory, desc="memory", leave=False)]
     print(draw_table([("horizon", "steps"), ("segments of", "steps"), ("peak memory", "MB")],
                      [(str(n), str(length or "-"), f"{size / 1e6:.0f}") for n, length, size in memory]))  # fmt: skip
     curves = {"every step kept": [(n, size) for n, length, size in memory if not length]}
@@ -150,7 +151,7 @@ def timed(case: Case, args: argparse.Namespace) -> dict:
     """Microseconds per task and step of the two ways, in turns; the first turn is warm-up."""
     n_tasks = {batched: N_TASKS[case.family], one_by_one: N_LOOP}
     values = {way: [] for way in n_tasks}
-    for _ in range(1 + args.repeats):
+    for _ in tqdm(range(1 + args.repeats), desc=f"{case.name}, {case.family}", unit=" turns", leave=False):
         for way in values:
             began = clock(args.device)
             way(case)

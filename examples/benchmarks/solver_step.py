@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     print(machine(args.device), flush=True)
     rows = []
     for title, calls in (("bare field", of_field(args)), ("port-Hamiltonian system", of_system(args))):
-        found = timed(calls, args)
+        found = timed(title, calls, args)
         print(f"\n{args.batch} pendulums, {title}\n\n{table(found)}", flush=True)
         rows += [{"problem": title, "solver": name, "us": us} for name, us in found.items()]
     outputs = f"each of them ({args.steps + 1})" if args.dense else "the first and the last time"
@@ -113,11 +113,11 @@ def graphs(calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> 
 
 
 @torch.no_grad()
-def timed(calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:
+def timed(title: str, calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:
     """Microseconds per step of each, one repeat of all after the other."""
     for call in calls.values():
         call()
-    seconds = interleaved(calls, args.device, n_repeats=args.repeats)
+    seconds = interleaved(calls, args.device, n_repeats=args.repeats, description=title)
     return {name: [1e6 * each / args.steps for each in found] for name, found in seconds.items()}
 
 

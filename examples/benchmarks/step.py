@@ -84,7 +84,8 @@ def timed(workload: str, args: argparse.Namespace) -> list[dict]:
         steps[NETWORK] = forward_and_backward(workload, model)
         steps[NETWORK]()
         rows[NETWORK] = {"workload": workload, "n": n, "optimizer": NETWORK, "batch": MODELS[workload].batch}
-    for name, seconds in interleaved(steps, args.device, n_repeats=args.repeats, n_calls=n_steps).items():
+    turns = {"n_repeats": args.repeats, "n_calls": n_steps, "description": workload}
+    for name, seconds in interleaved(steps, args.device, **turns).items():
         rows[name]["ms"] = [1e3 * each for each in seconds]
     return list(rows.values())
 

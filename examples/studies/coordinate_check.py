@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
+from odeopt.progress import tqdm
 from odeopt.report import PALETTE, draw_table, new_figure, save_figure, style
 from odeopt.suite import untrained
 
@@ -38,10 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         "untrained rule": lambda model: odeopt.LearnedOptimizer(odeopt.param_groups(model), untrained(rule)),
         "Adam(1e-3)": lambda model: torch.optim.Adam(model.parameters()),
     }
-    changes = {
-        name: torch.stack([mean_changes(make, width, args) for width in args.widths])
-        for name, make in optimizers.items()
-    }
+    cells = tqdm(list(itertools.product(optimizers, args.widths)), unit=" cells")
+    found = {(name, width): mean_changes(optimizers[name], width, args) for name, width in cells}
+    changes = {name: torch.stack([found[name, width] for width in args.widths]) for name in optimizers}
     content = {"widths": args.widths, "steps": args.steps, "layers": LAYERS}
     content["changes"] = {name: values.tolist() for name, values in changes.items()}
     print(table(content, markdown=args.markdown))

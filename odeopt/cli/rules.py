@@ -15,7 +15,6 @@ from odeopt.cli.files import named_rule
 from odeopt.evaluation.response import response
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.parameters import param_groups
-from odeopt.progress import tqdm
 from odeopt.report import draw_table, plot_response
 from odeopt.rules.base import UpdateRule
 from odeopt.timing import interleaved
@@ -87,6 +86,5 @@ def _prices(rules: dict[str, UpdateRule]) -> dict[str, float]:
     steps |= {name: LearnedOptimizer(param_groups(model), rule).step for name, rule in rules.items()}
     for step in steps.values():  # lays out the state
         step()
-    with tqdm(total=5, desc="timing", leave=False) as bar:
-        seconds = interleaved(steps, n_repeats=5, n_calls=5, on_turn=bar.update)
+    seconds = interleaved(steps, n_repeats=5, n_calls=5, description="timing")
     return {name: statistics.median(map(truediv, seconds[name], seconds["Adam"])) for name in rules}
