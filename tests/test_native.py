@@ -365,6 +365,21 @@ def assert_threads_change_nothing(monkeypatch, shapes, broken_at=None, **options
         assert all(equal_state(state[i], found[0][1][i]) for i in state)
 
 
+@pytest.mark.parametrize("kinetic", ["spectral", "quadratic", "relativistic"])
+def test_momenta_too_small_to_be_normal_become_zero_and_nothing_else_does(kinetic):
+    # a processor is a hundred times slower on such numbers, at which decaying momenta would stay
+    param = nn.Parameter(torch.full((128, 256), 1e-40))
+    param.grad = torch.zeros(128, 256)
+    optimizer = LearnedOptimizer([param], port_hamiltonian(kinetic=kinetic, initial_decay=0.0), lr=0.0)
+    optimizer.step()
+    optimizer.state[param]["p"].fill_(1e-40)
+    optimizer.step()
+    assert is_native(optimizer)
+    assert optimizer.state[param]["p"].count_nonzero() == 0
+    assert (param == torch.tensor(1e-40)).all()
+    assert (torch.full((100,), 1e-40) * 1).count_nonzero() == 100
+
+
 @pytest.mark.parametrize("solver", LINEAR_METHODS)
 def test_polynomial_of_a_solver_is_what_its_step_integrates(solver):
     friction = torch.linspace(0, 2, 1001, dtype=torch.float64)  # as far as twice a logistic function goes

@@ -182,6 +182,7 @@ TARGET static void ISA(statistics)(const Rule *rule, const Tensor *t, const Shar
 {
     float g_buffer[BLOCK], theta_buffer[BLOCK], x_buffer[BLOCK], u[BLOCK];
     const int modes = rule->n_modes;
+    const unsigned control = flush_tiny();
     for (int k = 0; k < 3 + 2 * modes; k++)
         sums[k] = 0.0;
     for (int64_t i = start; i < stop; i += BLOCK) {
@@ -206,6 +207,7 @@ TARGET static void ISA(statistics)(const Rule *rule, const Tensor *t, const Shar
             sums[3 + modes + k] += p_sum;
         }
     }
+    restore_tiny(control);
 }
 
 /* Step a part of a tensor: parameter, momenta and second moment, in place. */
@@ -217,12 +219,16 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
     for (int64_t i = start; i < stop; i += BLOCK) {
         const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
         const float *g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
+        const unsigned control = flush_tiny();
         if (t->second_moment) {
             float *v = ISA(load)(t->second_moment, t->state_type, i, n, x_buffer);
-            if (rule->coordinatewise)
+            if (rule->coordinatewise) {
+                restore_tiny(control); /* the magnitude of a gradient may be so small */
                 ISA(observe)(c, BY_HISTORY, floor, g, v, n, u, log_ratio);
-            else
+                flush_tiny();
+            } else {
                 ISA(observe)(c, BY_COORDINATE, floor, g, v, n, u, log_ratio);
+            }
             ISA(store)(t->second_moment, t->state_type, i, n, v);
         } else {
             ISA(observe)(c, BY_TENSOR, floor, g, NULL, n, u, log_ratio);
@@ -240,6 +246,7 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
             }
             ISA(store)(t->p, t->state_type, at, n, p);
         }
+        restore_tiny(control); /* a parameter may, too */
         float *theta = ISA(load)(param, t->param_type, i, n, x_buffer);
 #pragma omp simd
         for (int j = 0; j < n; j++)
@@ -257,6 +264,7 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
     float g_buffer[BLOCK], p_buffer[BLOCK], u[BLOCK], log_ratio[BLOCK];
     const float floor = rule->log_floor, lookahead = c->lookahead;
     float *outputs = rule->n_spectral > 0 ? others : x;
+    const unsigned control = flush_tiny();
     for (int64_t i = start; i < stop; i += BLOCK) {
         const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
         const float *g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
@@ -319,6 +327,7 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
             sums[3] += square;
         }
     }
+    restore_tiny(control);
 }
 
 /* Move a matrix by the sum of its orthogonalised momenta and by the outputs of its other modes, if there are any. */
