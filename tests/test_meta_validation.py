@@ -1,5 +1,6 @@
 """What meta_train tells of its validations."""
 
+import pytest
 import torch
 
 from odeopt.meta import MetaConfig, meta_train
@@ -33,3 +34,21 @@ def test_meta_train_tells_each_validation_once_and_again_when_continued(tmp_path
     at_once, untrained = train(lambda step: True)
     assert at_once == whole[:1]
     assert untrained.meta_losses == []
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_numbers_too_small_to_be_normal_are_zero_while_a_rule_is_trained(before):
+    def is_flushing():
+        return not (torch.full((1,), 1e-40) * 1).any()
+
+    found = []
+    torch.set_flush_denormal(before)
+    try:
+        settings = MetaConfig(n_meta_steps=1, n_tasks=1, horizon=2, n_validation_tasks=1)
+        rule = PortHamiltonianUpdate(modes=1, hidden=(3,))
+        heard = {"progress_bar": False, "on_validation": lambda *_: found.append(is_flushing())}
+        meta_train(rule, RandomQuadratic(3), settings, **heard)
+        assert found == [True, True]
+        assert is_flushing() == before
+    finally:
+        torch.set_flush_denormal(False)
