@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt._version import __version__
 from odeopt.checks import is_integer, is_number, require
+from odeopt.files import replaced
 from odeopt.rules.base import UpdateRule, adopt_weights, built, has_values
 
 FORMAT = "odeopt-rule"
@@ -93,16 +94,12 @@ def save(
             raise _error(path, name, "what JSON can hold", fields) from error
     weights = {name: _storable(path, name, value) for name, value in rule.state_dict().items()}
     metadata["sha256"] = json.dumps(checksum(weights, metadata))
-    # in the folder of `path`, so that the rename stays within one file system; open() keeps the user's umask
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(safetensors.torch.save(weights, metadata))
-        _check_same(temporary, load(temporary), rule)
-        os.replace(temporary, path)
-    except ValueError as error:
-        raise ValueError(f"{path}: not saved: {str(error).removeprefix(f'{temporary}: ')}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary:
+        try:
+            temporary.write_bytes(safetensors.torch.save(weights, metadata))
+            _check_same(temporary, load(temporary), rule)
+        except ValueError as error:
+            raise ValueError(f"{path}: not saved: {str(error).removeprefix(f'{temporary}: ')}") from error
 
 
 @_disable_current_modes()

@@ -15,10 +15,17 @@ T = TypeVar("T")
 
 @contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path beside a file to write to, and move it there: an interruption leaves the old file or the new one."""
-    temporary = Path(path).with_suffix(".tmp")
-    yield temporary
-    os.replace(temporary, path)
+    """Yield a path beside a file to write to, and move it there: an interruption leaves the old file or the new one.
+
+    The path is that of this process alone. What was written to it is deleted if it is not moved.
+    """
+    # in the folder of `path`, so that the move stays within one file system; open() keeps the user's umask
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, content: Any, *, is_by_row: bool = False, sort_keys: bool = False) -> None:

@@ -367,7 +367,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._place_counters()
         try:
             check_options(group)
-            rule, names = self.rule.for_tables() if group["is_table"] else self.rule, parameter_names(self.param_groups)
+            rule = self.rule.for_tables() if group["is_table"] else self.rule
+            names = parameter_names(self.param_groups, len(self.param_groups) - 1)
             for param in group["params"]:
                 check_sharding(param, names[param])
                 if not is_supported(param):

@@ -1,10 +1,24 @@
-"""Ranks that are threads of one process, for tests of what ranks exchange."""
+"""Ranks that are threads of one process, or processes, for tests of what ranks exchange."""
 
+import datetime
+import multiprocessing
+import os
+import socket
 import threading
 
 import torch
+import torch.distributed as dist
 
 from odeopt.meta import World
+
+# what ranks import, torch._dynamo when they build an optimizer: once for all of them, and for all tests of a process
+PRELOADED = (
+    "odeopt.__main__",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+)
 
 
 class Thread(World):
@@ -55,3 +69,34 @@ def on_threads(size, work):
     if errors:
         raise errors[0]
     return worlds, got
+
+
+def on_two_processes(function, folder, *, joins=True):
+    """Call ``function(rank, folder)`` on two ranks that are processes; return what each returns, None where it died.
+
+    The ranks are forked from a process that has imported what they need and has done nothing else. They are a group
+    of gloo unless ``function`` joins one by itself.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [context.Process(target=_on_rank, args=(function, rank, folder, port, joins)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    paths = [folder / f"result{rank}.pt" for rank in range(2)]
+    return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
+
+
+def _on_rank(function, rank, folder, port, joins):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    if joins:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    torch.save(function(rank, folder), folder / f"result{rank}.pt")

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import odeopt
+from odeopt import systems
 from odeopt.evaluation import baselines
 from odeopt.meta import MetaConfig, MetaResult
 from odeopt.meta import files as meta_config
 from odeopt.meta.files import load_config
 from odeopt.meta.validation import validation_score
+from odeopt.suite.opponents import OPPONENTS
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = {
@@ -67,6 +69,8 @@ def skip_tuning(monkeypatch):
         return tuple(baselines.Tuned(f.name, s, 0.0, ()) for f, s in zip(families, settings, strict=True))
 
     monkeypatch.setattr(baselines, "tune_all", tune_all)
+    for name, contender in OPPONENTS.items():
+        monkeypatch.setitem(OPPONENTS, name, dataclasses.replace(contender, rates=contender.rates[:1]))
 
 
 @pytest.fixture
@@ -78,6 +82,16 @@ def untuned(monkeypatch):
 def skip_substeps(monkeypatch):
     """Let true systems take one step between two observations, not ten: no example tells the difference."""
     monkeypatch.setattr("odeopt.systems.data._N_SUBSTEPS", 1)
+
+
+def shorten_rises(monkeypatch):
+    """Let energies be watched over five steps instead of 39, each of which solves an equation."""
+    kept = systems.energy_rises
+
+    def shortened(model, data, **options):
+        return kept(model, data._replace(t=data.t[:6], x=data.x[:6], u=None), **options)
+
+    monkeypatch.setattr(systems, "energy_rises", shortened)
 
 
 def run(name, *argv):
@@ -97,6 +111,7 @@ def tiny_run(tmp_path_factory):
             monkeypatch.chdir(cwd)  # where runs are kept
             skip_tuning(monkeypatch)
             skip_substeps(monkeypatch)
+            shorten_rises(monkeypatch)
             for module in ("studies.variants", "variants"):  # one file, imported by two names
                 monkeypatch.setattr(f"{module}._N_TIMINGS", 1)
             run(name, *TINY.get(name, []), "--out", str(out))

@@ -1,17 +1,15 @@
 """Meta-training on several ranks: two gloo processes, and what one process makes of the same run."""
 
 import itertools
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from meta_toys import configured
+from rank_toys import on_two_processes
 from rule_toys import flat_weights
 
 import odeopt
@@ -145,33 +143,6 @@ def dies(rank, folder):
         return main(command(folder))
 
 
-def rank_process(function, rank, folder, port):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    if function is not dies:  # where the command line joins the group itself
-        dist.init_process_group("gloo")
-    torch.save(function(rank, folder), folder / f"result{rank}.pt")
-
-
-def on_two_ranks(function, folder):
-    """Run a function on two ranks; return what each returns, None where it died."""
-    context, processes = multiprocessing.get_context("forkserver"), []
-    context.set_forkserver_preload(["odeopt.__main__"])  # one import of torch for all of them
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for rank in range(2):
-        processes.append(context.Process(target=rank_process, args=(function, rank, folder, port)))
-        processes[-1].start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    paths = [folder / f"result{rank}.pt" for rank in range(2)]
-    return [torch.load(path, weights_only=True) if path.exists() else None for path in paths]
-
-
 # -------------------- one process
 
 
@@ -227,7 +198,7 @@ def pair(folder):
     train({}, folder=folder / "one", stop_after=0, n_tasks=6)
     train({}, folder=folder / "three", stop_after=0)
     train({}, folder=folder / "single", stop_after=0, n_tasks=1)
-    results = on_two_ranks(train_on_two, folder)
+    results = on_two_processes(train_on_two, folder)
     assert None not in results
     return results
 
@@ -334,7 +305,7 @@ def command(folder, *options, n_tasks=2):
 
 
 def test_dead_rank_stops_the_run_which_torchrun_continues(tmp_path):
-    status, dead = on_two_ranks(dies, tmp_path)
+    status, dead = on_two_processes(dies, tmp_path, joins=False)
     assert dead is None
     assert status == 1
     (line,) = (tmp_path / "stderr0").read_text().replace("\r", "\n").strip().split("\n")[-1:]

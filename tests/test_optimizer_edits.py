@@ -10,6 +10,7 @@ from torch import nn
 
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, SGDUpdate, UpdateRule
+from odeopt.stepping import layout
 
 
 def stepped(rule=None, n=2, **options):
@@ -68,6 +69,46 @@ def test_empty_groups_are_taken(capturable):
     optimizer.step()
     assert param.item() == 0.5
     assert optimizer.n_steps == 1
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_groups_of_one_parameter_step_as_one_group_and_are_laid_out_at_once(implementation, monkeypatch):
+    calls = []
+    for name, owner in (("_make_plans", layout.Layout), ("parameter_names", layout)):
+        kept = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, n=name, f=kept: calls.append(n) or f(*args))
+    ends = []
+    for is_split in (False, True):
+        torch.manual_seed(0)
+        params = [parameter(torch.randn(shape), torch.randn(shape)) for shape in [(3,), (4, 5), (0,), (6,), (4, 5)]]
+        late = params[3].grad
+        params[3].grad = None
+        groups = [{"params": [param]} for param in params] if is_split else params
+        optimizer = LearnedOptimizer(groups, implementation=implementation)
+        calls.clear()
+        optimizer.step()
+        assert sorted(calls) == ["_make_plans", "parameter_names"]
+        params[3].grad = late
+        optimizer.step()
+        optimizer.step()
+        assert sorted(calls) == 2 * ["_make_plans"] + 2 * ["parameter_names"]
+        assert all(param in optimizer.state for param in params)
+        ends.append(params)
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # float32: stacked or not, sums are in another order
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_refused_state_of_one_parameter_keeps_no_other_from_stepping_later(is_split):
+    a, b = parameter([1.0], [1.0]), parameter([1.0], [1.0], dtype=torch.float64)  # in buckets of their own
+    groups = [{"params": [a]}, {"params": [b]}] if is_split else [a, b]
+    optimizer = LearnedOptimizer(groups, SGDUpdate(0.5, momentum=0.5))
+    optimizer.state[b] = {"momentum_buffer": torch.zeros(7)}
+    with pytest.raises(ValueError, match="should have a state of"):
+        optimizer.step()
+    assert [a.item(), b.item()] == [1.0, 1.0]
+    b.grad = None
+    assert moves(optimizer, [a, b]) == [0.5, 0.0]
 
 
 # -------------------- state

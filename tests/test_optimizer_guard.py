@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from optimizer_toys import LeakySum, assert_same, loss_of, small_model
+from rank_toys import on_two_processes
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import odeopt
@@ -613,9 +614,6 @@ def test_a_native_rule_hands_over_to_an_eager_fallback():
 
 
 def rank(number, folder):
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    torch.distributed.init_process_group("gloo", store, rank=number, world_size=2)
     model = Bowl()
     optimizer = guarded(model, EXPLODES)
     for step in range(40):
@@ -625,13 +623,11 @@ def rank(number, folder):
         # only one process sees that it explodes
         optimizer.report(loss if number == 1 else loss.new_tensor(1.0))
         optimizer.step()
-    torch.save([optimizer.guard_status, *(w.detach() for w in model.weights)], folder / f"{number}.pt")
-    torch.distributed.destroy_process_group()
+    return [optimizer.guard_status._asdict(), *(w.detach() for w in model.weights)]
 
 
 def test_processes_decide_alike(tmp_path):
-    torch.multiprocessing.spawn(rank, (tmp_path,), nprocs=2)
-    (status, *weights), (other, *others) = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in range(2))
+    (status, *weights), (other, *others) = on_two_processes(rank, tmp_path)
     assert status == other
-    assert status.stepping == "fallback"
+    assert status["stepping"] == "fallback"
     assert all(map(torch.equal, weights, others))

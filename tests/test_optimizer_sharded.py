@@ -1,7 +1,6 @@
 """LearnedOptimizer on two gloo processes: DistributedDataParallel, and parameters of which each holds a part."""
 
 import contextlib
-import datetime
 import re
 import warnings
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from optimizer_toys import port_hamiltonian
+from rank_toys import on_two_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -273,14 +273,10 @@ def load(model, optimizer, path):
 
 def work(rank, folder):
     """All that two ranks are asked for, in one go: starting processes takes longer than what they do."""
-    torch.set_num_threads(1)
-    store, limit = f"file://{folder / 'store'}", datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=limit)
     out = {name: run(rank, folder, **options) for name, options in RUNS.items()}
     for other in (data_parallel, refused, checkpoints):
         out[other.__name__] = other(rank, folder)
-    torch.save(out, folder / f"result{rank}.pt")
-    dist.destroy_process_group()
+    return out
 
 
 # -------------------- beside one process
@@ -306,20 +302,21 @@ def half_way():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of two ranks that have done their work; it begins with a checkpoint of one process."""
+    """A folder that begins with a checkpoint of one process, for two ranks to go on from."""
     folder = tmp_path_factory.mktemp("ranks")
     model, optimizer = half_way()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "one.pt")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")  # that this is one process, that is
         save(model, optimizer, folder / "one")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=2)
     return folder
 
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(2)]
+    results = on_two_processes(work, folder)
+    assert None not in results
+    return results
 
 
 @pytest.mark.parametrize("name", RUNS)

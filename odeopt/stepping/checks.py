@@ -62,10 +62,10 @@ def check_options(options: dict[str, Any]) -> None:
         require(isinstance(options[name], bool), name, options[name], "True or False")
 
 
-def parameter_names(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
-    """Name of each parameter in messages, in the order of the groups."""
+def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor, str]:
+    """Name of each parameter in messages, in the order of the groups; those of the groups from the ``first`` on."""
     names = {}
-    for number, group in enumerate(groups):
+    for number, group in enumerate(groups[first:], first):
         given = group.get("param_names")
         for index, param in enumerate(group["params"]):
             names[param] = given[index] if given else f"param_groups[{number}]['params'][{index}]"

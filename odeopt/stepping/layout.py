@@ -91,17 +91,23 @@ class Layout:
             self.count_skipped(groups)
             self._forget()
             self._groups = found
-        for group in groups:
-            new = [p for p in group["params"] if p.grad is not None and p not in self.params]
-            if new:
-                self._place(groups, group, [p for p in new if p.numel() > 0], states)
-                for param in new:
+        new = [[p for p in group["params"] if p.grad is not None and p not in self.params] for group in groups]
+        if any(new):
+            # all groups at once: each parameter may have a group of its own
+            names, n_matrices = parameter_names(groups), self._n_matrices(groups)
+            placed, deep = [], {}
+            for group, params in zip(groups, new, strict=True):
+                if params:
+                    placed += self._place(group, [p for p in params if p.numel() > 0], states, names, n_matrices, deep)
+                for param in params:
                     if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
                         template = state_template(self.rule_for(param), param, self.state_dtype)
                         begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
                         states[param] = begun | states.get(param, {})
-                        self.params.add(param)
-                self.plans = self._make_plans()
+            # only now: none of them counts as placed if the state of one is refused
+            self.placed += placed
+            self.params.update(*new)
+            self.plans = self._make_plans()
 
     def step(self) -> bool:
         """Step all buckets; return True if gradients were skipped, as far as the host knows without waiting."""
@@ -165,9 +171,17 @@ class Layout:
         self.params: set[Tensor] = set()
         self._groups: list[list[int]] = []
 
-    def _place(self, groups: list[Group], group: Group, params: list[Tensor], states: States) -> None:
-        """Lay out parameters that have their first gradient, and begin or take up their state."""
-        names, alike = parameter_names(groups), defaultdict(list)
+    def _place(
+        self,
+        group: Group,
+        params: list[Tensor],
+        states: States,
+        names: dict[Tensor, str],
+        n_matrices: int,
+        deep: dict[UpdateRule, UpdateRule],
+    ) -> list[Placed]:
+        """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
+        placed, alike = [], defaultdict(list)
         for param in params:
             check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
             shard, rule = Shard.of(param), self.rule_for(param, group["is_table"])
@@ -181,10 +195,11 @@ class Layout:
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
             alone = param if is_alone or is_large else None
             alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
-        n_matrices, deep = self._n_matrices(groups), {}
         for (rule, *_, is_alone, stacked), together in alike.items():
-            if stacked is not None:  # one for all matrices, which go through one call then
-                rule = deep.setdefault(rule, rule.for_depth(n_matrices))
+            if stacked is not None:  # one for all matrices, which go through one call per group then
+                if rule not in deep:
+                    deep[rule] = rule.for_depth(n_matrices)
+                rule = deep[rule]
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_alone or stacked is not None)
             for index, param in enumerate(together):
                 held = states.get(param, {})  # others may keep something of theirs there too
@@ -196,8 +211,8 @@ class Layout:
                     bucket.init_state(index, rule)
                 states[param] = {**held, **bucket.views(index)}
             handed = [states[param][name] for param in together for name in bucket.state._fields]
-            self.placed.append(Placed(bucket, rule, group, handed))
-            self.params.update(together)
+            placed.append(Placed(bucket, rule, group, handed))
+        return placed
 
     def _n_matrices(self, groups: list[Group]) -> int:
         """Number of matrices, but those that are frozen; some are trained by gradients that are put there by hand."""
