@@ -407,6 +407,17 @@ def test_a_batch_is_a_loop_is_a_map(shape, coefficients):
     torch.testing.assert_close(mapped, newton_schulz(x, None, coefficients), rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_newton_schulz_leaves_no_products_too_small_to_be_normal():
+    x = torch.randn(6, 9)
+    x[2] *= 1e-17
+    seen = newton_schulz(x.requires_grad_())  # where a gradient is recorded, every entry counts
+    assert 0 < seen[2].abs().max() < 1e-13
+    with torch.no_grad():
+        found = newton_schulz(x)
+    assert found[2].count_nonzero() == 0
+    torch.testing.assert_close(found, seen.detach(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_newton_schulz_commutes_with_transposition(shape):
     x = normal(*shape)

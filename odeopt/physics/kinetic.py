@@ -52,7 +52,8 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
     Each factor maps :math:`U \Sigma V^\top` to :math:`U (a \Sigma + b \Sigma^3 + c \Sigma^5) V^\top`. With the
     coefficients of Muon the singular values between .002 and 1 end between .68 and 1.21.
 
-    A matrix whose norm is zero gives zeros, with zero derivatives. Without ``norm`` the result does not change,
+    A matrix whose norm is zero gives zeros, with zero derivatives; on a CPU, where no gradient is recorded, entries
+    below 1e-15 of the norm count as zero. Without ``norm`` the result does not change,
     to the bit, when ``x`` is multiplied by a power of two.
 
     Args:
@@ -86,7 +87,8 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
     if len(batch) > 1:
         x = x.flatten(0, -3)
     for a, b, c in coefficients:
-        gram = x @ x.mT
+        x = _without_tiny(x)
+        gram = _without_tiny(x @ x.mT)
         x = _add_product(x, _add_product(gram, gram, gram, b, c), x, a, 1.0)
     if len(batch) > 1:
         x = x.unflatten(0, batch)
@@ -329,6 +331,16 @@ def _add_product(x: Tensor, y: Tensor, z: Tensor, beta: float | Tensor, alpha: f
         y, alpha = alpha * y, 1.0
     product = torch.addmm if x.dim() == 2 else torch.baddbmm
     return product(x, y, z, beta=beta, alpha=alpha)
+
+
+def _without_tiny(x: Tensor) -> Tensor:
+    """Zeros for entries far below the rounding of one, where no gradient is wanted.
+
+    Their products are too small to be normal numbers, and a CPU is a hundred times slower on those.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return x
+    return torch.where(x.abs() < 1e-15, 0.0, x)
 
 
 def _scale_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
