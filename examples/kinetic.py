@@ -46,7 +46,8 @@ class Orthogonalised:
         groups = param_groups(model)
         self._n_steps = n_steps
         self._optimizer = LearnedOptimizer(groups, "port-hamiltonian", lr=lr, total_steps=n_steps)
-        self._tensors = [(p, group["is_table"]) for group in self._optimizer.param_groups for p in group["params"]]
+        groups = self._optimizer.param_groups
+        self._tensors = [(param, group) for group in groups for param in group["params"]]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -58,11 +59,12 @@ class Orthogonalised:
         starts = [param.clone() for param, _ in self._tensors]
         left = 1 - self._optimizer.n_steps / self._n_steps
         self._optimizer.step()
-        for (param, is_table), start in zip(self._tensors, starts, strict=True):
+        for (param, group), start in zip(self._tensors, starts, strict=True):
             update, size = param - start, 0.3
-            if param.ndim >= 2 and not is_table:
-                matrix = update.flatten(1)
-                update, size = newton_schulz(matrix).view_as(param), 0.03 * math.sqrt(len(matrix) / matrix.shape[1])
+            if param.ndim >= 2 and not group["is_table"]:
+                matrix = update.flatten(2 if group["is_stack"] else 1)
+                size = 0.03 * math.sqrt(matrix.shape[-2] / matrix.shape[-1])
+                update = newton_schulz(matrix).view_as(param)
             param.copy_(start + left * size * update)
 
 

@@ -17,7 +17,14 @@ from odeopt.rules.base import UpdateRule
 from odeopt.stepping import averages
 from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checkpoints import check_saved, read_states, warn_of_other_length
-from odeopt.stepping.checks import check_options, check_sharding, is_supported, parameter_names, warn_caller
+from odeopt.stepping.checks import (
+    check_options,
+    check_sharding,
+    check_stack,
+    is_supported,
+    parameter_names,
+    warn_caller,
+)
 from odeopt.stepping.copies import copied, frozen_copy
 from odeopt.stepping.diagnostics import diagnose
 from odeopt.stepping.guard import (
@@ -54,8 +61,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
     large ones in place, all others (under 2**16
     coordinates on a CPU, 2**24 on a GPU) of one device and dtype packed into a buffer. There each is padded to a
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
-    Matrices that a rule steps by their singular values are stacked by shapes. Rules under which coordinates
+    Matrices that a rule steps by their singular values are batched by shapes. Rules under which coordinates
     interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
+
+    The tensors of a stack (``is_stack`` in its group) are stepped as if each were a parameter, and in the number of
+    matrices they count once. Their state has the shape of the stack, or its first axis in front of what a tensor holds
+    once. One whose gradient is zero throughout, such as that of an expert that no input was sent to, is left alone.
+    A gradient that is not finite is skipped for that tensor alone. Stacks may be replicated, but not sharded.
 
     The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
     do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.
@@ -70,10 +82,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: Parameters, ``(name, parameter)`` pairs, or groups of either with their own ``lr``,
-            ``weight_decay``, ``maximize``, ``total_steps`` and ``is_table`` (whether the parameters of the group are
-            lookup tables, the rows of which are vectors of their own, or stacks of matrices: rules that step matrices
-            by their singular values step these by coordinates; False by default). :func:`odeopt.param_groups` makes
-            such groups.
+            ``weight_decay``, ``maximize``, ``total_steps``, ``is_table`` (whether the parameters of the group are
+            lookup tables, the rows of which are vectors of their own: rules that step matrices by their singular values
+            step these by coordinates) and ``is_stack`` (whether each of them holds several tensors of one shape along
+            its first axis, such as the weights of experts, ``(experts, out, in)``, which are to be stepped one by one);
+            both are False by default. :func:`odeopt.param_groups` makes such groups.
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
@@ -108,8 +121,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: If ``params`` is a module, or ``rule`` neither a name nor an instance of
             :class:`odeopt.rules.base.UpdateRule`.
-        ValueError: If there is no rule of that name, an option is out of range, or a parameter is complex, sparse, or
-            sharded otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for instance.
+        ValueError: If there is no rule of that name, an option is out of range, or a parameter is complex, sparse, a
+            stack that is sharded, or sharded otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for
+            instance.
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
@@ -172,7 +186,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._warned: set[Hashable] = set()
         self._layout = self._new_layout(is_fallback=False)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
-        defaults["is_table"] = False
+        defaults |= {"is_table": False, "is_stack": False}
         check_options(defaults)
         if self._sentry is not None:
             defaults[SAVED_GUARD] = self._sentry.saved()
@@ -325,7 +339,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             By the name of each parameter, tensors on its device: ``update_to_weight``, the norm of the change over that
             of the parameter (infinite where that is zero); and what the rule's ``account`` gives. Of
             port-Hamiltonian rules: ``energy``, ``energy_rate``, ``dissipated`` and ``supplied`` power per step,
-            ``step_size``, all 0-d, and ``friction`` and ``gain`` of each mode, shape ``(modes,)``.
+            ``step_size``, all 0-d, and ``friction`` and ``gain`` of each mode, shape ``(modes,)``. Those of a stack
+            have its first axis in front.
 
         Raises:
             ValueError: If a parameter is sharded.
@@ -356,7 +371,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: If an option is out of range, or a parameter is complex, sparse, there already, sharded
-                otherwise than as a ``DTensor``, or sharded where the rule steps it as a whole.
+                otherwise than as a ``DTensor``, or sharded where it is a stack or the rule steps it as a whole.
         """
         # a copy, because the base class fills it in: two optimizers given one dict would share its counters
         super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
@@ -371,6 +386,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             names = parameter_names(self.param_groups, len(self.param_groups) - 1)
             for param in group["params"]:
                 check_sharding(param, names[param])
+                if group["is_stack"]:
+                    check_stack(param, names[param])
                 if not is_supported(param):
                     self._raise_unsupported(param, param, "be dense, real and of a floating-point type")
                 if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:

@@ -16,14 +16,15 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
 
     Lookup tables (``nn.Embedding``, ``nn.EmbeddingBag``), also where a head shares their weight, are stepped coordinate
     by coordinate: their rows are vectors of their own. So are gains of several axes (of a ``nn.LayerNorm`` over images,
-    or of shape ``(n, 1, 1)``), and stacks: tensors of three or more axes that belong neither to a convolution nor to a
-    ``nn.Bilinear``, such as the weights of experts, ``(experts, out, in)``. Matrices, convolutions and stacks are
-    decayed, where that is asked for; tables, gains and vectors (biases, one row that is added, of shape
-    ``(1, ..., n)``) are not.
+    or of shape ``(n, 1, 1)``). Stacks, tensors of three or more axes that belong neither to a convolution nor to a
+    ``nn.Bilinear``, such as the weights of experts, ``(experts, out, in)``, are stepped matrix by matrix
+    (``is_stack``). Matrices, convolutions and stacks are decayed, where that is asked for; tables, gains and vectors
+    (biases, one row that is added, of shape ``(1, ..., n)``) are not.
 
-    Two things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
-    ``nn.Conv2d``, or give it a group of its own, without ``is_table``, to have it stepped as a matrix. A stack of
-    vectors, ``(networks, n)``, counts as a matrix.
+    Three things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
+    ``nn.Conv2d``, or give it a group of its own, without ``is_stack``, to have it stepped as a matrix. So does a grid
+    of vectors, ``(height, width, n)``, which wants a group with ``is_table``. A stack of vectors, ``(networks, n)``,
+    counts as a matrix.
 
     Args:
         module: The module. A parameter that it holds twice is given once.
@@ -66,7 +67,7 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
         {"params": matrices, **decayed},
         {"params": vectors, "weight_decay": 0.0},
         {"params": by_coordinates, "weight_decay": 0.0, "is_table": True},
-        {"params": stacks, **decayed, "is_table": True},
+        {"params": stacks, **decayed, "is_stack": True},
     )
     return [group for group in groups if group["params"]]
 

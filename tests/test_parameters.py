@@ -78,7 +78,7 @@ class Stacks(nn.Module):
         self.pairs = nn.Parameter(torch.zeros(3, 4))
 
 
-def test_stacks_of_matrices_are_told_from_kernels_and_stepped_by_coordinates_and_decayed():
+def test_stacks_of_matrices_are_told_from_kernels_and_stepped_one_by_one_and_decayed():
     groups = param_groups(Stacks(), weight_decay=0.1)
     matrices, vectors, tables, stacks = names(groups)
     scaled = [f"scaled.parametrizations.weight.original{k}" for k in range(2)]
@@ -87,10 +87,26 @@ def test_stacks_of_matrices_are_told_from_kernels_and_stepped_by_coordinates_and
     assert sorted(tables) == ["gain", "norm.bias", "norm.weight"]
     assert sorted(stacks) == ["ensemble", "experts"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.1]
-    assert [group.get("is_table", False) for group in groups] == [False, False, True, True]
+    assert [group.get("is_table", False) for group in groups] == [False, False, True, False]
+    assert [group.get("is_stack", False) for group in groups] == [False, False, False, True]
 
 
-def test_an_ensemble_in_one_tensor_is_trained_better_than_as_one_matrix_and_by_adamw():
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.MultiheadAttention(4, 2),
+        nn.Conv2d(3, 4, 2),
+        nn.Conv3d(2, 3, 2),
+        nn.LSTM(3, 4),
+        nn.TransformerEncoderLayer(4, 2),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_layers_of_torch_hold_no_stacks(module):
+    assert not any(group.get("is_stack", False) for group in param_groups(module))
+
+
+def test_an_ensemble_in_one_tensor_is_trained_better_than_as_one_matrix_and_by_coordinates_and_by_adamw():
     def last_losses(make_optimizer):
         torch.manual_seed(0)
         net = nn.ParameterList(torch.randn(8, a, b) / a**0.5 for a, b in ((16, 64), (64, 64), (64, 1)))
@@ -107,8 +123,12 @@ def test_an_ensemble_in_one_tensor_is_trained_better_than_as_one_matrix_and_by_a
 
     ours = last_losses(lambda net: LearnedOptimizer(param_groups(net), total_steps=150))
     as_matrix = last_losses(lambda net: LearnedOptimizer(net.parameters(), total_steps=150))
+    by_coordinates = last_losses(
+        lambda net: LearnedOptimizer([{"params": net.parameters(), "is_table": True}], total_steps=150)
+    )
     assert ours < 0.5 * as_matrix
-    assert ours < last_losses(lambda net: torch.optim.AdamW(net.parameters(), 0.01, weight_decay=0))
+    assert ours < 0.6 * by_coordinates
+    assert ours < 0.6 * last_losses(lambda net: torch.optim.AdamW(net.parameters(), 0.01, weight_decay=0))
 
 
 def test_groups_tell_the_rule_which_parameters_are_tables():

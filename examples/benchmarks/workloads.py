@@ -153,9 +153,8 @@ class MuonAndAdam(Optimizer):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.parameters(), {})
         groups = odeopt.param_groups(model)
-        hidden = [
-            param for group in groups if "is_table" not in group for _, param in group["params"] if param.ndim > 1
-        ]
+        groups = [group for group in groups if not group.keys() & {"is_table", "is_stack"}]
+        hidden = [param for group in groups for _, param in group["params"] if param.ndim > 1]
         self._views = [(param, nn.Parameter(param.detach().flatten(1))) for param in hidden]
         others = list({*self.param_groups[0]["params"]} - {*hidden})
         muon = [torch.optim.Muon([view for _, view in self._views])] if self._views else []

@@ -24,15 +24,23 @@ class Bucket:
     into rows of :data:`ROW` coordinates, shorter ones where all tensors are smaller, of which no two tensors share one;
     one call copies their gradients and values in, and one the values out again.
 
+    A stack is a parameter that holds several tensors of one shape, along its first axis. They are stepped as if each
+    were a parameter; their state lies in the shape of the stack, or has that axis in front where a tensor holds it
+    once. A tensor whose gradient is zero throughout counts as one without a gradient.
+
     Args:
         rule: The rule, on the device of the parameters.
         params: Parameters of one device, dtype and mesh.
         dtype: Of the state per coordinate; None for float32 or better.
         is_whole: Whether the rule steps each tensor as a whole; all have one shape then, and a row each.
+        is_stack: Whether each parameter is a stack, of at least one tensor.
 
     Attributes:
         params: The parameters.
         shards: Placement of each of them.
+        counts: Number of tensors of each parameter: one, but for stacks.
+        shapes: Shape of each tensor, across all processes.
+        tensors: Of each tensor its parameter, and its number there.
         dtype: Dtype in which the step is computed.
         state: State of the rule in rows.
         rows: The layout.
@@ -49,8 +57,9 @@ class Bucket:
         *,
         dtype: torch.dtype | None = None,
         is_whole: bool = False,
+        is_stack: bool = False,
     ) -> None:
-        self.params, self.is_whole = list(params), is_whole
+        self.params, self.is_whole, self.is_stack = list(params), is_whole, is_stack
         self.shards = [Shard.of(param) for param in self.params]
         local = self._local_params()
         self.device, self.param_dtype, self.dtype = local[0].device, local[0].dtype, state_dtype(local[0].dtype)
@@ -58,16 +67,22 @@ class Bucket:
         self.is_on_host = self.has_values and self.device.type == "cpu"
         # an empty piece has no row of its own, and one that is not contiguous has to be copied
         self.is_packed = len(params) > 1 or local[0].numel() == 0 or not local[0].is_contiguous()
+        self.is_packed |= is_stack and not is_whole  # a chunk of columns would cut all of its tensors at once
         self.is_shared = self.shards[0].mesh is not None
+        self.counts = [param.shape[0] if is_stack else 1 for param in local]
         self._shapes = [param.shape for param in local]
-        sizes = [param.numel() for param in local]
+        shapes = [shard.shape[1:] if is_stack else shard.shape for shard in self.shards]
+        self.shapes = [shape for shape, n in zip(shapes, self.counts, strict=True) for _ in range(n)]
+        self.tensors = [(x, k) for x, n in zip(self.params, self.counts, strict=True) for k in range(n)]
+        sizes = [param.numel() // n for param, n in zip(local, self.counts, strict=True) for _ in range(n)]
         has_rows = self.is_packed and not is_whole
         n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if has_rows else sizes[0]
         n_rows = [max(1, -(-n // n_columns)) for n in sizes] if has_rows else [1] * len(sizes)
-        self._starts = [0, *accumulate(n_rows)]
-        self.shape = (self._starts[-1], n_columns)
+        starts, first = [0, *accumulate(n_rows)], [0, *accumulate(self.counts)]
+        self._starts = [starts[index] for index in first]  # of the parameters
+        self.shape = (starts[-1], n_columns)
         self.rows = self._make_rows(rule, n_rows, is_padded=has_rows)
-        self.n_skipped = torch.zeros((len(params), 1), dtype=torch.int64, device=self.device)
+        self.n_skipped = torch.zeros((len(sizes), 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
         self._type, self._axes, template = state_fields(rule, local[0].new_zeros(3, dtype=self.dtype), dtype)
@@ -91,16 +106,22 @@ class Bucket:
         """Bring gradients and parameters into rows.
 
         Returns:
-            Gradient and parameter, shape ``(n_rows, n_columns)``; and which tensors have a gradient, bool,
-            ``(n_tensors, 1)``.
+            Gradient and parameter, shape ``(n_rows, n_columns)``; and which tensors have a gradient, of a stack those
+            where it is not zero throughout, bool, ``(n_tensors, 1)``.
         """
         grads, params = [param.grad for param in self.params], self._local_params()
         has_grad = tuple(grad is not None for grad in grads)
         if self.is_shared:
             pairs = zip(self.shards, grads, strict=True)
             grads = [None if grad is None else shard.local(grad) for shard, grad in pairs]
+        mask = self._mask(has_grad)
+        if self.is_stack:
+            pairs = zip(grads, self.counts, strict=True)
+            driven = [mask.new_zeros(n) if grad is None else are_driven(grad, n) for grad, n in pairs]
+            mask = torch.cat(driven).unsqueeze(-1)
         if not self.is_packed:
-            return grads[0].reshape(1, -1), params[0].view(1, -1), self._mask(has_grad)
+            n = self.counts[0]
+            return grads[0].reshape(n, -1), params[0].view(n, -1), mask
         if self.grad is None:
             self.grad, self.theta = (torch.zeros(self.shape, dtype=self.dtype, device=self.device) for _ in range(2))
             parts = range(len(self.params))
@@ -111,7 +132,7 @@ class Bucket:
         else:
             there = [(view, grad) for view, grad in zip(self._grads, grads, strict=True) if grad is not None]
             torch._foreach_copy_(*map(list, zip(*there, strict=True)))
-        return self.grad, self.theta, self._mask(has_grad)
+        return self.grad, self.theta, mask
 
     def store(self) -> None:
         """Bring the parameters back out of the rows, rounded once."""
@@ -125,42 +146,58 @@ class Bucket:
 
     def views(self, index: int) -> dict[str, Tensor]:
         """State of one parameter under the rule's names, in the shape of the parameter; it changes with each step."""
-        views, start = {}, self._starts[index]
+        views = {}
         for name, axis in self._axes.items():
             if axis is None:
-                views[name] = self._storage[name][start]
+                held = self._rows_of(self._storage[name], index)[:, 0]
+                views[name] = held if self.is_stack else held[0]
             else:
                 views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
         return views
 
-    def rule_state(self, index: int) -> NamedTuple:
-        """State of one parameter as the rule takes it, flattened, in the dtype of the step."""
-        state, shape = self.views(index), self._shapes[index]
-        for name, axis in self._axes.items():
-            if axis is not None:
-                before, after = state[name].shape[:axis], state[name].shape[axis + len(shape) :]
-                state[name] = state[name].reshape(*before, shape.numel(), *after).to(self.dtype)
-        return self._type(**state)
+    def tensor_views(self, index: int) -> list[dict[str, Tensor]]:
+        """The same of each tensor of one parameter."""
+        views = self.views(index)
+        if not self.is_stack:
+            return [views]
+        count = range(self.counts[index])
+        return [{name: x.select(self._axes[name] or 0, k) for name, x in views.items()} for k in count]
+
+    def rule_states(self, index: int) -> list[NamedTuple]:
+        """State of each tensor of one parameter as the rule takes it, flattened, in the dtype of the step."""
+        states, shape = self.tensor_views(index), self._shapes[index][1 if self.is_stack else 0 :]
+        for state in states:
+            for name, axis in self._axes.items():
+                if axis is not None:
+                    before, after = state[name].shape[:axis], state[name].shape[axis + len(shape) :]
+                    state[name] = state[name].reshape(*before, shape.numel(), *after).to(self.dtype)
+        return [self._type(**state) for state in states]
 
     def set_state(self, index: int, state: dict[str, Tensor]) -> None:
         """Overwrite the state of one parameter."""
-        start, end = self._starts[index : index + 2]
         for name, axis in self._axes.items():
             value = state[name].detach()
             if axis is None:
-                self._storage[name][start:end] = value.to(self.device)
+                value = value.to(self.device)
+                self._rows_of(self._storage[name], index).copy_(value.unsqueeze(1) if self.is_stack else value)
             else:
                 self._view(self._storage[name], index, axis).copy_(self.shards[index].local(value, axis))
 
     def init_state(self, index: int, rule: UpdateRule) -> None:
         """Set the state of one parameter to the initial one."""
         local = self.shards[index].local(self.params[index]).detach()
-        state = rule.init_state(local.reshape(-1).to(self.dtype))._asdict()
+        tensors = local.reshape(self.counts[index], -1).to(self.dtype)
+        states, state = [rule.init_state(tensor) for tensor in tensors], {}
         for name, axis in self._axes.items():
             if axis is not None:
-                like = state[name]
-                piece = like.reshape((*like.shape[:axis], *local.shape, *like.shape[axis + 1 :]))
+                parts = [getattr(own, name) for own in states]
+                like = torch.stack(parts, axis) if len(parts) > 1 else parts[0].unsqueeze(axis)
+                piece = like.reshape((*like.shape[:axis], *local.shape, *like.shape[axis + 2 :]))
                 state[name] = self.shards[index].whole(piece, axis)
+            elif self.is_stack:
+                state[name] = torch.stack([getattr(own, name) for own in states])
+            else:
+                state[name] = getattr(states[0], name)
         self.set_state(index, state)
 
     def _local_params(self) -> list[Tensor]:
@@ -168,24 +205,35 @@ class Bucket:
         return [shard.local(param).detach() for shard, param in zip(self.shards, self.params, strict=True)]
 
     def _make_rows(self, rule: UpdateRule, n_rows: list[int], *, is_padded: bool) -> Rows:
-        features = [rule.features(shard.shape) for shard in self.shards] if rule.is_staged else [()] * len(n_rows)
+        features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
         features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
         return Rows.packed(features, n_rows) if is_padded else Rows(features)
 
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
-        """Coordinates of one tensor in its own shape; ``axis`` is that of the rows, columns follow."""
-        start, end, shape = *self._starts[index : index + 2], self._shapes[index]
-        flat = storage.narrow(axis, start, end - start).flatten(axis, axis + 1).narrow(axis, 0, shape.numel())
-        return flat.view((*flat.shape[:axis], *shape, *flat.shape[axis + 1 :]))
+        """Coordinates of one parameter in its own shape; ``axis`` is that of the rows, columns follow."""
+        shape, n = self._shapes[index], self.counts[index]
+        flat = self._rows_of(storage, index, axis).flatten(axis + 1, axis + 2).narrow(axis + 1, 0, shape.numel() // n)
+        return flat.view((*flat.shape[:axis], *shape, *flat.shape[axis + 2 :]))
+
+    def _rows_of(self, storage: Tensor, index: int, axis: int = 0) -> Tensor:
+        """Rows of one parameter, ``axis``, as two axes: its tensors, and the rows of each."""
+        start, end = self._starts[index : index + 2]
+        return storage.narrow(axis, start, end - start).unflatten(axis, (self.counts[index], -1))
 
     def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
         if has_grad not in self._masks:
-            self._masks[has_grad] = torch.tensor(has_grad, device="cpu").to(self.device).unsqueeze(-1)
+            of_tensors = [has for has, n in zip(has_grad, self.counts, strict=True) for _ in range(n)]
+            self._masks[has_grad] = torch.tensor(of_tensors, device="cpu").to(self.device).unsqueeze(-1)
         return self._masks[has_grad]
 
 
+def are_driven(grad: Tensor, n: int) -> Tensor:
+    """Tell which of the ``n`` tensors of a stack have a gradient that is not zero throughout, bool, ``(n,)``."""
+    return torch.linalg.vector_norm(grad.reshape(n, -1), torch.inf, dim=-1) != 0
+
+
 def state_template(
-    rule: UpdateRule, param: Tensor, dtype: torch.dtype | None = None
+    rule: UpdateRule, param: Tensor, dtype: torch.dtype | None = None, *, is_stack: bool = False
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of each field of the state of a parameter, as :meth:`Bucket.views` gives them."""
     like = torch.zeros(3, dtype=state_dtype(param.dtype), device=param.device)
@@ -194,6 +242,8 @@ def state_template(
         shape, kept = template[name]
         if axis is not None:
             template[name] = torch.Size((*shape[:axis], *param.shape, *shape[axis + 1 :])), kept
+        elif is_stack:
+            template[name] = torch.Size((param.shape[0], *shape)), kept
     return template
 
 

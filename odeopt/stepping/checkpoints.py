@@ -46,11 +46,12 @@ def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> d
         for param, key in zip(group["params"], saved_group["params"], strict=False):
             if saved := state_dict["state"].get(key):
                 rule, dtype = layout.rule_for(param), layout.state_dtype
-                fields = state_template(rule, param, dtype)
+                is_stack = saved_group["is_stack"]
+                fields = state_template(rule, param, dtype, is_stack=is_stack)
                 others = {name: x for name, x in saved.items() if name not in fields}
                 restored[param] = {name: x.to(param.device) if torch.is_tensor(x) else x for name, x in others.items()}
                 if len(others) < len(saved) or "rule_digest" not in saved_group:
-                    restored[param] |= matched_state(rule, param, saved, dtype, name=names[param])
+                    restored[param] |= matched_state(rule, param, saved, dtype, name=names[param], is_stack=is_stack)
     return restored
 
 

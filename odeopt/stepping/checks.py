@@ -18,7 +18,7 @@ import odeopt.checks
 from odeopt.checks import require
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
-from odeopt.stepping.shards import is_distributed
+from odeopt.stepping.shards import Shard, is_distributed
 
 # Marks that others leave on tensors of which each process holds a piece, or which hold several tensors in a row:
 # sums across such a tensor would be sums over something else, and only ``DTensor`` says what over.
@@ -58,7 +58,7 @@ def check_options(options: dict[str, Any]) -> None:
         require(not isinstance(options[name], bool), name, options[name], "a number")
     is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
     require(total_steps is None or is_count, "total_steps", total_steps, "a positive integer or None")
-    for name in ("maximize", "is_table"):
+    for name in ("maximize", "is_table", "is_stack"):
         require(isinstance(options[name], bool), name, options[name], "True or False")
 
 
@@ -87,6 +87,19 @@ def check_sharding(param: Tensor, name: str) -> None:
             f"Parameter `{name}` should be whole on each process, or sharded or replicated as a DTensor: shard the "
             f"model by `torch.distributed.fsdp.fully_shard`, or replicate it by `DistributedDataParallel`. "
             f"Found a tensor that belongs to {found}."
+        )
+
+
+def check_stack(param: Tensor, name: str) -> None:
+    """Raise a ValueError where a parameter cannot be a stack, whose tensors are stepped one by one."""
+    found = f"shape {tuple(param.shape)}" if param.ndim == 0 else None
+    if Shard.of(param).n_shards > 1:
+        found = f"`placements = {param.placements}`"
+    if found is not None:
+        raise ValueError(
+            f"Parameter `{name}` should hold several tensors along its first axis, and whole on each process, because "
+            "its group is one of stacks (`is_stack=True`): replicate it (`DistributedDataParallel`), or step it by "
+            f"coordinates (`is_table=True` in place of `is_stack`). Found {found}."
         )
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from odeopt.checks import require
+from odeopt.stepping.buckets import are_driven
 from odeopt.stepping.checks import parameter_names
 from odeopt.stepping.layout import Group, Layout, Placed
+from odeopt.stepping.loops import StepOptions
 
 
 def diagnose(layout: Layout, groups: list[Group]) -> dict[str, dict[str, Tensor]]:
@@ -26,11 +31,23 @@ def diagnose(layout: Layout, groups: list[Group]) -> dict[str, dict[str, Tensor]
 
 
 def _diagnosed(layout: Layout, placed: Placed, index: int) -> dict[str, Tensor]:
-    """Quantities of one parameter of a bucket."""
-    bucket, rule, options = placed.bucket, placed.rule, layout.options(placed)
-    param = bucket.params[index]
-    theta, grad = (x.detach().flatten().to(bucket.dtype) for x in (param, param.grad))
-    grad, state = -grad if options.maximize else grad, bucket.rule_state(index)
+    """Quantities of one parameter of a bucket, of a stack those of its tensors along the first axis."""
+    bucket, options, param = placed.bucket, layout.options(placed), placed.bucket.params[index]
+    tensors = (param, param.grad) if bucket.is_stack else (param.unsqueeze(0), param.grad.unsqueeze(0))
+    found = [_of_tensor(placed, *each, options) for each in zip(*tensors, bucket.rule_states(index), strict=True)]
+    if not bucket.is_stack:
+        return found[0]
+    total = {name: torch.stack([own[name] for own in found]) for name in found[0]}
+    total["update_to_weight"] = torch.where(are_driven(param.grad, len(found)), total["update_to_weight"], 0.0)
+    return total
+
+
+def _of_tensor(
+    placed: Placed, param: Tensor, grad: Tensor, state: NamedTuple, options: StepOptions
+) -> dict[str, Tensor]:
+    rule = placed.rule
+    theta, grad = (x.detach().flatten().to(placed.bucket.dtype) for x in (param, grad))
+    grad = -grad if options.maximize else grad
     signals = {"param": theta, "shape": param.shape, "progress": options.progress}
     change = options.lr * rule(grad, state, **signals)[0]
     if options.decay is not None:

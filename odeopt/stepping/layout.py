@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from odeopt.checks import require
 from odeopt.rules.base import UpdateRule, has_values
 from odeopt.stepping.buckets import Bucket, state_template
-from odeopt.stepping.checks import check_sharding, parameter_names, warn_caller
+from odeopt.stepping.checks import check_sharding, check_stack, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
@@ -27,6 +27,7 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 # Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
 _EXCHANGES_ALONE = 2**22
 _REQUIRES_GRAD = attrgetter("requires_grad")  # frozen matrices do not count in the depth of a network
+_KINDS = itemgetter("is_table", "is_stack")
 
 Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -84,7 +85,7 @@ class Layout:
     def update(self, groups: list[Group], states: States) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
         found = [
-            [id(group), group["is_table"], *map(id, group["params"]), *map(_REQUIRES_GRAD, group["params"])]
+            [id(group), *_KINDS(group), *map(id, group["params"]), *map(_REQUIRES_GRAD, group["params"])]
             for group in groups
         ]
         if found != self._groups or not all(placed.is_current(states) for placed in self.placed):
@@ -101,7 +102,8 @@ class Layout:
                     placed += self._place(group, [p for p in params if p.numel() > 0], states, names, n_matrices, deep)
                 for param in params:
                     if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
-                        template = state_template(self.rule_for(param), param, self.state_dtype)
+                        rule, is_stack = self.rule_for(param), group["is_stack"]
+                        template = state_template(rule, param, self.state_dtype, is_stack=is_stack)
                         begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
                         states[param] = begun | states.get(param, {})
             # only now: none of them counts as placed if the state of one is refused
@@ -120,9 +122,10 @@ class Layout:
         first = None
         for bucket, _, group, _ in self.placed:
             if bucket.is_on_host if is_on_host else bucket.has_values:
-                for param, count in zip(bucket.params, bucket.n_skipped.flatten().tolist(), strict=True):
-                    if count and first is None:
-                        first = parameter_names(groups).get(param)
+                counts = bucket.n_skipped.flatten().tolist()
+                for (param, index), count in zip(bucket.tensors, counts, strict=True):
+                    if count and first is None and (first := parameter_names(groups).get(param)) is not None:
+                        first += f"[{index}]" if bucket.is_stack else ""
                     group["n_skipped"] += count
                 bucket.n_skipped.zero_()
         if first is not None and not had:
@@ -181,12 +184,15 @@ class Layout:
         deep: dict[UpdateRule, UpdateRule],
     ) -> list[Placed]:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
-        placed, alike = [], defaultdict(list)
+        placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
         for param in params:
             check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
+            if is_stack:
+                check_stack(param, names[param])
             shard, rule = Shard.of(param), self.rule_for(param, group["is_table"])
             is_alone = rule.crosses_coordinates and not rule.is_staged
-            stacked = param.shape if not is_alone and rule.is_whole(param.shape) else None
+            shape = tensor_shape(param, group)
+            stacked = shape if not is_alone and rule.is_whole(shape) else None
             # by the average piece, so that all processes choose alike
             size = param.numel() // shard.n_shards
             threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
@@ -200,12 +206,14 @@ class Layout:
                 if rule not in deep:
                     deep[rule] = rule.for_depth(n_matrices)
                 rule = deep[rule]
-            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_alone or stacked is not None)
+            is_whole = is_alone or stacked is not None
+            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole, is_stack=is_stack)
             for index, param in enumerate(together):
                 held = states.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}
                 if begun:
-                    matched = matched_state(rule, param, begun, self.state_dtype, name=names[param])
+                    kept = {"name": names[param], "is_stack": is_stack}
+                    matched = matched_state(rule, param, begun, self.state_dtype, **kept)
                     bucket.set_state(index, matched)
                 else:
                     bucket.init_state(index, rule)
@@ -215,11 +223,14 @@ class Layout:
         return placed
 
     def _n_matrices(self, groups: list[Group]) -> int:
-        """Number of matrices, but those that are frozen; some are trained by gradients that are put there by hand."""
+        """Number of matrices, but those that are frozen; some are trained by gradients that are put there by hand.
+
+        A stack counts once: its matrices are not layers that follow each other.
+        """
         rules = {False: self.rule, True: self.rule.for_tables()}
-        members = ((rules[group["is_table"]], param) for group in groups for param in group["params"])
+        members = ((group, param) for group in groups for param in group["params"])
         trained = (x for x in members if x[1].numel() > 0 and (x[1].requires_grad or x[1].grad is not None))
-        return sum(rule.is_matrix(param.shape) for rule, param in trained)
+        return sum(rules[group["is_table"]].is_matrix(tensor_shape(param, group)) for group, param in trained)
 
     def _make_plans(self) -> list[Plan]:
         """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
@@ -259,6 +270,11 @@ class Layout:
         return sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
 
 
+def tensor_shape(param: Tensor, group: Group) -> torch.Size:
+    """Shape in which a parameter of a group is stepped: that of a tensor of a stack."""
+    return param.shape[1:] if group["is_stack"] else param.shape
+
+
 def is_within(group: Group) -> bool | Tensor:
     """Whether the next step is one of those that `total_steps` counts: a tensor where steps are counted by one."""
     return group["total_steps"] is None or group["n_steps"] < group["total_steps"]
@@ -273,10 +289,10 @@ def _share_done(group: Group) -> float | Tensor | None:
 
 
 def matched_state(
-    rule: UpdateRule, param: Tensor, state: dict[str, Any], dtype: torch.dtype | None, *, name: str
+    rule: UpdateRule, param: Tensor, state: dict[str, Any], dtype: torch.dtype | None, *, name: str, is_stack: bool
 ) -> dict[str, Tensor]:
     """The rule's part of a parameter's state, in the rule's dtypes; a ValueError where a field is missing or unfit."""
-    template = state_template(rule, param, dtype)
+    template = state_template(rule, param, dtype, is_stack=is_stack)
     wanted = {field: tuple(shape) for field, (shape, _) in template.items()}
     found = {field: tuple(value.shape) if torch.is_tensor(value) else None for field, value in state.items()}
     if wanted.items() - found.items():

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
         theta: Parameter, likewise.
         state: State, rows first.
         columns: Axis of the columns in each field of the state; None for a field that a tensor holds once.
-        shape: Shape of the bucket's first parameter, for rules that are called per tensor.
+        shape: Shape of the bucket's first tensor, for rules that are called per tensor.
         is_staged: Whether the rule takes its stages one by one; else it is called.
     """
 
@@ -76,7 +76,7 @@ def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, kernels:
     """
     grad, theta, has_grad = bucket.load()
     is_staged = rule.is_staged and not bucket.is_whole
-    piece = Piece(bucket.rows, grad, theta, bucket.state, bucket.columns, bucket.params[0].shape, is_staged)
+    piece = Piece(bucket.rows, grad, theta, bucket.state, bucket.columns, bucket.shapes[0], is_staged)
     kernels = kernels if kernels is not None and kernels.can_take(grad, theta) else None
     chunks = [] if kernels is not None else list(_chunks(rule, bucket, piece))
     broken, shared = None, None
@@ -153,10 +153,13 @@ def _stepped_whole(rule, piece: Piece, grad: Tensor, state: NamedTuple, theta: T
     signals = {"shape": piece.shape, "progress": options.progress}
     if rule.is_staged:
         return rule(grad, state, param=theta, **signals)
-    # others step one, as they see it elsewhere: an adaptive solver chooses one step size for a batch
-    step = rule(grad[0], type(state)(*(x[0] for x in state)), param=theta[0], **signals)
-    update, state = checked(rule, grad[0], step)
-    return update, type(state)(*(x.unsqueeze(0) for x in state))
+    # others step one by one, as they see it elsewhere: an adaptive solver chooses one step size for a batch
+    steps = []
+    for k, own in enumerate(grad):
+        step = rule(own, type(state)(*(x[k] for x in state)), param=theta[k], **signals)
+        steps.append(checked(rule, own, step))
+    updates, states = zip(*steps, strict=True)
+    return torch.stack(updates), type(states[0])(*map(torch.stack, zip(*states, strict=True)))
 
 
 def _write(old: Tensor, new: Tensor, moves: Tensor | None) -> None:

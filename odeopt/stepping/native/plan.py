@@ -17,7 +17,7 @@ from odeopt.rules.base import UpdateRule, has_values
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
-from odeopt.stepping.buckets import Bucket
+from odeopt.stepping.buckets import Bucket, are_driven
 from odeopt.stepping.checks import is_watched, rule_obstacle
 from odeopt.stepping.native.library import Options, Rule, TensorState, library
 
@@ -50,7 +50,7 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
         return obstacle
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
-    if bucket.is_whole and _short_side(bucket.params[0]) > _LARGEST_SIDE:
+    if bucket.is_whole and _short_side(bucket.shapes[0]) > _LARGEST_SIDE:
         return "products of large matrices are left to torch"
     is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
     if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
@@ -60,9 +60,9 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     return None
 
 
-def _short_side(matrix: Tensor) -> int:
+def _short_side(shape: torch.Size) -> int:
     """Shorter side of a tensor as a matrix (out, rest)."""
-    return min(matrix.shape[0], matrix.numel() // matrix.shape[0])
+    return min(shape[0], shape[1:].numel())
 
 
 class NativeStep:
@@ -79,26 +79,29 @@ class NativeStep:
     def __init__(self, rule: PortHamiltonianUpdate, buckets: Sequence[Bucket]) -> None:
         self.buckets, self._constants = list(buckets), _Constants(rule)
         self.params = [param for bucket in buckets for param in bucket.params]
-        n, self._sizes = len(self.params), [param.numel() for param in self.params]
+        self._sizes, self._dtypes = zip(*((param.numel(), param.dtype) for param in self.params), strict=True)
+        tensors = [(bucket, index, shape) for bucket in buckets for index, shape in enumerate(bucket.shapes)]
         # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
         self._work = [
-            param.numel() * (1 + _short_side(param) // 32 if bucket.is_whole else 1)
-            for bucket in buckets
-            for param in bucket.params
+            shape.numel() * (1 + _short_side(shape) // 32 if bucket.is_whole else 1) for bucket, _, shape in tensors
         ]
-        self._dtypes = [param.dtype for param in self.params]
-        self._tensors, self._options = (TensorState * n)(), Options()
-        self._pointers = ctypes.c_void_p * n
+        self._n_bytes = [shape.numel() * bucket.param_dtype.itemsize for bucket, _, shape in tensors]
+        # offsets of the tensors of each parameter; None where no parameter is a stack
+        self._offsets: list[range] | None = None
+        if any(bucket.is_stack for bucket in buckets):
+            n_tensors = [n for bucket in buckets for n in bucket.counts]
+            totals = [n * dtype.itemsize for n, dtype in zip(self._sizes, self._dtypes, strict=True)]
+            self._offsets = [range(0, total, total // n) for total, n in zip(totals, n_tensors, strict=True)]
+        self._tensors, self._options = (TensorState * len(tensors))(), Options()
+        self._pointers = ctypes.c_void_p * len(tensors)
         self._disjoint_at: list[int | None] = []
         self._lock = threading.Lock()
-        pairs = [(bucket, index) for bucket in buckets for index in range(len(bucket.params))]
-        for tensor, (bucket, index) in zip(self._tensors, pairs, strict=True):
-            state = bucket.views(index)
+        states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
+        for tensor, (bucket, index, shape), state in zip(self._tensors, tensors, states, strict=True):
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
             if bucket.is_whole:
-                shape = tuple(bucket.params[index].shape)
                 tensor.n_rows, tensor.operator_scale = shape[0], operator_scale(shape, rule.matrix_scale)
             if normalization == "coordinate":
                 tensor.second_moment = state["second_moment"].data_ptr()
@@ -106,7 +109,7 @@ class NativeStep:
                 bucket.rows.features[index].data_ptr(),
                 bucket.n_skipped[index].data_ptr(),
             )
-            tensor.n, tensor.mode_stride = bucket.params[index].numel(), state["p"].stride(0)
+            tensor.n, tensor.mode_stride = shape.numel(), state["p"].stride(0)
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
 
     def step(self, lr: float, decay: float, progress: float | None, *, maximize: bool) -> int | None:
@@ -152,10 +155,9 @@ class NativeStep:
             options.instructions = found.instructions
             # the threads of torch do not survive a fork
             options.parallel = found.parallel if os.getpid() == _PROCESS else None
-            pointers = [None if x is None else x.data_ptr() for x in values]
+            pointers = self._pointers_to(values)
             options.n_threads = self._n_threads(pointers)
-            at = [None if x is None else x.data_ptr() for x in grads]
-            arrays = self._pointers(*at), self._pointers(*pointers)
+            arrays = self._pointers(*self._pointers_to(grads, is_grad=True)), self._pointers(*pointers)
             n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, options)
         if n_skipped < 0:
             raise MemoryError("There is no memory for the sums of a step.")
@@ -164,6 +166,19 @@ class NativeStep:
         # autograd has to know that tensors which it keeps have changed
         torch.autograd.graph.increment_version([x for x in values if x is not None])
         return n_skipped
+
+    def _pointers_to(self, values: list[Tensor | None], *, is_grad: bool = False) -> list[int | None]:
+        """Addresses of all tensors, from the parameters or their gradients; None for those that are not driven."""
+        if self._offsets is None:
+            return [None if x is None else x.data_ptr() for x in values]
+        pointers = []
+        for x, offsets in zip(values, self._offsets, strict=True):
+            if x is None:
+                pointers += [None] * len(offsets)
+                continue
+            driven = are_driven(x, len(offsets)).tolist() if is_grad else [True] * len(offsets)
+            pointers += [x.data_ptr() + offset if has else None for offset, has in zip(offsets, driven, strict=True)]
+        return pointers
 
     def _n_threads(self, pointers: list[int | None]) -> int:
         """Threads that are worth beginning; one where parameters overlap, so that no two write to the same place."""
@@ -174,8 +189,8 @@ class NativeStep:
         if n_threads <= 1 or pointers == self._disjoint_at:
             return max(1, n_threads)
         ends = sorted(
-            (pointer, pointer + n * dtype.itemsize)
-            for pointer, n, dtype in zip(pointers, self._sizes, self._dtypes, strict=True)
+            (pointer, pointer + n_bytes)
+            for pointer, n_bytes in zip(pointers, self._n_bytes, strict=True)
             if pointer is not None
         )
         if any(end > start for (_, end), (start, _) in itertools.pairwise(ends)):
