@@ -194,6 +194,24 @@ def test_muon_takes_all_matrices_but_embeddings_and_the_last_layer(problem, othe
 
 
 @needs_muon
+def test_muon_steps_each_matrix_of_a_stack():
+    """As torch's Muon does matrices of their own."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.experts, model.head = nn.Parameter(torch.randn(3, 4, 6)), nn.Linear(4, 1)
+    matrices = [nn.Parameter(x.clone()) for x in model.experts.detach()]
+    ours, theirs = MuonAndAdamW(model, 8, 0.02), torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01)
+    for step in range(2):
+        model.experts.grad = torch.randn(3, 4, 6)
+        for matrix, grad in zip(matrices, model.experts.grad, strict=True):
+            matrix.grad = grad.clone()
+        theirs.param_groups[0]["lr"] = 0.01 * (1 + math.cos(math.pi * step / 8))
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(model.experts.detach(), torch.stack([x.detach() for x in matrices]))
+
+
+@needs_muon
 def test_muon_steps_convolutions_as_matrices():
     """As torch's Muon does a matrix of its own, whose gradient is the convolution's, reshaped."""
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """How does the default rule do on kinds of problems that it was not trained on?
 
 Sine networks, a partial differential equation, badly conditioned regression, factors of a matrix, adapters of a
-trained network, a graph, contrasts, denoising, sums of numbers and quantiles: none has a relative among the tasks of
-the meta-training. Opponents are tuned as in ``python -m odeopt suite``. Runs are kept as they are done. (The laws of
-alignment and trust were chosen with a look at problems like these; the weights were not.)
+trained network, a graph, contrasts, denoising, sums of numbers, experts and quantiles: none has a relative among the
+tasks of the meta-training. Opponents are tuned as in ``python -m odeopt suite``. Runs are kept as they are done. (The
+laws of alignment and trust were chosen with a look at problems like these; the weights were not.)
 """
 
 from __future__ import annotations

@@ -184,6 +184,22 @@ class Sums(nn.Module):
         return self.head(self.layers(self.tokens(x) + self.places, mask=mask, is_causal=True))[:, 7:].mT
 
 
+class Experts(nn.Module):
+    """Sixteen experts, each of them a perceptron; each input is sent to one of them (Fedus et al. 2022)."""
+
+    def __init__(self, n_experts: int = 16, n_in: int = 16, width: int = 64) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(n_in, n_experts), nn.Linear(n_in, 4)
+        self.inner = nn.Parameter(torch.randn(n_experts, width, n_in) / math.sqrt(n_in))
+        self.outer = nn.Parameter(torch.randn(n_experts, n_in, width) / math.sqrt(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Head of the input and of what its expert adds to it."""
+        weight, expert = self.router(x).softmax(-1).max(-1, keepdim=True)
+        hidden = F.relu(self.inner[expert[:, 0]] @ x[..., None])
+        return self.head(x + weight * (self.outer[expert[:, 0]] @ hidden)[..., 0])
+
+
 # -------------------- batches
 
 
@@ -304,6 +320,20 @@ def of_heavy_tails(generator: torch.Generator, is_held_out: bool) -> tuple[Tenso
     return x, ((2 * x[:, 0]).sin() * x[:, 1] + x[:, 2].abs() + 0.3 * noise)[:, None]
 
 
+@cache
+def _clusters() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(12, 16, generator=generator), torch.randn(12, 4, 16, generator=generator) / 4
+
+
+def of_clusters(generator: torch.Generator, is_held_out: bool) -> tuple[Tensor, Tensor]:
+    """Points of twelve clusters, each with a function of its own."""
+    centres, weights = _clusters()
+    cluster = torch.randint(len(centres), (64,), generator=generator)
+    x = centres[cluster] + 0.3 * torch.randn(64, 16, generator=generator)
+    return x, (3 * weights[cluster] @ x[..., None]).sin()[..., 0]
+
+
 def quantile_loss(outputs: Tensor, target: Tensor) -> Tensor:
     """Mean pinball loss of three quantiles (Koenker, Bassett 1978)."""
     levels, error = torch.tensor([0.1, 0.5, 0.9], device=outputs.device), target - outputs
@@ -330,6 +360,7 @@ def problems(images: Tensor, labels: Tensor, name: str) -> dict[str, Problem]:
          contrast),
         ("denoising", "denoising, convolutions", 600, Denoiser, partial(of_noise, images), F.mse_loss),
         ("sums", "sums, transformer", 800, Sums, of_sums, F.cross_entropy),
+        ("experts", "sixteen experts", 800, Experts, of_clusters, F.mse_loss),
         ("quantiles", "quantiles, heavy tails", 500, lambda: perceptron(8, 64, 64, 3), of_heavy_tails, quantile_loss),
     ]  # fmt: skip
     return {

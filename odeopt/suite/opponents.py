@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from odeopt._version import __version__
 from odeopt.artifacts import fingerprint
@@ -102,7 +102,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 class MuonAndAdamW:
     """``torch.optim.Muon`` on the hidden matrices, ``torch.optim.AdamW`` on all else, both with cosine decay.
 
-    ``torch.optim.Muon`` takes matrices only: it is handed views of convolutions as (out, rest).
+    ``torch.optim.Muon`` takes matrices only: it is handed views of convolutions as (out, rest), and of each matrix of a
+    stack.
 
     Args:
         model: A network of the suite.
@@ -113,8 +114,9 @@ class MuonAndAdamW:
     def __init__(self, model: nn.Module, n_steps: int, lr: float) -> None:
         hidden = hidden_matrices(model)
         others = [param for param in model.parameters() if all(param is not other for other in hidden)]
-        self._views = [(param, nn.Parameter(param.detach().flatten(1))) for param in hidden]
-        views = [view for _, view in self._views]
+        self._stacks = {p for group in param_groups(model) if group.get("is_stack") for p in group["params"]}
+        self._views = [(p, [nn.Parameter(x) for x in self._matrices(p, p.detach())]) for p in hidden]
+        views = [view for _, some in self._views for view in some]
         parts = [torch.optim.Muon(views, lr=lr, weight_decay=_DECAY)] if hidden else []
         parts.append(torch.optim.AdamW(others, lr=_LR_BESIDE_MUON, weight_decay=_DECAY))
         self._parts = [_scheduled(part, n_steps) for part in parts]
@@ -128,10 +130,14 @@ class MuonAndAdamW:
 
     def step(self) -> None:
         """Move the parameters."""
-        for param, view in self._views:
-            view.grad = param.grad.flatten(1)
+        for param, views in self._views:
+            for view, grad in zip(views, self._matrices(param, param.grad), strict=True):
+                view.grad = grad
         for part in self._parts:
             part.step()
+
+    def _matrices(self, param: nn.Parameter, values: Tensor) -> tuple[Tensor, ...]:
+        return values.unbind() if param in self._stacks else (values.flatten(1),)
 
 
 def _scheduled(optimizer: torch.optim.Optimizer, n_steps: int, warm_up: float = 0.0) -> torch.optim.Optimizer:
