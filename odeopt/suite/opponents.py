@@ -114,7 +114,7 @@ class MuonAndAdamW:
     def __init__(self, model: nn.Module, n_steps: int, lr: float) -> None:
         hidden = hidden_matrices(model)
         others = [param for param in model.parameters() if all(param is not other for other in hidden)]
-        self._stacks = {p for group in param_groups(model) if group.get("is_stack") for p in group["params"]}
+        self._stacks = {p for group in param_groups(model) if group.get("is_stack") for _, p in group["params"]}
         self._views = [(p, [nn.Parameter(x) for x in self._matrices(p, p.detach())]) for p in hidden]
         views = [view for _, some in self._views for view in some]
         parts = [torch.optim.Muon(views, lr=lr, weight_decay=_DECAY)] if hidden else []
