@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 def crashes(code: str, n_kills: int, generator: random.Random) -> list[str]:
     """Kill a process at moments drawn at random, start it again, and compare its end with that of one left alone."""
     with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as killed:
-        began = time.perf_counter()
-        _run(code, alone)
-        seconds = time.perf_counter() - began - _run(code, alone)  # the second time all is done already
+        seconds = _run(code, alone)
         for _ in tqdm(range(n_kills), unit="kill"):
             _run(code, killed, after=generator.uniform(0.0, max(0.1, seconds / 4)))
         _run(code, killed)
@@ -101,12 +99,11 @@ def crashes(code: str, n_kills: int, generator: random.Random) -> list[str]:
 
 
 def _run(code: str, folder: str, after: float | None = None) -> float:
-    """Run a script to its end, or kill it some seconds after it has begun; returns the seconds of starting."""
+    """Run a script to its end, or kill it some seconds after it has begun; returns how many it took from there on."""
     command = [sys.executable, "-c", f"FOLDER = {folder!r}\n{code}"]
-    began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
-        started = time.perf_counter() - began
+        began = time.perf_counter()
         if after is not None:
             try:
                 process.wait(after)
@@ -114,7 +111,7 @@ def _run(code: str, folder: str, after: float | None = None) -> float:
                 process.kill()
     if after is None and process.returncode != 0:
         raise RuntimeError(f"the run ended with status {process.returncode}")
-    return started
+    return time.perf_counter() - began
 
 
 def flips(n: int, generator: random.Random) -> list[str]:
