@@ -697,13 +697,14 @@ static int64_t pieces_of(const Job *job, int pass)
     return pass == ADVANCE ? job->n_pieces : has_pass(job, pass) ? job->n_chunks : 0;
 }
 
-/* Begin the next pass that has pieces, under the lock. */
-static void open_pass(Job *job)
+/* Begin a pass, or the next one that has pieces, under the lock; await_pass reads its number without. */
+static void open_pass(Job *job, int pass)
 {
-    while (job->pass <= ADVANCE && pieces_of(job, job->pass) == 0)
-        job->pass++;
+    while (pass <= ADVANCE && pieces_of(job, pass) == 0)
+        pass++;
+    __atomic_store_n(&job->pass, pass, __ATOMIC_RELAXED);
     job->n_taken = job->n_finished = 0;
-    job->is_done = job->pass > ADVANCE;
+    job->is_done = pass > ADVANCE;
     pthread_cond_broadcast(&job->changed);
 }
 
@@ -719,8 +720,7 @@ static void close_shared(Job *job)
                 sums[k] += job->partial[job->n_sums * end + k];
         close_pass(job, job->pass, i);
     }
-    job->pass++;
-    open_pass(job);
+    open_pass(job, job->pass + 1);
 }
 
 /* Wait, under the lock, until a pass is over: for as long as a piece takes, a thread that sleeps would wake too late. */
@@ -799,7 +799,7 @@ static void step_in_threads(Job *job, int n_threads)
     pthread_mutex_init(&job->lock, NULL);
     pthread_cond_init(&job->changed, NULL);
     if (job->options->parallel != NULL) {
-        open_pass(job);
+        open_pass(job, MAGNITUDE);
         job->n_threads = 1; /* that leaves, when all have come back */
         job->options->parallel(work, job, n_threads, 0);
         return;
@@ -809,7 +809,7 @@ static void step_in_threads(Job *job, int n_threads)
     sigfillset(&all); /* signals are for the threads of the caller */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&job->lock);
-    open_pass(job);
+    open_pass(job, MAGNITUDE);
     for (job->n_threads = 1; job->n_threads < n_threads; job->n_threads++)
         if (pthread_create(&thread, &detached, help, job) != 0)
             break;
