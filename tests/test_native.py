@@ -626,9 +626,10 @@ from odeopt.stepping.native.library import library
 assert library.cache_info().currsize == 0, "loaded by the import"
 torch.set_num_threads(2)
 rule = odeopt.load_pretrained("port-hamiltonian")
-param = torch.nn.Parameter(torch.zeros(200_000))
-optimizer = odeopt.LearnedOptimizer([param], rule, implementation="native")
-param.grad = torch.cos(torch.arange(200_000.0))
+param = torch.nn.Parameter(torch.zeros(2, 100_000))
+group = {"params": [param], "is_stack": sys.argv[1] == "stack"}
+optimizer = odeopt.LearnedOptimizer([group], rule, implementation="native")
+param.grad = torch.cos(torch.arange(200_000.0)).reshape(2, 100_000)
 optimizer.step()
 tiny = torch.tensor(1e-40)
 assert (tiny * 1).item() != 0 and (torch.full((100,), 1e-40) * 1).count_nonzero() == 100, "denormals are flushed"
@@ -643,8 +644,9 @@ assert os.read(read, 4000) == param.detach().numpy().tobytes()[:4000], "the chil
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
-def test_child_process_steps_right_after_a_fork_and_no_number_is_flushed():
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", SCRIPT]
+@pytest.mark.parametrize("kind", ["tensor", "stack"])
+def test_child_process_steps_right_after_a_fork_and_no_number_is_flushed(kind):
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", SCRIPT, kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 

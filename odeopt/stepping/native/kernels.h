@@ -153,9 +153,10 @@ TARGET static ALWAYS_INLINE void ISA(mode)(const Rule *rule, const float *c, flo
     }
 }
 
-/* Magnitude, shrunk, of a part of a gradient; returns nonzero if it holds an infinity or a NaN. */
-TARGET static int ISA(magnitude)(const Rule *rule, const Tensor *t, const void *grad, int64_t start, int64_t stop,
-                                 double *total)
+/* Magnitude, shrunk, of a part of a gradient; returns the bits of the largest one, which exceed those of finite numbers
+   if it holds an infinity or a NaN. */
+TARGET static int32_t ISA(magnitude)(const Rule *rule, const Tensor *t, const void *grad, int64_t start,
+                                      int64_t stop, double *total)
 {
     float buffer[BLOCK];
     const float shrink = rule->coordinatewise ? 0.0f : t->features[SHRINK];
@@ -173,7 +174,7 @@ TARGET static int ISA(magnitude)(const Rule *rule, const Tensor *t, const void *
         }
         *total += sum;
     }
-    return largest >= 0x7f800000;
+    return largest;
 }
 
 /* Sums over a part of a tensor: of v, u^2, theta^2, then of u p_k and of p_k^2 for each mode. */

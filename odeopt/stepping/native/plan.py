@@ -17,7 +17,7 @@ from odeopt.rules.base import UpdateRule, has_values
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
-from odeopt.stepping.buckets import Bucket, are_driven
+from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.checks import is_watched, rule_obstacle
 from odeopt.stepping.native.library import Options, Rule, TensorState, library
 
@@ -111,6 +111,7 @@ class NativeStep:
             )
             tensor.n, tensor.mode_stride = shape.numel(), state["p"].stride(0)
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
+            tensor.skips_zeros = bucket.is_stack
 
     def step(self, lr: float, decay: float, progress: float | None, *, maximize: bool) -> int | None:
         """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
@@ -157,7 +158,7 @@ class NativeStep:
             options.parallel = found.parallel if os.getpid() == _PROCESS else None
             pointers = self._pointers_to(values)
             options.n_threads = self._n_threads(pointers)
-            arrays = self._pointers(*self._pointers_to(grads, is_grad=True)), self._pointers(*pointers)
+            arrays = self._pointers(*self._pointers_to(grads)), self._pointers(*pointers)
             n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, options)
         if n_skipped < 0:
             raise MemoryError("There is no memory for the sums of a step.")
@@ -167,17 +168,14 @@ class NativeStep:
         torch.autograd.graph.increment_version([x for x in values if x is not None])
         return n_skipped
 
-    def _pointers_to(self, values: list[Tensor | None], *, is_grad: bool = False) -> list[int | None]:
-        """Addresses of all tensors, from the parameters or their gradients; None for those that are not driven."""
+    def _pointers_to(self, values: list[Tensor | None]) -> list[int | None]:
+        """Addresses of all tensors, from the parameters or their gradients; None for those without a gradient."""
         if self._offsets is None:
             return [None if x is None else x.data_ptr() for x in values]
         pointers = []
         for x, offsets in zip(values, self._offsets, strict=True):
-            if x is None:
-                pointers += [None] * len(offsets)
-                continue
-            driven = are_driven(x, len(offsets)).tolist() if is_grad else [True] * len(offsets)
-            pointers += [x.data_ptr() + offset if has else None for offset, has in zip(offsets, driven, strict=True)]
+            at = None if x is None else x.data_ptr()
+            pointers += [None if at is None else at + offset for offset in offsets]
         return pointers
 
     def _n_threads(self, pointers: list[int | None]) -> int:

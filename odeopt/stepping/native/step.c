@@ -40,7 +40,7 @@
 #define HAS_X86 0
 #endif
 
-#define VERSION 3    /* of the structures below */
+#define VERSION 4    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -109,6 +109,7 @@ typedef struct {
     int64_t n_rows; /* of a matrix that is stepped by its singular values; 0 for other tensors */
     float operator_scale;
     int32_t param_type, state_type;
+    int32_t skips_zeros; /* whether a gradient that is zero throughout counts as none, as in stacks */
 } Tensor;
 
 typedef struct {
@@ -128,7 +129,8 @@ typedef struct {
     float sign, inverse[2]; /* the product of the inverses is sign / scale, and neither is out of range */
     float log_rms, kappa; /* binary logarithm */
     float matrix_kappa, lookahead, decay, coherence;
-    int is_broken;
+    int32_t largest; /* magnitude of the gradient, as bits, which are in the order of the numbers */
+    int is_broken, is_left; /* whether the gradient is not finite; whether the tensor stays as it is */
 } Shared;
 
 /* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
@@ -139,7 +141,7 @@ typedef struct {
 } Workspace;
 
 typedef struct {
-    int (*magnitude)(const Rule *, const Tensor *, const void *, int64_t, int64_t, double *);
+    int32_t (*magnitude)(const Rule *, const Tensor *, const void *, int64_t, int64_t, double *);
     void (*statistics)(const Rule *, const Tensor *, const Shared *, const void *, const void *, int64_t, int64_t,
                        double *);
     void (*advance)(const Rule *, const Tensor *, const Shared *, const Options *, const void *, void *, int64_t,
@@ -570,8 +572,8 @@ static int64_t n_chunks_of(const Tensor *t)
 }
 
 /* One pass over a chunk of a tensor; the second pass begins with what the first has left in the cache, at the end, and
-   the third at the start again. */
-static int pass_chunk(const Job *job, int pass, int64_t i, int64_t number, double *sums)
+   the third at the start again. Returns what Shared has as `largest`, of the chunk. */
+static int32_t pass_chunk(const Job *job, int pass, int64_t i, int64_t number, double *sums)
 {
     const Tensor *t = job->tensors + i;
     const int64_t start = CHUNK * (pass == STATISTICS ? n_chunks_of(t) - 1 - number : number);
@@ -592,10 +594,13 @@ static void close_pass(const Job *job, int pass, int64_t i)
     const Tensor *t = job->tensors + i;
     Shared *c = job->shared + i;
     float *x = job->activations + 2 * (size_t)job->width * i;
-    if (c->is_broken) {
-        *t->n_skipped += pass == MAGNITUDE;
-        return;
+    if (pass == MAGNITUDE) {
+        c->is_broken = c->largest >= 0x7f800000;
+        c->is_left = c->is_broken || (t->skips_zeros && c->largest == 0);
+        *t->n_skipped += c->is_broken;
     }
+    if (c->is_left)
+        return;
     if (pass == MAGNITUDE)
         running_scales(job->rule, t, job->options, c);
     if (pass == (job->rule->coordinatewise ? MAGNITUDE : STATISTICS))
@@ -669,14 +674,15 @@ static void step_whole(const Job *job, int64_t i, double *sums, char *workspace)
     Shared *c = job->shared + i;
     const int64_t n_chunks = n_chunks_of(job->tensors + i);
     for (int pass = MAGNITUDE; pass <= ADVANCE; pass++) {
-        if (!has_pass(job, pass) || c->is_broken)
+        if (!has_pass(job, pass) || c->is_left)
             continue;
         memset(c->sums, 0, job->n_sums * sizeof(double));
         const int is_matrix = pass == ADVANCE && job->tensors[i].n_rows > 0;
         if (is_matrix)
             advance_matrix(job, i, workspace);
         for (int64_t chunk = 0; chunk < (is_matrix ? 0 : n_chunks); chunk++) {
-            c->is_broken |= pass_chunk(job, pass, i, chunk, sums);
+            const int32_t largest = pass_chunk(job, pass, i, chunk, sums);
+            c->largest = largest > c->largest ? largest : c->largest;
             for (int k = 0; k < sums_of(job, pass); k++)
                 c->sums[k] += sums[k];
         }
@@ -691,13 +697,14 @@ static int64_t pieces_of(const Job *job, int pass)
     return pass == ADVANCE ? job->n_pieces : has_pass(job, pass) ? job->n_chunks : 0;
 }
 
-/* Begin the next pass that has pieces, under the lock. */
-static void open_pass(Job *job)
+/* Begin a pass, or the next one that has pieces, under the lock; await_pass reads its number without. */
+static void open_pass(Job *job, int pass)
 {
-    while (job->pass <= ADVANCE && pieces_of(job, job->pass) == 0)
-        job->pass++;
+    while (pass <= ADVANCE && pieces_of(job, pass) == 0)
+        pass++;
+    __atomic_store_n(&job->pass, pass, __ATOMIC_RELAXED);
     job->n_taken = job->n_finished = 0;
-    job->is_done = job->pass > ADVANCE;
+    job->is_done = pass > ADVANCE;
     pthread_cond_broadcast(&job->changed);
 }
 
@@ -713,8 +720,7 @@ static void close_shared(Job *job)
                 sums[k] += job->partial[job->n_sums * end + k];
         close_pass(job, job->pass, i);
     }
-    job->pass++;
-    open_pass(job);
+    open_pass(job, job->pass + 1);
 }
 
 /* Wait, under the lock, until a pass is over: for as long as a piece takes, a thread that sleeps would wake too late. */
@@ -746,16 +752,17 @@ static void work(void *argument)
         }
         const int64_t number = job->n_taken++;
         const Piece piece = job->pieces[number];
-        const int is_left = pass != MAGNITUDE && job->shared[piece.tensor].is_broken;
+        const int is_left = pass != MAGNITUDE && job->shared[piece.tensor].is_left;
         pthread_mutex_unlock(&job->lock);
         double *sums = job->partial + job->n_sums * number;
-        int is_broken = 0;
+        int32_t largest = 0;
         if (piece.chunk < 0)
             step_whole(job, piece.tensor, sums, workspace);
         else if (!is_left)
-            is_broken = pass_chunk(job, pass, piece.tensor, piece.chunk, sums);
+            largest = pass_chunk(job, pass, piece.tensor, piece.chunk, sums);
         pthread_mutex_lock(&job->lock);
-        job->shared[piece.tensor].is_broken |= is_broken;
+        if (largest > job->shared[piece.tensor].largest)
+            job->shared[piece.tensor].largest = largest;
         if (++job->n_finished == pieces_of(job, pass))
             close_shared(job);
     }
@@ -792,7 +799,7 @@ static void step_in_threads(Job *job, int n_threads)
     pthread_mutex_init(&job->lock, NULL);
     pthread_cond_init(&job->changed, NULL);
     if (job->options->parallel != NULL) {
-        open_pass(job);
+        open_pass(job, MAGNITUDE);
         job->n_threads = 1; /* that leaves, when all have come back */
         job->options->parallel(work, job, n_threads, 0);
         return;
@@ -802,7 +809,7 @@ static void step_in_threads(Job *job, int n_threads)
     sigfillset(&all); /* signals are for the threads of the caller */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&job->lock);
-    open_pass(job);
+    open_pass(job, MAGNITUDE);
     for (job->n_threads = 1; job->n_threads < n_threads; job->n_threads++)
         if (pthread_create(&thread, &detached, help, job) != 0)
             break;
