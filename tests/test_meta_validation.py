@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from odeopt.meta import MetaConfig, meta_train
+from odeopt.meta import MetaConfig, meta_train, trainer
 from odeopt.rules import PortHamiltonianUpdate
 from odeopt.tasks import RandomQuadratic
 
@@ -50,5 +50,16 @@ def test_numbers_too_small_to_be_normal_are_zero_while_a_rule_is_trained(before)
         meta_train(rule, RandomQuadratic(3), settings, **heard)
         assert found == [True, True]
         assert is_flushing() == before
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_it_is_asked_on_the_cpu_whether_such_numbers_were_zero_before(before):
+    torch.set_flush_denormal(before)
+    try:
+        with torch.device("meta"), trainer._flushed():
+            assert not (torch.full((1,), 1e-40, device="cpu") * 1).any()
+        assert bool((torch.full((1,), 1e-40) * 1).any()) is not before
     finally:
         torch.set_flush_denormal(False)

@@ -138,12 +138,12 @@ def meta_train(
 
 @contextmanager
 def _flushed() -> Iterator[None]:
-    """Take numbers too small to be normal for zero, on this thread.
+    """Take numbers too small to be normal for zero, on this thread; those that torch begins meanwhile keep doing so.
 
     Momenta of rows whose gradients are tiny or zero, as those of pixels that are always black, come to such numbers, on
     which a processor is a hundred times slower.
     """
-    was_flushing = not (torch.full((1,), 1e-40, dtype=torch.float32) * 1).any()
+    was_flushing = not (torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 1).any()
     torch.set_flush_denormal(True)
     try:
         yield
