@@ -397,7 +397,7 @@ def test_a_sharded_stack_is_refused_by_name_with_a_way_out(mesh, rule, axis):
     from torch.distributed.tensor import DTensor, Shard
 
     shard = nn.Parameter(DTensor.from_local(draws(2, 4, 4), mesh, [Shard(axis)], run_check=False))
-    message = r"`experts` should hold .* and whole on each process.*`is_table=True` in place of.*`placements = \(Shard"
+    message = r"`experts` should hold .* and be whole on each.*`is_table=True` in place of.*`placements = \(Shard"
     with pytest.raises(ValueError, match=message):
         LearnedOptimizer([{"params": [("experts", shard)], "is_stack": True}], rule)
     LearnedOptimizer([{"params": [("experts", shard)], "is_table": True}], rule)

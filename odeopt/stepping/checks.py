@@ -97,7 +97,7 @@ def check_stack(param: Tensor, name: str) -> None:
         found = f"`placements = {param.placements}`"
     if found is not None:
         raise ValueError(
-            f"Parameter `{name}` should hold several tensors along its first axis, and whole on each process, because "
+            f"Parameter `{name}` should hold several tensors along its first axis and be whole on each process, as "
             "its group is one of stacks (`is_stack=True`): replicate it (`DistributedDataParallel`), or step it by "
             f"coordinates (`is_table=True` in place of `is_stack`). Found {found}."
         )
