@@ -233,12 +233,11 @@ def suite_in_short() -> str:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     names = [learned[0], *(name for name in found.contenders if name not in (*learned, REFERENCE))]
-    first, *others = names
-    rows = [[p, f"**{both(found, p, first)}**", *(both(found, p, name) for name in others)] for p in found.problems]
+    rows = [[p, *_least_in_bold([both(found, p, name) for name in names])] for p in found.problems]
     caption = (
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
-        f"{found.n_runs} paired runs; below one is better. The learned rule is used as it is, at `lr=1`; the\n"
-        "opponents' learning rates are chosen by grid for each network, but for Adam's and Prodigy's (`python -m\n"
+        f"{found.n_runs} paired runs; below one is better, the best in bold. The learned rule is used as it is, at\n"
+        "`lr=1`; learning rates are chosen by grid for each network, but for Adam's and Prodigy's (`python -m\n"
         f"odeopt suite --runs {found.n_runs} --out figs`; intervals and all numbers: [Results](docs/results.md))."
     )
     return f"{caption}\n\n{table(['network', *(found.contenders[name].title for name in names)], rows)}"
@@ -246,7 +245,23 @@ def suite_in_short() -> str:
 
 def both(found: Suite, problem: str, name: str) -> str:
     """Training / held-out loss of a contender over that of tuned AdamW."""
-    return " / ".join(f"{found.ratio(problem, name, of).mean:.2f}" for of in ("train", "held_out"))
+    return " / ".join(map(_briefly, (found.ratio(problem, name, of).mean for of in ("train", "held_out"))))
+
+
+def _briefly(ratio: float) -> str:
+    """A ratio in as many digits as one reads."""
+    return "<0.01" if ratio < 0.005 else f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+def _least_in_bold(cells: Sequence[str]) -> list[str]:
+    """Mark the least training and the least held-out loss of a row, as they are written."""
+    split = [cell.split(" / ") for cell in cells]
+    values = [[-1.0 if x.startswith("<") else float(x.replace(",", "")) for x in pair] for pair in split]
+    least = [min(column) for column in zip(*values, strict=True)]
+    return [
+        " / ".join(f"**{x}**" if v == best else x for x, v, best in zip(*pair, least, strict=True))
+        for pair in zip(split, values, strict=True)
+    ]
 
 
 def energies() -> str:

@@ -61,7 +61,7 @@ class Orthogonalised:
         self._optimizer.step()
         for (param, group), start in zip(self._tensors, starts, strict=True):
             update, size = param - start, 0.3
-            if param.ndim >= 2 and not group["is_table"]:
+            if param.ndim - group["is_stack"] >= 2 and not group["is_table"]:
                 matrix = update.flatten(2 if group["is_stack"] else 1)
                 size = 0.03 * math.sqrt(matrix.shape[-2] / matrix.shape[-1])
                 update = newton_schulz(matrix).view_as(param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -10,21 +11,25 @@ from torch.nn.modules.conv import _ConvNd
 from odeopt.checks import is_number, require
 from odeopt.rules.port_hamiltonian.kinetic import is_matrix
 
+# how names of tables end
+_TABLES = {"pos", "position", "positions", "emb", "embed", "embedding", "embeddings", "table", "wpe", "wte"}
+
 
 def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> list[dict[str, Any]]:
     """Sort the parameters of a module into the groups that :class:`odeopt.LearnedOptimizer` steps best.
 
-    Lookup tables (``nn.Embedding``, ``nn.EmbeddingBag``), also where a head shares their weight, are stepped coordinate
-    by coordinate: their rows are vectors of their own. So are gains of several axes (of a ``nn.LayerNorm`` over images,
-    or of shape ``(n, 1, 1)``). Stacks, tensors of three or more axes that belong neither to a convolution nor to a
-    ``nn.Bilinear``, such as the weights of experts, ``(experts, out, in)``, are stepped matrix by matrix
-    (``is_stack``). Matrices, convolutions and stacks are decayed, where that is asked for; tables, gains and vectors
-    (biases, one row that is added, of shape ``(1, ..., n)``) are not.
+    Lookup tables are stepped coordinate by coordinate: their rows are vectors of their own. They are the weights of
+    ``nn.Embedding`` and ``nn.EmbeddingBag``, also where a head shares them, and learned positions: parameters of shape
+    ``(1, ..., length, n)``, and those of two axes whose name ends like ``pos_embed``, ``positions`` or
+    ``position_bias_table``. So are gains of several axes (of a ``nn.LayerNorm`` over images, or of shape
+    ``(n, 1, 1)``). Stacks, tensors of three or more axes that belong neither to a convolution nor to a ``nn.Bilinear``,
+    such as the weights of experts, ``(experts, out, in)``, are stepped matrix by matrix (``is_stack``), and so are
+    parameters of two axes, ``(experts, out)``, that the same module holds beside them. Matrices, convolutions and
+    stacks are decayed, where that is asked for; tables, gains and vectors are not.
 
-    Three things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
+    Two things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
     ``nn.Conv2d``, or give it a group of its own, without ``is_stack``, to have it stepped as a matrix. So does a grid
-    of vectors, ``(height, width, n)``, which wants a group with ``is_table``. A stack of vectors, ``(networks, n)``,
-    counts as a matrix.
+    of vectors, ``(height, width, n)``, which wants a group with ``is_table``.
 
     Args:
         module: The module. A parameter that it holds twice is given once.
@@ -32,8 +37,8 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
             :class:`odeopt.LearnedOptimizer`.
 
     Returns:
-        Groups of named parameters: matrices, vectors, tables (with gains of several axes) and stacks; those that there
-        are.
+        Groups of named parameters: matrices, vectors, tables (with gains of several axes), stacks of matrices and of
+        vectors; those that there are.
 
     Raises:
         TypeError: If ``module`` is not a module.
@@ -51,25 +56,46 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     tables = _held_by(module, nn.Embedding, nn.EmbeddingBag)
     tables |= {key: param for key, param in _held_by(module, nn.LayerNorm, nn.RMSNorm).items() if param.ndim > 1}
     kernels = _held_by(module, _ConvNd, nn.Bilinear)
-    matrices, vectors, by_coordinates, stacks = [], [], [], []
+    stacks = _stacks(module, kernels)
+    matrices, vectors, by_coordinates, stacked, stacked_vectors = [], [], [], [], []
     for name, param in module.named_parameters():
-        if id(param) in tables:
+        is_row = param.numel() == 0 or max(param.shape, default=1) == param.numel()
+        if id(param) in tables or (id(param) not in kernels and not is_row and _is_table(name, param)):
             kind = by_coordinates
+        elif id(param) in stacks:
+            kind = stacked if param.ndim > 2 else stacked_vectors
         elif not is_matrix(tuple(param.shape)):
             kind = vectors
-        elif param.ndim == 2 or id(param) in kernels:
-            kind = matrices
         else:
-            kind = by_coordinates if max(param.shape) == param.numel() else stacks
+            kind = by_coordinates if is_row and param.ndim > 2 and id(param) not in kernels else matrices
         kind.append((name, param))
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = (
         {"params": matrices, **decayed},
         {"params": vectors, "weight_decay": 0.0},
         {"params": by_coordinates, "weight_decay": 0.0, "is_table": True},
-        {"params": stacks, **decayed, "is_stack": True},
+        {"params": stacked, **decayed, "is_stack": True},
+        {"params": stacked_vectors, "weight_decay": 0.0, "is_stack": True},
     )
     return [group for group in groups if group["params"]]
+
+
+def _is_table(name: str, param: nn.Parameter) -> bool:
+    """Whether a parameter that no layer of torch holds is a table of vectors, such as learned positions."""
+    if param.ndim > 2:
+        return param.shape[0] == 1
+    return param.ndim == 2 and name.rpartition(".")[2].lower().rpartition("_")[2] in _TABLES
+
+
+def _stacks(module: nn.Module, kernels: Collection[int]) -> set[int]:
+    """Stacks, and what is of two axes beside them, as many vectors as the stack has matrices; by their identity."""
+    found = set()
+    for part in module.modules():
+        own = [param for param in part.parameters(recurse=False) if id(param) not in kernels]
+        stacks = [x for x in own if x.ndim > 2 and x.shape[0] > 1 and max(x.shape) < x.numel()]
+        lengths = {x.shape[0] for x in stacks}
+        found.update(map(id, stacks), (id(x) for x in own if x.ndim == 2 and x.shape[0] in lengths))
+    return found
 
 
 def _held_by(module: nn.Module, *kinds: type[nn.Module]) -> dict[int, nn.Parameter]:

@@ -69,11 +69,11 @@ def test_a_rule_is_drawn_by_name_and_from_a_file(tmp_path, capsys):
     assert "2,159 weights" in capsys.readouterr().out
     odeopt.save(odeopt.HamiltonianUpdate(), tmp_path / "mine.safetensors", trained_for={"horizon": 5, "task": "a toy"})
     assert main(["show", str(tmp_path / "mine.safetensors"), "--out", str(tmp_path)]) == 0
-    assert "HamiltonianUpdate, trained on a toy for 5 steps" in capsys.readouterr().out
+    assert "weights, meta-trained on runs of up to 5 steps of a toy." in capsys.readouterr().out
     described = {"horizon": 5, "task": RandomQuadratic().describe()}
     odeopt.save(odeopt.HamiltonianUpdate(), tmp_path / "mine.safetensors", trained_for=described, overwrite=True)
     assert main(["show", str(tmp_path / "mine.safetensors"), "--out", str(tmp_path)]) == 0
-    assert "trained on RandomQuadratic for 5 steps" in capsys.readouterr().out
+    assert "meta-trained on runs of up to 5 steps of RandomQuadratic." in capsys.readouterr().out
     assert all((tmp_path / f"rule-{name}.png").stat().st_size > 5000 for name in ("mine", "port-hamiltonian"))
 
 

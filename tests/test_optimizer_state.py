@@ -338,9 +338,9 @@ def test_state_of_another_rule_or_shape_is_refused_by_name_and_loads_nothing(rul
 def test_state_dict_with_other_groups_is_refused():
     one, two = parameter([1.0], [1.0]), parameter([1.0], [1.0])
     optimizer = LearnedOptimizer([one], LeakySum())
-    with pytest.raises(ValueError, match="different number of parameter groups"):
+    with pytest.raises(ValueError, match=r"groups of \[1\] parameters, as .* Found groups of \[1, 1\]"):
         optimizer.load_state_dict(LearnedOptimizer([{"params": [one]}, {"params": [two]}], LeakySum()).state_dict())
-    with pytest.raises(ValueError, match="doesn't match the size"):
+    with pytest.raises(ValueError, match=r"Found groups of \[2\]"):
         optimizer.load_state_dict(LearnedOptimizer([one, two], LeakySum()).state_dict())
 
 

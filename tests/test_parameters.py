@@ -38,9 +38,9 @@ def names(groups):
 def test_every_parameter_is_in_the_group_of_its_kind_once():
     matrices, vectors, tables = names(param_groups(Network()))
     assert sorted(matrices) == ["body.0.weight", "body.2.weight"]
-    assert sorted(vectors) == ["body.0.bias", "body.1.bias", "body.1.weight", "body.2.bias", "positions"]
+    assert sorted(vectors) == ["body.0.bias", "body.1.bias", "body.1.weight", "body.2.bias"]
     scaled = [f"scaled.parametrizations.weight.original{k}" for k in range(2)]
-    assert sorted(tables) == ["bag.weight", "head.weight", *scaled]
+    assert sorted(tables) == ["bag.weight", "head.weight", "positions", *scaled]
     assert sorted(matrices + vectors + tables) == sorted(name for name, _ in Network().named_parameters())
 
 
@@ -75,20 +75,24 @@ class Stacks(nn.Module):
         self.norm = nn.LayerNorm((2, 3, 4))
         self.gain = nn.Parameter(torch.ones(4, 1, 1))
         self.positions = nn.Parameter(torch.zeros(1, 3, 4))
-        self.pairs = nn.Parameter(torch.zeros(3, 4))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.pos_embed = nn.Parameter(torch.zeros(7, 4))
+        self.embed_projection = nn.Parameter(torch.zeros(7, 4))
+        self.biases = nn.Parameter(torch.zeros(3, 4))
 
 
 def test_stacks_of_matrices_are_told_from_kernels_and_stepped_one_by_one_and_decayed():
     groups = param_groups(Stacks(), weight_decay=0.1)
-    matrices, vectors, tables, stacks = names(groups)
+    matrices, vectors, tables, stacks, stacked_vectors = names(groups)
     scaled = [f"scaled.parametrizations.weight.original{k}" for k in range(2)]
-    assert sorted(matrices) == sorted(["bilinear.weight", "lazy.weight", "pairs", "up.weight", *scaled])
-    assert vectors == ["positions"]
-    assert sorted(tables) == ["gain", "norm.bias", "norm.weight"]
+    assert sorted(matrices) == sorted(["bilinear.weight", "embed_projection", "lazy.weight", "up.weight", *scaled])
+    assert vectors == ["class_token"]
+    assert sorted(tables) == ["gain", "norm.bias", "norm.weight", "pos_embed", "positions"]
     assert sorted(stacks) == ["ensemble", "experts"]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.1]
-    assert [group.get("is_table", False) for group in groups] == [False, False, True, False]
-    assert [group.get("is_stack", False) for group in groups] == [False, False, False, True]
+    assert stacked_vectors == ["biases"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.1, 0.0]
+    assert [group.get("is_table", False) for group in groups] == [False, False, True, False, False]
+    assert [group.get("is_stack", False) for group in groups] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,16 @@ def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> d
     Entries that are not the rule's keep their dtypes. Where a digest does not say that the state is the rule's, names
     alone tell the fields of another rule from entries of others, so a state without any field of the rule is refused.
     """
+    sizes, saved_sizes = ([len(group["params"]) for group in some] for some in (groups, state_dict["param_groups"]))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"Parameter `state_dict` should have groups of {sizes} parameters, as this optimizer does. Found groups of "
+            f"{saved_sizes}. Build the optimizer as it was when it was saved, for instance from "
+            "`odeopt.param_groups(model)`."
+        )
     restored, names = {}, parameter_names(groups)
-    for group, saved_group in zip(groups, state_dict["param_groups"], strict=False):  # lengths: the base class's job
-        for param, key in zip(group["params"], saved_group["params"], strict=False):
+    for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
+        for param, key in zip(group["params"], saved_group["params"], strict=True):
             if saved := state_dict["state"].get(key):
                 rule, dtype = layout.rule_for(param), layout.state_dtype
                 is_stack = saved_group["is_stack"]

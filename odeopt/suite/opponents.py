@@ -114,7 +114,8 @@ class MuonAndAdamW:
     def __init__(self, model: nn.Module, n_steps: int, lr: float) -> None:
         hidden = hidden_matrices(model)
         others = [param for param in model.parameters() if all(param is not other for other in hidden)]
-        self._stacks = {p for group in param_groups(model) if group.get("is_stack") for _, p in group["params"]}
+        stacks = (group["params"] for group in param_groups(model) if group.get("is_stack"))
+        self._stacks = {param for some in stacks for _, param in some if param.ndim > 2}
         self._views = [(p, [nn.Parameter(x) for x in self._matrices(p, p.detach())]) for p in hidden]
         views = [view for _, some in self._views for view in some]
         parts = [torch.optim.Muon(views, lr=lr, weight_decay=_DECAY)] if hidden else []
@@ -137,7 +138,7 @@ class MuonAndAdamW:
             part.step()
 
     def _matrices(self, param: nn.Parameter, values: Tensor) -> tuple[Tensor, ...]:
-        return values.unbind() if param in self._stacks else (values.flatten(1),)
+        return tuple(x.flatten(1) for x in (values.unbind() if param in self._stacks else (values,)))
 
 
 def _scheduled(optimizer: torch.optim.Optimizer, n_steps: int, warm_up: float = 0.0) -> torch.optim.Optimizer:
