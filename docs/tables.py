@@ -160,7 +160,7 @@ def solvers(title: str) -> str:
 def read_suite(name: str = "suite", names: Collection[str] = ()) -> Suite | None:
     """Read the runs of the suite, or of problems like its own; None where there are none, or not those of all.
 
-    With the names of contenders, their runs alone, on those problems that all of them have run.
+    With the names of contenders, their runs alone, on those problems and seeds that all of them have run.
     """
     if not (FIGS / f"{name}.json").exists():
         return None
@@ -173,6 +173,11 @@ def read_suite(name: str = "suite", names: Collection[str] = ()) -> Suite | None
         runs[place] = record
     if names:
         found = {p: {name: of[name] for name in names} for p, of in found.items() if of.keys() >= set(names)}
+        common = set.intersection(*({seed for _, seed in runs} for of in found.values() for runs in of.values()))
+        found = {
+            p: {name: {at: x for at, x in runs.items() if at[1] in common} for name, runs in of.items()}
+            for p, of in found.items()
+        }
     outcomes = {problem: {name: outcome(runs) for name, runs in by_name.items()} for problem, by_name in found.items()}
     contenders = {
         name: OPPONENTS.get(name) or Contender(name, name, LearnedOptimizer, (1.0,), is_learned=True)
