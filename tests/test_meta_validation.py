@@ -1,5 +1,8 @@
 """What meta_train tells of its validations."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,3 +66,19 @@ def test_it_is_asked_on_the_cpu_whether_such_numbers_were_zero_before(before):
         assert bool((torch.full((1,), 1e-40) * 1).any()) is not before
     finally:
         torch.set_flush_denormal(False)
+
+
+SCRIPT = """
+import torch
+from odeopt.meta import trainer
+torch.set_num_threads(2)
+with trainer._flushed():
+    torch.ones(2**20).exp_()
+assert (torch.full((2**20,), 1e-40) * 1).all()
+"""
+
+
+def test_threads_that_begin_while_a_rule_is_trained_do_not_flush_later():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

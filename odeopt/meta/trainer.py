@@ -138,12 +138,14 @@ def meta_train(
 
 @contextmanager
 def _flushed() -> Iterator[None]:
-    """Take numbers too small to be normal for zero, on this thread; those that torch begins meanwhile keep doing so.
+    """Take numbers too small to be normal for zero, on this thread.
 
     Momenta of rows whose gradients are tiny or zero, as those of pixels that are always black, come to such numbers, on
     which a processor is a hundred times slower.
     """
     was_flushing = not (torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 1).any()
+    if torch.get_num_threads() > 1:  # workers that begin later would inherit the flag, and keep it
+        torch.ones(2**20, device="cpu").exp_()
     torch.set_flush_denormal(True)
     try:
         yield

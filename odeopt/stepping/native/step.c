@@ -1,5 +1,6 @@
 /* Step of many tensors under a port-Hamiltonian rule, on a CPU: what odeopt.rules.PortHamiltonianUpdate does in tensor
-   operations, in three passes over each tensor, and in matrix products for matrices. Plain C, called by pointers from odeopt/stepping/native/plan.py, which declares the same structures. */
+   operations, in three passes over each tensor, and in matrix products for matrices. Plain C, called by pointers from
+   odeopt/stepping/native/plan.py, which declares the same structures. */
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-thread-jumps") /* they cost some loops a tenth; as an option of its own, clang refuses it */
@@ -175,9 +176,9 @@ static inline float float_of(int32_t bits)
     return x;
 }
 
-/* From here to `restore_tiny` numbers of this thread that are too small to be normal are zero, and the step of a
-   momentum that long had no gradient, or of rows whose gradients are tiny, takes as long as any other: a processor is a
-   hundred times slower on such numbers. Memory is not read or written across either; elsewhere nothing is flushed. */
+/* Between this and `restore_tiny`, results of this thread that are too small to be normal numbers are zero. A processor is a
+   hundred times slower on such numbers, and momenta that no gradient drives would decay to them and stay there. The
+   assembly holds reads and writes of memory on their side, so that nothing else is flushed. */
 static ALWAYS_INLINE unsigned flush_tiny(void)
 {
     unsigned before = 0;
