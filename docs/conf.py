@@ -1,12 +1,5 @@
 """Settings of Sphinx; build with ``sphinx-build -W docs docs/build``."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import tables
-
 import odeopt
 
 project, author, version = "odeopt", "the authors of odeopt", odeopt.__version__
@@ -19,9 +12,8 @@ html_title = f"odeopt {version}"
 html_copy_source = False
 html_static_path, html_css_files = ["static"], ["wide.css"]
 
-myst_enable_extensions = ["dollarmath", "substitution"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-myst_substitutions = {name: make() for name, make in tables.TABLES.items()}
 
 autodoc_default_options = {"show-inheritance": True}
 autodoc_member_order = "bysource"

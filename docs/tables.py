@@ -1,6 +1,6 @@
-"""Tables of the documentation, from the numbers in ``figs/``; each takes the place of its name in a page.
+"""Tables of the documentation, from the numbers in ``figs/``.
 
-``python docs/tables.py`` writes the table of README.md anew, from ``figs/suite.json``.
+``python docs/tables.py`` writes the tables of README.md and of the pages anew, each between its marks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from guard import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 
 FIGS = ROOT / "figs"
-MARKS = "<!-- table of figs/suite.json -->", "<!-- end of the table -->"
+MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of the table -->", re.DOTALL)
 NO_SUITE = (
     "The suite has not been run with the rule that ships; `python -m odeopt suite --out figs` makes its numbers, and "
     "this page then has the table."
@@ -273,6 +273,8 @@ def energies() -> str:
     """Training / held-out losses of each kinetic energy over those of tuned AdamW, on problems that all have run."""
     names = dict.fromkeys(key.split(" | ")[1] for key in read("kinetic")["runs"])
     found = read_suite("kinetic", names)
+    if found is None:
+        return NO_SUITE
     rows = [[name, *(both(found, p, name) for p in found.problems)] for name in names if name != REFERENCE]
     caption = f"Training / held-out loss over that of tuned AdamW, geometric means of {found.n_runs} paired runs."
     return f"{caption}\n\n{table(['kinetic energy', *found.problems], rows)}"
@@ -284,12 +286,14 @@ def orthogonalised() -> str:
     return suite("kinetic", "python examples/kinetic.py", names)
 
 
-def with_suite(readme: str) -> str:
-    """Put the table of the suite between its marks, or leave what is there where there is none."""
-    before, rest = readme.split(MARKS[0])
-    now, after = rest.split(MARKS[1])
-    ratios = suite_in_short()
-    return MARKS[0].join([before, MARKS[1].join([now if ratios == NO_SUITE else f"\n\n{ratios}\n\n", after])])
+def filled(page: str) -> str:
+    """Put each table of a page between its marks, or leave what is there where its runs are not complete."""
+
+    def fill(found: re.Match[str]) -> str:
+        text = TABLES[found[1]]()
+        return found[0] if text == NO_SUITE else f"<!-- table: {found[1]} -->\n\n{text}\n\n<!-- end of the table -->"
+
+    return MARKED.sub(fill, page)
 
 
 def coordinate_check() -> str:
@@ -337,9 +341,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
     "suite": lambda: suite(in_full=True),
+    "suite_in_short": suite_in_short,
     "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
 }
 
 if __name__ == "__main__":
-    README = ROOT / "README.md"
-    README.write_text(with_suite(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

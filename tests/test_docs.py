@@ -128,8 +128,7 @@ def test_readme_is_a_front_page(tables):
     """A newcomer reads it once; what is more goes behind it."""
     assert len(PAGES["README.md"].splitlines()) < 150
     assert len(PAGES["README.md"].encode()) < 12_000
-    before, after = (PAGES["README.md"].split(mark)[number] for number, mark in enumerate(tables.MARKS))
-    assert all(len(line) <= 120 for line in (before + after).splitlines())
+    assert all(len(line) <= 120 for line in tables.MARKED.sub("", PAGES["README.md"]).splitlines())
     assert len(re.findall(r"^!\[", PAGES["README.md"], flags=re.MULTILINE)) == 1
 
 
@@ -149,16 +148,8 @@ def test_every_package_has_its_page_of_the_api():
 # --------------------------------------------------------------------------------------- tables
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if re.search(r"\{\{ \w+ \}\}", PAGES[page])])
-def test_pages_with_tables_say_on_github_how_they_are_filled_in(page):
-    title, _, note, *_ = PAGES[page].splitlines()
-    assert title.startswith("# ")
-    assert note.startswith("% ")  # a comment for Sphinx, text for GitHub
-    assert "sphinx-build docs docs/build" in note
-
-
 def test_pages_have_every_table_once(tables):
-    used = [name for page in PAGES for name in re.findall(r"\{\{ (\w+) \}\}", PAGES[page])]
+    used = [name for page in PAGES for name in re.findall(r"<!-- table: (\w+) -->\n", PAGES[page])]
     assert sorted(used) == sorted(tables.TABLES)
 
 
@@ -210,7 +201,7 @@ def test_table_of_the_readme_is_that_of_the_suite(tables, tiny_suite):
     for problem in tiny_suite.problems:
         for contender in tiny_suite.contenders:
             assert found.ratio(problem, contender) == pytest.approx(tiny_suite.ratio(problem, contender), rel=1e-4)
-    readme = tables.with_suite(PAGES["README.md"])
+    readme = tables.filled(PAGES["README.md"])
     assert "| network | sgd | Nesterov, cosine |" in readme
     for problem in tiny_suite.problems:
         train, held_out = (tiny_suite.ratio(problem, "sgd", of).mean for of in ("train", "held_out"))
@@ -220,9 +211,8 @@ def test_table_of_the_readme_is_that_of_the_suite(tables, tiny_suite):
             numbers = [float(x.strip("*")) for x in of]
             assert [x.startswith("**") for x in of] == [x == min(numbers) for x in numbers]
     assert tiny_suite.summary("sgd").split(";")[0] in tables.suite()
-    assert readme.split(tables.MARKS[0])[0] == PAGES["README.md"].split(tables.MARKS[0])[0]
-    assert readme.split(tables.MARKS[1])[1] == PAGES["README.md"].split(tables.MARKS[1])[1]
-    assert tables.with_suite(readme) == readme
+    assert tables.MARKED.sub("", readme) == tables.MARKED.sub("", PAGES["README.md"])
+    assert tables.filled(readme) == readme
 
 
 def test_runs_of_an_older_suite_are_refused(tables, tiny_suite, tmp_path):
@@ -240,9 +230,9 @@ def test_unfinished_suite_leaves_the_readme_alone(tables, tiny_suite, tmp_path):
     path.write_text(
         json.dumps({"runs": {key: run for key, run in runs.items() if "seed 1 |" not in key or "sgd" in key}})
     )
-    assert tables.with_suite(PAGES["README.md"]) == PAGES["README.md"]
+    assert tables.filled(PAGES["README.md"]) == PAGES["README.md"]
 
 
-@pytest.mark.skipif(not (ROOT / "figs/suite.json").exists(), reason="the suite has not been run")
-def test_table_of_the_readme_is_up_to_date(tables):
-    assert tables.with_suite(PAGES["README.md"]) == PAGES["README.md"]
+@pytest.mark.parametrize("page", [page for page in PAGES if "<!-- table: " in PAGES[page]])
+def test_tables_of_a_page_are_up_to_date(tables, page):
+    assert tables.filled(PAGES[page]) == PAGES[page], "python docs/tables.py writes them anew"
