@@ -100,6 +100,15 @@ def test_no_two_rules_look_alike_where_colours_come_again(order):
     assert len(set(looks)) == len(looks)
 
 
+def test_known_rules_have_one_colour_in_all_figures():
+    known = ("Adam", "ours", "Muon")
+    one = line_styles({"a": False, "ours": True, "b": False, "Muon": False}, known)
+    other = line_styles({"Muon": False, "c": True, "Adam": False, "ours": True}, known)
+    assert all(one[name]["color"] == other[name]["color"] for name in ("ours", "Muon"))
+    for styles in (one, other):
+        assert len({style["color"] for style in styles.values()}) == 4
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_labels_keep_apart_in_order_and_inside(heights):

@@ -6,6 +6,7 @@ inside the functions here alone.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,17 +129,21 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     return path
 
 
-def line_styles(is_learned: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+def line_styles(is_learned: Mapping[str, bool], known: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Colour, dashes and width per rule: learned rules thick and dark, no two alike in grey print.
 
     Args:
         is_learned: Whether each rule is learned, by name.
+        known: Names that have colours of their own, in this order, so that they look alike in several figures.
 
     Returns:
         Keyword arguments of ``Axes.plot``, by name.
     """
     styles: dict[str, dict[str, Any]] = {}
-    for i, (name, learned) in enumerate(is_learned.items()):
+    places = {name: known.index(name) for name in is_learned if name in known}
+    free = (i for i in itertools.count() if i not in places.values())
+    for name, learned in is_learned.items():
+        i = places[name] if name in places else next(free)
         colour, dashes = _LINE_COLOURS[i % len(_LINE_COLOURS)], _LEARNED_DASHES if learned else _HAND_DESIGNED_DASHES
         n = sum(is_learned[other] == learned for other in styles)
         turns = [dashes[(n + k) % len(dashes)] for k in range(len(dashes))]

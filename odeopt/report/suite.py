@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ def plot_suite(
     path: str | os.PathLike,
     *,
     title: str,
+    known: Sequence[str] = (),
     n_columns: int = 3,
 ) -> Path:
     """Draw the loss against the step, a panel for each problem, and ratios to a reference below; and save it.
@@ -39,12 +40,13 @@ def plot_suite(
         is_learned: Whether each optimizer is a learned one, by name.
         path: The image file.
         title: Title of the figure.
+        known: See :func:`odeopt.report.line_styles`.
         n_columns: Panels in a row.
 
     Returns:
         The path.
     """
-    styles = line_styles(is_learned)
+    styles = line_styles(is_learned, known)
     marks = dict(zip(is_learned, len(is_learned) * _MARKS, strict=False))
     with style():
         n_columns = min(n_columns, len(curves))

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
 from odeopt.report import draw_table, plot_suite
-from odeopt.suite.opponents import REFERENCE, Contender
+from odeopt.suite.opponents import OPPONENTS, REFERENCE, Contender
 from odeopt.suite.problems import Problem
 
 TARGETS = {"train": 1.0, "held_out": 1.02}  # ratios to tuned AdamW that a learned rule may not exceed
 _TITLES = {"train": "train loss", "held_out": "held-out loss"}
+_DEFAULT = "port-hamiltonian-spectral"
+_KNOWN = (*(x.title for x in OPPONENTS.values()), _DEFAULT, f"{_DEFAULT}, not told", f"{_DEFAULT}, untrained")
 
 
 class Outcome(NamedTuple):
@@ -160,4 +162,4 @@ class Suite:
             for of, words in _TITLES.items()
         }
         is_learned = {contender.title: contender.is_learned for contender in self.contenders.values()}
-        return plot_suite(curves, ratios, is_learned, path, title=f"{title}, {self.n_runs} paired runs")
+        return plot_suite(curves, ratios, is_learned, path, title=f"{title}, {self.n_runs} paired runs", known=_KNOWN)
