@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from odeopt.cli import arguments
+from odeopt.progress import tqdm
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CONFIG = """
@@ -100,3 +101,11 @@ def test_reading_a_list_of_arguments_leaves_the_hooks_alone():
     before = sys.excepthook
     arguments.parser("", "").parse_args([])
     assert sys.excepthook is before
+
+
+def test_bar_that_was_interrupted_as_it_began_leaves_no_error_behind():
+    bar = tqdm.__new__(tqdm)
+    bar.disable = False  # the first attribute that tqdm sets
+    assert bar.__del__() is None
+    with tqdm(range(2), disable=True) as bar:
+        assert list(bar) == [0, 1]

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from meta_toys import configured
-from rank_toys import Thread, on_threads
+from rank_toys import Thread, on_threads, on_two_processes
 from rule_toys import RULES, flat_weights, port_hamiltonian, randomised
-from test_meta_distributed import on_two_ranks
 from torch import Tensor, nn
 
 from odeopt.meta import Backpropagation, Hybrid, MetaConfig, MetaObjective, World, meta_train, unroll
@@ -395,7 +394,7 @@ def train_on_two(rank, folder):
 
 
 def test_two_processes_train_as_one_with_twice_the_tasks(tmp_path):
-    expected, ranks = trained(6), on_two_ranks(train_on_two, tmp_path)
+    expected, ranks = trained(6), on_two_processes(train_on_two, tmp_path)
     assert None not in ranks
     for got in ranks:
         for name in ESTIMATORS:

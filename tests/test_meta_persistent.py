@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from meta_toys import configured
+from rank_toys import on_two_processes
 from rule_toys import flat_weights, port_hamiltonian
-from test_meta_distributed import on_two_ranks
 from test_meta_es import Cliff, Thread, ThreeWeights, TwoTensors, tiny_rule
 
 from odeopt.meta import (
@@ -372,7 +372,7 @@ def train_on_two(rank, folder):
 
 def test_run_begun_by_two_processes_and_ended_by_one_is_that_of_one(tmp_path):
     expected = trained(6)
-    ranks = on_two_ranks(train_on_two, tmp_path)
+    ranks = on_two_processes(train_on_two, tmp_path)
     assert None not in ranks
     assert len(ranks[0][1]) == 8
     got = trained(3, tmp_path / "run")
