@@ -340,7 +340,7 @@ def _without_tiny(x: Tensor) -> Tensor:
     """
     if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_grad_enabled():
         return x
-    return torch.where(x.abs() < 1e-15, 0.0, x)
+    return nn.functional.hardshrink(x, 1e-15)
 
 
 def _scale_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
