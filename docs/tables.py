@@ -238,7 +238,7 @@ def suite_in_short() -> str:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     names = [learned[0], *(name for name in found.contenders if name not in (*learned, REFERENCE))]
-    rows = [[p, *_least_in_bold([both(found, p, name) for name in names])] for p in found.problems]
+    rows = [[p, *_with_least_in_bold(found, p, names)] for p in found.problems]
     caption = (
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
         f"{found.n_runs} paired runs; below one is better, the best in bold. The learned rule is used as it is, at\n"
@@ -258,15 +258,11 @@ def _briefly(ratio: float) -> str:
     return "<0.01" if ratio < 0.005 else f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
-def _least_in_bold(cells: Sequence[str]) -> list[str]:
-    """Mark the least training and the least held-out loss of a row, as they are written."""
-    split = [cell.split(" / ") for cell in cells]
-    values = [[-1.0 if x.startswith("<") else float(x.replace(",", "")) for x in pair] for pair in split]
-    least = [min(column) for column in zip(*values, strict=True)]
-    return [
-        " / ".join(f"**{x}**" if v == best else x for x, v, best in zip(*pair, least, strict=True))
-        for pair in zip(split, values, strict=True)
-    ]
+def _with_least_in_bold(found: Suite, problem: str, names: Sequence[str]) -> list[str]:
+    """What :func:`both` says of each contender; the least loss of each kind, as it is written, is marked."""
+    least = [_briefly(min(found.ratio(problem, name, of).mean for name in names)) for of in ("train", "held_out")]
+    cells = (both(found, problem, name).split(" / ") for name in names)
+    return [" / ".join(f"**{x}**" if x == best else x for x, best in zip(cell, least, strict=True)) for cell in cells]
 
 
 def energies() -> str:

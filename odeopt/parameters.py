@@ -59,7 +59,7 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     stacks = _stacks(module, kernels)
     matrices, vectors, by_coordinates, stacked, stacked_vectors = [], [], [], [], []
     for name, param in module.named_parameters():
-        is_row = param.numel() == 0 or max(param.shape, default=1) == param.numel()
+        is_row = _is_row(param)
         if id(param) in tables or (id(param) not in kernels and not is_row and _is_table(name, param)):
             kind = by_coordinates
         elif id(param) in stacks:
@@ -80,6 +80,11 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     return [group for group in groups if group["params"]]
 
 
+def _is_row(param: nn.Parameter) -> bool:
+    """Whether a parameter extends along one axis at most."""
+    return param.numel() == 0 or max(param.shape, default=1) == param.numel()
+
+
 def _is_table(name: str, param: nn.Parameter) -> bool:
     """Whether a parameter that no layer of torch holds is a table of vectors, such as learned positions."""
     if param.ndim > 2:
@@ -92,7 +97,7 @@ def _stacks(module: nn.Module, kernels: Collection[int]) -> set[int]:
     found = set()
     for part in module.modules():
         own = [param for param in part.parameters(recurse=False) if id(param) not in kernels]
-        stacks = [x for x in own if x.ndim > 2 and x.shape[0] > 1 and max(x.shape) < x.numel()]
+        stacks = [x for x in own if x.ndim > 2 and x.shape[0] > 1 and not _is_row(x)]
         lengths = {x.shape[0] for x in stacks}
         found.update(map(id, stacks), (id(x) for x in own if x.ndim == 2 and x.shape[0] in lengths))
     return found

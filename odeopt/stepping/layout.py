@@ -212,8 +212,7 @@ class Layout:
                 held = states.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}
                 if begun:
-                    kept = {"name": names[param], "is_stack": is_stack}
-                    matched = matched_state(rule, param, begun, self.state_dtype, **kept)
+                    matched = matched_state(rule, param, begun, self.state_dtype, name=names[param], is_stack=is_stack)
                     bucket.set_state(index, matched)
                 else:
                     bucket.init_state(index, rule)

@@ -153,6 +153,19 @@ TARGET static ALWAYS_INLINE void ISA(mode)(const Rule *rule, const float *c, flo
     }
 }
 
+/* The same of mode k, in a loop for its solver and its kinetic energy. */
+TARGET static ALWAYS_INLINE void ISA(any_mode)(const Rule *rule, const Shared *c, int k, float *p, const float *u,
+                                               const float *log_ratio, int n, float *delta)
+{
+    const float *coefficients = c->per_mode + 6 * k;
+    switch (2 * (rule->n_psi > N_EXPLICIT) + rule->is_relativistic[k]) {
+    case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_EXPLICIT, 0); break;
+    case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_EXPLICIT, 1); break;
+    case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_PSI, 0); break;
+    default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_PSI, 1);
+    }
+}
+
 /* Magnitude, shrunk, of a part of a gradient; returns the bits of the largest one, which exceed those of finite numbers
    if it holds an infinity or a NaN. */
 TARGET static int32_t ISA(magnitude)(const Rule *rule, const Tensor *t, const void *grad, int64_t start,
@@ -236,15 +249,9 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
         }
         memset(delta, 0, n * sizeof(float));
         for (int k = 0; k < rule->n_modes; k++) {
-            const float *coefficients = c->per_mode + 6 * k;
             const int64_t at = k * t->mode_stride + i;
             float *p = ISA(load)(t->p, t->state_type, at, n, x_buffer);
-            switch (2 * (rule->n_psi > N_EXPLICIT) + rule->is_relativistic[k]) {
-            case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_EXPLICIT, 0); break;
-            case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_EXPLICIT, 1); break;
-            case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_PSI, 0); break;
-            default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, delta, N_PSI, 1);
-            }
+            ISA(any_mode)(rule, c, k, p, u, log_ratio, n, delta);
             ISA(store)(t->p, t->state_type, at, n, p);
         }
         restore_tiny(control); /* a parameter may, too */
@@ -310,13 +317,7 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
                 squares[1] += after;
                 squares[2] += beyond;
             } else {
-                const float *coefficients = c->per_mode + 6 * k;
-                switch (2 * (rule->n_psi > N_EXPLICIT) + rule->is_relativistic[k]) {
-                case 0: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_EXPLICIT, 0); break;
-                case 1: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_EXPLICIT, 1); break;
-                case 2: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_PSI, 0); break;
-                default: ISA(mode)(rule, coefficients, p, u, log_ratio, n, outputs + i, N_PSI, 1);
-                }
+                ISA(any_mode)(rule, c, k, p, u, log_ratio, n, outputs + i);
             }
             ISA(store)(t->p, t->state_type, at, n, p);
         }

@@ -738,7 +738,7 @@ static void await_pass(Job *job, int pass)
         pthread_cond_wait(&job->changed, &job->lock);
 }
 
-/* Take pieces until all are finished. No thread waits for one that has not come yet, as it would beside other work. */
+/* Take pieces until all are finished. No pass waits for a thread that has not come yet, as it may not beside other work. */
 static void work(void *argument)
 {
     Job *job = argument;
