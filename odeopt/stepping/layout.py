@@ -34,18 +34,21 @@ States = MutableMapping[Tensor, dict[str, Any]]
 
 
 class Placed(NamedTuple):
-    """A bucket, its rule, the group whose options it follows, and the state that it handed out, field by field."""
+    """A bucket, its rule, the group whose options it follows, and of each parameter what its state was given."""
 
     bucket: Bucket
     rule: UpdateRule
     group: Group
-    handed: list[Tensor]
+    handed: list[tuple[Tensor, tuple[Tensor, ...]]]
 
     def is_current(self, states: States) -> bool:
         """Return True while the bucket steps these parameters and this state."""
-        names = self.bucket.state._fields
-        found = (x for param in self.bucket.params for x in map(states.get(param, {}).get, names))
-        return all(map(is_, found, self.handed)) and not self.bucket.has_moved()
+        for param, given in self.handed:
+            held = states.get(param, {})
+            # what was given comes first in the state; others may keep something of theirs behind it
+            if len(held) < len(given) or not all(map(is_, held.values(), given)):
+                return False
+        return not self.bucket.has_moved()
 
 
 class Plan(NamedTuple):
@@ -92,6 +95,8 @@ class Layout:
             self.count_skipped(groups)
             self._forget()
             self._groups = found
+        if len(self.params) == sum(len(group["params"]) for group in groups):
+            return
         new = [[p for p in group["params"] if p.grad is not None and p not in self.params] for group in groups]
         if any(new):
             # all groups at once: each parameter may have a group of its own
@@ -108,6 +113,8 @@ class Layout:
                         states[param] = begun | states.get(param, {})
             # only now: none of them counts as placed if the state of one is refused
             self.placed += placed
+            kinds = {placed.bucket.device.type for placed in self.placed}
+            self._autocast_kinds = [*filter(torch.amp.is_autocast_available, kinds)]
             self.params.update(*new)
             self.plans = self._make_plans()
 
@@ -162,9 +169,8 @@ class Layout:
     def without_autocast(self) -> Iterator[None]:
         """Compute in the dtypes of rule and state: what autocast narrows in a model it would narrow in a rule, too."""
         with ExitStack() as stack:
-            for kind in {placed.bucket.device.type for placed in self.placed}:
-                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for kind in filter(torch.is_autocast_enabled, self._autocast_kinds):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
     def _forget(self) -> None:
@@ -172,6 +178,7 @@ class Layout:
         self.placed: list[Placed] = []
         self.plans: list[Plan] = []
         self.params: set[Tensor] = set()
+        self._autocast_kinds: list[str] = []
         self._groups: list[list[int]] = []
 
     def _place(
@@ -208,6 +215,7 @@ class Layout:
                 rule = deep[rule]
             is_whole = is_alone or stacked is not None
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole, is_stack=is_stack)
+            handed = []
             for index, param in enumerate(together):
                 held = states.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}
@@ -216,8 +224,9 @@ class Layout:
                     bucket.set_state(index, matched)
                 else:
                     bucket.init_state(index, rule)
-                states[param] = {**held, **bucket.views(index)}
-            handed = [states[param][name] for param in together for name in bucket.state._fields]
+                given = bucket.views(index)
+                states[param] = given | {name: x for name, x in held.items() if name not in given}
+                handed.append((param, tuple(given.values())))
             placed.append(Placed(bucket, rule, group, handed))
         return placed
 

@@ -85,6 +85,7 @@ class NativeStep:
         self._work = [
             shape.numel() * (1 + _short_side(shape) // 32 if bucket.is_whole else 1) for bucket, _, shape in tensors
         ]
+        self._all_work = sum(self._work)
         self._n_bytes = [shape.numel() * bucket.param_dtype.itemsize for bucket, _, shape in tensors]
         # offsets of the tensors of each parameter; None where no parameter is a stack
         self._offsets: list[range] | None = None
@@ -180,6 +181,8 @@ class NativeStep:
 
     def _n_threads(self, pointers: list[int | None]) -> int:
         """Threads that are worth beginning; one where parameters overlap, so that no two write to the same place."""
+        if self._all_work < 2 * _PER_THREAD:
+            return 1
         work = sum(n for n, pointer in zip(self._work, pointers, strict=True) if pointer is not None)
         n_threads, n_useful = torch.get_num_threads(), work // _PER_THREAD
         if n_useful <= 1 or not self._options.parallel:  # a smaller team of OpenMP would end the threads left out
