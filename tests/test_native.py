@@ -185,6 +185,7 @@ MATRIX_OPTIONS = {
     "schedule": {"kinetic": "spectral", "schedule": "power", "uses_progress": True, "horizon_power": 0.3, "memory": 1},
     "decay of long runs": {"kinetic": "spectral", "schedule": "power", "uses_progress": True, "horizon_power": 0.4,
                            "initial_decay": 2.0, "decay_horizon": 2.0},
+    "decay that takes all": {"kinetic": ("quadratic", "spectral"), "initial_decay": 20.0, "initial_matrix_kappa": 0.1},
     "depth": {"kinetic": "spectral", "depth_power": 0.5, "initial_decay": 0.1},
     "alignment, trust": {"kinetic": "spectral", "alignment_rate": 9.0, "trust_ratio": 0.05, "memory": 2},
     "alignment of a mixture": {"kinetic": ("quadratic", "spectral"), "alignment_rate": 9.0, "trust_ratio": 0.01},

@@ -562,6 +562,21 @@ def test_decay_falls_with_the_length_of_runs_beyond_its_horizon(options):
         assert ratio(step, None) == pytest.approx(max(step / 1000, 1) ** -0.4)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+@pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
+def test_decay_bounds_a_matrix_however_large_steps_have_grown(options, implementation):
+    grad, norms = draws(4, 6, seed=1).float(), []
+    for step_size in (0.1, 1e4):  # of which decay takes a twentieth of the matrix, or all of it
+        rule = PortHamiltonianUpdate(**options, initial_decay=0.5, initial_matrix_kappa=step_size)
+        param = nn.Parameter(torch.zeros(4, 6))
+        optimizer = LearnedOptimizer([param], rule, implementation=implementation)
+        for _ in range(400):
+            param.grad = grad.clone()
+            optimizer.step()
+        norms.append(torch.linalg.matrix_norm(param, 2).item())
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:.*total_steps:UserWarning")
 @pytest.mark.parametrize("variant", ["all", "output"])
 def test_a_run_that_is_over_stands_still(variant):

@@ -164,7 +164,8 @@ class PortHamiltonianUpdate(StagedRule):
         initial_decay: Decoupled decay of matrices of the untrained rule, per step and unit of the matrix's step size:
             :math:`\dot\theta = \kappa (c\, y - \lambda\theta)`, c the scale of the shape. Not part of the effort: the
             closed loop of a spectral mode minimises about the loss under a bound of the operator norm, not the loss
-            plus a square; the decay of :class:`odeopt.LearnedOptimizer` comes on top. 0 is none, and stays none in
+            plus a square; the decay of :class:`odeopt.LearnedOptimizer` comes on top. Where :math:`\kappa\lambda` is
+            above 1 the step is that many times shorter, and ends where the two balance. 0 is none, and stays none in
             training.
         decay_growth: Bound of a factor on that decay, which is the tensor's mean magnitude of the gradient over a long
             memory over that over a short one, at least 1. Normalised efforts do not shrink with the gradient. So where
@@ -384,7 +385,9 @@ class PortHamiltonianUpdate(StagedRule):
                 outputs = gain * self._coordinate_integral(new_p, integral)
                 update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)
         if param is not None and self.initial_decay > 0:
-            update = update - shared.matrix_kappa * shared.matrix_decay * param
+            rate = shared.matrix_kappa * shared.matrix_decay
+            # no step goes beyond where velocity and decay balance, however large step sizes have grown
+            update = (update - rate * param) / rate.clamp(min=1.0)
         return update, self._next_state(new_p, state.q, observation, state, shared)
 
     def _matrix_modulation(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Tensor]:

@@ -337,7 +337,8 @@ TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Opti
                                     const float *sum, const float *others)
 {
     float buffer[BLOCK];
-    const float lr = options->lr, kappa = c->kappa, decay = c->matrix_kappa * c->decay, keep = options->keep;
+    const float kappa = c->kappa, decay = c->matrix_kappa * c->decay, keep = options->keep;
+    const float lr = options->lr / fmaxf(decay, 1.0f); /* no step goes beyond where velocity and decay balance */
     for (int64_t i = 0; i < t->n; i += BLOCK) {
         const int n = (int)(t->n - i < BLOCK ? t->n - i : BLOCK);
         float *theta = ISA(load)(param, t->param_type, i, n, buffer);
