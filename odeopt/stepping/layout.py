@@ -17,7 +17,7 @@ from odeopt.stepping.buckets import Bucket, state_template
 from odeopt.stepping.checks import check_sharding, check_stack, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
-from odeopt.stepping.native import NativeStep, native_obstacle
+from odeopt.stepping.native import GroupOptions, NativeStep, native_obstacle
 from odeopt.stepping.shards import Shard
 from odeopt.stepping.triton import TritonKernels, triton_obstacle
 
@@ -52,10 +52,11 @@ class Placed(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Buckets of one group and rule that are stepped together in C; or another bucket, with its kernels if any."""
+    """Buckets that are stepped together in C, and their groups; or another bucket, with its kernels if any."""
 
     native: NativeStep | None
     placed: list[Placed]
+    groups: list[Group]
     kernels: TritonKernels | None = None
 
 
@@ -241,15 +242,16 @@ class Layout:
         return sum(rules[group["is_table"]].is_matrix(tensor_shape(param, group)) for group, param in trained)
 
     def _make_plans(self) -> list[Plan]:
-        """Gather the buckets that are stepped in C, by group and rule, and give kernels to those that can have them."""
+        """Gather the buckets that are stepped in C, and give kernels to those that can have them."""
         if self.implementation == "eager":
-            return [Plan(None, [placed]) for placed in self.placed]
-        together: dict[tuple[int, int], list[Placed]] = defaultdict(list)
-        plans = []
+            return [Plan(None, [placed], [placed.group]) for placed in self.placed]
+        # constants of the rule depend on the depth of the network, which the steps of matrices alone ask for
+        matrices: dict[float, list[Placed]] = defaultdict(list)
+        others, plans = [], []
         for placed in self.placed:
             obstacle = native_obstacle(placed.rule, placed.bucket)
             if obstacle is None:
-                together[id(placed.group), id(placed.rule)].append(placed)
+                (matrices[placed.rule.depth_factor] if placed.bucket.is_whole else others).append(placed)
                 continue
             is_matrix = placed.bucket.is_whole and placed.rule.is_staged
             on_cuda = triton_obstacle(placed.rule, placed.bucket)
@@ -258,24 +260,34 @@ class Layout:
             if self.implementation == "native" and kernels is None and not is_matrix:
                 self._forget()
                 require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
-            plans.append(Plan(None, [placed], kernels))
-        plans += [Plan(NativeStep(some[0].rule, [x.bucket for x in some]), some) for some in together.values()]
-        return plans
+            plans.append(Plan(None, [placed], [placed.group], kernels))
+        first, *further = matrices.values() or [[]]
+        return plans + [_native_plan(some) for some in ([*first, *others], *further) if some]
 
     def _step(self, plan: Plan) -> int:
         """Step the buckets of a plan; return how many skipped gradients are known of without a host synchronisation."""
         if plan.native is not None:
-            group = plan.placed[0].group
-            done = _share_done(group)
-            progress = None if done is None else float(done)
-            lr, decay = float(self.lr(group)), float(group["weight_decay"] * is_within(group))
-            n_skipped = plan.native.step(lr, decay, progress, maximize=group["maximize"])
+            n_skipped = plan.native.step([*map(self._native_options, plan.groups)])
             if n_skipped is not None:
                 return n_skipped
         moved = [placed for placed in plan.placed if any(param.grad is not None for param in placed.bucket.params)]
         for placed in moved:
             step_bucket(placed.rule, placed.bucket, self.options(placed), plan.kernels)
         return sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
+
+    def _native_options(self, group: Group) -> GroupOptions:
+        done = _share_done(group)
+        progress = None if done is None else float(done)
+        decay = float(group["weight_decay"] * is_within(group))
+        return GroupOptions(float(self.lr(group)), decay, progress, group["maximize"])
+
+
+def _native_plan(placed: list[Placed]) -> Plan:
+    """Plan of buckets of one rule, those of matrices, if any, first."""
+    groups = list({id(x.group): x.group for x in placed}.values())
+    numbers = {id(group): number for number, group in enumerate(groups)}
+    native = NativeStep(placed[0].rule, [x.bucket for x in placed], [numbers[id(x.group)] for x in placed])
+    return Plan(native, placed, groups)
 
 
 def tensor_shape(param: Tensor, group: Group) -> torch.Size:

@@ -225,11 +225,11 @@ TARGET static void ISA(statistics)(const Rule *rule, const Tensor *t, const Shar
 }
 
 /* Step a part of a tensor: parameter, momenta and second moment, in place. */
-TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared *c, const Options *options,
+TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared *c, const Group *group,
                                 const void *grad, void *param, int64_t start, int64_t stop)
 {
     float g_buffer[BLOCK], x_buffer[BLOCK], u[BLOCK], log_ratio[BLOCK], delta[BLOCK];
-    const float floor = rule->log_floor, lr = options->lr, keep = options->keep, kappa = c->kappa;
+    const float floor = rule->log_floor, lr = group->lr, keep = group->keep, kappa = c->kappa;
     for (int64_t i = start; i < stop; i += BLOCK) {
         const int n = (int)(stop - i < BLOCK ? stop - i : BLOCK);
         const float *g = ISA(load)((void *)grad, t->param_type, i, n, g_buffer);
@@ -333,12 +333,12 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
 }
 
 /* Move a matrix by the sum of its orthogonalised momenta and by the outputs of its other modes, if there are any. */
-TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Options *options, void *param,
+TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Group *group, void *param,
                                     const float *sum, const float *others)
 {
     float buffer[BLOCK];
-    const float kappa = c->kappa, decay = c->matrix_kappa * c->decay, keep = options->keep;
-    const float lr = options->lr / fmaxf(decay, 1.0f); /* no step goes beyond where velocity and decay balance */
+    const float kappa = c->kappa, decay = c->matrix_kappa * c->decay, keep = group->keep;
+    const float lr = group->lr / fmaxf(decay, 1.0f); /* no step goes beyond where velocity and decay balance */
     for (int64_t i = 0; i < t->n; i += BLOCK) {
         const int n = (int)(t->n - i < BLOCK ? t->n - i : BLOCK);
         float *theta = ISA(load)(param, t->param_type, i, n, buffer);

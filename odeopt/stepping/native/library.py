@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_VERSION = 4  # of the structures; step.c has the same
+_VERSION = 5  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -43,7 +43,16 @@ class TensorState(ctypes.Structure):
         *((name, c_void_p) for name in ("features", "n_skipped")),
         *((name, c_int64) for name in ("n", "mode_stride", "n_rows")),
         ("operator_scale", c_float),
-        *((name, c_int32) for name in ("param_type", "state_type", "skips_zeros")),
+        *((name, c_int32) for name in ("param_type", "state_type", "skips_zeros", "group")),
+    )
+
+
+class Group(ctypes.Structure):
+    """What a group of tensors is stepped by, as step.c declares it."""
+
+    _fields_ = (
+        *((name, c_float) for name in ("lr", "keep", "progress")),
+        *((name, c_int32) for name in ("knows_progress", "maximize")),
     )
 
 
@@ -51,8 +60,7 @@ class Options(ctypes.Structure):
     """Options of a step, as step.c declares them."""
 
     _fields_ = (
-        *((name, c_float) for name in ("lr", "keep", "progress")),
-        *((name, c_int32) for name in ("knows_progress", "maximize", "n_threads", "instructions")),
+        *((name, c_int32) for name in ("n_threads", "instructions")),
         ("parallel", c_void_p),
     )
 
@@ -96,7 +104,7 @@ def library() -> Library | str:
     except (OSError, AttributeError) as error:
         return f"{file.name} cannot be loaded ({error}); reinstall odeopt"
     step.restype = c_int64
-    step.argtypes = POINTER(Rule), POINTER(TensorState), c_int64, c_void_p, c_void_p, POINTER(Options)
+    step.argtypes = POINTER(Rule), POINTER(TensorState), c_int64, c_void_p, c_void_p, POINTER(Group), POINTER(Options)
     functions.restype, functions.argtypes = None, (c_void_p, c_int64, c_int, c_int)
     return Library(step, functions, instructions(), _parallel())
 
@@ -114,4 +122,6 @@ def _parallel() -> int | None:
 
 
 def _layout() -> int:
-    return _VERSION + 1000 * sum(1000**k * ctypes.sizeof(kind) for k, kind in enumerate((Rule, TensorState, Options)))
+    return _VERSION + 1000 * sum(
+        1000**k * ctypes.sizeof(kind) for k, kind in enumerate((Rule, TensorState, Group, Options))
+    )

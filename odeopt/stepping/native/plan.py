@@ -1,4 +1,4 @@
-"""Plan of a native step: all tensors of a group, by their addresses."""
+"""Plan of a native step: all tensors of an optimizer, by their addresses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.checks import is_watched, rule_obstacle
-from odeopt.stepping.native.library import Options, Rule, TensorState, library
+from odeopt.stepping.native.library import Group, Options, Rule, TensorState, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # psi of a solver (see odeopt.ode.linear_step) as a polynomial of the friction D = -z. For the exponential solver it is
@@ -65,8 +66,24 @@ def _short_side(shape: torch.Size) -> int:
     return min(shape[0], shape[1:].numel())
 
 
+class GroupOptions(NamedTuple):
+    """Options of a step of one group.
+
+    Attributes:
+        lr: Factor on the update.
+        decay: Decoupled weight decay per unit of ``lr``.
+        progress: Fraction of the run that is done; None where unknown.
+        maximize: Whether to climb.
+    """
+
+    lr: float
+    decay: float
+    progress: float | None
+    maximize: bool
+
+
 class NativeStep:
-    """Step of all parameters of one group under one rule, in place where they lie.
+    """Step of all parameters under one rule, in place where they lie.
 
     A gradient or parameter that is not contiguous is copied. The result does not depend on the number of threads.
     Parameters that overlap in memory are stepped one after the other.
@@ -74,13 +91,16 @@ class NativeStep:
     Args:
         rule: The rule, which :func:`native_obstacle` allows beside each of the buckets.
         buckets: Parameters and their state.
+        groups: Number of the group of each bucket.
     """
 
-    def __init__(self, rule: PortHamiltonianUpdate, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, rule: PortHamiltonianUpdate, buckets: Sequence[Bucket], groups: Sequence[int]) -> None:
         self.buckets, self._constants = list(buckets), _Constants(rule)
+        self._groups = (Group * (1 + max(groups)))()
         self.params = [param for bucket in buckets for param in bucket.params]
         self._sizes, self._dtypes = zip(*((param.numel(), param.dtype) for param in self.params), strict=True)
         tensors = [(bucket, index, shape) for bucket in buckets for index, shape in enumerate(bucket.shapes)]
+        numbers = [number for bucket, number in zip(buckets, groups, strict=True) for _ in bucket.shapes]
         # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
         self._work = [
             shape.numel() * (1 + _short_side(shape) // 32 if bucket.is_whole else 1) for bucket, _, shape in tensors
@@ -98,7 +118,7 @@ class NativeStep:
         self._disjoint_at: list[int | None] = []
         self._lock = threading.Lock()
         states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
-        for tensor, (bucket, index, shape), state in zip(self._tensors, tensors, states, strict=True):
+        for tensor, (bucket, index, shape), number, state in zip(self._tensors, tensors, numbers, states, strict=True):
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
@@ -112,16 +132,13 @@ class NativeStep:
             )
             tensor.n, tensor.mode_stride = shape.numel(), state["p"].stride(0)
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
-            tensor.skips_zeros = bucket.is_stack
+            tensor.skips_zeros, tensor.group = bucket.is_stack, number
 
-    def step(self, lr: float, decay: float, progress: float | None, *, maximize: bool) -> int | None:
+    def step(self, groups: Sequence[GroupOptions]) -> int | None:
         """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
 
         Args:
-            lr: Factor on the update.
-            decay: Decoupled weight decay per unit of ``lr``.
-            progress: Fraction of the run that is done; None where unknown.
-            maximize: Whether to climb.
+            groups: Options of each group.
 
         Returns:
             Number of gradients that were not finite; None where nothing has been done, because these gradients or what
@@ -152,15 +169,16 @@ class NativeStep:
             values.append(value)
         options, found = self._options, library()
         with self._lock:
-            options.lr, options.keep, options.maximize = lr, 1 - lr * decay, maximize
-            options.knows_progress, options.progress = progress is not None, progress or 0.0
+            for group, (lr, decay, progress, maximize) in zip(self._groups, groups, strict=True):
+                group.lr, group.keep, group.maximize = lr, 1 - lr * decay, maximize
+                group.knows_progress, group.progress = progress is not None, progress or 0.0
             options.instructions = found.instructions
             # the threads of torch do not survive a fork
             options.parallel = found.parallel if os.getpid() == _PROCESS else None
             pointers = self._pointers_to(values)
             options.n_threads = self._n_threads(pointers)
             arrays = self._pointers(*self._pointers_to(grads)), self._pointers(*pointers)
-            n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, options)
+            n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, self._groups, options)
         if n_skipped < 0:
             raise MemoryError("There is no memory for the sums of a step.")
         for param, value in copies:

@@ -41,7 +41,7 @@
 #define HAS_X86 0
 #endif
 
-#define VERSION 4    /* of the structures below */
+#define VERSION 5    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -111,11 +111,17 @@ typedef struct {
     float operator_scale;
     int32_t param_type, state_type;
     int32_t skips_zeros; /* whether a gradient that is zero throughout counts as none, as in stacks */
+    int32_t group;
 } Tensor;
 
+/* What a group of tensors is stepped by. */
 typedef struct {
     float lr, keep, progress;
-    int32_t knows_progress, maximize, n_threads, instructions;
+    int32_t knows_progress, maximize;
+} Group;
+
+typedef struct {
+    int32_t n_threads, instructions;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of the OpenMP runtime whose threads
                                                                        are to be used; NULL to begin threads here */
 } Options;
@@ -145,11 +151,10 @@ typedef struct {
     int32_t (*magnitude)(const Rule *, const Tensor *, const void *, int64_t, int64_t, double *);
     void (*statistics)(const Rule *, const Tensor *, const Shared *, const void *, const void *, int64_t, int64_t,
                        double *);
-    void (*advance)(const Rule *, const Tensor *, const Shared *, const Options *, const void *, void *, int64_t,
-                    int64_t);
+    void (*advance)(const Rule *, const Tensor *, const Shared *, const Group *, const void *, void *, int64_t, int64_t);
     void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t, float *, float *,
                            double *);
-    void (*move_matrix)(const Tensor *, const Shared *, const Options *, void *, const float *, const float *);
+    void (*move_matrix)(const Tensor *, const Shared *, const Group *, void *, const float *, const float *);
     void (*gram[2])(const float *, int, int64_t, double, void *, void *); /* in single precision, and in double */
     void (*polynomial[2])(int, int, double, const Workspace *);
     void (*combine)(const float *, const float *, int, int64_t, float, float *, float *, int);
@@ -254,7 +259,8 @@ static const Kernels *kernels_of(int instructions)
 /* What a caller that declares the same structures finds equal: version and sizes. */
 EXPORT int64_t odeopt_layout(void)
 {
-    return VERSION + 1000 * (int64_t)(sizeof(Rule) + 1000 * (sizeof(Tensor) + 1000 * sizeof(Options)));
+    return VERSION
+           + 1000 * (int64_t)(sizeof(Rule) + 1000 * (sizeof(Tensor) + 1000 * (sizeof(Group) + 1000 * sizeof(Options))));
 }
 
 /* 2^x, or the binary logarithm, of numbers in place. */
@@ -270,13 +276,13 @@ static float averaging_weight(float step, float decay)
     return (float)(((double)decay - 1.0) / expm1((double)step * log((double)decay)));
 }
 
-static void running_scales(const Rule *rule, const Tensor *t, const Options *options, Shared *c)
+static void running_scales(const Rule *rule, const Tensor *t, const Group *group, Shared *c)
 {
     c->step = *t->step + 1.0f;
     c->weight = averaging_weight(c->step, rule->decays[0]);
     c->scale = *t->scale;
     c->slow_scale = *t->slow_scale;
-    c->sign = options->maximize ? -1.0f : 1.0f;
+    c->sign = group->maximize ? -1.0f : 1.0f;
     if (rule->coordinatewise)
         return;
     const float mean = (float)c->sums[0] / (t->features[SIZE] * t->features[SHRINK]);
@@ -359,12 +365,12 @@ static float aligned_move(float alignment)
     return fmaxf(alignment - 0.2f, 0.0f) - fmaxf(-alignment - 0.5f, 0.0f);
 }
 
-static void coefficients(const Rule *rule, const Tensor *t, const Options *options, Shared *c, float *x, float *y)
+static void coefficients(const Rule *rule, const Tensor *t, const Group *group, Shared *c, float *x, float *y)
 {
-    const int modes = rule->n_modes, told = options->knows_progress;
-    const int knows_length = told && options->progress > 0.0f, has_schedule = rule->at_exponent >= 0;
+    const int modes = rule->n_modes, told = group->knows_progress;
+    const int knows_length = told && group->progress > 0.0f, has_schedule = rule->at_exponent >= 0;
     float alignment = 0.0f, growth = 0.0f;
-    const float length = knows_length ? fmaxf(c->step - 1.0f, 1.0f) / options->progress : NAN;
+    const float length = knows_length ? fmaxf(c->step - 1.0f, 1.0f) / group->progress : NAN;
     float *input = x;
     for (int k = 0; k < rule->n_time_scales; k++)
         *input++ = tanhf(c->step / rule->time_scales[k]);
@@ -373,7 +379,7 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
         if (has_schedule)
             *input++ = knows_length ? tanhf(logf(length / 100.0f) / 4.0f) : 0.0f;
         else
-            *input++ = told ? options->progress : 0.0f;
+            *input++ = told ? group->progress : 0.0f;
     }
     if (!rule->coordinatewise) {
         const float size = t->features[SIZE];
@@ -406,7 +412,7 @@ static void coefficients(const Rule *rule, const Tensor *t, const Options *optio
     }
     float scheduled = 1.0f;
     if (has_schedule && told) {
-        const float left = logf(fmaxf(1.0f - options->progress, 1e-6f));
+        const float left = logf(fmaxf(1.0f - group->progress, 1e-6f));
         scheduled = expf(left * expf(out[rule->at_exponent]));
     }
     if (rule->horizon_power > 0.0f) {
@@ -544,6 +550,7 @@ typedef struct {
 typedef struct {
     const Rule *rule;
     const Tensor *tensors;
+    const Group *groups;
     const Options *options;
     const Kernels *kernels;
     void *const *grads, *const *params;
@@ -567,6 +574,11 @@ typedef struct {
 
 enum { MAGNITUDE, STATISTICS, ADVANCE };
 
+static const Group *group_of(const Job *job, int64_t i)
+{
+    return job->groups + job->tensors[i].group;
+}
+
 static int64_t n_chunks_of(const Tensor *t)
 {
     return (t->n + CHUNK - 1) / CHUNK;
@@ -585,7 +597,7 @@ static int32_t pass_chunk(const Job *job, int pass, int64_t i, int64_t number, d
     if (pass == STATISTICS)
         kernels->statistics(job->rule, t, job->shared + i, job->grads[i], job->params[i], start, stop, sums);
     else
-        kernels->advance(job->rule, t, job->shared + i, job->options, job->grads[i], job->params[i], start, stop);
+        kernels->advance(job->rule, t, job->shared + i, group_of(job, i), job->grads[i], job->params[i], start, stop);
     return 0;
 }
 
@@ -603,9 +615,9 @@ static void close_pass(const Job *job, int pass, int64_t i)
     if (c->is_left)
         return;
     if (pass == MAGNITUDE)
-        running_scales(job->rule, t, job->options, c);
+        running_scales(job->rule, t, group_of(job, i), c);
     if (pass == (job->rule->coordinatewise ? MAGNITUDE : STATISTICS))
-        coefficients(job->rule, t, job->options, c, x, x + job->width);
+        coefficients(job->rule, t, group_of(job, i), c, x, x + job->width);
     if (pass == ADVANCE)
         finish(job->rule, t, c);
 }
@@ -667,7 +679,7 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
         transpose(w.sum, n_columns, t->n_rows, w.transposed);
         w.sum = w.transposed;
     }
-    kernels->move_matrix(t, c, job->options, job->params[i], w.sum, w.others);
+    kernels->move_matrix(t, c, group_of(job, i), job->params[i], w.sum, w.others);
 }
 
 static void step_whole(const Job *job, int64_t i, double *sums, char *workspace)
@@ -838,7 +850,7 @@ static int is_split(const Tensor *t)
 
 /* Lay out the pieces and the room for their sums; NULL where there is no memory. */
 static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
-                     void *const *params, const Options *options)
+                     void *const *params, const Group *groups, const Options *options)
 {
     const int has_threads = HAS_THREADS && options->n_threads > 1;
     int64_t n_chunks = 0, n_wholes = 0;
@@ -872,7 +884,8 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
         return NULL;
     }
     Job *job = room(&next, sizes[0]);
-    *job = (Job){.rule = rule, .tensors = tensors, .options = options, .grads = grads, .params = params};
+    *job = (Job){.rule = rule, .tensors = tensors, .groups = groups, .options = options, .grads = grads,
+                 .params = params};
     job->kernels = kernels_of(options->instructions);
     job->n_sums = (int)n_sums;
     job->width = width;
@@ -908,9 +921,9 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
 
    Returns the number of those; -1 where memory ran out, and nothing has changed. */
 EXPORT int64_t odeopt_step(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
-                           void *const *params, const Options *options)
+                           void *const *params, const Group *groups, const Options *options)
 {
-    Job *job = make_job(rule, tensors, n_tensors, grads, params, options);
+    Job *job = make_job(rule, tensors, n_tensors, grads, params, groups, options);
     int64_t n_broken = 0;
     if (job == NULL)
         return -1;
