@@ -20,6 +20,7 @@ from odeopt.stepping.checkpoints import check_saved, read_states, warn_of_other_
 from odeopt.stepping.checks import (
     check_options,
     check_sharding,
+    check_spelling,
     check_stack,
     is_supported,
     parameter_names,
@@ -121,9 +122,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: If ``params`` is a module, or ``rule`` neither a name nor an instance of
             :class:`odeopt.rules.base.UpdateRule`.
-        ValueError: If there is no rule of that name, an option is out of range, or a parameter is complex, sparse, a
-            stack that is sharded, or sharded otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for
-            instance.
+        ValueError: If there is no rule of that name, an option is out of range, that of a group is misspelt, or a
+            parameter is complex, sparse, a stack that is sharded, or sharded otherwise than as a ``DTensor``: by
+            ``FullyShardedDataParallel``, for instance.
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
@@ -367,14 +368,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Add a group of parameters, also in the middle of a run.
 
         Args:
-            param_group: ``params`` and the options that differ from the defaults; it is not changed.
+            param_group: ``params`` and the options that differ from the defaults; it is not changed. Other names are
+                kept as they are, as in ``torch.optim``, unless they look like an option that is misspelt.
 
         Raises:
-            ValueError: If an option is out of range, or a parameter is complex, sparse, there already, sharded
-                otherwise than as a ``DTensor``, or sharded where it is a stack or the rule steps it as a whole.
+            ValueError: If an option is out of range or misspelt, or a parameter is complex, sparse, there already,
+                sharded otherwise than as a ``DTensor``, or sharded where it is a stack or the rule steps it as a whole.
         """
-        # a copy, because the base class fills it in: two optimizers given one dict would share its counters
-        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        if isinstance(param_group, dict):
+            check_spelling(param_group)
+            param_group = dict(param_group)  # the base class fills it in: optimizers would share the counters in it
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.update(n_steps=self.n_steps if len(self.param_groups) > 1 else 0, n_skipped=0)
         group["rule_digest"] = self.defaults["rule_digest"]  # of a group of another optimizer too
