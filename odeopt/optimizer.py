@@ -44,6 +44,8 @@ from odeopt.stepping.shards import Shard
 _LARGE_DECAY = 0.01
 # Learning rates up to here are those of other optimizers, for which they are the step size.
 _SMALL_LR = 0.01
+# Numbers from here to 1 are decays of exponential averages, as ``MetaConfig(averaging=)`` has them, not powers.
+_LIKE_DECAY = 0.9
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -111,9 +113,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             A number given as ``lr`` is frozen into the graph; a tensor is not.
         averaging: Power r of an average of the weights over the run, :math:`\bar\theta_t \propto \sum_{s \le t} s^r
             \theta_s` (about; see the reference), in place of a schedule where the length of the run is not known: 8 is
-            a good value. :meth:`eval` puts the averages into the parameters, :meth:`train` the weights back. None
-            keeps none. Statistics of BatchNorm belong to the weights: refresh them by
-            :func:`torch.optim.swa_utils.update_bn` after :meth:`eval`.
+            a good value. (.9 and more, but less than 1, is warned of: such are the decays of exponential averages.)
+            :meth:`eval` puts the averages into the parameters, :meth:`train` the weights back. None keeps none.
+            Statistics of BatchNorm belong to the weights: refresh them by :func:`torch.optim.swa_utils.update_bn`
+            after :meth:`eval`.
         guard: A :class:`odeopt.Guard`, under which a hand-designed fallback takes over where the losses say that the
             rule fails; True takes the default one, None has none. Each step is then told its loss, by
             :meth:`report` or by the closure; reading it is a host synchronisation. While the rule does not fail, every
@@ -194,6 +197,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | {"n_steps": 0, "n_skipped": 0, "rule_digest": digest(self.rule)})
         self._check_size_of_lr(self.param_groups)
+        if averaging is not None and _LIKE_DECAY <= averaging < 1:
+            warn_caller(
+                "Parameter `averaging` should be a power, 8 for instance: the higher, the more the last weights count. "
+                f"Found `averaging = {averaging}`, as if it were the decay of an exponential average.",
+                UserWarning,
+            )
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
 
     def __repr__(self) -> str:
