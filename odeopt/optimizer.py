@@ -20,6 +20,7 @@ from odeopt.stepping.checkpoints import check_saved, read_states, warn_of_other_
 from odeopt.stepping.checks import (
     check_options,
     check_sharding,
+    check_spelling,
     check_stack,
     is_supported,
     parameter_names,
@@ -43,6 +44,8 @@ from odeopt.stepping.shards import Shard
 _LARGE_DECAY = 0.01
 # Learning rates up to here are those of other optimizers, for which they are the step size.
 _SMALL_LR = 0.01
+# Numbers from here to 1 are decays of exponential averages, as ``MetaConfig(averaging=)`` has them, not powers.
+_LIKE_DECAY = 0.9
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -110,9 +113,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             A number given as ``lr`` is frozen into the graph; a tensor is not.
         averaging: Power r of an average of the weights over the run, :math:`\bar\theta_t \propto \sum_{s \le t} s^r
             \theta_s` (about; see the reference), in place of a schedule where the length of the run is not known: 8 is
-            a good value. :meth:`eval` puts the averages into the parameters, :meth:`train` the weights back. None
-            keeps none. Statistics of BatchNorm belong to the weights: refresh them by
-            :func:`torch.optim.swa_utils.update_bn` after :meth:`eval`.
+            a good value. (.9 and more, but less than 1, is warned of: such are the decays of exponential averages.)
+            :meth:`eval` puts the averages into the parameters, :meth:`train` the weights back. None keeps none.
+            Statistics of BatchNorm belong to the weights: refresh them by :func:`torch.optim.swa_utils.update_bn`
+            after :meth:`eval`.
         guard: A :class:`odeopt.Guard`, under which a hand-designed fallback takes over where the losses say that the
             rule fails; True takes the default one, None has none. Each step is then told its loss, by
             :meth:`report` or by the closure; reading it is a host synchronisation. While the rule does not fail, every
@@ -121,9 +125,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: If ``params`` is a module, or ``rule`` neither a name nor an instance of
             :class:`odeopt.rules.base.UpdateRule`.
-        ValueError: If there is no rule of that name, an option is out of range, or a parameter is complex, sparse, a
-            stack that is sharded, or sharded otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for
-            instance.
+        ValueError: If there is no rule of that name, an option is out of range, that of a group is misspelt, or a
+            parameter is complex, sparse, a stack that is sharded, or sharded otherwise than as a ``DTensor``: by
+            ``FullyShardedDataParallel``, for instance.
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
@@ -193,6 +197,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | {"n_steps": 0, "n_skipped": 0, "rule_digest": digest(self.rule)})
         self._check_size_of_lr(self.param_groups)
+        if averaging is not None and _LIKE_DECAY <= averaging < 1:
+            warn_caller(
+                "Parameter `averaging` should be a power, 8 for instance: the higher, the more the last weights count. "
+                f"Found `averaging = {averaging}`, as if it were the decay of an exponential average.",
+                UserWarning,
+            )
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
 
     def __repr__(self) -> str:
@@ -367,14 +377,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Add a group of parameters, also in the middle of a run.
 
         Args:
-            param_group: ``params`` and the options that differ from the defaults; it is not changed.
+            param_group: ``params`` and the options that differ from the defaults; it is not changed. Other names are
+                kept as they are, as in ``torch.optim``, unless they look like an option that is misspelt.
 
         Raises:
-            ValueError: If an option is out of range, or a parameter is complex, sparse, there already, sharded
-                otherwise than as a ``DTensor``, or sharded where it is a stack or the rule steps it as a whole.
+            ValueError: If an option is out of range or misspelt, or a parameter is complex, sparse, there already,
+                sharded otherwise than as a ``DTensor``, or sharded where it is a stack or the rule steps it as a whole.
         """
-        # a copy, because the base class fills it in: two optimizers given one dict would share its counters
-        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        if isinstance(param_group, dict):
+            check_spelling(param_group)
+            param_group = dict(param_group)  # the base class fills it in: optimizers would share the counters in it
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.update(n_steps=self.n_steps if len(self.param_groups) > 1 else 0, n_skipped=0)
         group["rule_digest"] = self.defaults["rule_digest"]  # of a group of another optimizer too

@@ -167,6 +167,18 @@ def test_powers_out_of_range_are_refused(bad):
         LearnedOptimizer([parameter([1.0], [1.0])], averaging=bad)
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.999])
+def test_decay_in_place_of_a_power_is_warned_of(decay):
+    with pytest.warns(UserWarning, match=rf"`averaging` should be a power.* Found `averaging = {decay}`") as record:
+        LearnedOptimizer([parameter([1.0], [1.0])], AdamUpdate(0.1), averaging=decay)
+    assert record[0].filename == __file__
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 1, 8.0])
+def test_powers_are_not_warned_of(power):
+    LearnedOptimizer([parameter([1.0], [1.0])], AdamUpdate(0.1), averaging=power)  # warnings are errors here
+
+
 @pytest.mark.parametrize(
     "entry", [{"weights": torch.zeros(1)}, torch.zeros(1), 3], ids=["dictionary", "tensor", "number"]
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import odeopt
-from odeopt.report import plot_diagnostics, write_diagnostics
+from odeopt.report import diagnostics, plot_diagnostics, write_diagnostics
 from odeopt.rules.base import UpdateRule
 
 BALANCE = {"energy", "energy_rate", "dissipated", "supplied", "step_size", "friction", "gain"}
@@ -141,6 +141,82 @@ def test_a_run_is_drawn_with_gaps_where_nothing_is_known(name, tmp_path):
     assert path.stat().st_size > 5000
     sizes = [plot_diagnostics(some, tmp_path / "x.png").stat().st_size for some in (history, history[1:])]
     assert all(a != b for a, b in pairwise(sizes))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that were drawn, in place of their files."""
+    drawn = []
+    monkeypatch.setattr(diagnostics, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    return drawn
+
+
+def history_of(n_tensors, n_steps=5, **others):
+    """The k-th tensor has k + 1 in each step."""
+    found = {f"layers.{k}.weight": torch.tensor(k + 1.0) for k in range(n_tensors)} | others
+    return [{name: {"energy": x, "supplied": -x, "friction": x} for name, x in found.items()}] * n_steps
+
+
+def names_below(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_few_tensors_have_a_line_each(figures, n):
+    plot_diagnostics(history_of(n), "x.png")
+    [figure] = figures
+    for axes in figure.axes:
+        assert len(axes.get_lines()) == n
+        assert axes.get_legend() is None
+    assert len(figure.legends[0].get_texts()) == n
+
+
+@pytest.mark.parametrize("n", [9, 81])
+def test_of_many_tensors_those_that_stand_out_are_named_and_all_others_in_the_range(figures, n):
+    plot_diagnostics(history_of(n), "x.png")
+    [figure] = figures
+    highest, lowest = ([f"layers.{k}.weight" for k in each] for each in ((n - 1, n - 2), (1, 0)))
+    for axes, sign in zip(figure.axes, (1, -1, 1), strict=True):
+        named = [*highest, *lowest]
+        assert names_below(axes) == (named if sign == 1 else named[::-1])
+        assert len(axes.get_lines()) == 5  # and the median
+        [band] = axes.collections
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert sorted({sign * heights.min(), sign * heights.max()}) == [1, n]
+        assert {sign * y for y in axes.get_lines()[0].get_ydata()} == {(n + 1) // 2}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        f"least to greatest of {n} tensors",
+        "their median",
+    ]
+
+
+def test_legends_of_many_long_names_cover_no_panel(figures):
+    prefix = "module.decoder.transformer.layers.self_attention.projection."
+    plot_diagnostics([{prefix + name: x for name, x in found.items()} for found in history_of(80)], "x.png", title="a")
+    [figure] = figures
+    figure.canvas.draw()
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    legends = [axes.get_legend().get_window_extent() for axes in figure.axes] + [figure.legends[0].get_window_extent()]
+    assert not any(box.overlaps(legend) for box in boxes for legend in legends)
+    assert not any(a.overlaps(b) for k, a in enumerate(legends) for b in legends[:k])
+    assert all(figure.bbox.containsx(x) for legend in legends for x in (legend.x0, legend.x1))
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_tensors_of_which_a_panel_shows_nothing_are_counted_in_its_title(figures, n):
+    plot_diagnostics(history_of(n, dead=torch.tensor(0.0), broken=torch.tensor(torch.nan)), "x.png")
+    titles = [axes.get_title(loc="left") for axes in figures[0].axes]
+    assert titles == [
+        f"energy stored, {n} of {n + 2} tensors",  # of a logarithmic axis
+        f"power supplied by the gradient, {n + 1} of {n + 2} tensors",
+        f"friction, mean of the modes, {n + 1} of {n + 2} tensors",
+    ]
+
+
+def test_tensors_stand_out_by_their_median_or_by_one_number():
+    values = torch.arange(20.0)[:, None].repeat(1, 5)
+    values[7, 2], values[11, 3], values[13] = 100.0, -100.0, torch.nan
+    assert diagnostics.outstanding(values) == [19, 18, 11, 7, 1, 0]
 
 
 def test_a_figure_of_nothing_and_steps_of_another_number_are_refused(tmp_path):

@@ -185,6 +185,56 @@ def test_options_out_of_range_are_refused_by_name_and_value(options, message, wh
     assert len(optimizer.param_groups) == 1
 
 
+MISSPELT = {
+    "weight_decy": "weight_decay",
+    "weight-decay": "weight_decay",
+    "wieght_decay": "weight_decay",
+    "LR": "lr",
+    "maximise": "maximize",
+    "total_step": "total_steps",
+    "is_tabel": "is_table",
+    "is_stacked": "is_stack",
+}
+
+
+@pytest.mark.parametrize(("found", "meant"), MISSPELT.items())
+@pytest.mark.parametrize("where", ["constructor", "later"])
+def test_option_of_a_group_that_is_misspelt_is_refused_by_name_and_value(found, meant, where):
+    group = {"params": [parameter([1.0], [1.0])], found: 0.1}
+    optimizer = LearnedOptimizer([parameter([1.0], [1.0])], LeakySum())
+    with pytest.raises(ValueError, match=rf"Parameter `{meant}` should be .* Found `{found} = 0\.1`\."):
+        LearnedOptimizer([group], LeakySum()) if where == "constructor" else optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    assert len(group) == 2
+
+
+# of schedulers, trainers and users
+FOREIGN = """
+    initial_lr max_lr min_lr swa_lr base_lr lr0 lr_scale lr_mult wd_mult weight_decay_mult initial_weight_decay decay
+    decoupled_weight_decay minimize max_steps step name layer
+"""
+
+
+@pytest.mark.parametrize("name", [*FOREIGN.split(), 0])
+def test_other_names_in_a_group_pass(name):
+    optimizer = LearnedOptimizer([{"params": [parameter([1.0], [1.0])], name: ["given"]}], LeakySum())
+    assert optimizer.param_groups[0][name] == ["given"]
+
+
+def test_groups_of_another_optimizer_and_of_schedulers_pass():
+    param = parameter([1.0], [1.0])
+    first = LearnedOptimizer([("weight", param)], LeakySum(), guard=True)
+    torch.optim.lr_scheduler.OneCycleLR(first, max_lr=1.0, total_steps=10, cycle_momentum=False)
+    first.report(1.0)
+    first.step()
+    again = LearnedOptimizer(first.param_groups, LeakySum())
+    assert again.param_groups[0]["max_lr"] == 1.0
+    adam = torch.optim.AdamW([param])
+    adam.param_groups[0]["lr"] = 1.0
+    adam.param_groups[0]["weight_decay"] = 0.0
+    LearnedOptimizer(adam.param_groups, LeakySum())
+
+
 def test_unknown_option_is_refused():
     with pytest.raises(TypeError, match="momentum"):
         LearnedOptimizer([parameter([1.0], [1.0])], LeakySum(), momentum=0.9)

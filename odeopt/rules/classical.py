@@ -41,6 +41,7 @@ class SGDUpdate(UpdateRule):
     def __init__(self, lr: float = 1e-2, *, momentum: float = 0.0, nesterov: bool = False) -> None:
         require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
         require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        require(isinstance(nesterov, bool), "nesterov", nesterov, "True or False")
         require(momentum > 0 or not nesterov, "momentum", momentum, "positive where `nesterov` is set")
         super().__init__(lr=lr, momentum=momentum, nesterov=nesterov)
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov

@@ -47,6 +47,8 @@ class HamiltonianUpdate(UpdateRule):
     """
 
     def __init__(self, *, preprocess: bool = False, normalize: bool = False, output_scale: float = 0.1) -> None:
+        require(isinstance(preprocess, bool), "preprocess", preprocess, "True or False")
+        require(isinstance(normalize, bool), "normalize", normalize, "True or False")
         require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
         super().__init__(preprocess=preprocess, normalize=normalize, output_scale=output_scale)
         self.preprocess, self.output_scale = preprocess, output_scale

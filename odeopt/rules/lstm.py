@@ -54,6 +54,7 @@ class LSTMUpdate(UpdateRule):
     chunk_size = 2**13  # its temporaries are eighty numbers wide
 
     def __init__(self, *, preprocess: bool = False, hidden_size: int = 20, output_scale: float = 0.1) -> None:
+        require(isinstance(preprocess, bool), "preprocess", preprocess, "True or False")
         require(is_integer(hidden_size) and hidden_size > 0, "hidden_size", hidden_size, "a positive integer")
         require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
         super().__init__(preprocess=preprocess, hidden_size=hidden_size, output_scale=output_scale)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Mapping
+from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,10 @@ _FOREIGN = {
     "ds_id": "DeepSpeed ZeRO",
     "local_shards": "ShardedTensor",
 }
+# Options that a group of parameters may set; other names in it belong to schedulers, trainers or the user.
+_OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack")
+# Similarity from which on a name is a misspelt one: `maximise` has .88, and `weight_decay_mult`, which is meant, .83.
+_MISSPELT = 0.85
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
 
 
@@ -60,6 +66,20 @@ def check_options(options: dict[str, Any]) -> None:
     require(total_steps is None or is_count, "total_steps", total_steps, "a positive integer or None")
     for name in ("maximize", "is_table", "is_stack"):
         require(isinstance(options[name], bool), name, options[name], "True or False")
+
+
+def check_spelling(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a name in a group of parameters is plainly a misspelt option.
+
+    Other names pass, as in ``torch.optim``.
+    """
+    for name in (name for name in group if name not in _OPTIONS):
+        found = name.lower().replace("-", "_") if isinstance(name, str) else ""
+        for option in get_close_matches(found, _OPTIONS, n=1, cutoff=_MISSPELT):
+            raise ValueError(
+                f"Parameter `{option}` should be given by this name in a group of parameters. "
+                f"Found `{name} = {group[name]!r}`."
+            )
 
 
 def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor, str]:

@@ -22,6 +22,8 @@ SAVED_GUARD, _PEAK_LR = "guard", "guard_lr"  # names in the groups of parameters
 # of twenty losses has the heavy tail that they have.
 _HIGH, _PERSISTENTLY_HIGH, _LEVEL = 8.0, 3.0, 2.0
 _N_PERSISTENT = 3  # windows in a row
+# Page's cumulative sum of rises, in standard errors: half of the shift of one that is looked for, and the usual limit.
+_ALLOWANCE, _EVIDENCE = 0.5, 5.0
 _N_BEST = 32  # windows that count towards the best level
 _PROBATION = 2  # windows of a rule that steps again, and of a fallback on trial: the first ones begin without momentum
 
@@ -38,7 +40,8 @@ class Guard:
     with a fresh state, takes over for ``patience`` windows. The rule comes back on probation; each further failure
     doubles the stay of the fallback, so that tries of a hopeless rule take a logarithmic number of windows, and none
     begins that the run, if ``total_steps`` says how long it is, would not outlast. A fallback that fails itself returns
-    to the last good parameters with a quarter of its learning rate, which grows again while the loss falls.
+    to the last good parameters with a quarter of its learning rate, which grows again while the loss falls. From then
+    on it is also held to rises that are small but last, by Page's cumulative sum.
 
     A loss that has levelled off is no failure: a plateau above what the fallback would reach is not noticed once the
     rule has halved the loss. No further gradients are taken, unlike in the reference, where rule and fallback run
@@ -60,6 +63,7 @@ class Guard:
         ValueError: If an option is out of range, or ``fallback`` crosses coordinates.
 
     References:
+        Page (1954), Continuous inspection schemes.
         Premont-Schwarz, Vitku, Feyereisl (2022), A simple guard for learned optimizers.
         von Neumann (1941), Distribution of the ratio of the mean square successive difference to the variance.
 
@@ -135,7 +139,8 @@ class Watch:
     squares: float = 0.0
     last: float = 0.0
     n_spikes: float = 0.0  # losses in a row that are far above all others, one at most
-    n_high: float = 0.0  # windows in a row above the level that may not persist
+    # windows in a row above the level that may not persist; under a fallback that has failed, the sum of its rises
+    n_high: float = 0.0
     previous: float = math.nan  # mean of the window before
     level: float = math.nan  # mean at the last look at progress, or at the last change of the factor
     n_looks: float = 0.0
@@ -215,9 +220,14 @@ class Watch:
         best, scale = self.best, options.tolerance * self._scale
         persistent = best + scale / 2 + _PERSISTENTLY_HIGH * error
         limit = best + scale + _HIGH * error
-        self.n_high = self.n_high + 1 if mean > persistent else 0.0
         has_failed = self._is_suspect or self.factor < 1
-        if mean > (persistent if has_failed else limit) or self.n_high >= _N_PERSISTENT:
+        if self.is_fallback and self.factor < 1:  # it climbs, the less so the smaller its steps are
+            self.n_high = max(0.0, self.n_high + mean - best - scale / 2 - _ALLOWANCE * error)
+            is_lasting = self.n_high > _EVIDENCE * error
+        else:
+            self.n_high = self.n_high + 1 if mean > persistent else 0.0
+            is_lasting = self.n_high >= _N_PERSISTENT
+        if mean > (persistent if has_failed else limit) or is_lasting:
             return self._fail(options)
         self.noise = noise + (variance - noise) / 4
         if self.n_best == 0 and self.n_restored == 0 and mean <= self.start + abs(self.start) / 2:
@@ -273,7 +283,7 @@ class Watch:
     def _judge_fallback(self, mean: float, error: float, options: Guard, steps_left: float) -> Decision:
         """End a trial, or a stay unless the run ends sooner than the next stay would."""
         if self.factor < 1 and not self.is_tried and mean < self.level - _LEVEL * error:
-            self.factor, self.level = 4 * self.factor, mean
+            self.factor, self.level, self.n_high = 4 * self.factor, mean, 0.0
         if self.countdown > 0:
             return Decision()
         if self.is_tried:
