@@ -1,7 +1,10 @@
 """Ctrl-C ends every long command with one line on how to go on, and loses nothing that was kept."""
 
 import json
+import multiprocessing
+import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -9,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rank_toys import PRELOADED
 
+from odeopt.__main__ import main
 from odeopt.cli import arguments
 from odeopt.progress import tqdm
 
@@ -36,10 +41,54 @@ def heard():
     signal.signal(signal.SIGINT, before)
 
 
-def interrupted(command, folder, begun):
+class Forked:
+    """A command as a process that is forked from one which has imported torch: it begins at once."""
+
+    def __init__(self, command, folder, output):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        self._process = context.Process(target=_as_interpreter, args=(command, folder, output.name))
+        self._process.start()
+        self.kill = self._process.kill
+
+    def poll(self):
+        return self._process.exitcode
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self._process.pid, number)
+
+
+def _as_interpreter(command, folder, output):
+    """Run ``-m module ...`` or ``script ...`` as the interpreter does, to the hook for what nothing caught."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)
+    with open(output, "a") as stream:
+        for number in (1, 2):
+            os.dup2(stream.fileno(), number)
+    is_module = command[0] == "-m"
+    sys.argv = command[is_module:]
+    try:
+        if is_module:
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(command[0], run_name="__main__")
+    except (Exception, KeyboardInterrupt):
+        sys.excepthook(*sys.exc_info())
+        sys.exit(130 if sys.exc_info()[0] is KeyboardInterrupt else 1)
+
+
+def real(command, folder, output):
+    return subprocess.Popen([sys.executable, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+
+
+def interrupted(command, folder, begun, begin=Forked):
     """Send SIGINT to a process once ``begun()`` is true; its exit status and the end of what it wrote."""
     with (folder / "output").open("w") as output:
-        process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        process = begin(command, folder, output)
         try:
             deadline = time.monotonic() + 120
             while not begun() and process.poll() is None and time.monotonic() < deadline:
@@ -53,7 +102,7 @@ def interrupted(command, folder, begun):
     return status, (folder / "output").read_text()
 
 
-def test_training_is_kept_and_continued(tmp_path):
+def test_training_is_kept_and_continued(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.toml").write_text(CONFIG)
     command = ["-m", "odeopt", "train", "--config", "tiny.toml", "--stop-after"]
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoint.pt"
@@ -61,8 +110,9 @@ def test_training_is_kept_and_continued(tmp_path):
     assert status == 130, output
     assert output.splitlines()[-1] == f"python -m odeopt train: {arguments.RESUMES}"
     assert "Traceback" not in output
-    done = subprocess.run([sys.executable, *command, "0"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert int(re.search(r"(\d+) of 100000 meta-steps", done.stdout)[1]) >= 1
+    monkeypatch.chdir(tmp_path)
+    assert main([*command[2:], "0"]) == 0
+    assert int(re.search(r"(\d+) of 100000 meta-steps", capsys.readouterr().out)[1]) >= 1
 
 
 def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py
@@ -76,12 +126,16 @@ def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py
 
 
 @pytest.mark.parametrize(
-    ("script", "message"),
-    [("saddle.py", arguments.BEGINS_ANEW), ("kinetic.py", arguments.RESUMES), ("reproduce.py", arguments.RESUMES)],
+    ("script", "message", "begin"),
+    [
+        ("saddle.py", arguments.BEGINS_ANEW, real),
+        ("kinetic.py", arguments.RESUMES, Forked),
+        ("reproduce.py", arguments.RESUMES, Forked),
+    ],
 )
-def test_scripts_say_how_to_go_on(tmp_path, script, message):
+def test_scripts_say_how_to_go_on(tmp_path, script, message, begin):
     out = tmp_path / "out"  # made once the arguments are read
-    status, output = interrupted([str(EXAMPLES / script), "--out", str(out)], tmp_path, out.exists)
+    status, output = interrupted([str(EXAMPLES / script), "--out", str(out)], tmp_path, out.exists, begin)
     assert status in (130, -signal.SIGINT), output
     assert output.splitlines()[-1] == f"{script}: {message}"
     assert "Traceback" not in output
@@ -91,10 +145,11 @@ def test_other_errors_keep_their_traceback(tmp_path):
     (tmp_path / "script.py").write_text(
         "from odeopt.cli import arguments\narguments.parser('', '').parse_args()\nraise ZeroDivisionError('of it')"
     )
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert done.stderr.strip().endswith("ZeroDivisionError: of it")
+    with (tmp_path / "output").open("w") as output:
+        assert Forked(["script.py"], tmp_path, output).wait(120) == 1
+    lines = (tmp_path / "output").read_text().strip().splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == "ZeroDivisionError: of it"
 
 
 def test_reading_a_list_of_arguments_leaves_the_hooks_alone():

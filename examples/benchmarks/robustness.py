@@ -10,13 +10,16 @@ import argparse
 import collections
 import inspect
 import json
+import multiprocessing
+import os
 import random
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -27,39 +30,10 @@ from odeopt import artifacts
 from odeopt.cli import arguments
 from odeopt.progress import tqdm
 from odeopt.report import draw_table
-
-META = """
-import odeopt
 from odeopt.tasks import RandomQuadratic
-import torch
-torch.manual_seed(0)
-print("begins", flush=True)
-rule = odeopt.PortHamiltonianUpdate(hidden=(8,))
-config = odeopt.MetaConfig(n_meta_steps=60, n_tasks=8, horizon=20, validate_every=5)
-odeopt.meta_train(rule, RandomQuadratic(), config, folder=FOLDER, progress_bar=False)
-torch.save(rule.state_dict(), FOLDER + "/done.pt")
-"""
-TRAINING = """
-import os, torch, odeopt
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-optimizer = odeopt.LearnedOptimizer(odeopt.param_groups(model), total_steps=400)
-first, file = 0, FOLDER + "/run.pt"
-if os.path.exists(file):
-    saved = torch.load(file)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    first = saved["step"]
-print("begins", flush=True)
-for step in range(first, 400):
-    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
-    optimizer.zero_grad()
-    (model(x) - x.sin().sum(1, keepdim=True)).square().mean().backward()
-    optimizer.step()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, file + ".new")
-    os.replace(file + ".new", file)
-torch.save(model.state_dict(), FOLDER + "/done.pt")
-"""
+
+Work = Callable[[str, Callable[[], None]], None]  # a folder, and what to call when the imports are done
+
 TENSORS = (torch.tensor(1.0), torch.ones(2), torch.ones(3, 2), torch.tensor(float("nan")), torch.zeros(0),
            torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.complex64))  # fmt: skip
 ODD = (None, True, 0, 1, -1, 2, 1.5, -0.5, float("nan"), float("inf"), 10**30, "", "rk4", "no such thing", (), (1, 2),
@@ -70,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run all parts and print the table."""
     args = parse(argv)
     generator, rows = random.Random(args.seed), []
-    for name, code in {"meta-training": META, "training with torch.save": TRAINING}.items():
-        rows.append([f"{name}, kill -9", *crashes(code, args.kills, generator)])
+    for name, work in {"meta-training": meta_training, "training with torch.save": training}.items():
+        rows.append([f"{name}, kill -9", *crashes(work, args.kills, generator)])
     rows.append(["artefact, one bit flipped", *flips(args.flips, generator)])
     for name, call in {
         "PortHamiltonianUpdate": rule_of,
@@ -86,32 +60,73 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(int(any(row[-1] != "0" for row in rows)))
 
 
-def crashes(code: str, n_kills: int, generator: random.Random) -> list[str]:
+def meta_training(folder: str, begins: Callable[[], None]) -> None:
+    """Meta-train a rule in a folder, from where the last process that did came to."""
+    torch.manual_seed(0)
+    begins()
+    rule = odeopt.PortHamiltonianUpdate(hidden=(8,))
+    config = odeopt.MetaConfig(n_meta_steps=60, n_tasks=8, horizon=20, validate_every=5)
+    odeopt.meta_train(rule, RandomQuadratic(), config, folder=folder, progress_bar=False)
+    torch.save(rule.state_dict(), f"{folder}/done.pt")
+
+
+def training(folder: str, begins: Callable[[], None]) -> None:
+    """Train a network, and save both it and its optimizer at every step; from where the last process came to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = odeopt.LearnedOptimizer(odeopt.param_groups(model), total_steps=400)
+    first, file = 0, Path(folder, "run.pt")
+    if file.exists():
+        saved = torch.load(file)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+    begins()
+    for step in range(first, 400):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) - x.sin().sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, f"{file}.new")
+        os.replace(f"{file}.new", file)
+    torch.save(model.state_dict(), f"{folder}/done.pt")
+
+
+def crashes(work: Work, n_kills: int, generator: random.Random) -> list[str]:
     """Kill a process at moments drawn at random, start it again, and compare its end with that of one left alone."""
     with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as killed:
-        seconds = _run(code, alone)
+        seconds = _run(work, alone)
         for _ in tqdm(range(n_kills), unit="kill"):
-            _run(code, killed, after=generator.uniform(0.0, max(0.1, seconds / 4)))
-        _run(code, killed)
+            _run(work, killed, after=generator.uniform(0.0, max(0.1, seconds / 4)))
+        _run(work, killed)
         a, b = (torch.load(Path(folder, "done.pt")) for folder in (alone, killed))
         same = n_kills if all(torch.equal(a[name], b[name]) for name in a) else 0
     return [str(n_kills), str(same), "0", str(n_kills - same)]
 
 
-def _run(code: str, folder: str, after: float | None = None) -> float:
-    """Run a script to its end, or kill it some seconds after it has begun; returns how many it took from there on."""
-    command = [sys.executable, "-c", f"FOLDER = {folder!r}\n{code}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
-        began = time.perf_counter()
-        if after is not None:
-            try:
-                process.wait(after)
-            except subprocess.TimeoutExpired:
-                process.kill()
-    if after is None and process.returncode != 0:
-        raise RuntimeError(f"the run ended with status {process.returncode}")
+def _run(work: Work, folder: str, after: float | None = None) -> float:
+    """Run work to its end, or kill it some seconds after it has begun; returns how many it took from there on."""
+    # forked, where that is possible, from a process that has imported what it needs, and has done nothing else
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    context.set_forkserver_preload(["odeopt", "torch._dynamo"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_begin, args=(work, folder, sender))
+    process.start()
+    sender.close()
+    receiver.recv()
+    began = time.perf_counter()
+    process.join(after)
+    process.kill()
+    process.join()
+    if after is None and process.exitcode != 0:
+        raise RuntimeError(f"the run ended with status {process.exitcode}")
     return time.perf_counter() - began
+
+
+def _begin(work: Work, folder: str, sender: Connection) -> None:
+    tqdm.set_lock(threading.RLock())  # the default one is a semaphore, which a process that is killed leaves behind
+    work(folder, lambda: sender.send("begins"))
 
 
 def flips(n: int, generator: random.Random) -> list[str]:
