@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "examples" / "studies"))
 # of studies, which the package does not hold
 from coordinate_check import table as changes_of_outputs  # noqa: E402
 from depth import table as losses_over_rates  # noqa: E402
-from guard import table as guarded_losses  # noqa: E402
+from guard_figure import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 
 FIGS = ROOT / "figs"

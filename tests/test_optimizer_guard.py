@@ -302,6 +302,21 @@ def test_noise_under_a_fallback_that_has_failed_is_seldom_a_failure(seed):
     assert len(careful((1.0 + 0.1 * torch.randn(4000)).tolist())) <= 3
 
 
+@pytest.mark.parametrize("rises", [False, True])
+def test_what_a_fallback_has_reached_is_kept_before_the_rule_is_tried_again(rises):
+    """Unless the losses of the last window say that it is worse than what was kept, which a lucky window chose."""
+    noise = 0.05 * torch.randn(120, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise[20:40] -= 0.02 + noise[20:40].mean()
+    noise[40:] -= noise[40:].mean()
+    losses = [*(1 + noise[:20]), math.nan, *(0.5 + noise[20:]), *(0.5 + noise[20:])]
+    if rises:
+        losses[61:] = [loss + 0.06 for loss in losses[61:]]
+    decisions = watched([float(loss) for loss in losses])[1]
+    (handed_back,) = [k for k, x in enumerate(decisions) if k > 21 and x.begins_anew and not x.restores][:1]
+    kept = [k for k, x in enumerate(decisions) if 21 < k <= handed_back and x.snapshots]
+    assert (kept[-1] == handed_back) is not rises
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_units_of_the_loss_do_not_matter(factor):
     torch.manual_seed(0)

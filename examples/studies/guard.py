@@ -9,22 +9,22 @@ from __future__ import annotations
 import argparse
 import cmath
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from guard_figure import plot
+from guard_figure import plot, table
 from torch import Tensor
 
 import odeopt
 from odeopt.cli import arguments
 from odeopt.files import write_json
 from odeopt.progress import tqdm
-from odeopt.report import draw_table
 from odeopt.tasks import MLPClassification, NoisyQuadratic, Task
 
 SPECTRAL, QUADRATIC = "port-hamiltonian-spectral", "port-hamiltonian-quadratic"
 LR = 0.01  # of the fallback
+N_BATCHES = 32  # that a final loss is evaluated on, at each of the last steps
 PH, LSTM = {"kind": odeopt.PortHamiltonianUpdate}, {"kind": odeopt.LSTMUpdate, "preprocess": True}
 
 
@@ -85,11 +85,12 @@ def rule_of(case: Case, seed: int) -> odeopt.UpdateRule | str:
 
 
 def run(case: Case, task: Task, seed: int, args: argparse.Namespace) -> tuple[dict[str, Tensor], Any]:
-    """Losses of the rule alone, of the fallback alone, under the guard and at the start; the account of the guard."""
+    """Losses of all steps and at the end: of the rule, of the fallback, under the guard, at the start. Its account."""
     fallback, rule = odeopt.AdamUpdate(LR), rule_of(case, seed)
     ways = {"rule": (rule, case.lr, None), "fallback": (fallback, 1.0, None), "start": (fallback, 0.0, None)}
     ways["guarded"] = rule, case.lr, odeopt.Guard(fallback)
-    losses, index, n_last = {}, torch.tensor([seed], device=args.device), max(1, args.steps // 20)
+    losses, final = {}, {}
+    index, n_last = torch.tensor([seed], device=args.device), max(1, args.steps // 20)
     for name, (rule, lr, guard) in ways.items():
         params = {key: torch.nn.Parameter(value[0]) for key, value in task.init_params(index, 0).items()}
         optimizer = odeopt.LearnedOptimizer(params.values(), rule, total_steps=args.steps, guard=guard)
@@ -100,11 +101,20 @@ def run(case: Case, task: Task, seed: int, args: argparse.Namespace) -> tuple[di
             turned = {key: rotated(value, case.angle(done))[None] for key, value in params.items()}
             loss = task.loss(turned, task.sample_batch(index, step, 0)).sum()
             losses[name][step] = loss.item()
+            if step >= args.steps - n_last:
+                final[name] = final.get(name, 0.0) + evaluated(task, turned, index, args.steps) / n_last
             optimizer.zero_grad()
             (-loss if case.is_flipped(done) else loss).backward()
             optimizer.report(loss)
             optimizer.step()
-    return losses, optimizer.guard_status
+    return losses, final, optimizer.guard_status
+
+
+@torch.no_grad()
+def evaluated(task: Task, params: dict[str, Tensor], index: Tensor, n_steps: int) -> float:
+    """Loss over batches from beyond the run, the same ones for all."""
+    batches = (task.sample_batch(index, n_steps + k, 0) for k in range(N_BATCHES))
+    return sum(task.loss(params, batch).sum().item() for batch in batches) / N_BATCHES
 
 
 def rotated(x: Tensor, angle: float) -> Tensor:
@@ -114,28 +124,14 @@ def rotated(x: Tensor, angle: float) -> Tensor:
 
 def summary(runs: list[tuple[dict[str, Tensor], Any]]) -> dict[str, Any]:
     """Final losses by contender and run, and what the guard did."""
-    n = max(1, len(runs[0][0]["rule"]) // 20)
-    last = {key: [losses[key][-n:].mean().nan_to_num(math.inf).item() for losses, _ in runs] for key in runs[0][0]}
-    is_equal = [torch.equal(losses["rule"], losses["guarded"]) for losses, _ in runs]
-    return {"final": last, "equal": all(is_equal), "status": [status for _, status in runs]}
-
-
-def table(content: Mapping[str, Any], *, markdown: bool) -> str:
-    """Draw the mean final losses, the worst ratios of a run to the fallback's and to the start, and what was done."""
-    rows = []
-    for name, case in content["cases"].items():
-        final = {key: [math.inf if x is None else x for x in values] for key, values in case["final"].items()}
-        means = [f"{sum(values) / len(values):.3g}" for values in map(final.get, ("rule", "fallback", "guarded"))]
-        worst = [max(map(lambda g, o: g / o, final["guarded"], final[key])) for key in ("fallback", "start")]
-        handovers = ", ".join(str(status[1]) for status in case["status"])
-        rows.append([name, *means, *(f"{x:.2f}" for x in worst), handovers, "yes" if case["equal"] else "no"])
-    titles = "task", "rule", "fallback", "guarded", "to fallback", "to start", "hand-overs", "as without"
-    return draw_table([(title, "") for title in titles], rows, markdown=markdown)
+    last = {key: [final[key] if math.isfinite(final[key]) else math.inf for _, final, _ in runs] for key in runs[0][1]}
+    is_equal = [torch.equal(losses["rule"], losses["guarded"]) for losses, _, _ in runs]
+    return {"final": last, "equal": all(is_equal), "status": [status for *_, status in runs]}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    runs, device, out = {"default": 2, "help": "runs of each case"}, {"default": "cpu"}, {"default": "runs/guard"}
+    runs, device, out = {"default": 6, "help": "runs of each case"}, {"default": "cpu"}, {"default": "runs/guard"}
     parser = arguments.parser(__doc__, "dataset data_dir markdown", runs=runs, device=device, out=out)
     parser.add_argument("--steps", type=arguments.positive, default=600, help="of a run")
     return parser.parse_args(argv)

@@ -1,13 +1,17 @@
-"""Figure of the study of the guard: losses of the rule alone, of the fallback alone and under the guard."""
+"""Figure and table of the study of the guard: losses of the rule alone, of the fallback alone and under the guard."""
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
 
 from torch import Tensor
 
-from odeopt.report import new_figure, save_figure, style
+from odeopt.report import draw_table, new_figure, save_figure, style
 
 SHOWN = "wrong sign for a tenth of the run, network", "random weights, network", "rotated by half a turn"
 
@@ -23,3 +27,17 @@ def plot(curves: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
         panels[0].set_ylabel("training loss")
         panels[-1].legend(fontsize=7)
         return save_figure(figure, path)
+
+
+def table(content: Mapping[str, Any], *, markdown: bool) -> str:
+    """Draw the mean final losses, their ratios to the fallback's and to the start, and what was done."""
+    rows = []
+    for name, case in content["cases"].items():
+        final = {key: [math.inf if x is None else x for x in values] for key, values in case["final"].items()}
+        means = [f"{sum(values) / len(values):.3g}" for values in map(final.get, ("rule", "fallback", "guarded"))]
+        ratios = [[*map(operator.truediv, final["guarded"], final[key])] for key in ("fallback", "start")]
+        shown = [f"{geometric_mean(values):.2f} ({max(values):.2f})" for values in ratios]
+        handovers = "{}-{}".format(*(choose(status[1] for status in case["status"]) for choose in (min, max)))
+        rows.append([name, *means, *shown, handovers, "yes" if case["equal"] else "no"])
+    titles = "task", "rule", "fallback", "guarded", "to fallback", "to start", "hand-overs", "as without"
+    return draw_table([(title, "") for title in titles], rows, markdown=markdown)

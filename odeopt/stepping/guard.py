@@ -298,7 +298,10 @@ class Watch:
         self.pace = fall if fall > _LEVEL * error else 0.0
         decision = self._hand_back(mean, restores=False)
         self.is_tried, self.countdown = 1.0, _PROBATION
-        return decision
+        if self.factor < 1 or mean > self.kept + _LEVEL * error:  # a fallback that has failed may be climbing
+            return decision
+        self.kept = mean  # else a rule that fails again would lose the steps since a window that was a lucky one
+        return decision._replace(snapshots=True)
 
     def _fail(self, options: Guard) -> Decision:
         """Return to the last good parameters, and let the fallback step from there, or more carefully."""
