@@ -15,7 +15,8 @@ version = next(
 
 search_requires = ["optuna>=4.0"]
 opponents_requires = ["schedulefree>=1.4", "prodigyopt>=1.1.2"]
-clients_requires = ["lightning>=2.4", "accelerate>=1.1", "transformers>=4.48", "skorch>=1.1"]
+lightning_requires = ["lightning>=2.4"]
+clients_requires = [*lightning_requires, "accelerate>=1.1", "transformers>=4.48", "skorch>=1.1"]
 hub_requires = ["huggingface_hub>=0.30"]
 docs_requires = ["sphinx>=8.1", "myst-parser>=4.0.1", "furo>=2024.8.6"]
 
@@ -82,6 +83,7 @@ setup(
         "search": search_requires,
         "opponents": opponents_requires,
         "hub": hub_requires,
+        "lightning": lightning_requires,
         "clients": clients_requires,
         "docs": docs_requires,
         "test": [

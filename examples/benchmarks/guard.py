@@ -1,4 +1,4 @@
-"""Time and memory of a guard: steps of the default coordinate rule with and without one, and one snapshot.
+"""Time and memory of a guard and of diagnostics: steps with and without them, one snapshot, one look.
 
 The reported loss is a tensor, so that a step under a guard waits for the device, as it does in use.
 """
@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     rows = []
     for size in map(int, args.sizes):
-        plain, guarded = (make(size, guard, args.device) for guard in (None, True))
+        plain, looked_at, guarded = (make(size, guard, args.device) for guard in (None, None, True))
         loss = torch.ones((), device=args.device)
-        times = [[], [], []]
+        times = [[], [], [], [], []]
         for _ in range(args.repeats):  # in turns, so that what else the machine does meets all alike
             times[0].append(seconds(plain.step, args))
             guarded.report(loss)
@@ -33,10 +33,12 @@ def main(argv: list[str] | None = None) -> None:
             params = guarded.param_groups[0]["params"]
             with torch.no_grad():
                 times[2].append(seconds(lambda p=params, s=guarded.state: take_snapshot(p, s), args))
+            times[3].append(seconds(looked_at.diagnostics, args))
+            times[4].append(seconds(looked_at.step, args))
         held = sum(x.nbytes for state in guarded.state.values() for key, x in state.items() if key == "guard_snapshot")
         milliseconds = (f"{1e3 * sorted(some)[len(some) // 2]:.3f}" for some in times)
         rows.append([f"{size:,}", *milliseconds, f"{held / size:g}"])
-    titles = ["parameters", "step, ms", "guarded step, ms", "snapshot, ms", "bytes per parameter"]
+    titles = ["parameters", "step, ms", "guarded step", "snapshot", "diagnostics", "step after", "snapshot, bytes each"]
     print(draw_table([(title, "") for title in titles], rows, markdown=args.markdown))
 
 
