@@ -60,7 +60,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ``NamedTuple``, in the shape of the parameter; as in ``torch.optim``, each step changes it in place, and what is
     edited, replaced or deleted there, or in the groups, counts from the next step on.
 
-    The native step takes all parameters of a group in place, in one call. Elsewhere they are stepped in a few calls:
+    The native step takes all parameters in place, in one call. Elsewhere they are stepped in a few calls:
     large ones in place, all others (under 2**16
     coordinates on a CPU, 2**24 on a GPU) of one device and dtype packed into a buffer. There each is padded to a
     multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.

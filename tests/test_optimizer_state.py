@@ -189,6 +189,7 @@ MISSPELT = {
     "weight_decy": "weight_decay",
     "weight-decay": "weight_decay",
     "wieght_decay": "weight_decay",
+    "weight_decay_": "weight_decay",
     "LR": "lr",
     "maximise": "maximize",
     "total_step": "total_steps",
@@ -211,7 +212,8 @@ def test_option_of_a_group_that_is_misspelt_is_refused_by_name_and_value(found, 
 # of schedulers, trainers and users
 FOREIGN = """
     initial_lr max_lr min_lr swa_lr base_lr lr0 lr_scale lr_mult wd_mult weight_decay_mult initial_weight_decay decay
-    decoupled_weight_decay minimize max_steps step name layer
+    decoupled_weight_decay minimize max_steps step name layer use_weight_decay no_weight_decay max_weight_decay
+    weight_decay_end
 """
 
 

@@ -71,11 +71,14 @@ def check_options(options: dict[str, Any]) -> None:
 def check_spelling(group: Mapping[str, Any]) -> None:
     """Raise a ValueError where a name in a group of parameters is plainly a misspelt option.
 
-    Other names pass, as in ``torch.optim``.
+    Other names pass, as in ``torch.optim``, also those in which an option is one of several words.
     """
     for name in (name for name in group if name not in _OPTIONS):
         found = name.lower().replace("-", "_") if isinstance(name, str) else ""
         for option in get_close_matches(found, _OPTIONS, n=1, cutoff=_MISSPELT):
+            words = found.strip("_")
+            if words != option and f"_{option}_" in f"_{words}_":  # `use_weight_decay`, of a trainer
+                continue
             raise ValueError(
                 f"Parameter `{option}` should be given by this name in a group of parameters. "
                 f"Found `{name} = {group[name]!r}`."

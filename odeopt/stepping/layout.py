@@ -210,7 +210,7 @@ class Layout:
             alone = param if is_alone or is_large else None
             alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
         for (rule, *_, is_alone, stacked), together in alike.items():
-            if stacked is not None:  # one for all matrices, which go through one call per group then
+            if stacked is not None:  # one for all matrices, which go through one call then
                 if rule not in deep:
                     deep[rule] = rule.for_depth(n_matrices)
                 rule = deep[rule]
