@@ -174,6 +174,14 @@ def test_state_that_is_not_the_rules_is_refused_by_name_before_anything_moves():
     assert [optimizer.state[p]["total"].item() for p in (a, b)] == pytest.approx([1.9, 1.9])
 
 
+def test_field_of_the_state_under_another_name_is_missed():
+    (a, _), optimizer = stepped()
+    name = [*optimizer.state[a]][-1]
+    optimizer.state[a]["another"] = optimizer.state[a].pop(name)
+    with pytest.raises(ValueError, match=name):
+        optimizer.step()
+
+
 def test_what_others_keep_beside_the_state_stays_there():
     (a, b), optimizer = stepped()
     optimizer.state[a]["slow weights"] = slow = a.detach().clone()

@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.Parser(description=__doc__)
     add = parser.add_argument
     add("--sizes", nargs="+", type=float, default=[1e4, 1e6, 1e7], help="parameters")
-    add("--repeats", type=int, default=21, help="steps, of which the median is told")
+    add("--repeats", type=int, default=9, help="steps, of which the median is told")
     add("--device", default="cpu")
     add("--markdown", action="store_true")
     return parser.parse_args(argv)

@@ -327,6 +327,7 @@ class Watch:
 
     def _hand_back(self, mean: float, *, restores: bool) -> Decision:
         self.is_fallback, self.is_tried, self.level, self.countdown = 0.0, 0.0, mean, self.interval
+        self.n_high = 0.0
         return self._restore() if restores else Decision(begins_anew=True)
 
     def _empty_window(self) -> None:

@@ -39,14 +39,12 @@ class Placed(NamedTuple):
     bucket: Bucket
     rule: UpdateRule
     group: Group
-    handed: list[tuple[Tensor, tuple[Tensor, ...]]]
+    handed: list[tuple[Tensor, dict[str, Tensor]]]
 
     def is_current(self, states: States) -> bool:
         """Return True while the bucket steps these parameters and this state."""
         for param, given in self.handed:
-            held = states.get(param, {})
-            # what was given comes first in the state; others may keep something of theirs behind it
-            if len(held) < len(given) or not all(map(is_, held.values(), given)):
+            if not all(map(is_, map(states.get(param, {}).get, given), given.values())):
                 return False
         return not self.bucket.has_moved()
 
@@ -226,8 +224,8 @@ class Layout:
                 else:
                     bucket.init_state(index, rule)
                 given = bucket.views(index)
-                states[param] = given | {name: x for name, x in held.items() if name not in given}
-                handed.append((param, tuple(given.values())))
+                states[param] = {**held, **given}
+                handed.append((param, given))
             placed.append(Placed(bucket, rule, group, handed))
         return placed
 

@@ -386,7 +386,7 @@ class PortHamiltonianUpdate(StagedRule):
                 update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)
         if param is not None and self.initial_decay > 0:
             rate = shared.matrix_kappa * shared.matrix_decay
-            # no step goes beyond where velocity and decay balance, however large step sizes have grown
+            # at lr <= 1 no step goes beyond where velocity and decay balance, however large step sizes have grown
             update = (update - rate * param) / rate.clamp(min=1.0)
         return update, self._next_state(new_p, state.q, observation, state, shared)
 
