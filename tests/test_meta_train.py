@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -334,6 +336,23 @@ def test_scalars_are_written_for_tensorboard(tmp_path):
     scores = events.Scalars("validation/score")
     assert [e.step for e in scores] == [step for step, _ in result.validation]
     assert [e.value for e in scores] == pytest.approx([score for _, score in result.validation])
+
+
+def test_interrupt_does_not_wait_for_scalars_for_ever(tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    over = threading.Event()
+    monkeypatch.setattr(trainer_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", interrupted)
+    monkeypatch.setattr(SummaryWriter, "close", lambda writer: over.wait(30))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_rule(), tmp_path, n_meta_steps=4)
+    assert time.monotonic() - began < 20
+    over.set()
 
 
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):

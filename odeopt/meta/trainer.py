@@ -7,6 +7,8 @@ import io
 import math
 import os
 import statistics
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +33,7 @@ from odeopt.tasks import Draw, Mixture, Task
 _FORMAT = 4  # of checkpoints
 # validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
 VALIDATION_SEED = 1_000_003
+_PATIENCE = 10.0  # seconds that a run which is interrupted waits for its last scalars
 
 
 def meta_train(
@@ -428,7 +431,12 @@ class _Run:
         self.best_weights, self.averaged = _copy(self.rule.state_dict()), _copy(self.rule.state_dict())
 
     def close(self) -> None:
-        if self.writer is not None:
+        if self.writer is not None and isinstance(sys.exception(), KeyboardInterrupt):
+            # it may have come while a lock of the writer was taken, and then closing never ends
+            closing = threading.Thread(target=self.writer.close, daemon=True)
+            closing.start()
+            closing.join(_PATIENCE)
+        elif self.writer is not None:
             self.writer.close()
 
     def _log(self, name: str, value: float, step: int) -> None:
