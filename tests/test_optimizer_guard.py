@@ -312,7 +312,7 @@ def test_what_a_fallback_has_reached_is_kept_before_the_rule_is_tried_again(rise
     if rises:
         losses[61:] = [loss + 0.06 for loss in losses[61:]]
     decisions = watched([float(loss) for loss in losses])[1]
-    (handed_back,) = [k for k, x in enumerate(decisions) if k > 21 and x.begins_anew and not x.restores][:1]
+    handed_back = next(k for k, x in enumerate(decisions) if k > 21 and x.begins_anew and not x.restores)
     kept = [k for k, x in enumerate(decisions) if 21 < k <= handed_back and x.snapshots]
     assert (kept[-1] == handed_back) is not rises
 

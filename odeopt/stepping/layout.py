@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -50,11 +50,11 @@ class Placed(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Buckets that are stepped together in C, and their groups; or another bucket, with its kernels if any."""
+    """Buckets that are stepped together in C, with their groups; or another bucket, with its kernels if any."""
 
     native: NativeStep | None
     placed: list[Placed]
-    groups: list[Group]
+    groups: Sequence[Group] = ()
     kernels: TritonKernels | None = None
 
 
@@ -95,7 +95,7 @@ class Layout:
             self._forget()
             self._groups = found
         if len(self.params) == sum(len(group["params"]) for group in groups):
-            return
+            return  # all are placed
         new = [[p for p in group["params"] if p.grad is not None and p not in self.params] for group in groups]
         if any(new):
             # all groups at once: each parameter may have a group of its own
@@ -242,7 +242,7 @@ class Layout:
     def _make_plans(self) -> list[Plan]:
         """Gather the buckets that are stepped in C, and give kernels to those that can have them."""
         if self.implementation == "eager":
-            return [Plan(None, [placed], [placed.group]) for placed in self.placed]
+            return [Plan(None, [placed]) for placed in self.placed]
         # constants of the rule depend on the depth of the network, which the steps of matrices alone ask for
         matrices: dict[float, list[Placed]] = defaultdict(list)
         others, plans = [], []
@@ -258,7 +258,7 @@ class Layout:
             if self.implementation == "native" and kernels is None and not is_matrix:
                 self._forget()
                 require(False, "implementation", "native", f"'auto' or 'eager' here: {obstacle}")
-            plans.append(Plan(None, [placed], [placed.group], kernels))
+            plans.append(Plan(None, [placed], kernels=kernels))
         first, *further = matrices.values() or [[]]
         return plans + [_native_plan(some) for some in ([*first, *others], *further) if some]
 

@@ -199,7 +199,7 @@ class NativeStep:
 
     def _n_threads(self, pointers: list[int | None]) -> int:
         """Threads that are worth beginning; one where parameters overlap, so that no two write to the same place."""
-        if self._all_work < 2 * _PER_THREAD:
+        if self._all_work < 2 * _PER_THREAD:  # too little, whichever tensors have a gradient
             return 1
         work = sum(n for n, pointer in zip(self._work, pointers, strict=True) if pointer is not None)
         n_threads, n_useful = torch.get_num_threads(), work // _PER_THREAD

@@ -327,8 +327,8 @@ static const float *network(const Rule *rule, float *x, float *y)
     return x;
 }
 
-/* What a matrix needs beside the numbers of its coordinates; `out` is the part of the network's outputs for it. */
-/* Of matrices alone: constants of the rule that depend on the depth of the network are read here and nowhere else. */
+/* What a matrix needs beside the numbers of its coordinates; `out` is the part of the network's outputs for it. Constants
+   of the rule that depend on the depth of the network are read here and nowhere else. */
 static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, const float *out, float growth,
                                 float scheduled, float lasting)
 {
