@@ -189,6 +189,8 @@ MATRIX_OPTIONS = {
     "depth": {"kinetic": "spectral", "depth_power": 0.5, "initial_decay": 0.1},
     "alignment, trust": {"kinetic": "spectral", "alignment_rate": 9.0, "trust_ratio": 0.05, "memory": 2},
     "alignment of a mixture": {"kinetic": ("quadratic", "spectral"), "alignment_rate": 9.0, "trust_ratio": 0.01},
+    "rows": {"kinetic": "spectral", "row_power": 0.4, "initial_coherence": 0.8},
+    "rows of a mixture": {"kinetic": ("spectral", "quadratic", "spectral"), "modes": 3, "row_power": 1.0},
     "narrow": {"kinetic": "spectral", "narrow": 4, "depth_power": 1.0, "trust_ratio": 0.05},
     "spectral output": {"output": "spectral", "modes": 3},
     "spectral output, euler": {"output": "spectral", "solver": "euler", "initial_decay": 0.05},
@@ -227,6 +229,18 @@ def test_step_of_matrices_is_the_eager_one(options, settings):
     assert_matrices_step_alike(optimizers)
     assert is_native(optimizers[1])
     assert not is_native(optimizers[0])
+
+
+@pytest.mark.parametrize("times", [1.3, 5.0, 20.0, 1e6])
+def test_decay_grows_as_in_the_eager_step(times):
+    rule = port_hamiltonian(kinetic="spectral", initial_decay=2.0, decay_growth=16.0, decay_onset=4.0)
+    optimizers = pair(rule, MATRICES)
+    give(optimizers, 0)
+    for optimizer in optimizers:
+        optimizer.step()
+        for state in optimizer.state.values():
+            state["slow_scale"].mul_(times)
+    assert_matrices_step_alike(optimizers)
 
 
 @pytest.mark.parametrize("options", MATRIX_OPTIONS.values(), ids=MATRIX_OPTIONS)

@@ -26,8 +26,11 @@ VARIANTS = {
     "all": {"kinetic": ("relativistic", "spectral", "quadratic"), "modes": 3, "matrix_scale": "muon", **TOLD},
     "constants": {"kinetic": ("spectral", "quadratic"), "friction": "constant", "port": "constant"},
     "efforts by coordinates": {"kinetic": "spectral", "matrix_normalization": "coordinate", **TOLD},
+    "rows": {"kinetic": "spectral", "row_power": 0.5, "initial_coherence": 0.5},
+    "rows beside relativistic": {"kinetic": ("relativistic", "spectral"), "row_power": 1.0, "speed_limit": 0.3},
     "output": {"output": "spectral", "initial_decay": 0.1, **TOLD},
 }
+WITH_ROWS, NO_EXTRAS = ["rows", "rows beside relativistic"], {"initial_decay": 0.0, "initial_coherence": 0.0}
 WITH_ENERGY = [name for name in VARIANTS if name != "output"]
 MATRICES = [(3, 5), (5, 3), (1, 4), (4, 1), (3, 2, 2, 1)]
 OTHERS = [(7,), (1, 3, 4), (1, 1), ()]
@@ -97,10 +100,24 @@ def test_rule_for_tables_shares_the_weights_and_steps_by_coordinates():
 # -------------------- the step as its formula
 
 
+def gains_of_rows(rule, p, shape):
+    """Factor on the gain of each coordinate of a matrix in spectral modes, and one in others, ``(modes, n)``."""
+    rows = p[rule.spectral_modes].unflatten(-1, (shape[0], -1)).transpose(0, 1).flatten(1).norm(dim=1)
+    gains = (rows**2 / (rows**2).mean() + 1e-4) ** (-rule.row_power / 2)
+    weight = rows**2 / (rows**2 + 1e-4 * (rows**2).mean())
+    gains = gains / ((weight * gains**2).sum() / weight.sum()).sqrt()
+    gains = gains[:, None].expand(shape[0], n_of(shape) // shape[0]).flatten()
+    return torch.stack([gains if kinetic == "spectral" else torch.ones_like(gains) for kinetic in rule.kinetic])
+
+
 def held(rule, grad, state, shape):
     """Friction, gain and step size of each mode, ``(modes, n)`` or broadcast, and the divisor of the gradient."""
     _, shared = rule._prepare(grad, state, None, shape, None)
     friction, gain = rule._matrix_modulation(rule.observe(grad, state, shared, True), state, shared)
+    # one number per tensor: elementwise ones would leave the sign of the dissipated power open
+    spectral_modes = rule.spectral_modes
+    assert all(torch.equal(x, x[:, :1].expand_as(x)) for x in (friction[spectral_modes], gain[spectral_modes]))
+    gain = gain * gains_of_rows(rule, state.p, shape)
     aspect = shape[0] * shape[0] / n_of(shape)
     scale = math.sqrt(aspect if rule.matrix_scale == "transfer" else max(1.0, aspect))
     kappas = [shared.matrix_kappa * scale / GAIN if k == "spectral" else shared.kappa for k in rule.kinetic]
@@ -121,16 +138,13 @@ def velocity(kinetic, p, shape, norm):
 @pytest.mark.parametrize("variant", [name for name in WITH_ENERGY if name != "efforts by coordinates"])
 def test_step_of_a_matrix_is_the_closed_formula(variant, shape):
     options = {"speed_limit": 0.3} if "relativistic" in VARIANTS[variant]["kinetic"] else {}
-    rule = spectral(variant, solver="exponential", initial_decay=0.0, **options)
+    rule = spectral(variant, solver="exponential", **NO_EXTRAS, **options)
     grad, state = draws(n_of(shape), seed=4), some_state(rule, shape)
     update, after = rule(grad, state, shape=shape)
     friction, gain, kappas, divisor, lookahead = held(rule, grad, state, shape)
-    spectral_modes = [k for k, kinetic in enumerate(rule.kinetic) if kinetic == "spectral"]
     limit, decay = -gain * grad / divisor / friction, torch.exp(-friction)
     p = limit + decay * (state.p - limit)
     torch.testing.assert_close(after.p, p)
-    # one number per tensor: elementwise ones would leave the sign of the dissipated power open
-    assert all(torch.equal(x, x[:, :1].expand_as(x)) for x in (friction[spectral_modes], gain[spectral_modes]))
     wanted = 0.0
     for k, kinetic in enumerate(rule.kinetic):
         integral = (limit + (state.p - limit) * (1 - decay) / friction)[k]
@@ -141,6 +155,17 @@ def test_step_of_a_matrix_is_the_closed_formula(variant, shape):
         wanted = wanted + kappas[k] * gain[k] * output
     # singular values by another algorithm: a few hundred float64 roundings, times slopes of up to 3.4^5
     torch.testing.assert_close(update, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_gains_of_rows_fall_with_their_momenta_and_forget_those_at_rest():
+    p = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [5.0, 0.0]], dtype=f64).flatten()
+    gains = energies.row_gains(p[None], (4, 2), 0.5).view(4, 2)
+    assert torch.equal(gains[:, 0], gains[:, 1])
+    moving = gains[[0, 1, 3], 0]
+    torch.testing.assert_close(moving.square().mean(), torch.ones((), dtype=f64), rtol=0.01, atol=0)
+    torch.testing.assert_close(moving[1] / moving[0], torch.tensor(10**0.5, dtype=f64), rtol=0.01, atol=0)
+    assert gains[2, 0] <= 1e-4**-0.25  # bounded, however long a row has been at rest
+    assert torch.equal(energies.row_gains(0 * p[None], (4, 2), 0.5), torch.ones(8, dtype=f64))
 
 
 def test_spectral_output_is_the_orthogonalised_sum_of_the_modes():
@@ -369,7 +394,7 @@ def held_flow(rule, shape, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("variant", ["spectral", "with quadratic", "with relativistic", "all"])
+@pytest.mark.parametrize("variant", ["spectral", "with quadratic", "with relativistic", "all", *WITH_ROWS])
 def test_loss_plus_stored_energy_never_rises_along_the_held_flow(variant, seed):
     options = {"speed_limit": 0.3} if "relativistic" in VARIANTS[variant]["kinetic"] else {}
     W = held_flow(spectral(variant, seed=seed, **options), (3, 5), 10 * seed)
@@ -501,11 +526,17 @@ def test_step_sizes_fall_with_the_length_of_the_run(shape):
 
 
 @pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
-def test_decay_grows_as_gradients_vanish_up_to_its_bound(options):
+@pytest.mark.parametrize(("bound", "onset"), [(16.0, 1.0), (4.0, 1.2), (64.0, 8.0)])
+def test_decay_grows_as_gradients_vanish_up_to_its_bound(options, bound, onset):
+    growing = {"initial_decay": 0.1, "decay_growth": bound, "decay_onset": onset}
     none, plain, rule = (
-        PortHamiltonianUpdate(**options, **decay).double()
-        for decay in ({}, {"initial_decay": 0.1}, {"initial_decay": 0.1, "decay_growth": 16.0})
+        PortHamiltonianUpdate(**options, **decay).double() for decay in ({}, {"initial_decay": 0.1}, growing)
     )
+
+    def wanted(ratio):
+        early = min(max(ratio, 1.0), onset, 1.5)
+        return early * min(max(ratio / onset, 1.0), bound)
+
     shape, param = (3, 5), draws(15, seed=3)
 
     def moves(size, slow_scale):
@@ -526,14 +557,14 @@ def test_decay_grows_as_gradients_vanish_up_to_its_bound(options):
         ratios = []
         for times in (0.2, 0.99, 3.0, 10.0, 40.0, 1e5):
             decay, grown, ratio = moves(unit, times * unit * 0.8)
-            torch.testing.assert_close(grown, min(max(ratio, 1.0), 16.0) * decay)
+            torch.testing.assert_close(grown, wanted(ratio) * decay)
             ratios.append(ratio)
-        assert ratios[0] < 1 < ratios[2] < 16 < ratios[-1]
+        assert ratios[0] < 1 < ratios[2] < 8 < ratios[3] < 64 * 8 < ratios[-1]
     decay, grown, _ = moves(0.0, 0.0)  # no gradient yet
     assert torch.equal(grown, decay)
     assert decay.abs().min() > 0
     decay, grown, _ = moves(0.0, 1.0)  # none any more
-    torch.testing.assert_close(grown, 16 * decay)
+    torch.testing.assert_close(grown, wanted(math.inf) * decay)
 
 
 @pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
@@ -650,6 +681,7 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"schedule": "power", "horizon_power": -1}, "`horizon_power` should be a non-negative number"),
         ({"kinetic": "spectral", "initial_decay": 0.1, "decay_growth": 0.5}, "`decay_growth` should be a number"),
         ({"kinetic": "spectral", "decay_growth": 4.0}, "`decay_growth` should be 1.0 where `initial_decay = 0`. Found"),
+        ({"kinetic": "spectral", "initial_decay": 0.1, "decay_onset": 4.0}, "1.0 where `decay_growth = 1`. Found"),
         ({"output": "spectral", "schedule": "power", "horizon_power": 0.4, "decay_horizon": 9.0},
          "`decay_horizon` should be 0.0 where `initial_decay = 0`. Found `decay_horizon = 9.0`"),
         ({"kinetic": "spectral", "initial_decay": 0.1, "decay_horizon": 9.0}, "0.0 where `horizon_power = 0`. Found"),
@@ -659,6 +691,9 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "narrow": 1.5}, "`narrow` should be a non-negative integer. Found `narrow = 1.5`"),
         ({"trust_ratio": 0.1}, "`trust_ratio` should be 0.0 where no energy is spectral. Found `trust_ratio = 0.1`"),
         ({"kinetic": "spectral", "trust_ratio": -1}, "`trust_ratio` should be a non-negative number. Found .* = -1`"),
+        ({"row_power": 0.5}, "`row_power` should be 0.0 where no energy is spectral. Found `row_power = 0.5`"),
+        ({"output": "spectral", "row_power": 0.5}, "`row_power` should be 0.0 where `output = 'spectral'`. Found"),
+        ({"kinetic": "spectral", "row_power": 1.5}, r"`row_power` should be a number in \[0, 1\]. Found .* = 1.5`"),
         ({"alignment_rate": math.nan}, "`alignment_rate` should be a non-negative number. Found .* = nan`"),
         ({"coordinatewise": True, "alignment_rate": 1.0}, "`alignment_rate` should be 0 where `coordinatewise = True`"),
         ({"initial_decay": 0.1}, "`initial_decay` should be 0.0 where no energy is spectral. Found .* = 0.1`"),

@@ -29,10 +29,12 @@ _OF_MATRICES = (
     "initial_coherence",
     "initial_decay",
     "decay_growth",
+    "decay_onset",
     "decay_horizon",
     "depth_power",
     "trust_ratio",
     "narrow",
+    "row_power",
 )
 
 
@@ -71,8 +73,8 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check("hidden", all(is_integer(w) and w > 0 for w in given["hidden"]), "positive widths")
     scales = given["time_scales"]
     check("time_scales", len(scales) > 0 and all(is_number(s) and s > 0 for s in scales), "positive numbers")
-    floor = given["ratio_floor"]
-    check("ratio_floor", is_number(floor) and 0 <= floor <= 1, "a number in [0, 1]")
+    for name in ("ratio_floor", "row_power"):
+        check(name, is_number(given[name]) and 0 <= given[name] <= 1, "a number in [0, 1]")
     for name in ("coordinatewise", "uses_progress"):
         check(name, isinstance(given[name], bool), "True or False")
     for name, values in _CHOICES.items():
@@ -89,8 +91,8 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         *("alignment_rate", "trust_ratio"),
     ):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
-    growth = given["decay_growth"]
-    check("decay_growth", is_number(growth) and growth >= 1, "a number of at least 1")
+    for name in ("decay_growth", "decay_onset"):
+        check(name, is_number(given[name]) and given[name] >= 1, "a number of at least 1")
     if not is_linear(given):
         wanted = "'quadratic' where the momenta are not stepped in closed form"
         check("kinetic", set(names) == {"quadratic"}, f"{wanted} (networks of q, `backend`, `solver`)")
@@ -101,9 +103,11 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     if not is_spectral(given):
         unused |= dict.fromkeys(_OF_MATRICES, "no energy is spectral")
     elif given["output"] == "spectral":
-        unused |= dict.fromkeys(("initial_lookahead", "initial_coherence"), "`output = 'spectral'`")
+        unused |= dict.fromkeys(("initial_lookahead", "initial_coherence", "row_power"), "`output = 'spectral'`")
     if is_spectral(given) and given["initial_decay"] == 0:
         unused |= dict.fromkeys(("decay_growth", "decay_horizon"), "`initial_decay = 0`")
+    if given["decay_growth"] == 1:
+        unused["decay_onset"] = "`decay_growth = 1`"
     if given["horizon_power"] == 0:
         unused["decay_horizon"] = "`horizon_power = 0`"
     if given["schedule"] == "none":

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+_FIRST_GROWTH = 1.5  # of the decay, as gradients become small
 _REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
 
 
@@ -76,10 +77,14 @@ def depth_factor(n_matrices: int, power: float) -> float:
     return (4 / (min(max(n_matrices, 1.25), 5) - 1)) ** power
 
 
-def decay_growth(scale: Tensor, slow_scale: Tensor, bound: float) -> Tensor:
-    """Factor on the decay where gradients have become small: their long-run magnitude over the present one."""
-    present = torch.maximum(scale, slow_scale / bound)
-    return (slow_scale / torch.where(present > 0, present, 1.0)).clamp(min=1.0)
+def decay_growth(scale: Tensor, slow_scale: Tensor, bound: float, onset: float) -> Tensor:
+    """Factor on the decay where gradients have become small, of their long-run magnitude over the present one.
+
+    It follows that ratio up to 1.5, or to ``onset`` if that is less, and again from ``onset`` on, by up to ``bound``.
+    """
+    present = torch.maximum(scale, slow_scale / (bound * onset))
+    ratio = slow_scale / torch.where(present > 0, present, 1.0)
+    return ratio.clamp(1.0, min(_FIRST_GROWTH, onset)) * (ratio / onset).clamp(min=1.0)
 
 
 def aligned_move(alignment: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from odeopt.physics import (
 CoordinateEnergy = QuadraticEnergy | RelativisticEnergy
 
 _MUON = SpectralEnergy()
+_SMALL_ROW = 1e-4  # mean square of a row's momenta, over that of all, below which rows are not told apart
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
@@ -86,6 +87,30 @@ def coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
     rms = (p.square().mean(-1, keepdim=True) + 1e-12).sqrt()
     effort = u.square().mean(-1, keepdim=True).clamp(min=1.0).sqrt()
     return (rms * friction / (gain * effort)).clamp(max=1.0)
+
+
+def row_gains(p: Tensor, shape: tuple[int, ...], power: float) -> Tensor:
+    r"""Port gains of the rows of a matrix, which fall with the rows' momenta.
+
+    .. math:: d_i \propto (\rho_i + 10^{-4})^{-\text{power} / 2}, \qquad \rho_i = m\, |P_i|^2 / \textstyle\sum_j |P_j|^2
+
+    for the m rows :math:`P_i`. The mean square of the gains of rows that have a momentum is one. A gain depends on the
+    state and not on the effort, so that effort and output can share it.
+
+    Args:
+        p: Momenta of all modes that share the gains, shape ``(*batch, modes, n)``.
+        shape: Shape of the parameter tensor.
+        power: The power, in [0, 1].
+
+    Returns:
+        Gain of each coordinate's row, shape ``(*batch, n)``.
+    """
+    squares = _as_matrix(p, shape).square().sum((-3, -1))
+    mean = squares.mean(-1, keepdim=True)
+    ratio = torch.where(mean > 0, squares / torch.where(mean > 0, mean, 1.0), 1.0)
+    gains, weight = (ratio + _SMALL_ROW).pow(-power / 2), ratio / (ratio + _SMALL_ROW)
+    gains = gains * (weight.sum(-1, keepdim=True) / (weight * gains.square()).sum(-1, keepdim=True)).sqrt()
+    return gains.unsqueeze(-1).expand(*gains.shape, math.prod(shape[1:])).flatten(-2)
 
 
 def coordinate_energy(p: Tensor, energies: Mapping[int, CoordinateEnergy]) -> Tensor:

@@ -171,6 +171,9 @@ class PortHamiltonianUpdate(StagedRule):
             memory over that over a short one, at least 1. Normalised efforts do not shrink with the gradient. So where
             a network has learned its examples by heart and gradients vanish, the decay counts as if it were a part of
             the loss, while elsewhere it is decoupled. 1 is none.
+        decay_onset: Ratio of those magnitudes from which the decay grows in proportion to it; before, it grows by at
+            most half. Gradients fall by a few times in the course of any fit, and by hundreds where examples are known
+            by heart.
         schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
             ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
             the run in place of the progress. ``"none"`` leaves the schedule to the network.
@@ -194,6 +197,10 @@ class PortHamiltonianUpdate(StagedRule):
         narrow: With spectral energies, the largest number of rows or of columns with which a matrix is stepped by
             coordinates, as vectors are. The few singular values of a layer of one output, or of one input, are all
             brought to one size, and what each of its many coordinates would need is lost. 0 is none.
+        row_power: With spectral modes, how fast the port gain of a row of a matrix (of a unit, a filter) falls with
+            the row's momentum, in [0, 1]; see :func:`~odeopt.rules.port_hamiltonian.kinetic.row_gains`. Effort and
+            output of the row are both multiplied by it, so the mode stays passive; units whose gradients are small
+            move further. 0 is none.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -207,6 +214,7 @@ class PortHamiltonianUpdate(StagedRule):
         ``alignment_rate`` does.
         You, Gitman, Ginsburg (2017), Large batch training of convolutional networks, Eq. (6): trust ratios.
         Chen et al. (2024), Lion secretly solves constrained optimization: as Lyapunov predicts: decoupled decay.
+        Li et al. (2025), NorMuon: Making Muon more efficient and scalable: rows of one size; there of the output alone.
         van der Schaft, Jeltsema (2014), Port-Hamiltonian systems theory, Ch. 2: passivity.
     """
 
@@ -241,6 +249,7 @@ class PortHamiltonianUpdate(StagedRule):
         initial_coherence: float = 0.0,
         initial_decay: float = 0.0,
         decay_growth: float = 1.0,
+        decay_onset: float = 1.0,
         schedule: str = "none",
         horizon_power: float = 0.0,
         decay_horizon: float = 0.0,
@@ -248,6 +257,7 @@ class PortHamiltonianUpdate(StagedRule):
         alignment_rate: float = 0.0,
         trust_ratio: float = 0.0,
         narrow: int = 0,
+        row_power: float = 0.0,
     ) -> None:
         arguments = locals()
         defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
@@ -367,8 +377,9 @@ class PortHamiltonianUpdate(StagedRule):
         energies asks; the output is their velocity at the lookahead point, a quadrature of one node.
         """
         friction, gain = self._matrix_modulation(observation, state, shared)
-        p, u, spectral = state.p, observation.u.unsqueeze(-2), self.spectral_modes
-        new_p, integral = linear_step(p, gain * u, friction, self.solver)
+        p, spectral = state.p, self.spectral_modes
+        efforts, rows = self._matrix_efforts(observation, p, shape)
+        new_p, integral = linear_step(p, gain * efforts, friction, self.solver)
         kappa = shared.matrix_kappa * energies.operator_scale(shape, self.matrix_scale)
         if self.output == "spectral":
             update = kappa * energies.spectral_velocity((gain * integral).sum(-2), shape)
@@ -378,9 +389,9 @@ class PortHamiltonianUpdate(StagedRule):
             velocity = energies.spectral_velocity(ahead, shape, before, after)
             rates = friction[..., spectral, :1], gain[..., spectral, :1]
             if self.initial_coherence > 0:
-                log_coherence = energies.coherence(after, u, *rates).log()
+                log_coherence = energies.coherence(after, efforts[..., spectral, :], *rates).log()
                 velocity = velocity * (log_coherence * shared.coherence.unsqueeze(-1)).exp()
-            update = kappa / _START_GAIN * (rates[1] * velocity).sum(-2)
+            update = kappa / _START_GAIN * rows * (rates[1] * velocity).sum(-2)
             if self._other_modes:
                 outputs = gain * self._coordinate_integral(new_p, integral)
                 update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)
@@ -399,6 +410,17 @@ class PortHamiltonianUpdate(StagedRule):
         modulated, is_held = self._modulation(observation, state, shared), self.is_spectral_mode.unsqueeze(-1)
         friction, gain = (torch.where(is_held, x, y) for x, y in zip(held, modulated, strict=True))
         return friction, gain
+
+    def _matrix_efforts(self, observation: Observation, p: Tensor, shape) -> tuple[Tensor, Tensor | float]:
+        """Effort of each mode, shape ``(*batch, modes, n)``, and the gains of rows, which scale spectral ones."""
+        u = observation.u.unsqueeze(-2).expand_as(p)
+        if self.row_power == 0:
+            return u, 1.0
+        rows = energies.row_gains(p[..., self.spectral_modes, :], shape, self.row_power)
+        scaled = rows.unsqueeze(-2) * u
+        if self._other_modes:
+            scaled = torch.where(self.is_spectral_mode.unsqueeze(-1), scaled, u)
+        return scaled, rows
 
     def _ahead(self, before: Tensor, after: Tensor, shared: Shared) -> Tensor:
         """Momenta at the lookahead point, on the line through the ends of the step."""
@@ -549,7 +571,9 @@ class PortHamiltonianUpdate(StagedRule):
         )
         if not self.is_spectral:
             return shared
-        growth = decay_growth(shared.scale, shared.slow_scale, self.decay_growth) if self.decay_growth > 1 else 1.0
+        growth = 1.0
+        if self.decay_growth > 1:
+            growth = decay_growth(shared.scale, shared.slow_scale, self.decay_growth, self.decay_onset)
         if self.decay_horizon > 0:
             lasting = step if length is None or not is_told else length
             growth = growth * long_run_factor(lasting, self.decay_horizon, self.horizon_power)
@@ -688,15 +712,18 @@ class PortHamiltonianUpdate(StagedRule):
             held = z.friction.mT, z.gain.squeeze(-1).mT
             return energies.coordinate_balance(x.p.mT, u.mT, *held, self._energies_of(range(self.modes)))
         friction, gain = self._matrix_modulation(observation, state, shared)
-        p, u, spectral = state.p, observation.u.unsqueeze(-2), self.spectral_modes
-        after = linear_step(p, gain * u, friction, self.solver)[0][..., spectral, :]
+        p, spectral = state.p, self.spectral_modes
+        efforts, _ = self._matrix_efforts(observation, p, tuple(shape))
+        after = linear_step(p, gain * efforts, friction, self.solver)[0][..., spectral, :]
         before = p[..., spectral, :]
         ahead = self._ahead(before, after, shared)
         rates = friction[..., spectral, 0], gain[..., spectral, 0]
-        total = energies.spectral_balance(before, u.expand_as(before), *rates, tuple(shape), after, ahead)
+        total = energies.spectral_balance(before, efforts[..., spectral, :], *rates, tuple(shape), after, ahead)
         total = [x.sum(-1) for x in total]
         if self._other_modes:
-            coordinates = energies.coordinate_balance(p, u, friction, gain, self._energies_of(self._other_modes))
+            coordinates = energies.coordinate_balance(
+                p, observation.u.unsqueeze(-2), friction, gain, self._energies_of(self._other_modes)
+            )
             total = [x + y.sum(-1) for x, y in zip(total, coordinates, strict=True)]
         return PowerBalance(*(x.unsqueeze(-1) for x in total))
 

@@ -263,13 +263,50 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
     }
 }
 
-/* Momenta of a part of a matrix, in place. `x` takes, each over the whole matrix, the momenta of spectral modes at the
-   lookahead point, `others` the outputs of all other modes; where there is none spectral, `x` takes the latter. `sums`:
-   see advance_matrix in step.c. */
-TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const Shared *c, const void *grad,
-                                       int64_t start, int64_t stop, float *x, float *others, double *sums)
+/* Sums of squares of the rows of a matrix, over the momenta of all spectral modes. */
+TARGET static void ISA(row_squares)(const Rule *rule, const Tensor *t, float *squares)
 {
-    float g_buffer[BLOCK], p_buffer[BLOCK], u[BLOCK], log_ratio[BLOCK];
+    float buffer[BLOCK];
+    const int64_t n_columns = t->n / t->n_rows;
+    const unsigned control = flush_tiny();
+    for (int64_t row = 0; row < t->n_rows; row++) {
+        float sum = 0.0f;
+        for (int k = 0; k < rule->n_modes; k++)
+            for (int64_t i = 0; rule->is_spectral[k] && i < n_columns; i += BLOCK) {
+                const int n = (int)(n_columns - i < BLOCK ? n_columns - i : BLOCK);
+                const int64_t at = k * t->mode_stride + row * n_columns + i;
+                const float *p = ISA(load)(t->p, t->state_type, at, n, buffer);
+#pragma omp simd reduction(+ : sum)
+                for (int j = 0; j < n; j++)
+                    sum += p[j] * p[j];
+            }
+        squares[row] = sum;
+    }
+    restore_tiny(control);
+}
+
+/* Multiply n numbers of a matrix, from number `start` of it on, by the gains of their rows. */
+TARGET static void ISA(scale_rows)(float *x, int64_t start, int64_t n, int64_t n_columns, const float *gains)
+{
+    for (int64_t i = 0, row = start / n_columns; i < n; row++) {
+        const int64_t end = (row + 1) * n_columns - start, stop = end < n ? end : n;
+        const float gain = gains[row];
+#pragma omp simd
+        for (int64_t j = i; j < stop; j++)
+            x[j] *= gain;
+        i = stop;
+    }
+}
+
+/* Momenta of a part of a matrix, in place. `x` takes, each over the whole matrix, the momenta of spectral modes at the
+   lookahead point, `others` the outputs of all other modes; where there is none spectral, `x` takes the latter. `gains`,
+   if there are any, are those of the rows. `sums`: see advance_matrix in step.c. */
+TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const Shared *c, const void *grad,
+                                       int64_t start, int64_t stop, float *x, float *others, const float *gains,
+                                       double *sums)
+{
+    float g_buffer[BLOCK], p_buffer[BLOCK], u[BLOCK], scaled[BLOCK], log_ratio[BLOCK];
+    const float *efforts = gains ? scaled : u; /* of spectral modes */
     const float floor = rule->log_floor, lookahead = c->lookahead;
     float *outputs = rule->n_spectral > 0 ? others : x;
     const unsigned control = flush_tiny();
@@ -289,10 +326,14 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
             for (int j = 0; j < n; j++)
                 u[j] = g[j] * first * second;
         }
+        if (gains) {
+            memcpy(scaled, u, n * sizeof(float));
+            ISA(scale_rows)(scaled, i, n, t->n / t->n_rows, gains);
+        }
         float u_sum = 0.0f;
 #pragma omp simd reduction(+ : u_sum)
         for (int j = 0; j < n; j++)
-            u_sum += u[j] * u[j];
+            u_sum += efforts[j] * efforts[j];
         sums[0] += u_sum;
         if (outputs)
             memset(outputs + i, 0, n * sizeof(float));
@@ -306,7 +347,7 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
                 double before = 0.0, after = 0.0, beyond = 0.0; /* momenta that no gradient drives fall towards zero */
 #pragma omp simd reduction(+ : before, after, beyond)
                 for (int j = 0; j < n; j++) {
-                    const float old = p[j], new = kept * old + driven * u[j], point = old + lookahead * (new - old);
+                    const float old = p[j], new = kept * old + driven * efforts[j], point = old + lookahead * (new - old);
                     p[j] = new;
                     ahead[j] = point;
                     before += (double)old * old;
@@ -418,7 +459,8 @@ TARGET static void ISA(functions)(float *x, int64_t n, int is_log)
     }
 }
 
-static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advance), ISA(advance_matrix), ISA(move_matrix),
+static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advance), ISA(row_squares),
+                                     ISA(scale_rows), ISA(advance_matrix), ISA(move_matrix),
                                      {ISA(gram_single), ISA(gram_double)},
                                      {ISA(polynomial_single), ISA(polynomial_double)}, ISA(combine), ISA(functions)};
 

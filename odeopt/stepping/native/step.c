@@ -41,7 +41,7 @@
 #define HAS_X86 0
 #endif
 
-#define VERSION 5    /* of the structures below */
+#define VERSION 6    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -65,6 +65,8 @@
 #define SHORTEST 30.0f
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
+#define FIRST_GROWTH 1.5f
+#define SMALL_ROW 1e-4 /* of odeopt.rules.port_hamiltonian.kinetic */
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
 #define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
 #define N_FIRST 3   /* factors after which a Gram matrix is computed anew, if it is: see orthogonalise */
@@ -90,8 +92,9 @@ typedef struct {
     float initial_kappa;
     float horizon_power;
     float log_floor; /* the binary logarithm */
-    float initial_matrix_kappa, initial_lookahead, initial_decay, initial_coherence, decay_growth, decay_horizon;
-    float alignment_rate, trust_ratio;
+    float initial_matrix_kappa, initial_lookahead, initial_decay, initial_coherence;
+    float decay_growth, decay_onset, decay_horizon;
+    float alignment_rate, trust_ratio, row_power;
     int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales;
     int32_t n_memory, n_moved; /* slow variables, and those of them that the network moves; the others, one at most,
                                   follow the alignment */
@@ -141,9 +144,10 @@ typedef struct {
 } Shared;
 
 /* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
-   orthogonalised ones, and the same transposed; then a packed part of a matrix, and symmetric matrices. */
+   orthogonalised ones, and the same transposed; gains of the rows; then a packed part of a matrix, and symmetric
+   matrices. */
 typedef struct {
-    float *momenta, *others, *sum, *transposed, *factor;
+    float *momenta, *others, *sum, *transposed, *gains, *factor;
     void *panel, *gram, *power, *polynomial, *total;
 } Workspace;
 
@@ -152,8 +156,10 @@ typedef struct {
     void (*statistics)(const Rule *, const Tensor *, const Shared *, const void *, const void *, int64_t, int64_t,
                        double *);
     void (*advance)(const Rule *, const Tensor *, const Shared *, const Group *, const void *, void *, int64_t, int64_t);
+    void (*row_squares)(const Rule *, const Tensor *, float *);
+    void (*scale_rows)(float *, int64_t, int64_t, int64_t, const float *);
     void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t, float *, float *,
-                           double *);
+                           const float *, double *);
     void (*move_matrix)(const Tensor *, const Shared *, const Group *, void *, const float *, const float *);
     void (*gram[2])(const float *, int, int64_t, double, void *, void *); /* in single precision, and in double */
     void (*polynomial[2])(int, int, double, const Workspace *);
@@ -343,8 +349,9 @@ static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, co
     c->decay = rule->initial_decay * expf(out[2]);
     c->coherence = rule->initial_coherence * expf(out[3]);
     if (rule->decay_growth > 1.0f) {
-        const float present = fmaxf(c->scale, c->slow_scale / rule->decay_growth);
-        c->decay *= fmaxf(c->slow_scale / (present > 0.0f ? present : 1.0f), 1.0f);
+        const float onset = rule->decay_onset, present = fmaxf(c->scale, c->slow_scale / (rule->decay_growth * onset));
+        const float ratio = c->slow_scale / (present > 0.0f ? present : 1.0f);
+        c->decay *= fminf(fmaxf(ratio, 1.0f), fminf(FIRST_GROWTH, onset)) * fmaxf(ratio / onset, 1.0f);
     }
     if (rule->decay_horizon > 0.0f)
         c->decay *= powf(fmaxf(lasting / rule->decay_horizon, 1.0f), -rule->horizon_power);
@@ -456,6 +463,11 @@ static int short_side(const Tensor *t)
     return (int)(t->n_rows < n_columns ? t->n_rows : n_columns);
 }
 
+static int has_row_gains(const Rule *rule)
+{
+    return rule->row_power > 0.0f;
+}
+
 static int is_mixed(const Rule *rule)
 {
     return rule->n_spectral > 0 && rule->n_spectral < rule->n_modes;
@@ -480,15 +492,33 @@ static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
     const size_t m = padded(short_side(t)), number = is_double ? sizeof(double) : sizeof(float);
     const size_t square = m * m * number, flat = t->n * sizeof(float);
     const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
-    const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, m * m * sizeof(float),
+    const size_t gains = has_row_gains(rule) ? t->n_rows * sizeof(float) : 0;
+    const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, gains, m * m * sizeof(float),
                             m * PANEL * number, square, square, square, square};
-    void *parts[10];
+    void *parts[11];
     size_t total = 0;
-    for (int k = 0; k < 10; total += whole_lines(sizes[k++]))
+    for (int k = 0; k < 11; total += whole_lines(sizes[k++]))
         parts[k] = at == NULL ? NULL : at + total;
-    *w = (Workspace){parts[0], is_mixed(rule) ? parts[1] : NULL, parts[2], parts[3], parts[4],
-                     parts[5], parts[6], parts[7], parts[8], parts[9]};
+    *w = (Workspace){parts[0], is_mixed(rule) ? parts[1] : NULL, parts[2], parts[3], gains > 0 ? parts[4] : NULL,
+                     parts[5], parts[6], parts[7], parts[8], parts[9], parts[10]};
     return total;
+}
+
+/* Port gains of the rows, from the sums of squares of their momenta: row_gains of odeopt.rules.port_hamiltonian.kinetic. */
+static void row_gains(const Rule *rule, int64_t n_rows, const float *squares, float *gains)
+{
+    double mean = 0.0, total = 0.0, gained = 0.0;
+    for (int64_t i = 0; i < n_rows; i++)
+        mean += (double)squares[i] / n_rows;
+    for (int64_t i = 0; i < n_rows; i++) {
+        const double ratio = mean > 0.0 ? squares[i] / mean : 1.0, weight = ratio / (ratio + SMALL_ROW);
+        const double square = pow(ratio + SMALL_ROW, -rule->row_power);
+        gains[i] = (float)sqrt(square);
+        total += weight;
+        gained += weight * square;
+    }
+    for (int64_t i = 0; i < n_rows; i++)
+        gains[i] *= (float)sqrt(total / gained);
 }
 
 static void transpose(const float *x, int64_t n_rows, int64_t n_columns, float *y)
@@ -649,9 +679,13 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
     /* of squares, of efforts and of each spectral mode's momentum before and after the step and ahead */
     double *sums = c->sums;
     memset(sums, 0, (1 + 3 * n_momenta) * sizeof(double));
+    if (w.gains != NULL) {
+        kernels->row_squares(rule, t, w.gains);
+        row_gains(rule, t->n_rows, w.gains, w.gains);
+    }
     for (int64_t start = 0; start < t->n; start += CHUNK) {
         const int64_t stop = start + CHUNK < t->n ? start + CHUNK : t->n;
-        kernels->advance_matrix(rule, t, c, job->grads[i], start, stop, w.momenta, w.others, sums);
+        kernels->advance_matrix(rule, t, c, job->grads[i], start, stop, w.momenta, w.others, w.gains, sums);
     }
     const float kappa = c->matrix_kappa * t->operator_scale;
     for (int mode = 0, k = 0; k < n_momenta; mode++) {
@@ -680,6 +714,8 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
         transpose(w.sum, n_columns, t->n_rows, w.transposed);
         w.sum = w.transposed;
     }
+    if (w.gains != NULL)
+        kernels->scale_rows(w.sum, 0, t->n, n_columns, w.gains);
     kernels->move_matrix(t, c, group_of(job, i), job->params[i], w.sum, w.others);
 }
 
