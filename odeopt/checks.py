@@ -5,11 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+_LONGEST_SHOWN = 500  # characters
+
 
 def require(condition: bool, name: str, value: object, wanted: str) -> None:
     """Raise a ValueError that names a parameter and the value found, unless ``condition`` holds."""
     if not condition:
-        raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {value!r}`.")
+        raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {shown(value)}`.")
+
+
+def shown(value: object) -> str:
+    """Show a value in a message, cut where it is long: a state dictionary would push the message off the screen."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def n_of(n: int, noun: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.artifacts import digest, find_pretrained
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, shown
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping import averages
 from odeopt.stepping.buckets import state_template
@@ -166,7 +166,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if isinstance(rule, str):
             rule = find_pretrained(rule, "rule")
         if not isinstance(rule, UpdateRule):
-            found = f"the class {rule.__name__} itself" if isinstance(rule, type) else repr(rule)
+            found = f"the class {rule.__name__} itself" if isinstance(rule, type) else shown(rule)
             hint = f" A learning rate is given by its name, `lr={rule}`." if is_number(rule) else ""
             raise TypeError(
                 "Parameter `rule` should be an instance of UpdateRule, built by its class or loaded by "

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, shown
 from odeopt.rules.port_hamiltonian.kinetic import is_matrix
 
 # how names of tables end
@@ -50,7 +50,10 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
         [['1.weight'], ['1.bias'], ['0.weight']]
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"Parameter `module` should be an nn.Module. Found `module = {module!r}`.")
+        raise TypeError(
+            "Parameter `module` should be an nn.Module: the model itself, because groups go by its layers and not "
+            f"by its parameters alone. Found `module = {shown(module)}`."
+        )
     is_right = weight_decay is None or (is_number(weight_decay) and weight_decay >= 0)
     require(is_right, "weight_decay", weight_decay, "a non-negative number or None")
     tables = _held_by(module, nn.Embedding, nn.EmbeddingBag)

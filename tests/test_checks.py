@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from odeopt import MetaConfig, integrate
-from odeopt.checks import is_integer, is_number
+from odeopt import LearnedOptimizer, MetaConfig, integrate, load_pretrained
+from odeopt.checks import is_integer, is_number, require
 from odeopt.rules import PortHamiltonianUpdate
 
 
@@ -23,6 +23,17 @@ def test_what_no_float_can_hold_is_no_number(value):
 def test_an_integer_beyond_all_floats_is_refused_by_name():
     with pytest.raises(ValueError, match=r"`lr` should be a positive number"):
         MetaConfig(lr=10**400)
+
+
+def test_long_values_are_cut_in_messages():
+    weights = load_pretrained("lstm").state_dict()  # in place of the rule: its text has thousands of characters
+    with pytest.raises(TypeError, match=r"`rule` should be an instance of UpdateRule.*`rule = OrderedDict") as refused:
+        LearnedOptimizer([torch.nn.Parameter(torch.zeros(2))], weights)
+    assert len(str(refused.value)) < 800
+    with pytest.raises(ValueError, match=r"Found `sizes = \[0, 1, 2, .*\.\.\.`\.$"):
+        require(False, "sizes", list(range(1000)), "few")
+    with pytest.raises(ValueError, match=r"Found `sizes = \[0, 1, 2\]`\.$"):
+        require(False, "sizes", [0, 1, 2], "few")
 
 
 def test_integers_have_at_most_64_bits():

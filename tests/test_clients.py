@@ -19,7 +19,7 @@ from odeopt.tasks.datasets import import_torchvision
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 N_EPOCHS, N_STEPS = 2, 8
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "clients.md"
+PAGES = Path(__file__).resolve().parents[1] / "docs" / "clients"
 
 
 def needed(name):
@@ -66,7 +66,7 @@ def assert_same(model, plain):
         assert not torch.equal(a, c)
 
 
-def make_lightning_module(lightning):
+def make_lightning_module(lightning, **options):
     class Regression(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -78,7 +78,7 @@ def make_lightning_module(lightning):
 
         def configure_optimizers(self):
             n_steps = int(self.trainer.estimated_stepping_batches)
-            return odeopt.LearnedOptimizer(odeopt.param_groups(self), total_steps=n_steps)
+            return odeopt.LearnedOptimizer(odeopt.param_groups(self), total_steps=n_steps, **options)
 
     return Regression()
 
@@ -158,9 +158,8 @@ def test_the_trainer_of_transformers_leaves_step_size_and_groups_alone(plain, tm
     assert_same(model.net, plain)
 
 
-def test_skorch_takes_the_steps_of_a_plain_loop(plain):
-    skorch = needed("skorch")
-    net = skorch.NeuralNetRegressor(
+def make_skorch_net(skorch, **options):
+    return skorch.NeuralNetRegressor(
         network,
         optimizer=odeopt.LearnedOptimizer,
         optimizer__total_steps=N_STEPS,
@@ -169,22 +168,37 @@ def test_skorch_takes_the_steps_of_a_plain_loop(plain):
         batch_size=16,
         train_split=None,
         verbose=0,
+        **options,
     )
-    x, y = data().tensors
-    net.fit(x.numpy(), y.numpy())
+
+
+def test_skorch_takes_the_steps_of_a_plain_loop(plain):
+    net = make_skorch_net(needed("skorch"))
+    net.fit(*(tensor.numpy() for tensor in data().tensors))
     assert net.optimizer_.n_steps == N_STEPS
     assert_same(net.module_, plain)
 
 
-# -------------------- scripts of several processes, as the page has them
+def test_trainers_that_pass_a_closure_tell_the_guard_the_losses(plain):
+    lightning, skorch = needed("lightning"), needed("skorch")
+    module = make_lightning_module(lightning, guard=True)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=N_EPOCHS, accelerator="cpu", enable_checkpointing=False, **quiet)
+    trainer.fit(module, loader())
+    net = make_skorch_net(skorch, optimizer__guard=True)
+    net.fit(*(tensor.numpy() for tensor in data().tensors))
+    for optimizer, model in ((trainer.optimizers[0], module.net), (net.optimizer_, net.module_)):
+        assert optimizer.guard_status is not None
+        assert_same(model, plain)  # no failure, no difference
 
 
-def scripts():
-    """The scripts of the page."""
-    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    found = [block for block in blocks if "destroy_process_group" in block]
-    assert len(found) == 2
-    return found
+# -------------------- scripts of several processes, as the pages have them
+
+
+def script_of(page):
+    """The script of a page."""
+    [script] = re.findall(r"^```py\n(.*?)^```$", (PAGES / f"{page}.md").read_text(encoding="utf-8"), re.M | re.S)
+    return script
 
 
 def launch(script, folder):
@@ -204,7 +218,7 @@ def unexplained(weights):
 
 
 def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_one_process(tmp_path):
-    launch(scripts()[0], tmp_path)
+    launch(script_of("ddp"), tmp_path)
     saved = torch.load(tmp_path / "ddp.pt")
     assert unexplained(saved["model"]) < 0.2
     model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
@@ -214,6 +228,6 @@ def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_
 
 
 def test_script_of_fsdp2_learns_and_its_checkpoint_holds_whole_tensors(tmp_path):
-    launch(scripts()[1], tmp_path)
+    launch(script_of("fsdp"), tmp_path)
     dcp_to_torch_save(tmp_path / "fsdp", tmp_path / "whole.pt")
     assert unexplained(torch.load(tmp_path / "whole.pt", weights_only=False)["model"]) < 0.2

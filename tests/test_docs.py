@@ -20,9 +20,10 @@ from odeopt.suite.opponents import OPPONENTS
 from odeopt.tasks.datasets import import_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("docs", "docs/api", "docs/clients")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/api").glob("*.md"))]
+    for path in [ROOT / "README.md", *(path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md")))]
 }
 # what a page says, and what is as good for a test
 QUICKER = {
@@ -69,15 +70,21 @@ def tables(monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and blocks(page)])
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if page == "docs/clients.md":
+    if Path(page).parent.name == "clients":
         import_torchvision()  # which torchmetrics imports, also where its operators do not fit
-        for client in ("lightning", "accelerate", "transformers", "skorch"):
-            pytest.importorskip(client, reason="the extra `clients` is not installed")
+        pytest.importorskip(Path(page).stem, reason="the extra `clients` is not installed")
     code = "\n".join(blocks(page))
     for said, quick in QUICKER.get(page, []):
         assert said in code
         code = code.replace(said, quick)
     exec(code, {"__name__": page})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/clients/")])
+def test_page_of_a_client_tells_the_version_that_is_tested(page):
+    [(name, version)] = re.findall(r"Tested\s+with\s+(\w+)\s+(\d+\.\d+)", PAGES[page])
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert re.search(rf"^{name.lower()}=={re.escape(version)}\.", constraints, flags=re.MULTILINE)
 
 
 def test_own_measurements_are_learned_from(tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def files_imported(path):
 
 def test_nothing_is_installed_by_a_name_that_is_another_projects():
     root = PACKAGE.parent
-    texts = [*FILES, *root.glob("docs/*.md"), root / "README.md"]
+    texts = [*FILES, *root.glob("docs/**/*.md"), root / "README.md"]
     found = {path: re.findall(r"pip install.{0,9}odeopt", path.read_text(encoding="utf-8")) for path in texts}
     assert not any(found.values()), found
 

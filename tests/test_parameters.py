@@ -149,9 +149,9 @@ def test_groups_tell_the_rule_which_parameters_are_tables():
     assert not moved["bag.weight"].view(5, 4)[model.bag.weight.grad.abs().sum(-1) == 0].any()
 
 
-@pytest.mark.parametrize("module", [[nn.Parameter(torch.zeros(2))], nn.Linear, None])
+@pytest.mark.parametrize("module", [[nn.Parameter(torch.zeros(2))], nn.Linear(2, 2).parameters(), nn.Linear, None])
 def test_what_is_no_module_is_refused(module):
-    with pytest.raises(TypeError, match=r"`module` should be an nn.Module. Found `module = "):
+    with pytest.raises(TypeError, match=r"`module` should be an nn.Module: the model itself, .*\. Found `module = "):
         param_groups(module)
 
 

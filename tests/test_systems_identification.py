@@ -538,6 +538,25 @@ def test_times_in_units_far_too_small_are_what_a_fit_that_never_began_tells_of()
     assert result.losses == []
 
 
+def test_observations_far_too_large_are_what_a_fit_that_ends_in_its_first_pass_tells_of():
+    t = torch.arange(0, 2, 0.1)
+    degrees = 57.3 * torch.cos(2 * t)  # an angle that somebody forgot to convert
+    x = torch.stack((degrees.cos(), degrees.sin(), -114.6 * torch.sin(2 * t)), dim=-1)
+    model = make_model("port-Hamiltonian", "S", observes="velocity")
+    with pytest.warns(RuntimeWarning, match="in pass 1 of 3: bring `t` and `x` to units .*, or lower `lr`"):
+        result = fit(model, Trajectories(t, x.unsqueeze(1)), FitConfig(n_passes=3), progress_bar=False)
+    assert result.losses == []
+
+
+def test_windows_of_motions_are_fitted_as_the_motions_are():
+    """So motions of different lengths are stacked as windows."""
+    mechanism = pendulum()
+    motions = make_data(mechanism, n=4).train
+    given = (motions, motions.windows(4))
+    losses = [fit(model_of("port-Hamiltonian", mechanism), data, FitConfig(n_passes=2)).losses for data in given]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

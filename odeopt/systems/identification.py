@@ -126,8 +126,9 @@ def fit(
                 status = Status.NON_FINITE_STATE
                 bar.close()
                 advice = "lower `lr`"
-                if not optimizer.state:  # nothing has been learned yet
+                if not losses:  # no pass has gone well
                     advice = "bring `t` and `x` to units in which the motions are numbers of about one"
+                    advice += ", or lower `lr`" if optimizer.state else ""
                 message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: {advice}."
                 warnings.warn(message, RuntimeWarning, stacklevel=3)  # past the decorator
                 return FitResult(losses, status, message, time.perf_counter() - began)
