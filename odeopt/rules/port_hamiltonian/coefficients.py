@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-_FIRST_GROWTH = 1.5  # of the decay, as gradients become small
+_HELD_GROWTH = 1.5  # of the decay, before gradients have become small
 _REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
 
 
@@ -80,11 +80,13 @@ def depth_factor(n_matrices: int, power: float) -> float:
 def decay_growth(scale: Tensor, slow_scale: Tensor, bound: float, onset: float) -> Tensor:
     """Factor on the decay where gradients have become small, of their long-run magnitude over the present one.
 
-    It follows that ratio up to 1.5, or to ``onset`` if that is less, and again from ``onset`` on, by up to ``bound``.
+    It is that ratio, between 1 and ``bound``, but held at 1.5 until the ratio comes to ``onset``; from there on it
+    catches up with the square.
     """
     present = torch.maximum(scale, slow_scale / (bound * onset))
     ratio = slow_scale / torch.where(present > 0, present, 1.0)
-    return ratio.clamp(1.0, min(_FIRST_GROWTH, onset)) * (ratio / onset).clamp(min=1.0)
+    held = _HELD_GROWTH * (ratio / onset).clamp(min=1.0).square()
+    return torch.minimum(ratio, held).clamp(1.0, bound)
 
 
 def aligned_move(alignment: Tensor) -> Tensor:

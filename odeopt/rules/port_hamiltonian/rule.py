@@ -171,9 +171,9 @@ class PortHamiltonianUpdate(StagedRule):
             memory over that over a short one, at least 1. Normalised efforts do not shrink with the gradient. So where
             a network has learned its examples by heart and gradients vanish, the decay counts as if it were a part of
             the loss, while elsewhere it is decoupled. 1 is none.
-        decay_onset: Ratio of those magnitudes from which the decay grows in proportion to it; before, it grows by at
-            most half. Gradients fall by a few times in the course of any fit, and by hundreds where examples are known
-            by heart.
+        decay_onset: Ratio of those magnitudes up to which the decay grows by at most half; from there on it catches up
+            with the ratio, as its square. Gradients fall by a few times in the course of any fit, and by hundreds
+            where examples are known by heart. 1 is none.
         schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
             ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
             the run in place of the progress. ``"none"`` leaves the schedule to the network.

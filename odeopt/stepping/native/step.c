@@ -65,7 +65,7 @@
 #define SHORTEST 30.0f
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
-#define FIRST_GROWTH 1.5f
+#define HELD_GROWTH 1.5f
 #define SMALL_ROW 1e-4 /* of odeopt.rules.port_hamiltonian.kinetic */
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
 #define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
@@ -351,7 +351,8 @@ static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, co
     if (rule->decay_growth > 1.0f) {
         const float onset = rule->decay_onset, present = fmaxf(c->scale, c->slow_scale / (rule->decay_growth * onset));
         const float ratio = c->slow_scale / (present > 0.0f ? present : 1.0f);
-        c->decay *= fminf(fmaxf(ratio, 1.0f), fminf(FIRST_GROWTH, onset)) * fmaxf(ratio / onset, 1.0f);
+        const float beyond = fmaxf(ratio / onset, 1.0f), growth = fminf(ratio, HELD_GROWTH * beyond * beyond);
+        c->decay *= fminf(fmaxf(growth, 1.0f), rule->decay_growth);
     }
     if (rule->decay_horizon > 0.0f)
         c->decay *= powf(fmaxf(lasting / rule->decay_horizon, 1.0f), -rule->horizon_power);
