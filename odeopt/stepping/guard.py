@@ -37,13 +37,13 @@ class Guard:
     fails where a loss is not finite, or two in a row are far above all before them; where the mean of a window, or
     less of three in a row, has risen; and where the loss falls slowly, without having levelled off, and the fallback,
     tried for two windows, makes it fall faster. The parameters then return to the last good ones, and the fallback,
-    with a fresh state, takes over for ``patience`` windows. The rule comes back on probation: it fails as well where the
-    loss falls at less than half the pace that it had in the second half of the fallback's stay, unless it had levelled
-    off by then. Each further failure doubles the stay of the fallback, so that tries of a hopeless rule take a
-    logarithmic number of windows, and none begins that the run, if ``total_steps`` says how long it is, would not
-    outlast. A fallback that fails itself returns
-    to the last good parameters with a quarter of its learning rate, which grows again while the loss falls. From then
-    on it is also held to rises that are small but last, by Page's cumulative sum.
+    with a fresh state, takes over for ``patience`` windows. The rule comes back on probation: it fails as well where
+    the loss falls at less than half the pace that it had in the second half of the fallback's stay, unless it had
+    levelled off by then. Each further failure doubles the stay of the fallback, so that tries of a hopeless rule take
+    a logarithmic number of windows, and none begins that the run, if ``total_steps`` says how long it is, would not
+    outlast. A fallback that fails itself returns to the last good parameters with a quarter of its learning rate,
+    which grows again while the loss falls. From then on it is also held to rises that are small but last, by Page's
+    cumulative sum.
 
     A loss that has levelled off is no failure: a plateau above what the fallback would reach is not noticed once the
     rule has halved the loss. No further gradients are taken, unlike in the reference, where rule and fallback run
