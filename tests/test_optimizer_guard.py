@@ -317,6 +317,49 @@ def test_what_a_fallback_has_reached_is_kept_before_the_rule_is_tried_again(rise
     assert (kept[-1] == handed_back) is not rises
 
 
+@pytest.mark.parametrize(
+    ("stay", "then", "noise", "stays"),
+    [
+        ((0.5, 0.4, 0.36, 0.33), (0.33, 0.33), 0.06, False),  # of the stay, no window's fall stands out of the noise
+        ((0.5, 0.4, 0.36, 0.33), (0.30, 0.27), 0.06, True),
+        ((0.5, 0.34, 0.33, 0.33), (0.33, 0.33), 0.06, True),  # the fallback has levelled off, too
+        ((0.5, 0.36, 0.331, 0.33), (0.33, 0.33), 0.003, True),
+    ],
+)
+def test_a_rule_that_comes_back_has_to_go_on_at_half_the_pace_of_the_fallback(stay, then, noise, stays):
+    """Means of the windows of a rule that fails after the first, of the fallback, and of the rule on probation."""
+    draws = torch.randn(7, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    windows = torch.tensor([1.0, *stay, *then])[:, None] + noise * (draws - draws.mean(1, keepdim=True))
+    watch, _ = watched([*windows[0].tolist(), math.nan, *windows[1:].flatten().tolist()])
+    assert (watch.is_fallback == 0) is stays
+    assert watch.n_handovers == 1 + (not stays)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0])
+def test_one_high_loss_at_the_start_is_no_reason_to_keep_what_is_no_better(unit):
+    """The level of the start is the mean of all losses that were seen there, at returns as well."""
+    noise = 0.2 * torch.randn(3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    losses = 1 + noise - noise.mean(1, keepdim=True)
+    losses[0, 0] = 1.3
+    _, decisions = watched((unit * losses.flatten()).tolist())
+    assert sum(decision.snapshots for decision in decisions) == 1
+    watch, _ = watched([unit * loss for loss in (1.3, math.nan, 1.0, math.nan, 0.7)])
+    assert watch.kept == pytest.approx(unit)
+    assert watch.best == pytest.approx(1.3 * unit)  # no window has been closed
+
+
+def test_a_fallback_that_climbs_is_compared_with_the_losses_where_the_parameters_were_kept():
+    """Although the first window, whose mean is the best one so far, climbed as well."""
+    torch.manual_seed(0)
+    watch, options = Watch(), Guard()
+    for loss in (1.0, *[1.4] * 20, math.nan, *[1.0, math.nan] * 4):
+        watch.observe(loss, options, 0.0)
+    assert (watch.is_fallback, watch.kept) == (1.0, 1.0)
+    assert watch.best == 1.0
+    failed = [k for k, x in enumerate(1.2 + 0.02 * torch.randn(100)) if watch.observe(float(x), options, 0.0).restores]
+    assert failed
+
+
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_units_of_the_loss_do_not_matter(factor):
     torch.manual_seed(0)

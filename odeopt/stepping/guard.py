@@ -37,11 +37,13 @@ class Guard:
     fails where a loss is not finite, or two in a row are far above all before them; where the mean of a window, or
     less of three in a row, has risen; and where the loss falls slowly, without having levelled off, and the fallback,
     tried for two windows, makes it fall faster. The parameters then return to the last good ones, and the fallback,
-    with a fresh state, takes over for ``patience`` windows. The rule comes back on probation; each further failure
-    doubles the stay of the fallback, so that tries of a hopeless rule take a logarithmic number of windows, and none
-    begins that the run, if ``total_steps`` says how long it is, would not outlast. A fallback that fails itself returns
-    to the last good parameters with a quarter of its learning rate, which grows again while the loss falls. From then
-    on it is also held to rises that are small but last, by Page's cumulative sum.
+    with a fresh state, takes over for ``patience`` windows. The rule comes back on probation: it fails as well where
+    the loss falls at less than half the pace that it had in the second half of the fallback's stay, unless it had
+    levelled off by then. Each further failure doubles the stay of the fallback, so that tries of a hopeless rule take
+    a logarithmic number of windows, and none begins that the run, if ``total_steps`` says how long it is, would not
+    outlast. A fallback that fails itself returns to the last good parameters with a quarter of its learning rate,
+    which grows again while the loss falls. From then on it is also held to rises that are small but last, by Page's
+    cumulative sum.
 
     A loss that has levelled off is no failure: a plateau above what the fallback would reach is not noticed once the
     rule has halved the loss. No further gradients are taken, unlike in the reference, where rule and fallback run
@@ -129,7 +131,8 @@ class Watch:
     """Running account of the losses, in numbers that one tensor holds."""
 
     start: float = math.nan  # of the run: the first loss, or the mean of the first window if that is a little higher
-    kept: float = math.nan  # mean of the window at whose end the parameters were kept
+    kept: float = math.nan  # where the parameters were kept, mean of so many losses: of a window and after each return
+    n_kept: float = 0.0
     best: float = math.nan  # first loss, or mean of the lowest windows that noise does not tell apart, and their number
     n_best: float = 0.0
     noise: float = math.nan  # variance of a loss
@@ -142,6 +145,7 @@ class Watch:
     # windows in a row above the level that may not persist; under a fallback that has failed, the sum of its rises
     n_high: float = 0.0
     previous: float = math.nan  # mean of the window before
+    middle: float = math.nan  # mean half way through the stay of the fallback, or of where that began
     level: float = math.nan  # mean at the last look at progress, or at the last change of the factor
     n_looks: float = 0.0
     pace: float = 0.0  # fall per window of the other one, when it last stepped
@@ -187,8 +191,12 @@ class Watch:
     def _begin(self, loss: float, options: Guard) -> None:
         """Compare with the best mean still, unless the surface has risen since the parameters were kept."""
         self.is_new = 0.0
+        self.n_kept += 1
+        self.kept += (loss - self.kept) / self.n_kept
+        if self.n_best and self.kept < self.best:  # which may be of a window that climbed
+            self.best, self.n_best = self.kept, self.n_kept / options.window
         if self.n_best and loss > self.best + options.tolerance * self._scale + _HIGH * math.sqrt(self.noise):
-            self.best, self.kept, self.n_best = loss, loss, 0.0
+            self.best, self.kept, self.n_best, self.n_kept = loss, loss, 0.0, 1.0
 
     @property
     def _scale(self) -> float:
@@ -237,7 +245,8 @@ class Watch:
         elif mean < best + _LEVEL * error:  # the mean, because the least of many means is a lucky one
             self.n_best = min(self.n_best + 1, _N_BEST)
             self.best += (mean - best) / self.n_best
-        is_good = self._is_good(mean, error, limit, options)
+        is_good = self._is_good(mean, limit, options)
+        error = min(error, math.sqrt(2 * variance / self.n))  # noise falls with the loss, faster than its mean above
         self.countdown -= 1
         judge = self._judge_fallback if self.is_fallback else self._judge_rule
         self._empty_window()
@@ -245,13 +254,15 @@ class Watch:
         self.previous = mean
         return decision if decision.restores else decision._replace(snapshots=is_good or decision.snapshots)
 
-    def _is_good(self, mean: float, error: float, limit: float, options: Guard) -> bool:
+    def _is_good(self, mean: float, limit: float, options: Guard) -> bool:
         """Whether to keep the parameters: not in place of others that are as good, which are less likely broken."""
         least = 0.0 if self._is_proven(mean) else options.tolerance / 2 * self._scale
+        error = math.sqrt(self.noise * (1 / self.n + 1 / self.n_kept))
         is_good = mean < self.kept - max(least, _LEVEL * error)
         # not at the end of a window in which the loss has begun to rise
         is_good = is_good and self.last <= min(limit, mean) + math.sqrt(self.noise)
-        self.kept = mean if is_good else self.kept
+        if is_good:
+            self.kept, self.n_kept = mean, self.n
         return is_good
 
     def _is_proven(self, mean: float) -> bool:
@@ -284,23 +295,28 @@ class Watch:
         """End a trial, or a stay unless the run ends sooner than the next stay would."""
         if self.factor < 1 and not self.is_tried and mean < self.level - _LEVEL * error:
             self.factor, self.level, self.n_high = 4 * self.factor, mean, 0.0
+        if self.countdown >= self.stay / 4:  # which has been doubled for the next time
+            self.middle = mean
         if self.countdown > 0:
             return Decision()
         if self.is_tried:
             if self.level - mean > _PROBATION * (1.5 * max(self.pace, 0.0)) + error:
-                self.is_tried, self.countdown, self.stay = 0.0, self.stay, 2 * self.stay
+                self.is_tried, self.countdown, self.stay, self.middle = 0.0, self.stay, 2 * self.stay, mean
                 return Decision()
             self.interval *= 2
             return self._hand_back(mean, restores=mean > self.level + _LEVEL * error)
         if steps_left < self.stay * options.window:
             return Decision()
-        fall = self.previous - mean
-        self.pace = fall if fall > _LEVEL * error else 0.0
+        fall = self.middle - mean
+        pace = min(fall / math.ceil(self.stay / 4), self.previous - mean + _LEVEL * error)  # it may have levelled off
+        is_falling = fall > _LEVEL * error and pace * options.patience > options.tolerance / 2 * abs(mean)
+        self.pace = pace if is_falling else 0.0
         decision = self._hand_back(mean, restores=False)
         self.is_tried, self.countdown = 1.0, _PROBATION
         if self.factor < 1 or mean > self.kept + _LEVEL * error:  # a fallback that has failed may be climbing
             return decision
-        self.kept = mean  # else a rule that fails again would lose the steps since a window that was a lucky one
+        # else a rule that fails again would lose the steps since a window that was a lucky one
+        self.kept, self.n_kept = mean, options.window
         return decision._replace(snapshots=True)
 
     def _fail(self, options: Guard) -> Decision:
@@ -311,7 +327,7 @@ class Watch:
             self.interval *= 2
             self._hand_back(self.level, restores=True)
         else:
-            self.factor, self.level = self.factor / 4, self.kept
+            self.factor, self.level, self.middle = self.factor / 4, self.kept, self.kept
         return self._restore()
 
     def _restore(self) -> Decision:
@@ -321,7 +337,7 @@ class Watch:
 
     def _hand_over(self) -> Decision:
         self.is_fallback, self.is_tried = 1.0, 0.0
-        self.countdown, self.stay, self.level = self.stay, 2 * self.stay, self.kept
+        self.countdown, self.stay, self.level, self.middle = self.stay, 2 * self.stay, self.kept, self.kept
         self.n_handovers += 1
         return Decision(begins_anew=True)
 
