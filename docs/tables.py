@@ -34,6 +34,7 @@ from coordinate_check import table as changes_of_outputs  # noqa: E402
 from depth import table as losses_over_rates  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
+from laws import table as losses_without_laws  # noqa: E402
 
 FIGS = ROOT / "figs"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of the table -->", re.DOTALL)
@@ -302,6 +303,12 @@ def depth() -> str:
     return losses_over_rates(read("depth"), markdown=True)
 
 
+def laws() -> str:
+    """Losses of the default rule without each of its laws over those of the whole rule."""
+    found = read_suite("laws")
+    return NO_SUITE if found is None else losses_without_laws(found, markdown=True)
+
+
 def guard() -> str:
     """Final losses of rules alone, of the fallback alone and under the guard."""
     return guarded_losses(read("guard"), markdown=True)
@@ -324,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generalisation": generalisation,
     "guard": guard,
     "kinetic": energies,
+    "laws": laws,
     "matrix": matrix,
     "meta_seeds": meta_seeds,
     "optimizers_view": optimizers_view,
