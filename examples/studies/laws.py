@@ -7,25 +7,15 @@ are done.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
-from unseen import RULE, parse
+from unseen import RULE, chosen, parse
 
 import odeopt
 from odeopt.report import draw_table
-from odeopt.suite import Suite, evaluate_suite, learned, opponents
-from odeopt.suite.networks import (
-    CharacterGRU,
-    CharacterTransformer,
-    CoordinateNetwork,
-    Perceptron,
-    ResidualNet,
-    VariationalAutoencoder,
-    VisionTransformer,
-)
+from odeopt.suite import Suite, evaluate_suite, learned, networks, opponents
 from odeopt.suite.opponents import REFERENCE
 from odeopt.suite.problems import Characters, Images, Picture, Pixels, Problem, evidence_bound, next_character
 
@@ -49,23 +39,23 @@ def problems(dataset: str, data_dir: str | None) -> dict[str, Problem]:
     pixels, text, short = Pixels(8, dataset, data_dir), Characters(), Characters(32, 8)
 
     def perceptron(*widths: int, activation: type[nn.Module] = nn.ReLU) -> partial:
-        return partial(Perceptron, images.side**2, widths, 10, activation)
+        return partial(networks.Perceptron, images.side**2, widths, 10, activation)
 
     def transformer(data: Characters, width: int, n_layers: int) -> partial:
-        return partial(CharacterTransformer, data.n_characters, data.context, width=width, n_layers=n_layers)
+        return partial(networks.CharacterTransformer, data.n_characters, data.context, width=width, n_layers=n_layers)
 
-    vae = partial(VariationalAutoencoder, pixels.side**2, width=64, n_latents=8)
-    vit = partial(VisionTransformer, images.side, width=32, n_layers=2)
-    recurrent = partial(CharacterGRU, short.n_characters, n_embedded=32, width=64)
+    vae = partial(networks.VariationalAutoencoder, pixels.side**2, width=64, n_latents=8)
+    vit = partial(networks.VisionTransformer, images.side, width=32, n_layers=2)
+    recurrent = partial(networks.CharacterGRU, short.n_characters, n_embedded=32, width=64)
     every = [
         (250, transformer(text, 64, 2), text, next_character),
         (300, transformer(short, 48, 3), short, next_character),
         (600, perceptron(64, 64), images),
         (400, perceptron(128, 128, 128, 128), images),
-        (300, partial(ResidualNet, (4, 8)), images),
+        (300, partial(networks.ResidualNet, (4, 8)), images),
         (300, vit, images),
         (500, vae, pixels, evidence_bound),
-        (1000, partial(CoordinateNetwork, 2, (64, 64)), Picture(24), F.mse_loss),
+        (1000, partial(networks.CoordinateNetwork, 2, (64, 64)), Picture(24), F.mse_loss),
         (250, recurrent, short, next_character),
         (600, perceptron(50), few),
         (300, perceptron(20, activation=nn.Sigmoid), images),
@@ -87,15 +77,12 @@ def table(found: Suite, *, markdown: bool = False) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the rule and its variants, print the table and draw the figure."""
     args = parse(argv, "laws", __doc__, NAMES)
-    chosen = problems(args.dataset, args.data_dir)
-    chosen = {name: chosen[name] for name in args.problems or chosen}
-    if args.steps is not None:
-        chosen = {name: replace(problem, n_steps=args.steps) for name, problem in chosen.items()}
     rule = odeopt.load_pretrained(RULE)
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
     contenders |= {name: learned(rule.with_options(**options), name) for name, options in LAWS.items()}
     path = args.out / "laws.json"
-    found = evaluate_suite(chosen, contenders, path=path, n_runs=args.runs, device=args.device)
+    every = chosen(problems(args.dataset, args.data_dir), args)
+    found = evaluate_suite(every, contenders, path=path, n_runs=args.runs, device=args.device)
     print(table(found, markdown=args.markdown))
     print(f"\nsaved {path} and {found.plot(path.with_suffix('.png'), title='Laws of the default rule')}")
 

@@ -38,17 +38,20 @@ def compare(
     name: str, title: str, problems: Mapping[str, Problem], opponents_: Iterable[str], args: argparse.Namespace
 ) -> None:
     """Run the rule, trained and not, and opponents on those of the problems that are asked for."""
-    chosen = {key: problems[key] for key in args.problems or problems}
-    if args.steps is not None:
-        chosen = {key: replace(problem, n_steps=args.steps) for key, problem in chosen.items()}
     rule = odeopt.load_pretrained(RULE)
     contenders = {key: opponents()[0][key] for key in opponents_}
     for each in (learned(rule, RULE), learned(untrained(rule), f"{RULE}, untrained")):
         contenders[each.name] = each
     path = args.out / f"{name}.json"
-    suite = evaluate_suite(chosen, contenders, path=path, n_runs=args.runs, device=args.device)
+    suite = evaluate_suite(chosen(problems, args), contenders, path=path, n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
     print(f"\nsaved {path} and {suite.plot(path.with_suffix('.png'), title=title)}")
+
+
+def chosen(problems: Mapping[str, Problem], args: argparse.Namespace) -> dict[str, Problem]:
+    """Those of the problems that are asked for, of as many steps as are asked for."""
+    found = {key: problems[key] for key in args.problems or problems}
+    return {key: replace(problem, n_steps=args.steps or problem.n_steps) for key, problem in found.items()}
 
 
 def parse(argv: list[str] | None, name: str, description: str, names: Iterable[str]) -> argparse.Namespace:
