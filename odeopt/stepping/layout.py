@@ -264,14 +264,14 @@ class Layout:
 
     def _step(self, plan: Plan) -> int:
         """Step the buckets of a plan; return how many skipped gradients are known of without a host synchronisation."""
+        n_skipped, left = 0, plan.placed
         if plan.native is not None:
-            n_skipped = plan.native.step([*map(self._native_options, plan.groups)])
-            if n_skipped is not None:
-                return n_skipped
-        moved = [placed for placed in plan.placed if any(param.grad is not None for param in placed.bucket.params)]
+            n_skipped, numbers = plan.native.step([*map(self._native_options, plan.groups)])
+            left = [plan.placed[number] for number in numbers]
+        moved = [placed for placed in left if any(param.grad is not None for param in placed.bucket.params)]
         for placed in moved:
             step_bucket(placed.rule, placed.bucket, self.options(placed), plan.kernels)
-        return sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
+        return n_skipped + sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
 
     def _native_options(self, group: Group) -> GroupOptions:
         done = _share_done(group)

@@ -99,6 +99,7 @@ class NativeStep:
         self._groups = (Group * (1 + max(groups)))()
         self.params = [param for bucket in buckets for param in bucket.params]
         self._sizes, self._dtypes = zip(*((param.numel(), param.dtype) for param in self.params), strict=True)
+        self._numbers = [number for number, bucket in enumerate(buckets) for _ in bucket.params]
         tensors = [(bucket, index, shape) for bucket in buckets for index, shape in enumerate(bucket.shapes)]
         numbers = [number for bucket, number in zip(buckets, groups, strict=True) for _ in bucket.shapes]
         # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
@@ -134,39 +135,47 @@ class NativeStep:
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
             tensor.skips_zeros, tensor.group = bucket.is_stack, number
 
-    def step(self, groups: Sequence[GroupOptions]) -> int | None:
+    def step(self, groups: Sequence[GroupOptions]) -> tuple[int, Sequence[int]]:
         """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
+
+        Buckets are left to the eager step where one of their gradients is no plain tensor in the dtype and of the size
+        of its parameter, and all are where something has to see each operation (modes of dispatch, ``torch.func``).
 
         Args:
             groups: Options of each group.
 
         Returns:
-            Number of gradients that were not finite; None where nothing has been done, because these gradients or what
-            surrounds the step (modes of dispatch, ``torch.func``) ask for the eager step.
+            Number of gradients that were not finite; and numbers of the buckets that are left, which have not moved.
 
         Raises:
             MemoryError: If there is none for a few numbers per tensor.
         """
         if is_watched():
-            return None
-        grads, values, copies = [], [], []
+            return 0, range(len(self.buckets))
+        grads, values, copies, odd = [], [], [], set()
         for param, n, dtype in zip(self.params, self._sizes, self._dtypes, strict=True):
             grad = param.grad
+            if grad is not None and (
+                type(grad) is not Tensor or grad.dtype is not dtype or not n == grad.numel() == param.numel()
+            ):
+                odd.add(self._numbers[len(grads)])
+                grad = None
             if grad is None:
                 grads.append(None)
                 values.append(None)
                 continue
-            if type(grad) is not Tensor or grad.dtype is not dtype or not n == grad.numel() == param.numel():
-                return None
             if not grad.is_contiguous() or grad.is_neg():
                 grad = grad.resolve_neg().contiguous()
             if param.is_contiguous():
                 value = param
             else:
                 value = param.detach().contiguous()
-                copies.append((param, value))
+                copies.append((len(values), value))
             grads.append(grad)
             values.append(value)
+        if odd:
+            grads, values = ([None if n in odd else x for n, x in zip(self._numbers, some, strict=True)]
+                             for some in (grads, values))  # fmt: skip
         options, found = self._options, library()
         with self._lock:
             for group, (lr, decay, progress, maximize) in zip(self._groups, groups, strict=True):
@@ -181,11 +190,12 @@ class NativeStep:
             n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, self._groups, options)
         if n_skipped < 0:
             raise MemoryError("There is no memory for the sums of a step.")
-        for param, value in copies:
-            param.copy_(value)
+        for index, value in copies:
+            if values[index] is not None:
+                self.params[index].copy_(value)
         # autograd has to know that tensors which it keeps have changed
         torch.autograd.graph.increment_version([x for x in values if x is not None])
-        return n_skipped
+        return n_skipped, sorted(odd)
 
     def _pointers_to(self, values: list[Tensor | None]) -> list[int | None]:
         """Addresses of all tensors, from the parameters or their gradients; None for those without a gradient."""
