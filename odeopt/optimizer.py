@@ -378,7 +378,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: ``params`` and the options that differ from the defaults; it is not changed. Other names are
-                kept as they are, as in ``torch.optim``, unless they look like an option that is misspelt.
+                kept as they are, as in ``torch.optim``, unless they look like an option that is misspelt. A parameter
+                that is listed twice is kept, and stepped, once.
 
         Raises:
             ValueError: If an option is out of range or misspelt, or a parameter is complex, sparse, there already,
@@ -389,6 +390,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             param_group = dict(param_group)  # the base class fills it in: optimizers would share the counters in it
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        first: dict[Tensor, int] = {}
+        for index, param in enumerate(group["params"]):
+            first.setdefault(param, index)
+        if len(first) < len(group["params"]):  # torch warns of it
+            for name in {"params", "param_names"} & group.keys():
+                group[name] = [group[name][index] for index in first.values()]
         group.update(n_steps=self.n_steps if len(self.param_groups) > 1 else 0, n_skipped=0)
         group["rule_digest"] = self.defaults["rule_digest"]  # of a group of another optimizer too
         group.pop("momentum", None)

@@ -1,5 +1,6 @@
 """The step in C: equal to the eager one, for all that it takes, and out of the way where it is not."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -68,12 +69,14 @@ def params_of(optimizer):
     return optimizer.param_groups[0]["params"]
 
 
-def give(optimizers, step, *, scale=1.0):
-    """Set the same gradients, which a tenth of the coordinates sees a hundred times as large."""
+def give(optimizers, step, *, scale=1.0, broken=()):
+    """Set the same gradients, which a tenth of the coordinates sees a hundred times as large; some are not finite."""
     generator = torch.Generator().manual_seed(step + 1)
-    for params in zip(*map(params_of, optimizers), strict=True):
+    for number, params in enumerate(zip(*map(params_of, optimizers), strict=True)):
         grad = scale * torch.randn(params[0].shape, generator=generator)
         grad = torch.where(torch.rand(grad.shape, generator=generator) < 0.1, 100 * grad, grad)
+        if number in broken:
+            grad[0] = torch.inf
         for param in params:
             param.grad = grad.to(param.device, param.dtype)
 
@@ -730,6 +733,39 @@ def test_gradients_of_a_subclass_take_the_eager_step():
             optimizer.step()
     for a, b in zip(*map(params_of, optimizers), strict=True):
         assert torch.equal(a, b)
+
+
+def test_gradient_of_an_odd_kind_leaves_only_its_bucket_to_the_eager_step():
+    shapes = [(70_000,), (5,), (1030,)]  # the small ones are packed into one bucket
+    (eager, native), (_, odd) = (pair(port_hamiltonian(), shapes) for _ in range(2))
+    for step in range(3):
+        give([eager, native, odd], step, broken=(0, 2) if step == 2 else ())
+        params_of(odd)[1].grad = params_of(odd)[1].grad.as_subclass(Subclass)
+        for optimizer in (eager, native, odd):
+            optimizer.step()
+    wanted = [params_of(native)[0], *params_of(eager)[1:]]
+    assert all(map(torch.equal, params_of(odd), wanted))
+    assert not torch.equal(params_of(eager)[0], params_of(native)[0])  # to rounding
+    assert odd.n_skipped == 2
+
+
+@pytest.mark.parametrize("size", [3, 70_000])
+def test_parameter_that_is_listed_twice_is_stepped_once(size):
+    moved = []
+    for implementation in ("eager", "native"):
+        for n_times in (1, 2):
+            param = parameter(torch.ones(size), torch.ones(size))
+            named = [*[("twice", param)] * n_times, ("once", parameter([1.0], [2.0]))]
+            with pytest.warns(UserWarning, match="duplicate parameters") if n_times == 2 else contextlib.nullcontext():
+                optimizer = LearnedOptimizer(named, port_hamiltonian(), implementation=implementation)
+            assert optimizer.param_groups[0]["param_names"] == ["twice", "once"]
+            for _ in range(2):
+                optimizer.step()
+            moved.append(param.detach())
+    assert torch.equal(moved[0], moved[1])
+    assert torch.equal(moved[2], moved[3])
+    torch.testing.assert_close(moved[2], moved[0], rtol=1e-6, atol=0)  # a rounding of float32
+    assert not torch.equal(moved[0], torch.ones(size))
 
 
 @pytest.mark.parametrize("implementation", ["fast", None, True])
