@@ -39,6 +39,7 @@ from odeopt.stepping.guard import (
 )
 from odeopt.stepping.layout import Layout, is_within
 from odeopt.stepping.shards import Shard
+from odeopt.stepping.traced import register, trace_step
 
 # Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
 _LARGE_DECAY = 0.01
@@ -56,9 +57,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     Learning-rate schedulers, gradient clipping, ``GradScaler``, hooks, parameter groups, checkpoints, pickling,
     ``DistributedDataParallel`` and ``fully_shard`` work as with any optimizer of ``torch.optim``; ``torch.compile``
-    leaves a step out, as one graph break. The rule's state lives in ``state[param]`` under the names of the rule's
-    ``NamedTuple``, in the shape of the parameter; as in ``torch.optim``, each step changes it in place, and what is
-    edited, replaced or deleted there, or in the groups, counts from the next step on.
+    leaves a step out, as one graph break, or holds it as one operation (``capturable``). The rule's state lives in
+    ``state[param]`` under the names of the rule's ``NamedTuple``, in the shape of the parameter; as in ``torch.optim``,
+    each step changes it in place, and what is edited, replaced or deleted there, or in the groups, counts from the next
+    step on.
 
     The native step takes all parameters in place, in one call. Elsewhere they are stepped in a few calls:
     large ones in place, all others (under 2**16
@@ -110,7 +112,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
-            A number given as ``lr`` is frozen into the graph; a tensor is not.
+            A number given as ``lr`` is frozen into the graph; a tensor is not. On a CPU, and without ``averaging``,
+            graphs of ``torch.compile`` hold the step then, also with ``fullgraph=True``, as one operation: where an
+            ``lr`` that is a number changes, they are compiled anew. Compiled code must not touch :attr:`state`, of
+            which the graph does not know.
         averaging: Power r of an average of the weights over the run, :math:`\bar\theta_t \propto \sum_{s \le t} s^r
             \theta_s` (about; see the reference), in place of a schedule where the length of the run is not known: 8 is
             a good value. (.9 and more, but less than 1, is warned of: such are the decays of exponential averages.)
@@ -188,6 +193,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.implementation, self.state_dtype = implementation, state_dtype
         self.capturable, self.averaging = capturable, averaging
         self._warned: set[Hashable] = set()
+        self._handle = register(self)
         self._layout = self._new_layout(is_fallback=False)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
         defaults |= {"is_table": False, "is_stack": False}
@@ -219,6 +225,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return int(self.param_groups[0]["n_steps"])
 
     @property
+    @torch._disable_dynamo
     def n_skipped(self) -> int:
         """Number of gradients skipped so far, one per tensor and step, because they were not finite."""
         self._layout.count_skipped(self.param_groups)
@@ -251,8 +258,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if self._sentry is not None:
             self._sentry.forget()
 
-    @torch._disable_dynamo  # unlike torch.compiler.disable it does not import the compiler before it is needed
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient.
 
@@ -268,6 +273,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 moved then.
             RuntimeError: If the parameters hold averages (:meth:`eval`), or a guard was not told the loss.
         """
+        if torch.compiler.is_dynamo_compiling() and closure is None and trace_step(self, self._handle):
+            return None
+        return self._step_now(closure)
+
+    @torch._disable_dynamo  # unlike torch.compiler.disable it does not import the compiler before it is needed
+    @torch.no_grad()
+    def _step_now(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step, left out of what is compiled."""
         if averages.are_shown(self.state):
             raise RuntimeError("The parameters hold the averaged weights: call `optimizer.train()` before a step.")
         loss = None
@@ -338,6 +351,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         implementation = "eager" if self.implementation == "eager" else "auto"  # "native" is asked of the rule alone
         return Layout(self._sentry.rule, self._sentry.lr, implementation, self.state_dtype)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
         """Tell what the next step will do to each parameter that has a gradient; nothing moves.
@@ -505,6 +519,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._handle = register(self)
         self._layout = self._new_layout(is_fallback=self._sentry is not None and self._sentry.is_fallback)
         for group in self.param_groups:
             group["rule_digest"] = self.defaults["rule_digest"]
