@@ -359,8 +359,8 @@ def test_they_come_in_mixtures():
     [
         (lambda: images("pyramid"), r"`architecture` should be one of normalised, .*Found `architecture = 'pyramid'`"),
         (lambda: images("attention", width=5), r"`width` should be even for two heads. Found `width = 5`"),
-        (lambda: images("residual", width=0), r"`width` should be positive. Found `width = 0`"),
-        (lambda: images("residual", depth=0), r"`depth` should be positive. Found `depth = 0`"),
+        (lambda: images("residual", width=0), r"`width` should be a positive integer. Found `width = 0`"),
+        (lambda: images("residual", depth=0), r"`depth` should be a positive integer. Found `depth = 0`"),
         (
             lambda: images("residual", activation="swish"),
             r"`activation` should be .* Found `activation = 'swish'`",
@@ -381,8 +381,8 @@ def test_they_come_in_mixtures():
         (lambda: coordinates(detail=-1.0), r"`detail` should be a positive number, .* Found `detail = -1.0`"),
         (lambda: coordinates(dataset="digits", detail=1.0), r"`detail` should be .* None where there is a dataset"),
         (lambda: coordinates(dataset="digits", n_channels=3), r"`n_channels` should be 1 where there is a dataset"),
-        (lambda: coordinates(n_points=-3), r"`n_points` should be a positive integer. Found `n_points = -3`"),
-        (lambda: coordinates(n_points=0), r"`n_points` should be a positive integer. Found `n_points = 0`"),
+        (lambda: coordinates(n_points=-3), r"`n_points` should be a positive integer or None. Found `n_points = -3`"),
+        (lambda: coordinates(n_points=0), r"`n_points` should be a positive integer or None. Found `n_points = 0`"),
         (lambda: coordinates(split="test"), r"`split` should be one of meta-train, .* Found `split = 'test'`"),
         (lambda: text(expansion=0), r"`expansion` should be a positive integer. Found `expansion = 0`"),
         (lambda: text(context=0), r"`context` should be a positive integer. Found `context = 0`"),
@@ -391,11 +391,11 @@ def test_they_come_in_mixtures():
         (lambda: text(n_characters=8), r"`n_characters` should be between 9 and .* Found `n_characters = 8`"),
         (lambda: text(n_characters=0.99999), r"`n_characters` should be between 9 and .* `n_characters = 0.99999`"),
         (lambda: TextRecurrence(cell="rnn"), r"`cell` should be one of plain, gru, lstm. Found `cell = 'rnn'`"),
-        (lambda: images("residual", batch_size=0), r"`batch_size` should be positive. Found `batch_size = 0`"),
+        (lambda: images("residual", batch_size=0), r"`batch_size` should be a positive integer. Found .* = 0`"),
         (lambda: SequencePrediction("residual"), r"`architecture` should be one of attention, recurrent"),
         (lambda: SequencePrediction(n_symbols=1), r"`n_symbols` should be at least 2. Found `n_symbols = 1`"),
         (lambda: SequencePrediction(length=1), r"`length` should be at least 2. Found `length = 1`"),
-        (lambda: SequencePrediction(batch_size=0), r"`batch_size` should be positive. Found `batch_size = 0`"),
+        (lambda: SequencePrediction(batch_size=0), r"`batch_size` should be a positive integer. Found .* = 0`"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, require_positive
 from odeopt.ode import Solution, integrate, is_fixed_step
 from odeopt.ode.checks import check_times
 from odeopt.ode.torchdiffeq import ATOL, RTOL, time_of_event
@@ -122,10 +122,8 @@ def gradient_flow(
         >>> bool((flow.losses[1:] < flow.losses[:-1]).all())
         True
     """
-    for name, value in (("scale", scale), ("kappa", kappa)):
-        require(is_number(value) and value > 0, name, value, "a positive number")
-    is_tolerance = until_norm is None or (is_number(until_norm) and until_norm > 0)
-    require(is_tolerance, "until_norm", until_norm, "a positive number or None")
+    require_positive(scale=scale, kappa=kappa)
+    require_positive(until_norm=until_norm, or_none=True)
     system, z = _system_of(rule, friction, gain, z)
     require(system.n_inputs == 1, "rule", f"a system of {system.n_inputs} inputs", "a system of one input")
     params, batch = task.init_params(indices, seed), task.sample_batch(indices, step, seed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 from .base import Batch, Params, Task, declared
 from .random import integers, random_bits
@@ -73,7 +73,7 @@ class ModuleTask(Task):
         for parameter, value in (("make_module", make_module), ("loss_fn", loss_fn)):
             if not callable(value) or (parameter == "make_module" and isinstance(value, nn.Module)):
                 raise TypeError(f"Parameter `{parameter}` should be a function. Found `{parameter} = {value!r}`.")
-        require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "a positive integer")
+        require_counts(batch_size=batch_size)
         self.make_module = make_module
         module = self._build(0)
         if not isinstance(module, nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 from .base import Batch
 from .classification import load_split
@@ -134,7 +134,6 @@ class ImageTask(NetworkTask):
     n_examples: float | None = None
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
-        require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "positive")
         dataset, members = load_split(dataset, self.split)
         # all images, which tasks share, and not a copy of the split, of which a mixture would hold dozens
         self.images, self.labels, self.members = dataset.train_images, dataset.train_labels, members
@@ -243,7 +242,7 @@ class VisionTransformer(TransformerFields, ImageTask):
     patch: int = 4
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
-        require(is_integer(self.patch) and self.patch >= 1, "patch", self.patch, "a positive integer")
+        require_counts(patch=self.patch)
         super().__post_init__(dataset)
 
     def build(self) -> nn.Module:

@@ -52,7 +52,6 @@ class SequencePrediction(NetworkTask):
         wanted = f"one of {', '.join(SEQUENCE_ARCHITECTURES)}"
         require(self.architecture in SEQUENCE_ARCHITECTURES, "architecture", self.architecture, wanted)
         check_network(self.width, self.depth, self.activation)
-        require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "positive")
         is_right = self.architecture != "attention" or self.width % 2 == 0
         require(is_right, "width", self.width, "even for two heads")
         for name in ("n_symbols", "length"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 from .base import Batch
 from .classification import SPLITS
@@ -99,9 +99,7 @@ class TextNetwork(NetworkTask):
     split: str = "meta-train"
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch_size"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        require_counts(context=self.context)
         require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
         require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
         self.symbols = _symbols().tensor_split(2)[SPLITS.index(self.split)]

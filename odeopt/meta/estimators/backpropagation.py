@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_number, require, require_counts
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators.base import Estimator
 from odeopt.meta.unroll import detached, unroll
@@ -51,9 +51,7 @@ class Backpropagation(Estimator):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("truncation", "checkpoint_every"):
-            value = getattr(self, name)
-            require(value is None or (is_integer(value) and value >= 1), name, value, "a positive integer or None")
+        require_counts(truncation=self.truncation, checkpoint_every=self.checkpoint_every, or_none=True)
         require(isinstance(self.detach, bool), "detach", self.detach, "true or false")
         is_damping = is_number(self.damping) and 0 < self.damping <= 1
         require(is_damping, "damping", self.damping, "a number in (0, 1]")

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import require, require_counts, require_positive
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators.base import Estimator
-from odeopt.meta.estimators.es import bounded, require_perturbations
+from odeopt.meta.estimators.es import bounded
 from odeopt.meta.estimators.perturbations import Noise, differences_of_pairs, perturbed
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
@@ -121,7 +121,9 @@ class PersistentEvolutionStrategies(Estimator):
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        require_perturbations(self, ("n_pairs", "truncation", "n_groups"))
+        require_counts(n_pairs=self.n_pairs, truncation=self.truncation, n_groups=self.n_groups)
+        require_positive(sigma=self.sigma, ceiling=self.ceiling)
+        require_positive(clip=self.clip, or_none=True)
         object.__setattr__(self, "_runs", _Runs([None] * self.n_groups))  # no option: it changes from call to call
 
     def fresh(self) -> Self:
