@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from odeopt.rules.base import UpdateRule
 
@@ -60,7 +61,7 @@ def response(rule: UpdateRule) -> Response:
     update = _last_update(rule, [matrix.flatten()] * _N_STEPS, (32, 32)).view(32, 32)
     along = -(left.mT @ update @ right).diagonal()
     step = torch.arange(1.0, _HORIZON + 1)
-    return Response(*_double((gradient, updates, step, sizes, values, along)))
+    return tree_map(Tensor.double, Response(gradient, updates, step, sizes, values, along))
 
 
 def _past(past: float, gradient: Tensor) -> list[Tensor]:
@@ -82,7 +83,3 @@ def _updates(rule: UpdateRule, gradients, shape: tuple[int, ...], *, is_told: bo
         update, state = rule(gradient, state, param=param, shape=shape, progress=progress)
         updates.append(update)
     return updates
-
-
-def _double(found):
-    return ({k: x.double() for k, x in part.items()} if isinstance(part, dict) else part.double() for part in found)

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from odeopt.checks import is_number, require, require_counts
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators.base import Estimator
-from odeopt.meta.unroll import detached, unroll
+from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 
 
@@ -69,7 +70,7 @@ class Backpropagation(Estimator):
             meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon, first=first).mean()
             # a segment's weights sum to its share of the horizon; gradients of segments should be comparable
             (meta_loss * (horizon / n_steps)).backward()
-            _, params, states = detached(trajectory)
+            params, states = tree_map(Tensor.detach, (trajectory.params, trajectory.states))
             meta_loss = meta_loss.detach() * (horizon / n_steps)
             yield meta_loss if world.size == 1 else _averaged(rule, meta_loss, len(indices), world)
 
