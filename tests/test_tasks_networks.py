@@ -20,7 +20,7 @@ from odeopt.tasks import (
     VisionTransformer,
 )
 from odeopt.tasks.autoencoders import LIKELIHOODS
-from odeopt.tasks.layers import CELLS, NORMS, AsPatches, Recurrence, Residual, SelfAttention, recurrent_layer
+from odeopt.tasks.layers import CELLS, NORMS, AsPatches, Recurrence, Residual, SelfAttention
 from odeopt.tasks.networks import ARCHITECTURES
 from odeopt.tasks.random import normal
 from odeopt.tasks.sequences import SEQUENCE_ARCHITECTURES
@@ -169,7 +169,7 @@ def test_norms_stand_where_they_are_named():
 @pytest.mark.parametrize(("cell", "theirs"), [("gru", nn.GRU), ("lstm", nn.LSTM)])
 def test_gated_cells_are_what_torch_computes(cell, theirs):
     torch.manual_seed(0)
-    ours, theirs = recurrent_layer(cell, 4, "tanh"), theirs(4, 4, batch_first=True)
+    ours, theirs = CELLS[cell](4, "tanh"), theirs(4, 4, batch_first=True)
     with torch.no_grad():
         theirs.weight_ih_l0.copy_(ours.inputs.weight)
         theirs.bias_ih_l0.copy_(ours.inputs.bias)

@@ -16,7 +16,6 @@ from odeopt.checks import require, require_counts, require_positive
 from .perceptron import ACTIVATIONS
 
 NORMS = ("pre", "post", "none")
-CELLS = ("plain", "gru", "lstm")
 
 
 class Activation(nn.Module):
@@ -192,10 +191,7 @@ class LongShortTermMemory(Recurrence):
         return torch.sigmoid(o) * self.activation(c), c
 
 
-def recurrent_layer(cell: str, width: int, activation: str) -> nn.Module:
-    """Build a recurrent layer of one of the :data:`CELLS`."""
-    kinds = {"plain": Recurrence, "gru": GatedRecurrence, "lstm": LongShortTermMemory}
-    return kinds[cell](width, activation)
+CELLS = {"plain": Recurrence, "gru": GatedRecurrence, "lstm": LongShortTermMemory}
 
 
 class WithPositions(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from odeopt.checks import require, require_counts
 
 from .base import Batch
-from .classification import load_split
+from .classification import labelled_images, load_split
 from .datasets import ImageDataset
 from .examples import Examples, count_of
 from .layers import (
@@ -147,9 +147,8 @@ class ImageTask(NetworkTask):
 
     def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and labels."""
-        members = self.members[self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)]
-        images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
-        return images.to(self.dtype).div_(255), self.labels[members]
+        drawn = self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
+        return labelled_images(self, self.members[drawn])
 
 
 @dataclass(eq=False, repr=False)

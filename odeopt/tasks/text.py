@@ -17,7 +17,7 @@ from odeopt.checks import require, require_counts
 from .base import Batch
 from .classification import SPLITS
 from .examples import Examples, count_of
-from .layers import CELLS, TransformerFields, WithPositions, check_network, recurrent_layer
+from .layers import CELLS, TransformerFields, WithPositions, check_network
 from .module import NetworkTask
 from .random import uniform
 
@@ -186,5 +186,5 @@ class TextRecurrence(TextNetwork):
         super().__post_init__()
 
     def build(self) -> nn.Module:
-        layers = (recurrent_layer(self.cell, self.width, self.activation) for _ in range(self.depth))
+        layers = (CELLS[self.cell](self.width, self.activation) for _ in range(self.depth))
         return nn.Sequential(nn.Embedding(N_SYMBOLS, self.width), *layers, nn.Linear(self.width, N_SYMBOLS))
