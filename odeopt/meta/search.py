@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from odeopt.files import write_json
+from odeopt.files import locked, write_json
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
 from odeopt.meta.search_files import SearchConfig, import_optuna
@@ -320,10 +320,8 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
     """Open the study in ``study.db``, new or begun before, for this process alone."""
     module, path = import_optuna(), folder / "study.db"
     with contextlib.ExitStack() as stack:
-        # SQLite's lock goes with the process, however that ends
-        lock = stack.enter_context(contextlib.closing(sqlite3.connect(folder / "lock", timeout=0)))
         try:
-            lock.execute("BEGIN EXCLUSIVE")
+            stack.enter_context(locked(folder / "lock", timeout=0))
         except sqlite3.Error as error:
             wanted = "one that can be written to and that no other process works on"
             raise ValueError(f"Parameter `folder` should be {wanted}. Found `{folder}`: {error}.") from error
