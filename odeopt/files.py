@@ -41,6 +41,11 @@ def locked(path: str | os.PathLike, *, timeout: float) -> Iterator[None]:
         yield
 
 
+def unfit(path: str | os.PathLike, wanted: str, found: str) -> ValueError:
+    """Make the error for a folder of a run that another one, or something else, has left ``path`` in."""
+    return ValueError(f"Parameter `folder` should be empty or hold {wanted}. Found `{path}`{found}.")
+
+
 def write_json(path: str | os.PathLike, content: Any, *, is_by_row: bool = False, sort_keys: bool = False) -> None:
     """Write JSON, as :func:`replaced` writes files.
 

@@ -266,7 +266,7 @@ def test_study_on_other_data_is_refused_whether_finished_or_not(tmp_path, monkey
     draw = RandomQuadratic.draw
     with monkeypatch.context() as patch:
         patch.setattr(RandomQuadratic, "draw", lambda self, indices, seed: draw(self, indices, seed + 1))
-        with pytest.raises(ValueError, match="one whose trials were made on other tasks"):
+        with pytest.raises(ValueError, match=r"study.db`, whose trials were made on other tasks"):
             go(config, folder)
     assert len(go(config, folder).trials) == n_trials
 

@@ -82,9 +82,7 @@ class MetaConfig:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as a configuration file has them, in values that JSON can hold."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tables = {"estimator": self.estimator.describe(), "objective": dataclasses.asdict(self.objective)}
-        return settings | tables
+        return dataclasses.asdict(self) | {"estimator": self.estimator.describe()}
 
 
 @dataclasses.dataclass
