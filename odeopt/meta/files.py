@@ -149,9 +149,9 @@ class Config:
             return _task(**self.task, split=split, data_dir=data_dir, device=device)
         families = []
         for options_of_family in options.pop("families"):
-            fixed, choices = dict(options_of_family), dict(options_of_family.get("choices", {}))
+            fixed = dict(options_of_family)
+            choices = fixed.pop("choices", {})
             numbers = {name: fixed.pop(name) for name in ("share", "log_range") if name in fixed}
-            fixed.pop("choices", None)
             make = partial(_task, split=split, data_dir=data_dir)
             first = {name: values[0] for name, values in choices.items()}
             for name, value in ((name, value) for name, values in choices.items() for value in values):

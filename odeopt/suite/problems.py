@@ -220,20 +220,12 @@ class Pixels(Images):
 
     Args:
         n_latents: Numbers in a code.
-        dataset: See :class:`Images`.
-        data_dir: See :class:`Images`.
-        batch_size: See :class:`Images`.
+        *images: See :class:`Images`.
+        **options: See :class:`Images`.
     """
 
-    def __init__(
-        self,
-        n_latents: int,
-        dataset: str = "mnist",
-        data_dir: str | os.PathLike | None = None,
-        *,
-        batch_size: int = 64,
-    ) -> None:
-        super().__init__(dataset, data_dir, batch_size=batch_size)
+    def __init__(self, n_latents: int, *images: Any, **options: Any) -> None:
+        super().__init__(*images, **options)
         self.n_latents = n_latents
         self.description += ", with noise"
 

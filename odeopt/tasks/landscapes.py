@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -29,10 +28,6 @@ class Landscape(DeclaredTask, FixedBatchTask):
     def draw(self, indices: Tensor, seed: int) -> Batch:
         """No data."""
         return ()
-
-    @abstractmethod
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Value of the function at ``theta``, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
 
 
 class Rosenbrock(Landscape):
