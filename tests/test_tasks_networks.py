@@ -371,7 +371,7 @@ def test_they_come_in_mixtures():
         (lambda: vit(n_heads=4), r"`width` should be a multiple of `n_heads = 4`. Found `width = 6`"),
         (lambda: vit(norm="batch"), r"`norm` should be one of pre, post, none. Found `norm = 'batch'`"),
         (lambda: vit(init_std=0), r"`init_std` should be a positive number or None. Found `init_std = 0`"),
-        (lambda: vit(n_examples=0), r"`n_examples` should lie between 1 and 71\d. Found `n_examples = 0`"),
+        (lambda: vit(n_examples=0), r"`n_examples` should be between 1 and 71\d. Found `n_examples = 0`"),
         (lambda: vit(n_examples=1.5), r"`n_examples` should be .* a fraction .* Found `n_examples = 1.5`"),
         (lambda: autoencoder(n_latent=0), r"`n_latent` should be a positive integer. Found `n_latent = 0`"),
         (lambda: autoencoder(likelihood="cauchy"), r"`likelihood` should be one of .* Found `likelihood = 'cauchy'`"),

@@ -71,8 +71,7 @@ def compare(
             f"Found {rules!r}."
         )
     rules = {name: _as_rule(rule, f"rules[{name!r}]") for name, rule in rules.items()}
-    if not rules:
-        raise ValueError("Parameter `rules` should hold at least one rule. Found none.")
+    require(len(rules) > 0, "rules", rules, "at least one rule by name")
     require(n_runs >= 1, "n_runs", n_runs, "at least 1")
     wanted = f"{BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}"
     require(reference in (BEST_HAND_DESIGNED, *rules), "reference", reference, wanted)

@@ -203,11 +203,9 @@ class _Run:
         # validation takes the steps as they are
         self.stepped: UpdateRule | CompiledSteps = CompiledSteps(rule) if self.is_compiled else rule
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
+        require(len(self.parameters) > 0, "rule", type(rule).__name__, "one with parameters to learn")
         dtypes = sorted({str(value.dtype) for value in rule.state_dict().values() if value.is_floating_point()})
-        if len(dtypes) > 1:
-            raise ValueError(f"Parameter `rule` should have weights of one dtype. Found {' and '.join(dtypes)}.")
+        require(len(dtypes) <= 1, "rule", " and ".join(dtypes), "one with weights of one dtype")
         check_tasks_apart(rule)
         self.meta_optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.9, config.beta2))
         self.scheduler = None

@@ -143,10 +143,8 @@ class MLPClassification(PerceptronTask):
             ValueError: If ``n_images`` is not between 1 and the number of test images.
         """
         n_images = len(self.test_images) if n_images is None else n_images
-        if not 1 <= n_images <= len(self.test_images):
-            raise ValueError(
-                f"Parameter `n_images` should lie between 1 and {len(self.test_images)}. Found `n_images = {n_images}`."
-            )
+        is_there = 1 <= n_images <= len(self.test_images)
+        require(is_there, "n_images", n_images, f"between 1 and {len(self.test_images)}")
         return self._scores(params, self.test_images, self.test_labels, torch.arange(n_images, device=self.device))[1]
 
     def training_scores(self, params: Params) -> tuple[Tensor, Tensor]:

@@ -116,11 +116,9 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
 def _pooled(dataset: ImageDataset, factor: str) -> ImageDataset:
     """Average squares of pixels, once per process."""
     k = int(factor) if factor.isdecimal() else 0
-    if k < 1 or any(side % k for side in dataset.image_shape):
-        raise ValueError(
-            f"Parameter `name` should end in a number that divides {dataset.image_shape}. "
-            f"Found `name = '{dataset.name}/{factor}'`."
-        )
+    is_factor = k >= 1 and all(side % k == 0 for side in dataset.image_shape)
+    wanted = f"one that ends in a number that divides {dataset.image_shape}"
+    require(is_factor, "name", f"{dataset.name}/{factor}", wanted)
     height, width = (side // k for side in dataset.image_shape)
 
     def pool(images: Tensor) -> Tensor:

@@ -81,16 +81,11 @@ class ModuleTask(Task):
         _check_module(module)
         trained = _trained(module)
         if not trained:
-            raise ValueError(
-                f"Parameter `make_module` should build a module with parameters. Found `{type(module).__name__}`."
-            )
+            raise _unfit("a module with parameters", f"`{type(module).__name__}`")
         dtypes = {str(value.dtype): name for name, value in trained.items()}
         if len(dtypes) > 1 or not dtypes.keys() <= {"torch.float32", "torch.float64"}:
             found = ", ".join(f"{name} ({dtype})" for dtype, name in dtypes.items())
-            raise ValueError(
-                "Parameter `make_module` should build a module whose parameters are all torch.float32 or all "
-                f"torch.float64. Found {found}."
-            )
+            raise _unfit("a module whose parameters are all torch.float32 or all torch.float64", found)
         super().__init__(
             device=device,
             dtype=next(iter(trained.values())).dtype,
@@ -148,10 +143,8 @@ class ModuleTask(Task):
         try:
             losses, again = self.loss(params, batch), self.loss(params, batch)
         except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                "Parameter `make_module` should build a module whose loss `torch.func.vmap` can take. "
-                f"Found `{type(self.module).__name__}`, where it fails: {error}"
-            ) from error
+            found = f"`{type(self.module).__name__}`, where it fails: {error}"
+            raise _unfit("a module whose loss `torch.func.vmap` can take", found) from error
         if losses.shape != indices.shape:
             raise ValueError(
                 f"Parameter `loss_fn` should return a 0-d tensor. "
@@ -221,9 +214,11 @@ def _check_data(data: tuple[Tensor, ...]) -> None:
         raise TypeError(f"Parameter `data` should be a tuple of tensors or a function. Found `{type(data).__name__}`.")
     sizes = [len(part) if part.ndim else None for part in data]
     if len(set(sizes)) > 1 or not sizes[0]:
-        raise ValueError(
-            f"Parameter `data` should hold tensors with the same, positive number of examples. Found {sizes}."
-        )
+        raise ValueError(f"Parameter `data` should hold tensors of one, positive number of examples. Found {sizes}.")
+
+
+def _unfit(wanted: str, found: str) -> ValueError:
+    return ValueError(f"Parameter `make_module` should build {wanted}. Found {found}.")
 
 
 def _check_module(module: nn.Module) -> None:
@@ -231,16 +226,10 @@ def _check_module(module: nn.Module) -> None:
     for name, submodule in module.named_modules():
         if reason := _refusal(submodule):
             found = f"{name} = {type(submodule).__name__}" if name else type(submodule).__name__
-            raise ValueError(
-                "Parameter `make_module` should build a module that `torch.func.vmap` can take. "
-                f"Found `{found}`: {reason}."
-            )
+            raise _unfit("a module that `torch.func.vmap` can take", f"`{found}`: {reason}")
     for name, parameter in module.named_parameters():
         if parameter.device.type != "cpu":
-            raise ValueError(
-                "Parameter `make_module` should build the module on the CPU; `device` moves the task. "
-                f"Found `{name}` on {parameter.device}."
-            )
+            raise _unfit("the module on the CPU; `device` moves the task", f"`{name}` on {parameter.device}")
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -284,10 +273,11 @@ def _kept_as_it_is(module: nn.Module) -> Iterator[None]:
             vars(each).clear()
             vars(each).update(attributes)
     if changed:
-        raise ValueError(
-            "Parameter `make_module` should build a module that changes neither buffers nor frozen parameters in "
-            f"`forward`: they are shared by all problems and runs. Found `{type(module).__name__}`, which changes "
-            f"{', '.join(changed)}; pass what changes with the step as data, or call .eval() if that keeps it."
+        raise _unfit(
+            "a module that changes neither buffers nor frozen parameters in `forward`: they are shared by all problems "
+            "and runs",
+            f"`{type(module).__name__}`, which changes {', '.join(changed)}; pass what changes with the step as data, "
+            "or call .eval() if that keeps it",
         )
 
 
