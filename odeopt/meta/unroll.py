@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, require_counts
 from odeopt.meta.layouts import Separate, layout_for
 from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.tasks.base import Task
@@ -89,8 +89,7 @@ def unroll(
     require(n_steps >= 1, "n_steps", n_steps, "at least 1")
     is_long_enough = total_steps is None or total_steps >= start + n_steps
     require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
-    is_length = checkpoint_every is None or checkpoint_every >= 1
-    require(is_length, "checkpoint_every", checkpoint_every, "positive")
+    require_counts(checkpoint_every=checkpoint_every, or_none=True)
     require(is_number(damping) and 0 < damping <= 1, "damping", damping, "a number in (0, 1]")
     require(is_number(held_out) and 0 <= held_out <= 1, "held_out", held_out, "a number in [0, 1]")
     params = task.init_params(indices, seed) if params is None else dict(params)

@@ -201,13 +201,9 @@ class Images:
 
     def _draw(self, step: int, seed: int) -> Tensor:
         picked = integers(_ONE, (self.batch_size,), self.n_examples, seed=seed, stream="suite/images", step=step)[0]
-        return self._order(seed)[picked]
-
-    def _order(self, seed: int) -> Tensor:
-        if self.n_examples == len(self._members):
-            return self._members
-        order = permutation(len(self._members), seed=seed, stream="suite/examples")
-        return self._members[order[: self.n_examples]]
+        if self.n_examples < len(self._members):
+            picked = permutation(len(self._members), seed=seed, stream="suite/examples")[picked]
+        return self._members[picked]
 
     def _labelled(self, part: str, numbers: Tensor) -> Batch:
         pixels = getattr(self._images, f"{part}_images")[numbers].float()

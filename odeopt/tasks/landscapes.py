@@ -102,8 +102,7 @@ class Saddle(Landscape):
         Raises:
             ValueError: If ``losses`` has no axis.
         """
-        if losses.ndim == 0:
-            raise ValueError("Parameter `losses` should have an axis of steps. Found a 0-d tensor.")
+        require(losses.ndim > 0, "losses", losses, "a tensor with an axis of steps")
         return ((losses < self.escape_value).cumsum(0) == 0).sum(0)
 
 

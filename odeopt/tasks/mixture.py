@@ -54,13 +54,10 @@ class TaskFamily:
             arguments = getattr(self, name)
             is_right = isinstance(arguments, Mapping) and all(isinstance(key, str) for key in arguments)
             require(is_right, name, arguments, "a dictionary of arguments by name")
-            if "device" in arguments:
-                raise ValueError(f"Parameter `{name}` should leave the device to the mixture. Found `device` in it.")
+            require("device" not in arguments, name, arguments, "without `device`, which is the mixture's")
         for name, values in self.choices.items():
-            if not is_list(values) or len(values) == 0:
-                raise ValueError(f"Parameter `choices` should hold lists of values. Found `{name} = {values!r}`.")
-            if name in self.fixed:
-                raise ValueError(f"Parameter `choices` should name what is not fixed. Found `{name}` in both.")
+            require(is_list(values) and len(values) > 0, f"choices[{name!r}]", values, "a list of values")
+            require(name not in self.fixed, f"choices[{name!r}]", values, "left out, since it is fixed")
         require_positive(share=self.share)
         is_range = is_number(self.log_range) and self.log_range >= 0
         require(is_range, "log_range", self.log_range, "a number of at least 0")

@@ -145,11 +145,8 @@ class ModuleTask(Task):
         except (RuntimeError, NotImplementedError) as error:
             found = f"`{type(self.module).__name__}`, where it fails: {error}"
             raise _unfit("a module whose loss `torch.func.vmap` can take", found) from error
-        if losses.shape != indices.shape:
-            raise ValueError(
-                f"Parameter `loss_fn` should return a 0-d tensor. "
-                f"Found one of shape `{tuple(losses.shape[1:])}`; take its mean."
-            )
+        found = f"a function that returns shape {tuple(losses.shape[1:])}"
+        require(losses.shape == indices.shape, "loss_fn", found, "one that returns a 0-d tensor, such as a mean")
         if not torch.allclose(losses, again, equal_nan=True):
             raise ValueError(
                 "Parameters `make_module` and `loss_fn` should give a loss that depends on parameters and batch alone. "
@@ -213,8 +210,8 @@ def _check_data(data: tuple[Tensor, ...]) -> None:
     if not isinstance(data, tuple) or not data or not all(isinstance(part, Tensor) for part in data):
         raise TypeError(f"Parameter `data` should be a tuple of tensors or a function. Found `{type(data).__name__}`.")
     sizes = [len(part) if part.ndim else None for part in data]
-    if len(set(sizes)) > 1 or not sizes[0]:
-        raise ValueError(f"Parameter `data` should hold tensors of one, positive number of examples. Found {sizes}.")
+    is_right = len(set(sizes)) == 1 and bool(sizes[0])
+    require(is_right, "data", sizes, "tensors of one, positive number of examples")
 
 
 def _unfit(wanted: str, found: str) -> ValueError:
