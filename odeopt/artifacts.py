@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt._version import __version__
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, require
 from odeopt.files import replaced
 from odeopt.rules.base import UpdateRule, adopt_weights, built, has_values
 
@@ -135,23 +135,6 @@ def load(path: str | os.PathLike[str]) -> UpdateRule:
     return rule
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the fields of a file of :func:`save`, without building its rule.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The fields ``class``, ``config``, ``output_scale``, ``solver``, ``horizon``, ``task``,
-        ``trained_for``, ``library_version``, ``format``, ``format_version`` and ``sha256``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or was made by a newer version.
-    """
-    return _read(path)[0]
-
-
 def load_pretrained(name: str) -> UpdateRule:
     """Load a rule that ships with the library.
 
@@ -242,15 +225,12 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def _check_fields(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
-    scale, horizon, task = fields["output_scale"], fields["horizon"], fields["task"]
-    solver, trained_for, version = fields["solver"], fields["trained_for"], fields["library_version"]
-    account = trained_for if isinstance(trained_for, dict) else {}
+    horizon, task, version = fields["horizon"], fields["task"], fields["library_version"]
+    account = fields["trained_for"] if isinstance(fields["trained_for"], dict) else {}
     agrees = (account.get("horizon"), account.get("task")) == (horizon, task)
     for name, is_right, wanted in (
         ("class", isinstance(fields["class"], str), "the name of a class"),
         ("config", isinstance(fields["config"], dict), "a dictionary of constructor arguments"),
-        ("output_scale", scale is None or is_number(scale), "a number or null"),
-        ("solver", solver is None or isinstance(solver, str), "a name or null"),
         ("horizon", is_integer(horizon) and horizon > 0, "a positive number of steps (from `trained_for`)"),
         ("task", isinstance(task, str | dict) and len(task) > 0, "a name or a description (from `trained_for`)"),
         ("trained_for", agrees, "a dictionary that agrees with `horizon` and `task`"),

@@ -14,6 +14,20 @@ def require(condition: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"Parameter `{name}` should be {wanted}. Found `{name} = {shown(value)}`.")
 
 
+def require_counts(*, or_none: bool = False, **values: object) -> None:
+    """Refuse values, given by the names of their parameters, that are no positive integers."""
+    wanted = "a positive integer or None" if or_none else "a positive integer"
+    for name, value in values.items():
+        require((or_none and value is None) or (is_integer(value) and value >= 1), name, value, wanted)
+
+
+def require_positive(*, or_none: bool = False, **values: object) -> None:
+    """Refuse values, given by the names of their parameters, that are no finite positive numbers."""
+    wanted = "a positive number or None" if or_none else "a positive number"
+    for name, value in values.items():
+        require((or_none and value is None) or (is_number(value) and value > 0), name, value, wanted)
+
+
 def shown(value: object) -> str:
     """Show a value in a message, cut where it is long: a state dictionary would push the message off the screen."""
     text = repr(value)

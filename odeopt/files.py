@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,23 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike, *, timeout: float) -> Iterator[None]:
+    """Hold a lock, which goes with the process, however that ends; ``path`` is a file that is made for it, and stays.
+
+    Raises:
+        sqlite3.Error: If another process holds it for longer than ``timeout`` seconds, or the file cannot be written.
+    """
+    with closing(sqlite3.connect(path, timeout=timeout)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def unfit(path: str | os.PathLike, wanted: str, found: str) -> ValueError:
+    """Make the error for a folder of a run that another one, or something else, has left ``path`` in."""
+    return ValueError(f"Parameter `folder` should be empty or hold {wanted}. Found `{path}`{found}.")
 
 
 def write_json(path: str | os.PathLike, content: Any, *, is_by_row: bool = False, sort_keys: bool = False) -> None:

@@ -1,6 +1,9 @@
 """Every update rule at weights where nothing is zero, and inputs for them; shared by the tests of rules."""
 
+import json
+
 import pytest
+import safetensors
 import torch
 from torch import nn
 
@@ -89,3 +92,9 @@ def random_state(rule, n, *, seed=0, size=1.0):
 
 def flat_weights(rule):
     return nn.utils.parameters_to_vector(rule.parameters()).detach().clone()
+
+
+def fields_of(path):
+    """Fields of an artefact, as any reader of safetensors sees them."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: json.loads(text) for name, text in file.metadata().items()}

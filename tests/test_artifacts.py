@@ -10,11 +10,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from rule_toys import fields_of
 from torch import nn
 
 import odeopt
 from odeopt import artifacts
-from odeopt.artifacts import available_pretrained, fingerprint, load, load_pretrained, read_metadata, save
+from odeopt.artifacts import available_pretrained, fingerprint, load, load_pretrained, save
 from odeopt.rules import (
     AdamUpdate,
     HamiltonianUpdate,
@@ -107,7 +108,7 @@ def test_loaded_rule_is_the_saved_one(name, tmp_path):
 def test_metadata_tells_scale_solver_horizon_task_and_version(tmp_path):
     save(RULES["lstm"](), tmp_path / "lstm", trained_for=TRAINED_FOR)
     save(RULES["port-hamiltonian"](), tmp_path / "ph", trained_for={"horizon": 50, "task": "quadratic"})
-    lstm, ph = read_metadata(tmp_path / "lstm"), read_metadata(tmp_path / "ph")
+    lstm, ph = fields_of(tmp_path / "lstm"), fields_of(tmp_path / "ph")
     assert (lstm["class"], lstm["output_scale"], lstm["solver"]) == ("LSTMUpdate", 0.01, None)
     assert (ph["class"], ph["output_scale"], ph["solver"]) == ("PortHamiltonianUpdate", None, "midpoint")
     assert (ph["horizon"], ph["task"]) == (50, "quadratic")
@@ -304,9 +305,9 @@ def test_edited_weight_is_noticed(path, edit):
             {"output_scale": 0.1},
             "field `output_scale` should be None, as in `config`. Found `output_scale = 0.1`",
         ),
-        ({"output_scale": "big"}, "field `output_scale` should be a number or null"),
+        ({"output_scale": "big"}, "field `output_scale` should be None, as in `config`. Found `output_scale = 'big'`"),
         ({"solver": "rk4"}, "field `solver` should be None, as in `config`. Found `solver = 'rk4'`"),
-        ({"solver": 4}, "field `solver` should be a name or null"),
+        ({"solver": 4}, "field `solver` should be None, as in `config`. Found `solver = 4`"),
         ({"horizon": -1}, "field `horizon` should be a positive number of steps"),
         ({"horizon": 20}, "field `trained_for` should be a dictionary that agrees with `horizon` and `task`"),
         ({"task": 3}, "field `task` should be a name or a description"),
@@ -323,7 +324,7 @@ def test_forged_field_is_refused_by_name_and_value(path, fields, message):
 def test_changed_output_scale_is_refused_although_the_weights_fit(tmp_path):
     path = tmp_path / "lstm"
     save(LSTMUpdate(output_scale=0.1), path, trained_for=TRAINED_FOR)
-    config = read_metadata(path)["config"]
+    config = fields_of(path)["config"]
     rewrite(path, put(config={**config, "output_scale": 1.0}))
     with pytest.raises(ValueError, match=r"field `output_scale` should be 1\.0, as in `config`\. Found .*0\.1"):
         load(path)
@@ -435,7 +436,7 @@ FILES = sorted([*ROOT.glob("odeopt/pretrained/*.safetensors"), *ROOT.glob("examp
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_shipped_file_holds_every_option_of_its_rule(file):
-    assert read_metadata(file)["config"] == load(file).config
+    assert fields_of(file)["config"] == load(file).config
 
 
 @pytest.mark.parametrize(("name", "match"), [("no/rule.safetensors", "in a folder that exists"), (".", "a file, not")])

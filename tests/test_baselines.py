@@ -112,10 +112,10 @@ def test_a_score_can_be_a_function():
             {"lr": (1.0, 0.1)},
             r"Parameter `lr` should be two rising, positive numbers. Found `lr = \(1.0, 0.1\)`",
         ),
-        ({"other": "momentum"}, r"Parameter `first` should hold values of `momentum`.* Found `first = \(\)`"),
+        ({"other": "momentum"}, r"Parameter `first` should be values of `momentum`.* Found `first = \(\)`"),
         (
             {"other": "momentum", "values": (0.5,), "first": (0.9,)},
-            r"Parameter `first` should hold values of `momentum` among \(0.5,\). Found `first = \(0.9,\)`",
+            r"Parameter `first` should be values of `momentum` among \(0.5,\). Found `first = \(0.9,\)`",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from odeopt import LearnedOptimizer, MetaConfig, integrate, load_pretrained
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, is_number, require, require_counts, require_positive
 from odeopt.rules import PortHamiltonianUpdate
 
 
@@ -34,6 +34,31 @@ def test_long_values_are_cut_in_messages():
         require(False, "sizes", list(range(1000)), "few")
     with pytest.raises(ValueError, match=r"Found `sizes = \[0, 1, 2\]`\.$"):
         require(False, "sizes", [0, 1, 2], "few")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", 2**64])
+def test_no_count_is_refused_by_the_name_of_its_parameter(value):
+    require_counts(n_steps=1, n_tasks=2**64 - 1)
+    with pytest.raises(ValueError, match=r"`n_steps` should be a positive integer\. Found `n_steps = "):
+        require_counts(n_tasks=1, n_steps=value)
+    with pytest.raises(ValueError, match=r"`n_steps` should be a positive integer or None\. Found `n_steps = "):
+        require_counts(n_steps=value, or_none=True)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, math.inf, math.nan, True, "1"])
+def test_what_is_not_positive_is_refused_by_the_name_of_its_parameter(value):
+    require_positive(lr=1, clip=1e-300)
+    with pytest.raises(ValueError, match=r"`lr` should be a positive number\. Found `lr = "):
+        require_positive(clip=0.1, lr=value)
+    with pytest.raises(ValueError, match=r"`lr` should be a positive number or None\. Found `lr = "):
+        require_positive(lr=value, or_none=True)
+
+
+@pytest.mark.parametrize("check", [require_counts, require_positive])
+def test_none_passes_where_it_may(check):
+    check(value=None, or_none=True)
+    with pytest.raises(ValueError, match="Found `value = None`"):
+        check(value=None)
 
 
 def test_integers_have_at_most_64_bits():

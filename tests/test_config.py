@@ -7,12 +7,11 @@ import textwrap
 
 import pytest
 import torch
-from rule_toys import draws, run
+from rule_toys import draws, fields_of, run
 from variants import train_variants
 
 import odeopt
 from odeopt.__main__ import main
-from odeopt.artifacts import read_metadata
 from odeopt.cli import arguments
 from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective
 from odeopt.meta.files import available_configs, load_config
@@ -372,7 +371,7 @@ def test_command_trains_saves_and_refuses_to_overwrite(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "tiny, meta-seed 0: 4 of 4 meta-steps" in printed
     assert f"saved {out}" in printed
-    rule, fields = odeopt.load(out), read_metadata(out)
+    rule, fields = odeopt.load(out), fields_of(out)
     assert rule.config == load_config(config).build_rule().config
     assert (fields["horizon"], fields["task"]) == (3, {"class": "RandomQuadratic", "dim": 3})
     assert fields["trained_for"]["config"] == "tiny"

@@ -319,7 +319,7 @@ def test_fallback_says_in_one_sentence_what_to_do(tmp_path, torchvision, downloa
     torchvision.download = no_network
     data, notice = load_dataset_or_digits("fashion-mnist", tmp_path, download=download)
     assert data is load_dataset("digits")
-    assert notice.startswith(f"Fashion-MNIST is not in the folder {tmp_path}")
+    assert notice.startswith(f"FashionMNIST is not in the folder {tmp_path}")
     assert ("no route" if download else "downloading is off") in notice
     assert notice.endswith("; using scikit-learn's handwritten digits instead.")
     assert "\n" not in notice

@@ -78,9 +78,9 @@ def test_one_sample_bounds_nothing_and_a_missing_one_is_not_left_out():
 
 
 def test_the_interval_refuses_what_it_cannot_use():
-    with pytest.raises(ValueError, match=r"Parameter `samples` should have one, non-empty axis.*\(0,\)"):
+    with pytest.raises(ValueError, match=r"Parameter `samples` should be a tensor of one, non-empty axis.*\(0,\)"):
         student_interval(torch.zeros(0))
-    with pytest.raises(ValueError, match=r"Parameter `confidence` should lie in \(0, 1\). Found .* = 95"):
+    with pytest.raises(ValueError, match=r"Parameter `confidence` should be in \(0, 1\). Found .* = 95"):
         student_interval(torch.zeros(3), 95)
 
 
@@ -304,7 +304,7 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_nothing_to_compare():
-    with pytest.raises(ValueError, match="Parameter `rules` should hold at least one rule"):
+    with pytest.raises(ValueError, match="Parameter `rules` should be at least one rule"):
         quiet({}, RandomQuadratic(3), n_steps=1)
 
 

@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import sqlite3
 
 import pytest
 
-from odeopt.files import replaced, write_json
+from odeopt.files import locked, replaced, write_json
 
 
 @pytest.mark.parametrize("is_by_row", [False, True])
@@ -63,3 +64,10 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
         raise error
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_lock_keeps_others_out_for_as_long_as_it_is_held(tmp_path):
+    path = tmp_path / "lock"
+    for _ in range(2):
+        with locked(path, timeout=0), pytest.raises(sqlite3.OperationalError, match="locked"), locked(path, timeout=0):
+            pass

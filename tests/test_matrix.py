@@ -338,7 +338,7 @@ def test_data_that_is_not_there_is_left_out_and_named(two_rates, tmp_path, capsy
     assert main([*command, "--data-dir", str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert "Left out: KMNIST is not in the folder" in printed.err
-    assert "Left out: Fashion-MNIST is not in the folder" in printed.err
+    assert "Left out: FashionMNIST is not in the folder" in printed.err
     assert "digits sigmoid 20, 100 steps" in printed.out
     assert "of 1 cells" in printed.out
 

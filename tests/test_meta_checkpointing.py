@@ -187,5 +187,5 @@ def test_length_of_segments_must_be_positive(checkpoint):
     for estimator in (Backpropagation, DampedBackpropagation, Hybrid):
         with pytest.raises(ValueError, match=f"`checkpoint_every` should be a positive integer or None. {found}"):
             estimator(checkpoint_every=checkpoint)
-    with pytest.raises(ValueError, match=f"`checkpoint_every` should be positive. {found}"):
+    with pytest.raises(ValueError, match=f"`checkpoint_every` should be a positive integer or None. {found}"):
         unroll(SGDUpdate(), RandomQuadratic(4), indices=INDICES, n_steps=4, checkpoint_every=checkpoint)

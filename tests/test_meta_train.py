@@ -382,7 +382,7 @@ def test_rule_knows_the_progress_of_a_truncated_run(monkeypatch):
 
 
 def test_rule_without_weights_is_refused():
-    with pytest.raises(ValueError, match=r"`rule` should have parameters to learn\. Found `SGDUpdate`"):
+    with pytest.raises(ValueError, match=r"`rule` should be one with parameters to learn\. Found `rule = .SGDUpdate"):
         train(SGDUpdate(), n_meta_steps=4)
 
 

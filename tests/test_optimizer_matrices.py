@@ -175,7 +175,7 @@ def test_matrices_are_stacked_by_shapes_and_the_rest_lies_side_by_side():
         layout = layout_for(rule, {name: shapes[name] for name in shapes}, like, tables)
         if type(layout) is not Grouped:
             return type(layout)
-        return {tuple(part.shapes): type(part) for part in layout.layouts.values()}
+        return {tuple(part.shapes): type(part) for part in layout.layouts}
 
     assert parts(shapes) == {
         ("bias", "table", "row", "scalar"): Packed,

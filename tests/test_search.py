@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule_toys import flat_weights
+from rule_toys import fields_of, flat_weights
 from search_toys import RANGES, write, written
 
 import odeopt
 from odeopt.__main__ import main
-from odeopt.artifacts import read_metadata
 from odeopt.meta import meta_train
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.search import search
@@ -267,7 +266,7 @@ def test_study_on_other_data_is_refused_whether_finished_or_not(tmp_path, monkey
     draw = RandomQuadratic.draw
     with monkeypatch.context() as patch:
         patch.setattr(RandomQuadratic, "draw", lambda self, indices, seed: draw(self, indices, seed + 1))
-        with pytest.raises(ValueError, match="one whose trials were made on other tasks"):
+        with pytest.raises(ValueError, match=r"study.db`, whose trials were made on other tasks"):
             go(config, folder)
     assert len(go(config, folder).trials) == n_trials
 
@@ -447,7 +446,7 @@ def test_command_prints_the_table_saves_the_best_rule_and_refuses_to_overwrite(t
     table = json.loads((tmp_path / "run" / "trials.json").read_text())
     assert table["config"] == "tiny"
     assert [row["number"] for row in table["trials"]] == [trial.number for trial in whole.ranked]
-    rule, fields = odeopt.load(out), read_metadata(out)
+    rule, fields = odeopt.load(out), fields_of(out)
     assert torch.equal(flat_weights(rule), flat_weights(whole.rule))
     assert (fields["horizon"], fields["trained_for"]["search"]["values"]) == (2, best.values)
     kept = out.read_bytes()

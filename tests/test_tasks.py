@@ -341,12 +341,12 @@ def test_scores_are_over_all_training_and_all_test_images(n_examples):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"widths": (0,)}, r"`widths` should hold positive numbers. Found `widths = \(0,\)`"),
+        ({"widths": (0,)}, r"`widths` should be positive numbers. Found `widths = \(0,\)`"),
         ({"activation": "swish"}, "`activation` should be one of sigmoid, tanh, relu, gelu. Found .*swish"),
         ({"batch_size": 0}, "`batch_size = 0`"),
         ({"split": "test"}, "`split` should be one of meta-train, evaluation. Found `split = 'test'`"),
-        ({"n_examples": 0}, "`n_examples` should lie between 1 and 32. Found `n_examples = 0`"),
-        ({"n_examples": 33}, "`n_examples` should lie between 1 and 32. Found `n_examples = 33`"),
+        ({"n_examples": 0}, "`n_examples` should be between 1 and 32. Found `n_examples = 0`"),
+        ({"n_examples": 33}, "`n_examples` should be between 1 and 32. Found `n_examples = 33`"),
         ({"dtype": torch.bfloat16}, "`dtype = torch.bfloat16`"),
         ({"dataset": "cifar"}, "`name = 'cifar'`"),
     ],

@@ -113,7 +113,7 @@ def test_escape_is_the_first_step_below_a_tenth_of_the_way():
     losses[:, 1].clamp_(min=task.escape_value)  # at the value is not below it
     assert task.escape_step(losses).tolist() == [2, 4, 0, 4, 3]
     assert task.escape_step(losses[:, 0]) == 2
-    with pytest.raises(ValueError, match="`losses` should have an axis of steps"):
+    with pytest.raises(ValueError, match="`losses` should be a tensor with an axis of steps"):
         task.escape_step(torch.tensor(0.0))
 
 

@@ -229,9 +229,12 @@ def test_task_in_use_is_kept_and_a_forgotten_one_is_built_again():
         (lambda: TaskFamily(RandomQuadratic, {3: 3}), "`fixed` should be a dictionary of arguments by name"),
         (
             lambda: TaskFamily(RandomQuadratic, choices={"dim": []}),
-            r"`choices` should hold lists .* Found `dim = \[\]`",
+            r"`choices\['dim'\]` should be a list of values. Found `.* = \[\]`",
         ),
-        (lambda: TaskFamily(RandomQuadratic, {"device": "cpu"}), "`fixed` should leave the device to the mixture"),
+        (
+            lambda: TaskFamily(RandomQuadratic, {"device": "cpu"}),
+            "`fixed` should be without `device`, which is the mixture's",
+        ),
         (lambda: TaskFamily(RandomQuadratic, share="x"), "`share` should be a positive number. Found `share = 'x'`"),
         (
             lambda: TaskFamily(RandomQuadratic, log_range="x"),
@@ -244,19 +247,25 @@ def test_task_in_use_is_kept_and_a_forgotten_one_is_built_again():
         ),
         (
             lambda: TaskFamily(RandomQuadratic, choices={"dim": 3}),
-            "`choices` should hold lists of values. Found `dim = 3`",
+            r"`choices\['dim'\]` should be a list of values. Found `.* = 3`",
         ),
-        (lambda: TaskFamily(RandomQuadratic, {"dim": 3}, {"dim": [3]}), "what is not fixed. Found `dim` in both"),
+        (
+            lambda: TaskFamily(RandomQuadratic, {"dim": 3}, {"dim": [3]}),
+            r"`choices\['dim'\]` should be left out, since it is fixed",
+        ),
         (lambda: TaskFamily(RandomQuadratic, share=0.0), "`share` should be a positive number. Found `share = 0.0`"),
         (lambda: NoisyQuadratic(condition=0.5), "`condition` should be a finite number of at least 1. Found .* 0.5"),
-        (lambda: TeacherStudent(n_inputs=0), "`n_inputs` should be positive. Found `n_inputs = 0`"),
+        (lambda: TeacherStudent(n_inputs=0), "`n_inputs` should be a positive integer. Found `n_inputs = 0`"),
         (lambda: TeacherStudent(spread=-1.0), "`spread` should be a finite number of at least 0. Found .* -1.0"),
         (
             lambda: ScaledTask(RandomQuadratic(), log_range=-0.5),
             "`log_range` should be a number of at least 0. Found .* -0.5`",
         ),
-        (lambda: load_dataset("digits/3"), r"`name` should end in a number that divides \(8, 8\). Found .*digits/3"),
-        (lambda: load_dataset("digits/x"), "`name` should end in a number"),
+        (
+            lambda: load_dataset("digits/3"),
+            r"`name` should be one that ends in a number that divides \(8, 8\). Found .*digits/3",
+        ),
+        (lambda: load_dataset("digits/x"), "`name` should be one that ends in a number"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

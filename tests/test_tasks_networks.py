@@ -20,7 +20,7 @@ from odeopt.tasks import (
     VisionTransformer,
 )
 from odeopt.tasks.autoencoders import LIKELIHOODS
-from odeopt.tasks.layers import CELLS, NORMS, AsPatches, Recurrence, Residual, SelfAttention, recurrent_layer
+from odeopt.tasks.layers import CELLS, NORMS, AsPatches, Recurrence, Residual, SelfAttention
 from odeopt.tasks.networks import ARCHITECTURES
 from odeopt.tasks.random import normal
 from odeopt.tasks.sequences import SEQUENCE_ARCHITECTURES
@@ -169,7 +169,7 @@ def test_norms_stand_where_they_are_named():
 @pytest.mark.parametrize(("cell", "theirs"), [("gru", nn.GRU), ("lstm", nn.LSTM)])
 def test_gated_cells_are_what_torch_computes(cell, theirs):
     torch.manual_seed(0)
-    ours, theirs = recurrent_layer(cell, 4, "tanh"), theirs(4, 4, batch_first=True)
+    ours, theirs = CELLS[cell](4, "tanh"), theirs(4, 4, batch_first=True)
     with torch.no_grad():
         theirs.weight_ih_l0.copy_(ours.inputs.weight)
         theirs.bias_ih_l0.copy_(ours.inputs.bias)
@@ -359,8 +359,8 @@ def test_they_come_in_mixtures():
     [
         (lambda: images("pyramid"), r"`architecture` should be one of normalised, .*Found `architecture = 'pyramid'`"),
         (lambda: images("attention", width=5), r"`width` should be even for two heads. Found `width = 5`"),
-        (lambda: images("residual", width=0), r"`width` should be positive. Found `width = 0`"),
-        (lambda: images("residual", depth=0), r"`depth` should be positive. Found `depth = 0`"),
+        (lambda: images("residual", width=0), r"`width` should be a positive integer. Found `width = 0`"),
+        (lambda: images("residual", depth=0), r"`depth` should be a positive integer. Found `depth = 0`"),
         (
             lambda: images("residual", activation="swish"),
             r"`activation` should be .* Found `activation = 'swish'`",
@@ -371,7 +371,7 @@ def test_they_come_in_mixtures():
         (lambda: vit(n_heads=4), r"`width` should be a multiple of `n_heads = 4`. Found `width = 6`"),
         (lambda: vit(norm="batch"), r"`norm` should be one of pre, post, none. Found `norm = 'batch'`"),
         (lambda: vit(init_std=0), r"`init_std` should be a positive number or None. Found `init_std = 0`"),
-        (lambda: vit(n_examples=0), r"`n_examples` should lie between 1 and 71\d. Found `n_examples = 0`"),
+        (lambda: vit(n_examples=0), r"`n_examples` should be between 1 and 71\d. Found `n_examples = 0`"),
         (lambda: vit(n_examples=1.5), r"`n_examples` should be .* a fraction .* Found `n_examples = 1.5`"),
         (lambda: autoencoder(n_latent=0), r"`n_latent` should be a positive integer. Found `n_latent = 0`"),
         (lambda: autoencoder(likelihood="cauchy"), r"`likelihood` should be one of .* Found `likelihood = 'cauchy'`"),
@@ -381,8 +381,8 @@ def test_they_come_in_mixtures():
         (lambda: coordinates(detail=-1.0), r"`detail` should be a positive number, .* Found `detail = -1.0`"),
         (lambda: coordinates(dataset="digits", detail=1.0), r"`detail` should be .* None where there is a dataset"),
         (lambda: coordinates(dataset="digits", n_channels=3), r"`n_channels` should be 1 where there is a dataset"),
-        (lambda: coordinates(n_points=-3), r"`n_points` should be a positive integer. Found `n_points = -3`"),
-        (lambda: coordinates(n_points=0), r"`n_points` should be a positive integer. Found `n_points = 0`"),
+        (lambda: coordinates(n_points=-3), r"`n_points` should be a positive integer or None. Found `n_points = -3`"),
+        (lambda: coordinates(n_points=0), r"`n_points` should be a positive integer or None. Found `n_points = 0`"),
         (lambda: coordinates(split="test"), r"`split` should be one of meta-train, .* Found `split = 'test'`"),
         (lambda: text(expansion=0), r"`expansion` should be a positive integer. Found `expansion = 0`"),
         (lambda: text(context=0), r"`context` should be a positive integer. Found `context = 0`"),
@@ -391,11 +391,11 @@ def test_they_come_in_mixtures():
         (lambda: text(n_characters=8), r"`n_characters` should be between 9 and .* Found `n_characters = 8`"),
         (lambda: text(n_characters=0.99999), r"`n_characters` should be between 9 and .* `n_characters = 0.99999`"),
         (lambda: TextRecurrence(cell="rnn"), r"`cell` should be one of plain, gru, lstm. Found `cell = 'rnn'`"),
-        (lambda: images("residual", batch_size=0), r"`batch_size` should be positive. Found `batch_size = 0`"),
+        (lambda: images("residual", batch_size=0), r"`batch_size` should be a positive integer. Found .* = 0`"),
         (lambda: SequencePrediction("residual"), r"`architecture` should be one of attention, recurrent"),
         (lambda: SequencePrediction(n_symbols=1), r"`n_symbols` should be at least 2. Found `n_symbols = 1`"),
         (lambda: SequencePrediction(length=1), r"`length` should be at least 2. Found `length = 1`"),
-        (lambda: SequencePrediction(batch_size=0), r"`batch_size` should be positive. Found `batch_size = 0`"),
+        (lambda: SequencePrediction(batch_size=0), r"`batch_size` should be a positive integer. Found .* = 0`"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

@@ -83,11 +83,12 @@ def dataset(args: argparse.Namespace) -> ImageDataset:
 
 _SHARED: dict[str, dict[str, Any]] = {
     "dataset": {"choices": DATASETS, "default": "mnist", "help": "images to classify"},
-    "data_dir": {"type": Path, "help": "folder of the images, in torchvision's layout (None: the environment variable "
-                 "ODEOPT_DATA, else a cache folder); what is missing is downloaded"},
+    "data_dir": {"type": Path, "help": "folder of the images, in torchvision's layout (by default the environment "
+                 "variable ODEOPT_DATA, else a cache folder); what is missing is downloaded"},
     "runs": {"type": positive, "default": 20, "help": "initialisations, each with its own batches"},
     "tuning_runs": {"type": positive, "default": 4, "help": "runs per setting that is tried in tuning"},
-    "device": {"type": device, "default": "auto", "help": "where to compute; auto takes CUDA if there is one"},
+    "device": {"type": device, "default": "auto", "help": "where to compute; auto takes CUDA if there is one "
+               "(default: %(default)s)"},
     "seed": {"type": int, "default": 0, "help": "changes initialisations and batches"},
     "out": {"type": folder, "default": "figs", "help": "folder of figures and numbers"},
     "markdown": {"action": "store_true", "help": "print the tables as markdown"},
@@ -132,11 +133,11 @@ def parser(
     """
     made = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.on_interrupt = on_interrupt
-    for name, changes in ({key: {} for key in names.split()} | changed | {"threads": {}}).items():
-        add(made, name, **changes)
+    add(made, names, **changed, threads={})
     return made
 
 
-def add(parser: argparse.ArgumentParser, name: str, **changes: Any) -> None:
-    """Add an option that several programs have, with other arguments of ``add_argument`` where they are given."""
-    parser.add_argument(f"--{name.replace('_', '-')}", **{**_SHARED[name], **changes})
+def add(parser: argparse.ArgumentParser, names: str, **changed: dict[str, Any]) -> None:
+    """Add options that several programs have; see :func:`parser`."""
+    for name, changes in ({key: {} for key in names.split()} | changed).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **{**_SHARED[name], **changes})

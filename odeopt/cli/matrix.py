@@ -37,10 +37,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                         "same settings, from which Adam's results are taken")  # fmt: skip
     parser.add_argument("--data-dir", type=Path, help="as for train; data sets other than MNIST are left out where "
                         "they are not found")  # fmt: skip
-    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--out", type=arguments.folder, default="runs/matrix", help="folder of matrix.json and "
-                        "matrix.png (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    out = {"default": "runs/matrix", "help": "folder of matrix.json and matrix.png (default: %(default)s)"}
+    arguments.add(parser, "markdown", device={"default": "cpu"}, out=out)
     parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 

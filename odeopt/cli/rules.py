@@ -25,7 +25,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add both commands."""
     text = "list the rules that ship: what they were trained for, parameters, and what a step costs here"
     rules = commands.add_parser("rules", help=text, description=text + ", on the parameters of a 784-20-10 network.")
-    rules.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    arguments.add(rules, "markdown")
     rules.set_defaults(run=run_rules)
     text = "draw how a rule answers gradients: update, step size over a run, singular values"
     show = commands.add_parser("show", help=text, description=text + ".")

@@ -32,12 +32,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--trials", type=arguments.positive, help="trials in all, in place of the configuration's")
     parser.add_argument("--meta-steps", type=arguments.positive, help="meta-steps per trial, in place of the "
                         "configuration's, with as many validations: for a quick look")  # fmt: skip
-    parser.add_argument("--data-dir", type=Path, help="as for train")
-    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to train (default: %(default)s)")
+    arguments.add(parser, "data_dir markdown", device={"default": "cpu"})
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after so "
                         "long; the same command continues")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
-    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 

@@ -24,12 +24,10 @@ def add(commands: argparse._SubParsersAction) -> None:
                         "fixed, adaptive, structure (default: all)")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=("float64", "float32"), default=["float64"], help="precisions "
                         "(default: float64)")  # fmt: skip
-    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one problem each of most classes, unless "
                         "--problems are given, and fewer settings")  # fmt: skip
-    parser.add_argument("--out", type=arguments.folder, default="runs/solvers", help="folder of solvers.json and of "
-                        "the figures (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    out = {"default": "runs/solvers", "help": "folder of solvers.json and of the figures (default: %(default)s)"}
+    arguments.add(parser, "markdown", device={"default": "cpu"}, out=out)
     parser.set_defaults(run=run)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from odeopt import artifacts
 from odeopt.checks import install_command
@@ -39,11 +38,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--runs", type=arguments.positive, help="paired runs per problem and optimizer (default: 5)")
     parser.add_argument("--quick", action="store_true", help="the digits in place of MNIST, 20 steps, two learning "
                         "rates per optimizer, and 2 runs unless --runs is given")  # fmt: skip
-    parser.add_argument("--data-dir", type=Path, help="as for train")
-    parser.add_argument("--device", type=arguments.device, default="cpu", help="where to run (default: %(default)s)")
-    parser.add_argument("--out", type=arguments.folder, default="runs/suite", help="folder of suite.json and "
-                        "suite.png (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    out = {"default": "runs/suite", "help": "folder of suite.json and suite.png (default: %(default)s)"}
+    arguments.add(parser, "data_dir markdown", device={"default": "cpu"}, out=out)
     parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 

@@ -39,11 +39,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, help="where the rule goes (default: runs/NAME.safetensors)")
     parser.add_argument("--folder", type=Path, help="checkpoint and TensorBoard scalars; an interrupted run "
                        "is continued from here (default: runs/NAME)")  # fmt: skip
-    parser.add_argument(
-        "--data-dir", type=Path, help="where image datasets lie (default: ODEOPT_DATA or a cache folder)"
-    )
-    parser.add_argument("--device", type=_device, default="cpu", help="where to train (default: %(default)s); under "
-                       "torchrun, cuda is one GPU for each rank")  # fmt: skip
+    arguments.add(parser, "data_dir", device={"type": _device, "default": "cpu", "help": "where to train (default: "
+                  "%(default)s); under torchrun, cuda is one GPU for each rank"})  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the rule's steps: a minute, then about twice "
                        "as fast (port-Hamiltonian rules)")  # fmt: skip
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after "

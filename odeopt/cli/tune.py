@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from odeopt.cli import arguments
 from odeopt.evaluation.baselines import make_baselines_table
 
 
@@ -12,7 +13,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     parser = commands.add_parser("tune", help="tune the hand-designed optimizers and write their table")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--data-dir", type=Path, help="as for train")
+    arguments.add(parser, "data_dir")
     parser.set_defaults(run=run)
 
 

@@ -52,11 +52,8 @@ class Family:
 
     def __post_init__(self) -> None:
         require(0 < self.lr[0] <= self.lr[1], "lr", self.lr, "two rising, positive numbers")
-        if (self.other is None) != (not self.first) or not set(self.first) <= set(self.values):
-            raise ValueError(
-                f"Parameter `first` should hold values of `{self.other}` among {self.values}. "
-                f"Found `first = {self.first}`."
-            )
+        is_right = (self.other is None) == (not self.first) and set(self.first) <= set(self.values)
+        require(is_right, "first", self.first, f"values of `{self.other}` among {self.values}")
 
 
 _MOMENTA = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from odeopt.artifacts import find_pretrained
 from odeopt.checks import require
@@ -70,8 +71,7 @@ def compare(
             f"Found {rules!r}."
         )
     rules = {name: _as_rule(rule, f"rules[{name!r}]") for name, rule in rules.items()}
-    if not rules:
-        raise ValueError("Parameter `rules` should hold at least one rule. Found none.")
+    require(len(rules) > 0, "rules", rules, "at least one rule by name")
     require(n_runs >= 1, "n_runs", n_runs, "at least 1")
     wanted = f"{BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}"
     require(reference in (BEST_HAND_DESIGNED, *rules), "reference", reference, wanted)
@@ -197,21 +197,21 @@ def _flat_start(rule: UpdateRule, task: Task) -> tuple[dict[str, Tensor], dict[s
     return params, {name: initial_state(rule, param) for name, param in params.items()}
 
 
-def _n_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _n_bytes(tensors: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(tensors))
 
 
 def _state_bytes(rule: UpdateRule, task: Task) -> float:
     params, states = _flat_start(rule, task)
-    n_params = sum(param.numel() for param in params.values())
-    return sum(_n_bytes(state) for state in states.values()) / n_params
+    return _n_bytes(states) / sum(param.numel() for param in params.values())
 
 
 def fast_batch(rule: UpdateRule, task: Task) -> int:
     """Number of runs whose parameters, states and data fill the bytes that suit the device."""
     params, states = _flat_start(rule, task)
     batch = task.sample_batch(torch.arange(1), 0, 0)
-    n_bytes = _n_bytes([*params.values(), *(part for state in states.values() for part in state), *batch])
+    n_bytes = _n_bytes((params, states, batch))
     return max(1, int(_BATCH_BYTES.get(task.device.type, _BATCH_BYTES["cpu"]) // max(n_bytes, 1)))
 
 

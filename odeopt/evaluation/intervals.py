@@ -41,10 +41,9 @@ def student_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
     References:
         Student (1908), The probable error of a mean, Biometrika 6.
     """
-    if samples.ndim != 1 or len(samples) == 0:
-        raise ValueError(f"Parameter `samples` should have one, non-empty axis. Found shape {tuple(samples.shape)}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Parameter `confidence` should lie in (0, 1). Found `confidence = {confidence}`.")
+    is_right = samples.ndim == 1 and len(samples) > 0
+    require(is_right, "samples", tuple(samples.shape), "a tensor of one, non-empty axis")
+    require(0 < confidence < 1, "confidence", confidence, "in (0, 1)")
     samples = samples.double()
     n, mean = len(samples), samples.mean().item()
     if not samples.isfinite().all():

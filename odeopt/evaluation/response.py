@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from odeopt.rules.base import UpdateRule
 
@@ -48,7 +49,7 @@ def response(rule: UpdateRule) -> Response:
     """
     generator = torch.Generator().manual_seed(0)
     gradient = torch.linspace(-3.0, 3.0, 61)
-    updates = {name: _last_update(rule, _past(past, gradient), (len(gradient),)) for name, past in _PAST.items()}
+    updates = {name: _updates(rule, _past(past, gradient), (len(gradient),))[-1] for name, past in _PAST.items()}
     noise = torch.randn(_HORIZON, 64, generator=generator)
     sizes = {
         name: torch.stack([x.square().mean().sqrt() for x in _updates(rule, noise, (64,), is_told=is_told)])
@@ -57,10 +58,10 @@ def response(rule: UpdateRule) -> Response:
     left, right = (torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q for _ in range(2))
     values = torch.logspace(0.0, -3.0, 32)
     matrix = (left * values) @ right.mT
-    update = _last_update(rule, [matrix.flatten()] * _N_STEPS, (32, 32)).view(32, 32)
+    update = _updates(rule, [matrix.flatten()] * _N_STEPS, (32, 32))[-1].view(32, 32)
     along = -(left.mT @ update @ right).diagonal()
     step = torch.arange(1.0, _HORIZON + 1)
-    return Response(*_double((gradient, updates, step, sizes, values, along)))
+    return tree_map(Tensor.double, Response(gradient, updates, step, sizes, values, along))
 
 
 def _past(past: float, gradient: Tensor) -> list[Tensor]:
@@ -69,11 +70,7 @@ def _past(past: float, gradient: Tensor) -> list[Tensor]:
     return [*(torch.full_like(gradient, sign) for sign in signs), gradient]
 
 
-def _last_update(rule: UpdateRule, gradients: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    return _updates(rule, gradients, shape, is_told=False)[-1]
-
-
-def _updates(rule: UpdateRule, gradients, shape: tuple[int, ...], *, is_told: bool) -> list[Tensor]:
+def _updates(rule: UpdateRule, gradients, shape: tuple[int, ...], *, is_told: bool = False) -> list[Tensor]:
     # a parameter of the size that layers of this size begin with; it stays where it is
     param = torch.full((gradients[0].numel(),), shape[-1] ** -0.5)
     state, updates = rule.init_state(param), []
@@ -82,7 +79,3 @@ def _updates(rule: UpdateRule, gradients, shape: tuple[int, ...], *, is_told: bo
         update, state = rule(gradient, state, param=param, shape=shape, progress=progress)
         updates.append(update)
     return updates
-
-
-def _double(found):
-    return ({k: x.double() for k, x in part.items()} if isinstance(part, dict) else part.double() for part in found)

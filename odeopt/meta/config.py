@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, is_number, require, require_counts, require_positive
 from odeopt.meta.estimators import Backpropagation, Estimator
 from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule
@@ -64,9 +64,9 @@ class MetaConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_meta_steps", "n_tasks", "horizon", "validate_every", "n_validation_tasks"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        require_counts(n_meta_steps=self.n_meta_steps, n_tasks=self.n_tasks, horizon=self.horizon)
+        require_counts(validate_every=self.validate_every, n_validation_tasks=self.n_validation_tasks)
+        require_positive(lr=self.lr, clip=self.clip, outlier_factor=self.outlier_factor)
         wanted = "an estimator of the meta-gradient, such as Backpropagation()"
         require(isinstance(self.estimator, Estimator), "estimator", self.estimator, wanted)
         is_objective = isinstance(self.objective, MetaObjective)
@@ -76,18 +76,13 @@ class MetaConfig:
             require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
         is_seed = is_integer(self.seed) and -(2**63) <= self.seed < 2**64  # what torch's generators take
         require(is_seed, "seed", self.seed, "an integer of 64 bits")
-        for name in ("lr", "clip", "outlier_factor"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, name, value, "a positive number")
         is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
         require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
         require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as a configuration file has them, in values that JSON can hold."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tables = {"estimator": self.estimator.describe(), "objective": dataclasses.asdict(self.objective)}
-        return settings | tables
+        return dataclasses.asdict(self) | {"estimator": self.estimator.describe()}
 
 
 @dataclasses.dataclass

@@ -149,9 +149,9 @@ class Config:
             return _task(**self.task, split=split, data_dir=data_dir, device=device)
         families = []
         for options_of_family in options.pop("families"):
-            fixed, choices = dict(options_of_family), dict(options_of_family.get("choices", {}))
+            fixed = dict(options_of_family)
+            choices = fixed.pop("choices", {})
             numbers = {name: fixed.pop(name) for name in ("share", "log_range") if name in fixed}
-            fixed.pop("choices", None)
             make = partial(_task, split=split, data_dir=data_dir)
             first = {name: values[0] for name, values in choices.items()}
             for name, value in ((name, value) for name, values in choices.items() for value in values):
@@ -216,7 +216,7 @@ def make_config(path: Path, content: dict[str, Any]) -> Config:
         wanted = f"the sections {', '.join(SECTIONS)}, and may have {START} and {USE}"
         raise ValueError(f"{path} should have {wanted}. Found {', '.join(content)}.")
     for section, options in content.items():
-        _check_table(path, section, options)
+        check_table(path, section, options)
     rule_class, use = _check_class(path, "rule", content["rule"], _RULES, UpdateRule), content.get(USE, {})
     check_keys(path, USE, use, set(inspect.signature(rule_class).parameters))
     _check_task(path, content["task"])
@@ -239,7 +239,7 @@ def _settings(path: Path, section: str, content: dict[str, Any], allowed: set[st
 
 
 def _estimator(path: Path, section: str, table: Any) -> Estimator:
-    _check_table(path, section, table)
+    check_table(path, section, table)
     estimator = _check_class(path, section, table, ESTIMATORS, Estimator)
     options = {name: value for name, value in table.items() if name != "class"}
     for name, value in options.items():
@@ -250,7 +250,7 @@ def _estimator(path: Path, section: str, table: Any) -> Estimator:
 
 def _built(path: Path, section: str, kind: Callable[..., T], options: Any) -> T:
     """Build from the options of a section, which errors name."""
-    _check_table(path, section, options)
+    check_table(path, section, options)
     check_keys(path, section, options, set(inspect.signature(kind).parameters))
     try:
         return kind(**options)
@@ -308,7 +308,8 @@ def _found(name: str, known: dict[str, type[T]]) -> type[T]:
     return pkgutil.resolve_name(name) if ":" in name else known[name]
 
 
-def _check_table(path: Path, section: str, table: Any) -> None:
+def check_table(path: Path, section: str, table: Any) -> None:
+    """Refuse a section that is none."""
     if not isinstance(table, dict):
         name = section.rpartition(".")[2]
         raise ValueError(f"{path}: `{name}` should be a section [{section}]. Found `{name} = {table!r}`.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, require_positive
 from odeopt.ode import Solution, integrate, is_fixed_step
 from odeopt.ode.checks import check_times
 from odeopt.ode.torchdiffeq import ATOL, RTOL, time_of_event
@@ -122,17 +122,21 @@ def gradient_flow(
         >>> bool((flow.losses[1:] < flow.losses[:-1]).all())
         True
     """
-    for name, value in (("scale", scale), ("kappa", kappa)):
-        require(is_number(value) and value > 0, name, value, "a positive number")
-    is_tolerance = until_norm is None or (is_number(until_norm) and until_norm > 0)
-    require(is_tolerance, "until_norm", until_norm, "a positive number or None")
-    system, z = _system_of(rule, friction, gain, z)
+    require_positive(scale=scale, kappa=kappa)
+    require_positive(until_norm=until_norm, or_none=True)
+    is_rule = isinstance(rule, PortHamiltonianUpdate)
+    system = rule.system if is_rule else rule
+    require(isinstance(system, PortHamiltonianSystem), "rule", rule, "a port-Hamiltonian rule or system")
     require(system.n_inputs == 1, "rule", f"a system of {system.n_inputs} inputs", "a system of one input")
     params, batch = task.init_params(indices, seed), task.sample_batch(indices, step, seed)
     shapes = {name: value.shape[1:] for name, value in params.items()}
     theta = torch.cat([value.flatten(1) for value in params.values()], dim=1)
     rest = theta.new_zeros(*theta.shape, system.dof)
-    z = _modulation(z, rest) if isinstance(z, tuple) and isinstance(rule, PortHamiltonianUpdate) else z
+    if is_rule:
+        require(z is None, "z", z, "None for a rule, which has `friction` and `gain`")
+        rates = _of_modes("friction", friction, rest)
+        require(bool((rates >= 0).all()), "friction", friction, "not negative")
+        z = Modulation(rates, _of_modes("gain", gain, rest).unsqueeze(-1))
 
     def field(time: Tensor, x: FlowState) -> FlowState:
         x = FlowState(*x)
@@ -165,25 +169,12 @@ def gradient_flow(
     return GradientFlow(t, params, losses, norms, losses + kappa / scale * stored, event_time, solution)
 
 
-def _system_of(rule: Any, friction: Any, gain: Any, z: Any) -> tuple[PortHamiltonianSystem, Any]:
-    """The system, and what of its signal is given."""
-    if isinstance(rule, PortHamiltonianUpdate):
-        require(z is None, "z", z, "None for a rule, which has `friction` and `gain`")
-        modes = {}
-        for name, value in (("friction", friction), ("gain", gain)):
-            given = [value] if is_number(value) else list(value)
-            is_right = len(given) in (1, rule.modes) and all(is_number(number) for number in given)
-            require(is_right, name, value, f"one number, or one for each of {rule.modes} modes")
-            modes[name] = given
-        require(min(modes["friction"]) >= 0, "friction", friction, "not negative")
-        return rule.system, (modes["friction"], modes["gain"])
-    require(isinstance(rule, PortHamiltonianSystem), "rule", rule, "a port-Hamiltonian rule or system")
-    return rule, z
-
-
-def _modulation(given: tuple[list[float], list[float]], like: Tensor) -> Modulation:
-    friction, gain = (like.new_tensor(numbers).expand_as(like) for numbers in given)
-    return Modulation(friction, gain.unsqueeze(-1))
+def _of_modes(name: str, value: Any, like: Tensor) -> Tensor:
+    """Expand an argument, a number or one for each mode, to the momenta."""
+    numbers, modes = [value] if is_number(value) else list(value), like.shape[-1]
+    is_right = len(numbers) in (1, modes) and all(map(is_number, numbers))
+    require(is_right, name, value, f"one number, or one for each of {modes} modes")
+    return like.new_tensor(numbers).expand_as(like)
 
 
 def _loss_and_gradient(task: Task, theta: Tensor, shapes: dict[str, torch.Size], batch: Batch) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from odeopt.checks import require
 from odeopt.rules.base import StagedRule, UpdateRule, checked
@@ -26,6 +27,9 @@ States = dict[str, NamedTuple]
 class Separate:
     """Every parameter by itself, shape ``(n_tasks, n)``, stepped by a call of its own.
 
+    A layout takes what is its own out of parameters and states by name. Where it lays several parameters into one
+    tensor, that has the name of the first of them.
+
     Args:
         shapes: Shape of each parameter, ``(n_tasks, *shape)``.
         tables: Names of the parameters that are looked up row by row.
@@ -33,18 +37,19 @@ class Separate:
 
     def __init__(self, shapes: dict[str, torch.Size], tables: Collection[str] = ()) -> None:
         self.shapes, self.tables = shapes, tables
+        self.name = next(iter(shapes))
 
     def pack(self, params: Params, states: States) -> tuple[Params, States]:
         """Bring flat parameters ``(n_tasks, n)`` and their states into the form that the steps take."""
-        return params, states
+        return {name: params[name] for name in self.shapes}, {name: states[name] for name in self.shapes}
 
     def unpack(self, packed: Params, states: States) -> tuple[Params, States]:
         """The reverse of :meth:`pack`."""
-        return packed, states
+        return self.pack(packed, states)
 
     def views(self, packed: Params) -> Params:
         """Each parameter in its own shape, as functions of the packed ones."""
-        return {name: param.view(self.shapes[name]) for name, param in packed.items()}
+        return {name: packed[name].view(shape) for name, shape in self.shapes.items()}
 
     def placed(self, rule: UpdateRule, name: str) -> UpdateRule:
         """The rule as it steps the parameter ``name``."""
@@ -87,28 +92,29 @@ class Packed(Separate):
     def pack(self, params, states):
         fields = {}
         for name, axis in self.axes.items():
-            values = [getattr(states[key], name) for key in params]
+            values = [getattr(states[key], name) for key in self.shapes]
             if axis is None:
                 fields[name] = torch.stack(values, 1)
             else:  # the state of a batch of tasks has an axis in front; the rows follow it
                 in_line = self._join(values, axis + 1)
                 fields[name] = in_line.unflatten(axis + 1, (-1, self.n_columns)).movedim(axis + 1, 1)
-        return {"": self._join(list(params.values()), 1)}, {"": self.type(**fields)}
+        flat = self._join([params[key] for key in self.shapes], 1)
+        return {self.name: flat}, {self.name: self.type(**fields)}
 
     def unpack(self, packed, states):
         fields = []
-        for value, axis in zip(states[""], self.axes.values(), strict=True):
+        for value, axis in zip(states[self.name], self.axes.values(), strict=True):
             if axis is None:
                 fields.append(value.unbind(1))
             else:
                 fields.append(self._split(value.movedim(1, axis + 1).flatten(axis + 1, axis + 2), axis + 1))
-        params = dict(zip(self.shapes, self._split(packed[""], 1), strict=True))
+        params = dict(zip(self.shapes, self._split(packed[self.name], 1), strict=True))
         return params, {
             key: self.type(*values) for key, values in zip(self.shapes, zip(*fields, strict=True), strict=True)
         }
 
     def views(self, packed):
-        pieces = self._split(packed[""], 1)
+        pieces = self._split(packed[self.name], 1)
         return {name: x.view(shape) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
 
     def step(self, rule, name, grad, state, param, progress):
@@ -139,24 +145,21 @@ class Stacked(Separate):
         self.n_matrices = n_matrices
 
     def pack(self, params, states):
-        fields = zip(*(states[name] for name in self.shapes), strict=True)
-        kind = type(states[next(iter(self.shapes))])
-        stacked = {"": torch.stack([params[name] for name in self.shapes], 1)}
-        return stacked, {"": kind(*(torch.stack(values, 1) for values in fields))}
+        own = ((params[name], states[name]) for name in self.shapes)
+        param, state = tree_map(lambda *parts: torch.stack(parts, 1), *own)
+        return {self.name: param}, {self.name: state}
 
     def unpack(self, packed, states):
-        params = dict(zip(self.shapes, packed[""].unbind(1), strict=True))
-        kind, fields = type(states[""]), zip(*(field.unbind(1) for field in states[""]), strict=True)
-        return params, {name: kind(*values) for name, values in zip(self.shapes, fields, strict=True)}
+        state = states[self.name]
+        fields = zip(*(field.unbind(1) for field in state), strict=True)
+        params = dict(zip(self.shapes, packed[self.name].unbind(1), strict=True))
+        return params, {name: type(state)(*values) for name, values in zip(self.shapes, fields, strict=True)}
 
     def views(self, packed):
-        return {name: x.view(self.shapes[name]) for name, x in zip(self.shapes, packed[""].unbind(1), strict=True)}
+        return super().views(dict(zip(self.shapes, packed[self.name].unbind(1), strict=True)))
 
     def placed(self, rule, name):
         return rule.for_depth(self.n_matrices)
-
-    def step(self, rule, name, grad, state, param, progress):
-        return super().step(rule, next(iter(self.shapes)), grad, state, param, progress)
 
 
 class Grouped(Separate):
@@ -169,37 +172,29 @@ class Grouped(Separate):
 
     def __init__(self, shapes: dict[str, torch.Size], layouts: Sequence[Separate]) -> None:
         super().__init__(shapes)
-        self.layouts = {f"{number}/": layout for number, layout in enumerate(layouts)}
+        self.layouts = layouts
 
     def pack(self, params, states):
-        packed, packed_states = {}, {}
-        for prefix, layout in self.layouts.items():
-            own, own_states = ({name: x[name] for name in layout.shapes} for x in (params, states))
-            for whole, part in zip((packed, packed_states), layout.pack(own, own_states), strict=True):
-                whole.update({prefix + name: value for name, value in part.items()})
-        return packed, packed_states
+        return _merged(layout.pack(params, states) for layout in self.layouts)
 
     def unpack(self, packed, states):
-        params, unpacked = {}, {}
-        for prefix, layout in self.layouts.items():
-            own = layout.unpack(_without(packed, prefix), _without(states, prefix))
-            for whole, part in zip((params, unpacked), own, strict=True):
-                whole.update(part)
-        return {name: params[name] for name in self.shapes}, {name: unpacked[name] for name in self.shapes}
+        return super().pack(*_merged(layout.unpack(packed, states) for layout in self.layouts))
 
     def views(self, packed):
-        views = {}
-        for prefix, layout in self.layouts.items():
-            views.update(layout.views(_without(packed, prefix)))
+        views = {name: view for layout in self.layouts for name, view in layout.views(packed).items()}
         return {name: views[name] for name in self.shapes}
 
     def step(self, rule, name, grad, state, param, progress):
-        prefix, rest = name[: name.index("/") + 1], name[name.index("/") + 1 :]
-        return self.layouts[prefix].step(rule, rest, grad, state, param, progress)
+        layout = next(layout for layout in self.layouts if name in layout.shapes)
+        return layout.step(rule, name, grad, state, param, progress)
 
 
-def _without(fields: dict, prefix: str) -> dict:
-    return {name[len(prefix) :]: value for name, value in fields.items() if name.startswith(prefix)}
+def _merged(parts: Iterable[tuple[Params, States]]) -> tuple[Params, States]:
+    params, states = {}, {}
+    for own, own_states in parts:
+        params |= own
+        states |= own_states
+    return params, states
 
 
 class CompiledSteps:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, require_positive
 
 _WEIGHTS = ("uniform", "linear", "late", "last")
 _CEILING = 10.0  # of relative losses
@@ -46,7 +46,7 @@ class MetaObjective:
         require(self.weights in _WEIGHTS, "weights", self.weights, f"one of {', '.join(_WEIGHTS)}")
         for name in ("log", "relative"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        require(is_number(self.eps) and self.eps > 0, "eps", self.eps, "a positive number")
+        require_positive(eps=self.eps)
         is_share = is_number(self.held_out) and 0 <= self.held_out <= 1
         require(is_share, "held_out", self.held_out, "a number in [0, 1]")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from odeopt.files import write_json
+from odeopt.files import locked, unfit, write_json
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
 from odeopt.meta.search_files import SearchConfig, import_optuna
@@ -29,6 +29,7 @@ from odeopt.tasks.fingerprint import are_alike
 if TYPE_CHECKING:
     from odeopt.meta.search_files import optuna
 
+_STUDY = "study.db"
 _STATES = ("complete", "pruned", "diverged", "failed")
 
 
@@ -188,10 +189,8 @@ class _Search:
         if kept is None and not self.trials:
             self.study.set_user_attr("tasks", fingerprints)
         elif kept is None or len(kept) != len(fingerprints) or not all(map(are_alike, fingerprints, kept)):
-            raise ValueError(
-                "Parameter `folder` should be empty or hold a study of the same search. Found one whose trials were "
-                "made on other tasks, or on other data; choose another folder or delete it."
-            )
+            found = ", whose trials were made on other tasks, or on other data; choose another folder or delete it"
+            raise unfit(self.folder / _STUDY, "a study of the same search", found)
 
     def task_of(self, config: Config) -> Task | Mixture:
         """The tasks of a trial, kept until others are wanted."""
@@ -318,12 +317,10 @@ class _Search:
 @contextlib.contextmanager
 def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
     """Open the study in ``study.db``, new or begun before, for this process alone."""
-    module, path = import_optuna(), folder / "study.db"
+    module, path = import_optuna(), folder / _STUDY
     with contextlib.ExitStack() as stack:
-        # SQLite's lock goes with the process, however that ends
-        lock = stack.enter_context(contextlib.closing(sqlite3.connect(folder / "lock", timeout=0)))
         try:
-            lock.execute("BEGIN EXCLUSIVE")
+            stack.enter_context(locked(folder / "lock", timeout=0))
         except sqlite3.Error as error:
             wanted = "one that can be written to and that no other process works on"
             raise ValueError(f"Parameter `folder` should be {wanted}. Found `{folder}`: {error}.") from error
@@ -339,10 +336,8 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
             study = module.create_study(storage=storage, pruner=pruner, study_name="search", load_if_exists=True)
             kept = study.user_attrs.get("settings")
         except Exception as error:  # SQLite's, SQLAlchemy's, Alembic's or Optuna's
-            raise ValueError(
-                f"Parameter `folder` should be empty or hold a study. Found `{path}`, which cannot be read "
-                f"({str(error).splitlines()[0]}); delete it to start anew."
-            ) from error
+            found = f", which cannot be read ({str(error).splitlines()[0]}); delete it to start anew"
+            raise unfit(path, "a study", found) from error
         wanted = config.identity()
         if kept is None:
             for checkpoint in folder.glob("trial-*/checkpoint.pt"):  # of a study that was deleted
@@ -351,10 +346,7 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
         elif kept != wanted:
             names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
             changed = ", ".join(f"`{name} = {kept.get(name)!r}` in place of {wanted.get(name)!r}" for name in names)
-            raise ValueError(
-                f"Parameter `folder` should be empty or hold a study of the same search. Found `{path}` with "
-                f"{changed}; choose another folder or delete it."
-            )
+            raise unfit(path, "a study of the same search", f" with {changed}; choose another folder or delete it")
         for values in config.probes() if config.sampler == "grid" else ():
             study.enqueue_trial({name: repr(value) for name, value in values.items()}, skip_if_exists=True)
         yield study

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from odeopt.checks import install_command, is_integer, is_number, require
 from odeopt.meta.config import MetaConfig
-from odeopt.meta.files import SECTIONS, START, Config, check_keys, make_config, read_toml
+from odeopt.meta.files import SECTIONS, START, Config, check_keys, check_table, make_config, read_toml
 
 if TYPE_CHECKING:
     import optuna
@@ -140,8 +140,7 @@ def load_search(
     path, content = read_toml(name, "search")
     check_keys(path, "top level", content, {"base", "search", *SECTIONS})
     for section in set(content) - {"base"}:
-        if not isinstance(content[section], dict):
-            raise ValueError(f"{path}: `{section}` should be a section. Found `{section} = {content[section]!r}`.")
+        check_table(path, section, content[section])
     if "search" not in content:
         raise ValueError(f"{path} should have a section [search]. Found {', '.join(content)}.")
     sections, options = _sections(path, content), dict(content["search"])

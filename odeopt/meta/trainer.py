@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_number, require
-from odeopt.files import replaced
+from odeopt.files import replaced, unfit
 from odeopt.meta.config import MetaConfig, MetaResult
 from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
 from odeopt.meta.identity import are_close, differences, identity_of
@@ -115,9 +115,7 @@ def meta_train(
             "`torch.is_grad_enabled() = False`; call it outside torch.no_grad() and torch.inference_mode()."
         )
     folder = None if folder is None else Path(folder)
-    run = _Run(rule, task, config, validation_task, folder, current_world())
-    if compile:
-        run.compile()
+    run = _Run(rule, task, config, validation_task, folder, current_world(), compile)
     try:
         with _flushed():
             run.resume()
@@ -193,19 +191,21 @@ class _Run:
     validation_task: Task | Mixture
     folder: Path | None
     world: World
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         rule, config, folder = self.rule, self.config, self.folder
-        self.stepped: UpdateRule | CompiledSteps = rule
         self.objective, self.estimator = config.objective, config.estimator.fresh()
         is_fit = not (self.estimator.is_stateful and isinstance(self.task, Mixture))
         require(is_fit, "task", self.task, f"no mixture where `estimator = {config.estimator}`, whose runs go on")
+        wanted = f"False where `estimator = {config.estimator}`, which does not backpropagate only"
+        require(self.estimator.is_compilable or not self.is_compiled, "compile", self.is_compiled, wanted)
+        # validation takes the steps as they are
+        self.stepped: UpdateRule | CompiledSteps = CompiledSteps(rule) if self.is_compiled else rule
         self.parameters = [p for p in rule.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError(f"Parameter `rule` should have parameters to learn. Found `{type(rule).__name__}`.")
+        require(len(self.parameters) > 0, "rule", type(rule).__name__, "one with parameters to learn")
         dtypes = sorted({str(value.dtype) for value in rule.state_dict().values() if value.is_floating_point()})
-        if len(dtypes) > 1:
-            raise ValueError(f"Parameter `rule` should have weights of one dtype. Found {' and '.join(dtypes)}.")
+        require(len(dtypes) <= 1, "rule", " and ".join(dtypes), "one with weights of one dtype")
         check_tasks_apart(rule)
         self.meta_optimizer = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.9, config.beta2))
         self.scheduler = None
@@ -228,12 +228,6 @@ class _Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder))
-
-    def compile(self) -> None:
-        """Let the steps of the rule be compiled; validation takes them as they are."""
-        wanted = f"False where `estimator = {self.config.estimator}`, which does not backpropagate only"
-        require(self.estimator.is_compilable, "compile", True, wanted)
-        self.stepped = CompiledSteps(self.rule)
 
     def episode(self) -> Iterator[float]:
         """Train on one batch of tasks; yield the meta-loss of each meta-step."""
@@ -379,23 +373,17 @@ class _Run:
         try:
             checkpoint = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            raise ValueError(
-                f"Parameter `folder` should be empty or hold a whole checkpoint. Found `{self.path}`, which cannot "
-                "be read; delete it to start anew."
-            ) from error
+            found = ", which cannot be read; delete it to start anew"
+            raise unfit(self.path, "a whole checkpoint", found) from error
         if checkpoint.get("format") != _FORMAT:
-            raise ValueError(
-                "Parameter `folder` should be empty or hold a checkpoint of this version of odeopt. Found "
-                f"`{self.path}`, written by another one; finish the run with that version or delete it to start anew."
-            )
+            found = ", written by another one; finish the run with that version or delete it to start anew"
+            raise unfit(self.path, "a checkpoint of this version of odeopt", found)
         changed = differences(self.identity, checkpoint["identity"])
         if not any(are_close(self.initial, checkpoint[name]) for name in ("initial", "best_weights")):
             changed.append("`initial weights`")
         if changed:
-            raise ValueError(
-                f"Parameter `folder` should be empty or hold a checkpoint of the same run. Found `{self.path}` "
-                f"with another {', '.join(changed)}; choose another folder or delete it."
-            )
+            found = f" with another {', '.join(changed)}; choose another folder or delete it"
+            raise unfit(self.path, "a checkpoint of the same run", found)
         self.initial = checkpoint["initial"]
         result = MetaResult(self.rule, **checkpoint["result"])
         if result.n_tasks_per_step < self.world.size:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, require_counts
 from odeopt.meta.layouts import Separate, layout_for
 from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.tasks.base import Task
@@ -89,8 +89,7 @@ def unroll(
     require(n_steps >= 1, "n_steps", n_steps, "at least 1")
     is_long_enough = total_steps is None or total_steps >= start + n_steps
     require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
-    is_length = checkpoint_every is None or checkpoint_every >= 1
-    require(is_length, "checkpoint_every", checkpoint_every, "positive")
+    require_counts(checkpoint_every=checkpoint_every, or_none=True)
     require(is_number(damping) and 0 < damping <= 1, "damping", damping, "a number in (0, 1]")
     require(is_number(held_out) and 0 <= held_out <= 1, "held_out", held_out, "a number in [0, 1]")
     params = task.init_params(indices, seed) if params is None else dict(params)
@@ -162,8 +161,8 @@ class _Unroll(NamedTuple):
         is_exact, losses = torch.is_grad_enabled() and not self.detach, []
         is_damped = torch.is_grad_enabled() and self.damping < 1
         for step in range(start, end):
-            if is_damped:
-                flat, states = self.damped(flat, states)
+            if is_damped:  # the same numbers; what a later loss says of them is damped on its way back
+                flat, states = tree_map(lambda x: _Damped.apply(x, self.damping), (flat, states))
             loss, total, variables = self.evaluate(flat, step)
             losses.append(_kept(loss))
             # where the run is differentiated the graph of the loss is needed again by the meta-gradient
@@ -176,34 +175,19 @@ class _Unroll(NamedTuple):
             flat = new_flat
         return losses, flat, states
 
-    def damped(self, flat: dict[str, Tensor], states: dict[str, NamedTuple]) -> tuple[dict, dict]:
-        """The same numbers; what a later loss says of them is damped on its way back."""
-        return (
-            {name: _Damped.apply(param, self.damping) for name, param in flat.items()},
-            {name: type(state)(*(_Damped.apply(s, self.damping) for s in state)) for name, state in states.items()},
-        )
-
     def checkpointed(self, start, end, flat, states):
         """As :meth:`steps`, but nothing inside is kept: the backward pass takes the steps again."""
-        kinds = {name: (type(states[name]), len(states[name])) for name in flat}
+        inputs, kind = tree_flatten((flat, states))
 
         def packed_steps(*tensors):
-            losses, flat, states = self.steps(start, end, *unpack(tensors))
-            return *losses, *pack(flat, states)
-
-        def pack(flat, states):
-            return [*flat.values(), *(value for name in flat for value in states[name])]
-
-        def unpack(tensors):
-            flat = dict(zip(kinds, tensors, strict=False))
-            values = iter(tensors[len(kinds) :])
-            return flat, {name: kind(*itertools.islice(values, n)) for name, (kind, n) in kinds.items()}
+            losses, *after = self.steps(start, end, *tree_unflatten(tensors, kind))
+            return *losses, *tree_leaves(after)
 
         # the reentrant form: the non-reentrant one computes everything before a segment again for each inner gradient;
         # it differentiates only what depends on an input that requires it. Random numbers are counter-based.
-        inputs = [_differentiable(value) for value in pack(flat, states)]
+        inputs = map(_differentiable, inputs)
         outputs = activation_checkpoint(packed_steps, *inputs, use_reentrant=True, preserve_rng_state=False)
-        return list(outputs[: end - start]), *unpack(outputs[end - start :])
+        return list(outputs[: end - start]), *tree_unflatten(outputs[end - start :], kind)
 
 
 def _kept(loss: Tensor) -> Tensor:
@@ -220,12 +204,3 @@ def _variable(param: Tensor) -> Tensor:
     """View of a parameter with respect to which a gradient can be taken."""
     variable = param.view(param.shape)
     return variable if variable.requires_grad else variable.requires_grad_()
-
-
-def detached(trajectory: Trajectory) -> Trajectory:
-    """Cut a trajectory off from the graph, to continue it as a new segment."""
-    return Trajectory(
-        trajectory.losses.detach(),
-        {name: param.detach() for name, param in trajectory.params.items()},
-        {name: type(state)(*(s.detach() for s in state)) for name, state in trajectory.states.items()},
-    )

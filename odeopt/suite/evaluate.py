@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import require
-from odeopt.files import read_json, write_json
+from odeopt.files import locked, read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
@@ -25,6 +24,7 @@ from odeopt.suite.run import Run, run, smoothed
 
 TUNING_SEED = 1000  # learning rates are chosen by a run of it; comparisons are on the seeds 0, 1, ...
 _N_POINTS = 200  # of a curve, at most
+_WAIT = 600.0  # seconds for other processes, each of which holds the file for the time of a write
 
 
 class Record(NamedTuple):
@@ -156,7 +156,7 @@ class _Store:
         """Add a record to what the file holds by now, another process being free to do so too."""
         self._records[key] = record
         if self._path is not None:
-            with _locked(self._path.parent):
+            with locked(self._path.with_name(f".{self._path.name}.lock"), timeout=_WAIT):
                 self._read()
                 self._records[key] = record
                 write_json(self._path, {"runs": self._records}, is_by_row=True, sort_keys=True)
@@ -171,19 +171,6 @@ class _Store:
             return content["runs"]
 
         self._records |= read_json(self._path, checked, wanted="a suite that can be continued")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to the folder's files; the lock goes with the process, however it ends."""
-    import fcntl  # not on Windows, where the rest of the package runs
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _as_json(result: Run) -> dict[str, Any]:

@@ -51,11 +51,12 @@ class Contender:
 
 def opponents() -> tuple[dict[str, Contender], tuple[str, ...]]:
     """Return the hand-designed contenders that are installed, by name, and a note on each of the others."""
-    found, notes = dict(OPPONENTS), []
-    for name, (is_there, remedy) in _NEEDS.items():
-        if not is_there():
-            notes.append(f"{found.pop(name).title} is left out: it needs {remedy}.")
-    return found, tuple(notes)
+    remedies = {} if hasattr(torch.optim, "Muon") else {"muon": "torch 2.9 or later"}
+    for name, package in (("schedule-free", "schedulefree"), ("prodigy", "prodigyopt")):
+        if importlib.util.find_spec(package) is None:
+            remedies[name] = install_command("opponents")
+    found = {name: contender for name, contender in OPPONENTS.items() if name not in remedies}
+    return found, tuple(f"{OPPONENTS[name].title} is left out: it needs {what}." for name, what in remedies.items())
 
 
 def learned(rule: UpdateRule, name: str, *, is_told: bool = True) -> Contender:
@@ -180,47 +181,23 @@ def _prodigy(model: nn.Module, n_steps: int, lr: float) -> Steps:
         return _scheduled(Prodigy(model.parameters(), lr, weight_decay=_DECAY), n_steps)
 
 
-def _opponent(name: str, title: str, make: Callable[..., Steps], *rates: float, recipe: str) -> Contender:
-    return Contender(name, title, make, rates, {"recipe": recipe})
-
-
 # the recipe tells runs apart that were made by another one
-_ALL = (
-    _opponent("adam", "Adam, 1e-3", _adam, 1e-3, recipe="constant"),
-    _opponent(
-        REFERENCE,
-        "AdamW, warm-up and cosine",
-        _adamw,
-        *(3e-4, 1e-3, 3e-3, 1e-2),
-        recipe=f"warm-up {_WARM_UP}, cosine, decay {_DECAY}",
-    ),
-    _opponent("nesterov", "Nesterov, cosine", _nesterov, 0.01, 0.03, 0.1, 0.3, recipe="momentum 0.9, cosine"),
-    _opponent(
-        "muon",
-        "Muon + AdamW, cosine",
-        MuonAndAdamW,
-        *(3e-3, 1e-2, 3e-2, 1e-1),
-        recipe=f"cosine, decay {_DECAY}, AdamW at {_LR_BESIDE_MUON} on embeddings, last layer, vectors",
-    ),
-    _opponent(
-        "schedule-free",
-        "Schedule-Free AdamW",
-        _schedule_free,
-        *(1e-3, 3e-3, 1e-2),
-        recipe=f"warm-up {_WARM_UP}, decay {_DECAY}",
-    ),
-    _opponent("prodigy", "Prodigy, cosine", _prodigy, 1.0, recipe=f"cosine, decay {_DECAY}"),
-)
-OPPONENTS = {contender.name: contender for contender in _ALL}
-
-
-def _has(package: str) -> Callable[[], bool]:
-    return lambda: importlib.util.find_spec(package) is not None
-
-
-_EXTRA = install_command("opponents")
-_NEEDS = {
-    "muon": (lambda: hasattr(torch.optim, "Muon"), "torch 2.9 or later"),
-    "schedule-free": (_has("schedulefree"), _EXTRA),
-    "prodigy": (_has("prodigyopt"), _EXTRA),
+_RECIPES = {
+    "adam": "constant",
+    REFERENCE: f"warm-up {_WARM_UP}, cosine, decay {_DECAY}",
+    "nesterov": "momentum 0.9, cosine",
+    "muon": f"cosine, decay {_DECAY}, AdamW at {_LR_BESIDE_MUON} on embeddings, last layer, vectors",
+    "schedule-free": f"warm-up {_WARM_UP}, decay {_DECAY}",
+    "prodigy": f"cosine, decay {_DECAY}",
+}
+OPPONENTS = {
+    name: Contender(name, title, make, rates, {"recipe": _RECIPES[name]})
+    for name, title, make, rates in (
+        ("adam", "Adam, 1e-3", _adam, (1e-3,)),
+        (REFERENCE, "AdamW, warm-up and cosine", _adamw, (3e-4, 1e-3, 3e-3, 1e-2)),
+        ("nesterov", "Nesterov, cosine", _nesterov, (0.01, 0.03, 0.1, 0.3)),
+        ("muon", "Muon + AdamW, cosine", MuonAndAdamW, (3e-3, 1e-2, 3e-2, 1e-1)),
+        ("schedule-free", "Schedule-Free AdamW", _schedule_free, (1e-3, 3e-3, 1e-2)),
+        ("prodigy", "Prodigy, cosine", _prodigy, (1.0,)),
+    )
 }

@@ -201,13 +201,9 @@ class Images:
 
     def _draw(self, step: int, seed: int) -> Tensor:
         picked = integers(_ONE, (self.batch_size,), self.n_examples, seed=seed, stream="suite/images", step=step)[0]
-        return self._order(seed)[picked]
-
-    def _order(self, seed: int) -> Tensor:
-        if self.n_examples == len(self._members):
-            return self._members
-        order = permutation(len(self._members), seed=seed, stream="suite/examples")
-        return self._members[order[: self.n_examples]]
+        if self.n_examples < len(self._members):
+            picked = permutation(len(self._members), seed=seed, stream="suite/examples")[picked]
+        return self._members[picked]
 
     def _labelled(self, part: str, numbers: Tensor) -> Batch:
         pixels = getattr(self._images, f"{part}_images")[numbers].float()
@@ -220,20 +216,12 @@ class Pixels(Images):
 
     Args:
         n_latents: Numbers in a code.
-        dataset: See :class:`Images`.
-        data_dir: See :class:`Images`.
-        batch_size: See :class:`Images`.
+        *images: See :class:`Images`.
+        **options: See :class:`Images`.
     """
 
-    def __init__(
-        self,
-        n_latents: int,
-        dataset: str = "mnist",
-        data_dir: str | os.PathLike | None = None,
-        *,
-        batch_size: int = 64,
-    ) -> None:
-        super().__init__(dataset, data_dir, batch_size=batch_size)
+    def __init__(self, n_latents: int, *images: Any, **options: Any) -> None:
+        super().__init__(*images, **options)
         self.n_latents = n_latents
         self.description += ", with noise"
 
@@ -306,8 +294,8 @@ def evidence_bound(outputs: tuple[Tensor, Tensor, Tensor], pixels: Tensor) -> Te
 class _Kind(NamedTuple):
     title: str
     n_steps: int
-    make_data: Callable[..., Data]
     make_network: Callable[[Any], nn.Module]
+    make_data: Callable[..., Data] = Images
     criterion: Callable[[Any, Tensor], Tensor] = F.cross_entropy
     tuned_on: str = "train"
 
@@ -316,52 +304,33 @@ def _transformer(data: Characters, **sizes: Any) -> nn.Module:
     return CharacterTransformer(data.n_characters, data.context, **sizes)
 
 
-def _characters(*images: Any) -> Characters:
-    return Characters()
-
-
+_on_text = partial(_Kind, make_data=lambda *images: Characters(), criterion=next_character)
 _KINDS = {
-    "transformer": _Kind(
-        "character transformer, 2 layers of 96",
-        600,
-        _characters,
-        partial(_transformer, width=96, n_layers=2),
-        next_character,
+    "transformer": _on_text("character transformer, 2 layers of 96", 600, partial(_transformer, width=96, n_layers=2)),
+    "deep-transformer": _on_text(
+        "character transformer, 4 layers of 48", 400, partial(_transformer, width=48, n_layers=4, init_std=0.02)
     ),
-    "deep-transformer": _Kind(
-        "character transformer, 4 layers of 48",
-        400,
-        _characters,
-        partial(_transformer, width=48, n_layers=4, init_std=0.02),
-        next_character,
-    ),
-    "vit": _Kind("ViT, 2 layers of 64", 500, Images, lambda data: VisionTransformer(data.side, width=64, n_layers=2)),
-    "perceptron": _Kind(
-        "ReLU perceptron, 4 of 256", 1000, Images, lambda data: Perceptron(data.side**2, 4 * (256,), 10)
-    ),
-    "convnet": _Kind("residual convnet, BatchNorm", 400, Images, lambda data: ResidualNet()),
+    "vit": _Kind("ViT, 2 layers of 64", 500, lambda data: VisionTransformer(data.side, width=64, n_layers=2)),
+    "perceptron": _Kind("ReLU perceptron, 4 of 256", 1000, lambda data: Perceptron(data.side**2, 4 * (256,), 10)),
+    "convnet": _Kind("residual convnet, BatchNorm", 400, lambda data: ResidualNet()),
     "vae": _Kind(
         "VAE",
         1000,
-        partial(Pixels, 16),
         lambda data: VariationalAutoencoder(data.side**2, width=256, n_latents=data.n_latents),
+        partial(Pixels, 16),
         evidence_bound,
     ),
     "coordinates": _Kind(
-        "coordinate network", 2000, lambda *images: Picture(), lambda data: CoordinateNetwork(), F.mse_loss
+        "coordinate network", 2000, lambda data: CoordinateNetwork(), lambda *images: Picture(), F.mse_loss
     ),
-    "recurrent": _Kind(
-        "GRU on characters",
-        300,
-        _characters,
-        lambda data: CharacterGRU(data.n_characters, n_embedded=64, width=128),
-        next_character,
+    "recurrent": _on_text(
+        "GRU on characters", 300, lambda data: CharacterGRU(data.n_characters, n_embedded=64, width=128)
     ),
     "few-examples": _Kind(
         "perceptron, 2,000 examples",
         1000,
-        partial(Images, n_examples=2000),
         lambda data: Perceptron(data.side**2, (100,), 10),
+        partial(Images, n_examples=2000),
         tuned_on="held_out",
     ),
 }

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 from .base import Batch
 from .datasets import ImageDataset
@@ -60,7 +60,7 @@ class Autoencoder(ImageTask):
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
         check_network(self.width, self.depth, self.activation)
-        require(is_integer(self.n_latent) and self.n_latent >= 1, "n_latent", self.n_latent, "a positive integer")
+        require_counts(n_latent=self.n_latent)
         wanted = f"one of {', '.join(LIKELIHOODS)}"
         require(self.likelihood in LIKELIHOODS, "likelihood", self.likelihood, wanted)
         require(isinstance(self.is_variational, bool), "is_variational", self.is_variational, "True or False")

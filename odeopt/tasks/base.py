@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .fingerprint import are_alike, digest
 from .random import check_dtype, normal
@@ -158,10 +159,10 @@ class Task(ABC):
         return losses
 
     def to(self, device: torch.device | str) -> Self:
-        """Move every tensor to ``device``, in place, and return the task."""
+        """Move every tensor, in containers too, to ``device``, in place, and return the task."""
         self.device = torch.device(device)
         for name, value in vars(self).items():
-            setattr(self, name, _moved(value, self.device))
+            setattr(self, name, tree_map_only((Tensor, nn.Module), lambda x: x.to(self.device), value))
         return self
 
     def _indices(self, indices: Tensor) -> Tensor:
@@ -227,14 +228,3 @@ class FixedBatchTask(Task):
         """Move to ``device`` and forget the last draw; see :meth:`Task.to`."""
         self._last = None
         return super().to(device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Move a tensor, a module, or a plain tuple or dict of tensors; anything else passes."""
-    if isinstance(value, Tensor | nn.Module):
-        return value.to(device)
-    if type(value) is tuple:
-        return tuple(_moved(item, device) for item in value)
-    if type(value) is dict:
-        return {name: _moved(item, device) for name, item in value.items()}
-    return value

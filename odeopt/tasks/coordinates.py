@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, is_number, require, require_counts, require_positive
 
 from .base import Batch
 from .classification import SPLITS, load_split
@@ -70,14 +70,11 @@ class CoordinateNetwork(NetworkTask):
 
     def __post_init__(self, dataset: ImageDataset | str | None) -> None:
         check_network(self.width, self.depth, self.activation)
-        for name in ("n_channels", "batch_size", "n_points"):
-            value = getattr(self, name)
-            is_right = (is_integer(value) and value >= 1) or (name, value) == ("n_points", None)
-            require(is_right, name, value, "a positive integer")
+        require_counts(n_channels=self.n_channels)
+        require_counts(n_points=self.n_points, or_none=True)
+        require_positive(bandwidth=self.bandwidth)
         is_right = is_integer(self.n_features) and self.n_features >= 0
         require(is_right, "n_features", self.n_features, "an integer of at least 0")
-        is_right = is_number(self.bandwidth) and self.bandwidth > 0
-        require(is_right, "bandwidth", self.bandwidth, "a positive number")
         is_right = self.detail is None or (dataset is None and is_number(self.detail) and self.detail > 0)
         require(is_right, "detail", self.detail, "a positive number, or None where there is a dataset")
         require(dataset is None or self.n_channels == 1, "n_channels", self.n_channels, "1 where there is a dataset")

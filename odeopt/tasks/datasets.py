@@ -12,14 +12,11 @@ import http.client
 import importlib
 import math
 import os
-import shutil
 import socket
 import struct
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -64,38 +61,17 @@ class ImageDataset:
     image_shape: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where torchvision keeps a dataset, and what its files must be."""
-
-    torchvision_class: str
-    title: str
-    md5: tuple[str, ...] = ()
-
-
-_SOURCES = {
-    "mnist": _Source(
-        "MNIST",
-        "MNIST",
-        (
-            "6bbc9ace898e44ae57da46a324031adb",
-            "a25bea736e30d166cdddb491f175f624",
-            "2646ac647ad5339dbf082846283269ea",
-            "27ae3e4e09519cfbb04c329615203637",
-        ),
-    ),
-    "fashion-mnist": _Source("FashionMNIST", "Fashion-MNIST"),
-    "kmnist": _Source("KMNIST", "KMNIST"),
+# the classes of torchvision, which name the folders too
+_CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+_FILES = {  # and the MD5 of those of MNIST
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 _N_CLASSES = 10
 _TIMEOUT = 20.0  # seconds without an answer from a server, where the operating system may wait for minutes
-DATASETS = (*_SOURCES, "digits")
+DATASETS = (*_CLASSES, "digits")
 
 
 def load_dataset(name: str, data_dir: str | Path | None = None, *, download: bool = True) -> ImageDataset:
@@ -132,18 +108,17 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
         if not download:
             raise DatasetUnavailable(_unavailable(name, folder, "downloading is off"))
         _download(name, folder)
-    return _read(name, raw, tuple(_stamp(raw / file) for file in _FILES))
+    states = [(raw / file).stat() for file in _FILES]
+    return _read(name, raw, tuple((state.st_size, state.st_mtime_ns) for state in states))
 
 
 @lru_cache(maxsize=8)
 def _pooled(dataset: ImageDataset, factor: str) -> ImageDataset:
     """Average squares of pixels, once per process."""
     k = int(factor) if factor.isdecimal() else 0
-    if k < 1 or any(side % k for side in dataset.image_shape):
-        raise ValueError(
-            f"Parameter `name` should end in a number that divides {dataset.image_shape}. "
-            f"Found `name = '{dataset.name}/{factor}'`."
-        )
+    is_factor = k >= 1 and all(side % k == 0 for side in dataset.image_shape)
+    wanted = f"one that ends in a number that divides {dataset.image_shape}"
+    require(is_factor, "name", f"{dataset.name}/{factor}", wanted)
     height, width = (side // k for side in dataset.image_shape)
 
     def pool(images: Tensor) -> Tensor:
@@ -226,7 +201,7 @@ def _declare_operators() -> torch.library.Library:
 
 
 def _raw_folder(folder: Path, name: str) -> Path:
-    return folder / _SOURCES[name].torchvision_class / "raw"
+    return folder / _CLASSES[name] / "raw"
 
 
 def _unavailable(name: str, folder: Path, reason: str) -> str:
@@ -236,7 +211,7 @@ def _unavailable(name: str, folder: Path, reason: str) -> str:
     # Not torchvision's own command: its import may fail (see import_torchvision).
     code = f"from odeopt.tasks.datasets import load_dataset; load_dataset('{name}', '{folder.as_posix()}')"
     return (
-        f"{_SOURCES[name].title} is not in the folder {folder}: as torchvision lays it out, {raw} should hold "
+        f"{_CLASSES[name]} is not in the folder {folder}: as torchvision lays it out, {raw} should hold "
         f"{missing}{_misplaced(name, folder)}; it was not downloaded ({reason}); "
         f'fetch it with: python -c "{code}"'
     )
@@ -244,8 +219,8 @@ def _unavailable(name: str, folder: Path, reason: str) -> str:
 
 def _misplaced(name: str, folder: Path) -> str:
     """Say which folder nearby holds the files in the wrong place or packed, if one does, and what to do."""
-    raw, kind = _raw_folder(folder, name), _SOURCES[name].torchvision_class
-    others = {source.torchvision_class for source in _SOURCES.values()} - {kind}  # whose files have the same names
+    raw, kind = _raw_folder(folder, name), _CLASSES[name]
+    others = {*_CLASSES.values()} - {kind}  # whose files have the same names
     nearby = [path for pattern in ("*/raw", f"*/{kind}/raw") for path in sorted(folder.glob(pattern))]
     for found in (raw, folder / kind, folder / "raw", folder, *nearby):
         owner = found.parent.name if found.name == "raw" else found.name
@@ -264,66 +239,42 @@ def _misplaced(name: str, folder: Path) -> str:
 
 def _download(name: str, folder: Path) -> None:
     """Download through torchvision into a folder aside, check, and move whole files into place."""
-    aside = None
+    timeout = socket.getdefaulttimeout()
     try:
-        dataset_class = getattr(import_torchvision().datasets, _SOURCES[name].torchvision_class)
+        dataset_class = getattr(import_torchvision().datasets, _CLASSES[name])
         folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".download-", dir=folder))
-        with _socket_timeout(_TIMEOUT):
-            dataset_class(str(aside), download=True)
-        _read_files(name, _raw_folder(aside, name))
-        raw = _raw_folder(folder, name)
-        raw.mkdir(parents=True, exist_ok=True)
-        for file in _FILES:
-            os.replace(_raw_folder(aside, name) / file, raw / file)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder, ignore_cleanup_errors=True) as aside:
+            socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none of its own
+            dataset_class(aside, download=True)
+            fetched, raw = _raw_folder(Path(aside), name), _raw_folder(folder, name)
+            _read.__wrapped__(name, fetched)  # checks the files; what will be moved is not to be remembered
+            raw.mkdir(parents=True, exist_ok=True)
+            for file in _FILES:
+                os.replace(fetched / file, raw / file)
     except (OSError, RuntimeError, ImportError, EOFError, zlib.error, http.client.HTTPException) as error:
         # torchvision's text runs over many lines, one per mirror; the last says why. The whole is chained.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
         raise DatasetUnavailable(_unavailable(name, folder, reason)) from error
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Bound the wait for a server; torchvision sets no timeout of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in nanoseconds."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+        socket.setdefaulttimeout(timeout)
 
 
 @lru_cache(maxsize=8)
-def _read(name: str, raw: Path, stamps: tuple[tuple[int, int], ...]) -> ImageDataset:
-    """Read once per process and version of the files; a failure is not remembered."""
-    return _read_files(name, raw)
-
-
-def _read_files(name: str, raw: Path) -> ImageDataset:
-    """Read and check the four files of a dataset."""
-    md5 = _SOURCES[name].md5 or (None,) * len(_FILES)
-    parts = [_read_idx(raw / file, digest) for file, digest in zip(_FILES, md5, strict=True)]
-    for i in (0, 2):
-        images, labels = parts[i], parts[i + 1]
-        if images.shape[1:] != parts[0].shape[1:]:
-            found = "{} x {}, not {} x {}".format(*images.shape[1:], *parts[0].shape[1:])
-            raise _corrupt(raw / _FILES[i], f"its images are {found} as in {_FILES[0]}")
+def _read(name: str, raw: Path, stamps: tuple[tuple[int, int], ...] = ()) -> ImageDataset:
+    """Read and check the four files of a dataset, once per process and version of the files."""
+    files = [raw / file for file in _FILES]
+    parts = [_read_idx(file, _FILES[file.name] if name == "mnist" else None) for file in files]
+    train_images, train_labels, test_images, test_labels = parts
+    if test_images.shape[1:] != train_images.shape[1:]:
+        found = "{} x {}, not {} x {}".format(*test_images.shape[1:], *train_images.shape[1:])
+        raise _corrupt(files[2], f"its images are {found} as in {files[0].name}")
+    for file, images, labels in ((files[1], train_images, train_labels), (files[3], test_images, test_labels)):
         if len(labels) != len(images):
-            raise _corrupt(raw / _FILES[i + 1], f"it holds {len(labels)} labels for {len(images)} images")
+            raise _corrupt(file, f"it holds {len(labels)} labels for {len(images)} images")
         if len(labels) == 0 or int(labels.max()) >= _N_CLASSES:
             found = f"label {int(labels.max())}, out of 0 to {_N_CLASSES - 1}" if len(labels) else "no label"
-            raise _corrupt(raw / _FILES[i + 1], f"it holds {found}")
-    train_images, train_labels, test_images, test_labels = parts
+            raise _corrupt(file, f"it holds {found}")
     height, width = train_images.shape[1:]
     return ImageDataset(
         name=name,

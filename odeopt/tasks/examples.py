@@ -55,6 +55,5 @@ def count_of(n_examples: float | None, n_all: int, *, name: str = "n_examples") 
     if isinstance(n_examples, float):
         require(0 < n_examples < 1, name, n_examples, "an integer, or a fraction that lies between 0 and 1")
         return max(1, int(n_examples * n_all))
-    if not is_integer(n_examples) or not 1 <= n_examples <= n_all:
-        raise ValueError(f"Parameter `{name}` should lie between 1 and {n_all}. Found `{name} = {n_examples!r}`.")
+    require(is_integer(n_examples) and 1 <= n_examples <= n_all, name, n_examples, f"between 1 and {n_all}")
     return n_examples

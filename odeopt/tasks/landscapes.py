@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from odeopt.checks import require
 
-from .base import Batch, FixedBatchTask, Params
+from .base import Batch, DeclaredTask, FixedBatchTask, Params
 from .random import normal, uniform
 
 
-class Landscape(FixedBatchTask):
+class Landscape(DeclaredTask, FixedBatchTask):
     """A function with a known minimum, of one parameter ``theta``; problems differ in where they start.
 
     Attributes:
@@ -21,16 +22,12 @@ class Landscape(FixedBatchTask):
         minimum_value: Least value of the function.
     """
 
-    dim: int
-    minimum_value: float
+    dim: ClassVar[int]
+    minimum_value: ClassVar[float]
 
     def draw(self, indices: Tensor, seed: int) -> Batch:
         """No data."""
         return ()
-
-    @abstractmethod
-    def loss(self, params: Params, batch: Batch) -> Tensor:
-        """Value of the function at ``theta``, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
 
 
 class Rosenbrock(Landscape):
@@ -59,6 +56,7 @@ class Rosenbrock(Landscape):
         return (1 - x).square() + 100 * (y - x.square()).square()
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Saddle(Landscape):
     """A landscape with a saddle at the origin, started beside it in a random direction.
 
@@ -66,7 +64,6 @@ class Saddle(Landscape):
         offset: Distance of the start from the saddle.
         device: See :class:`Task`.
         dtype: See :class:`Task`.
-        **config: See :class:`Task`.
 
     Attributes:
         saddle_value: Value at the saddle.
@@ -75,20 +72,13 @@ class Saddle(Landscape):
         ValueError: If ``offset`` is negative.
     """
 
-    saddle_value = 0.0
+    saddle_value: ClassVar[float] = 0.0
 
-    def __init__(
-        self,
-        *,
-        offset: float = 1e-3,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        **config: int | bool,
-    ) -> None:
-        if not offset >= 0:
-            raise ValueError(f"Parameter `offset` should not be negative. Found `offset = {offset}`.")
-        super().__init__(device=device, dtype=dtype, offset=offset, **config)
-        self.offset = offset
+    offset: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(self.offset >= 0, "offset", self.offset, "a number of at least 0")
+        super().__post_init__()
 
     def init_params(self, indices: Tensor, seed: int) -> Params:
         """Draw starts at the distance ``offset`` from the saddle; see :meth:`Task.init_params`."""
@@ -112,8 +102,7 @@ class Saddle(Landscape):
         Raises:
             ValueError: If ``losses`` has no axis.
         """
-        if losses.ndim == 0:
-            raise ValueError("Parameter `losses` should have an axis of steps. Found a 0-d tensor.")
+        require(losses.ndim > 0, "losses", losses, "a tensor with an axis of steps")
         return ((losses < self.escape_value).cumsum(0) == 0).sum(0)
 
 
@@ -134,6 +123,7 @@ class MonkeySaddle(Saddle):
         return x * (x.square() - 3 * y.square()) + (x.square() + y.square()).square() / 4
 
 
+@dataclass(eq=False, repr=False)
 class HighDimSaddle(Saddle):
     r"""A bowl in every direction but one, v, in which it descends until the quartic holds it.
 
@@ -156,19 +146,13 @@ class HighDimSaddle(Saddle):
 
     minimum_value = -0.25
 
-    def __init__(
-        self,
-        dim: int = 100,
-        *,
-        rotated: bool = False,
-        offset: float = 1e-3,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        require(dim >= 2, "dim", dim, "2 or more")
-        super().__init__(offset=offset, device=device, dtype=dtype, dim=dim, rotated=rotated)
-        self.dim = dim
-        self.rotated = rotated
+    dim: int = 100
+    _: KW_ONLY
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 2, "dim", self.dim, "2 or more")
+        super().__post_init__()
 
     def draw(self, indices: Tensor, seed: int) -> Batch:
         """The descending direction v of each problem, shape ``(n_tasks, dim)``."""

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import require, require_counts, require_positive
 
 from .perceptron import ACTIVATIONS
 
 NORMS = ("pre", "post", "none")
-CELLS = ("plain", "gru", "lstm")
 
 
 class Activation(nn.Module):
@@ -89,8 +88,7 @@ def attention_layers(
 
 def check_network(width: int, depth: int, activation: str) -> None:
     """Raise a ValueError that names what is out of range."""
-    for name, value in (("width", width), ("depth", depth)):
-        require(is_integer(value) and value >= 1, name, value, "positive")
+    require_counts(width=width, depth=depth)
     require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
 
 
@@ -108,13 +106,10 @@ class TransformerFields:
 
     def __post_init__(self, *args: Any) -> None:
         check_network(self.width, self.depth, self.activation)
-        for name in ("n_heads", "expansion"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        require_counts(n_heads=self.n_heads, expansion=self.expansion)
+        require_positive(init_std=self.init_std, or_none=True)
         require(self.width % self.n_heads == 0, "width", self.width, f"a multiple of `n_heads = {self.n_heads}`")
         require(self.norm in NORMS, "norm", self.norm, f"one of {', '.join(NORMS)}")
-        is_right = self.init_std is None or (is_number(self.init_std) and self.init_std > 0)
-        require(is_right, "init_std", self.init_std, "a positive number or None")
         super().__post_init__(*args)
 
     def layers(self, *, is_causal: bool) -> list[nn.Module]:
@@ -196,10 +191,7 @@ class LongShortTermMemory(Recurrence):
         return torch.sigmoid(o) * self.activation(c), c
 
 
-def recurrent_layer(cell: str, width: int, activation: str) -> nn.Module:
-    """Build a recurrent layer of one of the :data:`CELLS`."""
-    kinds = {"plain": Recurrence, "gru": GatedRecurrence, "lstm": LongShortTermMemory}
-    return kinds[cell](width, activation)
+CELLS = {"plain": Recurrence, "gru": GatedRecurrence, "lstm": LongShortTermMemory}
 
 
 class WithPositions(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_list, is_number, require
+from odeopt.checks import is_integer, is_list, is_number, require, require_counts, require_positive
 
 from .base import Task
 from .fingerprint import digest
@@ -54,14 +54,11 @@ class TaskFamily:
             arguments = getattr(self, name)
             is_right = isinstance(arguments, Mapping) and all(isinstance(key, str) for key in arguments)
             require(is_right, name, arguments, "a dictionary of arguments by name")
-            if "device" in arguments:
-                raise ValueError(f"Parameter `{name}` should leave the device to the mixture. Found `device` in it.")
+            require("device" not in arguments, name, arguments, "without `device`, which is the mixture's")
         for name, values in self.choices.items():
-            if not is_list(values) or len(values) == 0:
-                raise ValueError(f"Parameter `choices` should hold lists of values. Found `{name} = {values!r}`.")
-            if name in self.fixed:
-                raise ValueError(f"Parameter `choices` should name what is not fixed. Found `{name}` in both.")
-        require(is_number(self.share) and self.share > 0, "share", self.share, "a positive number")
+            require(is_list(values) and len(values) > 0, f"choices[{name!r}]", values, "a list of values")
+            require(name not in self.fixed, f"choices[{name!r}]", values, "left out, since it is fixed")
+        require_positive(share=self.share)
         is_range = is_number(self.log_range) and self.log_range >= 0
         require(is_range, "log_range", self.log_range, "a number of at least 0")
 
@@ -121,16 +118,15 @@ class Mixture:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        families, horizons, n_problems = self.families, self.horizons, self.n_problems
+        families, horizons = self.families, self.horizons
         is_given = is_list(families, TaskFamily) and len(families) > 0
         require(is_given, "families", families, "at least one family, in a list")
         is_range = is_list(horizons) and len(horizons) == 2 and all(map(is_integer, horizons))
         is_range = is_range and 1 <= horizons[0] <= horizons[1]
         require(is_range, "horizons", horizons, "two rising integers of at least 1")
         require(is_number(self.told) and 0 <= self.told <= 1, "told", self.told, "a number between 0 and 1")
-        require(is_integer(n_problems) and n_problems >= 1, "n_problems", n_problems, "a positive integer")
-        for name, value in (("coordinates", self.coordinates), ("work", self.work)):
-            require(is_number(value) and value > 0, name, value, "a positive number")
+        require_counts(n_problems=self.n_problems)
+        require_positive(coordinates=self.coordinates, work=self.work)
         self.families, self.horizons, self.device = tuple(families), tuple(horizons), torch.device(self.device)
         self._built: dict[tuple, Task] = {}  # in the order of their last use
 

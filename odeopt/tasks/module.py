@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 from .base import Batch, Params, Task, declared
 from .random import integers, random_bits
@@ -73,7 +73,7 @@ class ModuleTask(Task):
         for parameter, value in (("make_module", make_module), ("loss_fn", loss_fn)):
             if not callable(value) or (parameter == "make_module" and isinstance(value, nn.Module)):
                 raise TypeError(f"Parameter `{parameter}` should be a function. Found `{parameter} = {value!r}`.")
-        require(is_integer(batch_size) and batch_size >= 1, "batch_size", batch_size, "a positive integer")
+        require_counts(batch_size=batch_size)
         self.make_module = make_module
         module = self._build(0)
         if not isinstance(module, nn.Module):
@@ -81,16 +81,11 @@ class ModuleTask(Task):
         _check_module(module)
         trained = _trained(module)
         if not trained:
-            raise ValueError(
-                f"Parameter `make_module` should build a module with parameters. Found `{type(module).__name__}`."
-            )
+            raise _unfit("a module with parameters", f"`{type(module).__name__}`")
         dtypes = {str(value.dtype): name for name, value in trained.items()}
         if len(dtypes) > 1 or not dtypes.keys() <= {"torch.float32", "torch.float64"}:
             found = ", ".join(f"{name} ({dtype})" for dtype, name in dtypes.items())
-            raise ValueError(
-                "Parameter `make_module` should build a module whose parameters are all torch.float32 or all "
-                f"torch.float64. Found {found}."
-            )
+            raise _unfit("a module whose parameters are all torch.float32 or all torch.float64", found)
         super().__init__(
             device=device,
             dtype=next(iter(trained.values())).dtype,
@@ -148,15 +143,10 @@ class ModuleTask(Task):
         try:
             losses, again = self.loss(params, batch), self.loss(params, batch)
         except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                "Parameter `make_module` should build a module whose loss `torch.func.vmap` can take. "
-                f"Found `{type(self.module).__name__}`, where it fails: {error}"
-            ) from error
-        if losses.shape != indices.shape:
-            raise ValueError(
-                f"Parameter `loss_fn` should return a 0-d tensor. "
-                f"Found one of shape `{tuple(losses.shape[1:])}`; take its mean."
-            )
+            found = f"`{type(self.module).__name__}`, where it fails: {error}"
+            raise _unfit("a module whose loss `torch.func.vmap` can take", found) from error
+        found = f"a function that returns shape {tuple(losses.shape[1:])}"
+        require(losses.shape == indices.shape, "loss_fn", found, "one that returns a 0-d tensor, such as a mean")
         if not torch.allclose(losses, again, equal_nan=True):
             raise ValueError(
                 "Parameters `make_module` and `loss_fn` should give a loss that depends on parameters and batch alone. "
@@ -220,10 +210,12 @@ def _check_data(data: tuple[Tensor, ...]) -> None:
     if not isinstance(data, tuple) or not data or not all(isinstance(part, Tensor) for part in data):
         raise TypeError(f"Parameter `data` should be a tuple of tensors or a function. Found `{type(data).__name__}`.")
     sizes = [len(part) if part.ndim else None for part in data]
-    if len(set(sizes)) > 1 or not sizes[0]:
-        raise ValueError(
-            f"Parameter `data` should hold tensors with the same, positive number of examples. Found {sizes}."
-        )
+    is_right = len(set(sizes)) == 1 and bool(sizes[0])
+    require(is_right, "data", sizes, "tensors of one, positive number of examples")
+
+
+def _unfit(wanted: str, found: str) -> ValueError:
+    return ValueError(f"Parameter `make_module` should build {wanted}. Found {found}.")
 
 
 def _check_module(module: nn.Module) -> None:
@@ -231,16 +223,10 @@ def _check_module(module: nn.Module) -> None:
     for name, submodule in module.named_modules():
         if reason := _refusal(submodule):
             found = f"{name} = {type(submodule).__name__}" if name else type(submodule).__name__
-            raise ValueError(
-                "Parameter `make_module` should build a module that `torch.func.vmap` can take. "
-                f"Found `{found}`: {reason}."
-            )
+            raise _unfit("a module that `torch.func.vmap` can take", f"`{found}`: {reason}")
     for name, parameter in module.named_parameters():
         if parameter.device.type != "cpu":
-            raise ValueError(
-                "Parameter `make_module` should build the module on the CPU; `device` moves the task. "
-                f"Found `{name}` on {parameter.device}."
-            )
+            raise _unfit("the module on the CPU; `device` moves the task", f"`{name}` on {parameter.device}")
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -284,10 +270,11 @@ def _kept_as_it_is(module: nn.Module) -> Iterator[None]:
             vars(each).clear()
             vars(each).update(attributes)
     if changed:
-        raise ValueError(
-            "Parameter `make_module` should build a module that changes neither buffers nor frozen parameters in "
-            f"`forward`: they are shared by all problems and runs. Found `{type(module).__name__}`, which changes "
-            f"{', '.join(changed)}; pass what changes with the step as data, or call .eval() if that keeps it."
+        raise _unfit(
+            "a module that changes neither buffers nor frozen parameters in `forward`: they are shared by all problems "
+            "and runs",
+            f"`{type(module).__name__}`, which changes {', '.join(changed)}; pass what changes with the step as data, "
+            "or call .eval() if that keeps it",
         )
 
 

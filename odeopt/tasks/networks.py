@@ -9,10 +9,10 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 from .base import Batch
-from .classification import load_split
+from .classification import labelled_images, load_split
 from .datasets import ImageDataset
 from .examples import Examples, count_of
 from .layers import (
@@ -134,7 +134,6 @@ class ImageTask(NetworkTask):
     n_examples: float | None = None
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
-        require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "positive")
         dataset, members = load_split(dataset, self.split)
         # all images, which tasks share, and not a copy of the split, of which a mixture would hold dozens
         self.images, self.labels, self.members = dataset.train_images, dataset.train_labels, members
@@ -148,9 +147,8 @@ class ImageTask(NetworkTask):
 
     def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         """Images as numbers in [0, 1], ``(n_tasks, batch_size, n_pixels)``, and labels."""
-        members = self.members[self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)]
-        images = self.images.index_select(0, members.flatten()).unflatten(0, members.shape)
-        return images.to(self.dtype).div_(255), self.labels[members]
+        drawn = self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
+        return labelled_images(self, self.members[drawn])
 
 
 @dataclass(eq=False, repr=False)
@@ -243,7 +241,7 @@ class VisionTransformer(TransformerFields, ImageTask):
     patch: int = 4
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
-        require(is_integer(self.patch) and self.patch >= 1, "patch", self.patch, "a positive integer")
+        require_counts(patch=self.patch)
         super().__post_init__(dataset)
 
     def build(self) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import require, require_counts
 
 from .base import DeclaredTask, Params
 from .random import uniform
@@ -47,11 +47,9 @@ class PerceptronTask(DeclaredTask):
 
     def __post_init__(self, n_inputs: int, n_outputs: int, stream: str) -> None:
         """Take the numbers of inputs and outputs, and the name of the random numbers of the initialisations."""
-        for name, size in (("batch_size", self.batch_size), ("n_inputs", n_inputs), ("n_outputs", n_outputs)):
-            require(size >= 1, name, size, "positive")
+        require_counts(batch_size=self.batch_size, n_inputs=n_inputs, n_outputs=n_outputs)
         widths = tuple(self.widths)
-        if any(width < 1 for width in widths):
-            raise ValueError(f"Parameter `widths` should hold positive numbers. Found `widths = {widths}`.")
+        require(all(width >= 1 for width in widths), "widths", widths, "positive numbers")
         require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         self.widths, self.sizes, self.stream = list(widths), (n_inputs, *widths, n_outputs), stream
         super().__post_init__()

@@ -145,8 +145,7 @@ def integers(indices: Tensor, shape: Sequence[int], high: int, *, seed: int, str
     Raises:
         ValueError: If ``high`` is out of range.
     """
-    if not 1 <= high <= 1 << 31:
-        raise ValueError(f"Parameter `high` should lie between 1 and 2^31. Found `high = {high}`.")
+    require(1 <= high <= 1 << 31, "high", high, "between 1 and 2^31")
     bits = random_bits(indices, math.prod(shape), seed=seed, stream=stream, step=step)
     # Lemire's scaling of the upper word: a product below 2^63, where % would cost a division per number.
     return (_shift(bits, 32) * high >> 32).reshape(len(indices), *shape)

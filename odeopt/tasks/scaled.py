@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_number, require, require_positive
 
 from .base import Batch, Params, Task
 from .random import uniform
@@ -40,8 +40,7 @@ class ScaledTask(Task):
     """
 
     def __init__(self, task: Task, *, loss_scale: float = 1.0, init_scale: float = 1.0, log_range: float = 0.0) -> None:
-        for name, scale in (("loss_scale", loss_scale), ("init_scale", init_scale)):
-            require(is_number(scale) and scale > 0, name, scale, "a positive number")
+        require_positive(loss_scale=loss_scale, init_scale=init_scale)
         require(is_number(log_range) and log_range >= 0, "log_range", log_range, "a number of at least 0")
         config = {"loss_scale": loss_scale, "init_scale": init_scale, "log_range": log_range}
         super().__init__(device=task.device, dtype=task.dtype, **config, of=task.describe())
@@ -55,11 +54,9 @@ class ScaledTask(Task):
 
     def init_params(self, indices: Tensor, seed: int) -> Params:
         """Start at a multiple of the task's start, in the new units; see :meth:`Task.init_params`."""
-        params, units = self.task.init_params(indices, seed), self._units(indices, seed)
-        return {
-            name: self.init_scale * param / _broadcastable(units[:, k], param)
-            for k, (name, param) in enumerate(params.items())
-        }
+        params = self.task.init_params(indices, seed)
+        units = _by_tensor(self._units(indices, seed), params)
+        return {name: self.init_scale * param / units[name] for name, param in params.items()}
 
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Return the units, ``(n_tasks, n_tensors)``, and the batch of the task; see :meth:`Task.sample_batch`."""
@@ -73,9 +70,8 @@ class ScaledTask(Task):
         """Evaluate the task in its own units, and multiply; see :meth:`Task.loss`."""
         units, *batch = batch
         if self.log_range > 0:
-            params = {
-                name: param * _broadcastable(units[:, k], param) for k, (name, param) in enumerate(params.items())
-            }
+            units = _by_tensor(units, params)
+            params = {name: param * units[name] for name, param in params.items()}
         return self.loss_scale * self.task.loss(params, tuple(batch))
 
     def to(self, device: torch.device | str) -> Self:
@@ -91,6 +87,6 @@ class ScaledTask(Task):
         return (self.log_range * (2 * u - 1)).exp()
 
 
-def _broadcastable(unit: Tensor, param: Tensor) -> Tensor:
-    """One number per problem, ready to multiply a parameter."""
-    return unit.view(-1, *(1,) * (param.dim() - 1))
+def _by_tensor(units: Tensor, params: Params) -> Params:
+    """The unit of each parameter, one number per problem, ready to multiply it."""
+    return {name: units[:, k].view(-1, *(1,) * (param.dim() - 1)) for k, (name, param) in enumerate(params.items())}

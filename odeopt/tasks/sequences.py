@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from odeopt.checks import is_integer, require
 
 from .base import Batch, Task
-from .layers import CELLS, WithPositions, attention_layers, check_network, recurrent_layer
+from .layers import CELLS, WithPositions, attention_layers, check_network
 from .module import NetworkTask
 from .random import normal, uniform
 
 # "recurrent" is the plain cell's name from before there were others
-SEQUENCE_ARCHITECTURES = ("attention", "recurrent", *CELLS[1:])
+_CELLS = {"recurrent" if name == "plain" else name: cell for name, cell in CELLS.items()}
+SEQUENCE_ARCHITECTURES = ("attention", *_CELLS)
 
 
 @dataclass(eq=False, repr=False)
@@ -52,7 +53,6 @@ class SequencePrediction(NetworkTask):
         wanted = f"one of {', '.join(SEQUENCE_ARCHITECTURES)}"
         require(self.architecture in SEQUENCE_ARCHITECTURES, "architecture", self.architecture, wanted)
         check_network(self.width, self.depth, self.activation)
-        require(is_integer(self.batch_size) and self.batch_size >= 1, "batch_size", self.batch_size, "positive")
         is_right = self.architecture != "attention" or self.width % 2 == 0
         require(is_right, "width", self.width, "even for two heads")
         for name in ("n_symbols", "length"):
@@ -66,8 +66,7 @@ class SequencePrediction(NetworkTask):
             layers.append(WithPositions(self.length, self.width))
             layers += attention_layers(self.width, self.depth, self.activation, is_causal=True)
         else:
-            cell = "plain" if self.architecture == "recurrent" else self.architecture
-            layers += [recurrent_layer(cell, self.width, self.activation) for _ in range(self.depth)]
+            layers += [_CELLS[self.architecture](self.width, self.activation) for _ in range(self.depth)]
         return nn.Sequential(*layers, nn.Linear(self.width, self.n_symbols))
 
     sample_held_out = Task.sample_held_out  # sequences never come twice

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 from .base import Batch
 from .classification import SPLITS
 from .examples import Examples, count_of
-from .layers import CELLS, TransformerFields, WithPositions, check_network, recurrent_layer
+from .layers import CELLS, TransformerFields, WithPositions, check_network
 from .module import NetworkTask
 from .random import uniform
 
@@ -99,9 +99,7 @@ class TextNetwork(NetworkTask):
     split: str = "meta-train"
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch_size"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        require_counts(context=self.context)
         require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
         require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
         self.symbols = _symbols().tensor_split(2)[SPLITS.index(self.split)]
@@ -188,5 +186,5 @@ class TextRecurrence(TextNetwork):
         super().__post_init__()
 
     def build(self) -> nn.Module:
-        layers = (recurrent_layer(self.cell, self.width, self.activation) for _ in range(self.depth))
+        layers = (CELLS[self.cell](self.width, self.activation) for _ in range(self.depth))
         return nn.Sequential(nn.Embedding(N_SYMBOLS, self.width), *layers, nn.Linear(self.width, N_SYMBOLS))

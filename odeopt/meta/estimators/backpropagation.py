@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_number, require, require_counts
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators.base import Estimator
-from odeopt.meta.unroll import detached, unroll
+from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 
 
@@ -51,9 +52,7 @@ class Backpropagation(Estimator):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("truncation", "checkpoint_every"):
-            value = getattr(self, name)
-            require(value is None or (is_integer(value) and value >= 1), name, value, "a positive integer or None")
+        require_counts(truncation=self.truncation, checkpoint_every=self.checkpoint_every, or_none=True)
         require(isinstance(self.detach, bool), "detach", self.detach, "true or false")
         is_damping = is_number(self.damping) and 0 < self.damping <= 1
         require(is_damping, "damping", self.damping, "a number in (0, 1]")
@@ -71,7 +70,7 @@ class Backpropagation(Estimator):
             meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon, first=first).mean()
             # a segment's weights sum to its share of the horizon; gradients of segments should be comparable
             (meta_loss * (horizon / n_steps)).backward()
-            _, params, states = detached(trajectory)
+            params, states = tree_map(Tensor.detach, (trajectory.params, trajectory.states))
             meta_loss = meta_loss.detach() * (horizon / n_steps)
             yield meta_loss if world.size == 1 else _averaged(rule, meta_loss, len(indices), world)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_list, is_number, require
+from odeopt.checks import is_list, is_number, require, require_counts, require_positive
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators.backpropagation import Backpropagation
 from odeopt.meta.estimators.base import Estimator
@@ -59,8 +59,8 @@ class DampedBackpropagation(Estimator):
         is_falling = is_right and all(a > b for a, b in itertools.pairwise(dampings))
         require(is_falling, "dampings", dampings, "one falling number in (0, 1] or more")
         object.__setattr__(self, "dampings", tuple(dampings))
-        require(is_number(self.threshold) and self.threshold > 0, "threshold", self.threshold, "a positive number")
-        require(is_integer(self.longest) and self.longest >= 1, "longest", self.longest, "a positive integer")
+        require_positive(threshold=self.threshold)
+        require_counts(longest=self.longest)
         self.attempts(1)  # which checks the option that they share
 
     def attempts(self, horizon: int) -> list[Backpropagation]:

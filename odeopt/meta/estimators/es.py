@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import require, require_counts, require_positive
 from odeopt.meta.distributed import ALONE
 from odeopt.meta.estimators.base import Estimator
 from odeopt.meta.estimators.perturbations import Noise, differences_of_pairs, perturbed
@@ -66,9 +66,10 @@ class EvolutionStrategies(Estimator):
     subspace: str = ""
 
     def __post_init__(self) -> None:
-        require_perturbations(self, ("n_pairs",))
-        is_chunk = self.chunk is None or (is_integer(self.chunk) and self.chunk >= 1)
-        require(is_chunk, "chunk", self.chunk, "a positive integer or None")
+        require_counts(n_pairs=self.n_pairs)
+        require_counts(chunk=self.chunk, or_none=True)
+        require_positive(sigma=self.sigma, ceiling=self.ceiling)
+        require_positive(clip=self.clip, or_none=True)
         require(isinstance(self.subspace, str), "subspace", self.subspace, "the beginning of a name")
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
@@ -97,23 +98,6 @@ class EvolutionStrategies(Estimator):
         for name, grad in noise.combined(slopes / self.n_pairs, max(1, length // 2)).items():
             weights[name].grad = grad
         yield losses.mean().to(task.dtype)
-
-
-def require_perturbations(estimator: Estimator, counts: tuple[str, ...]) -> None:
-    """Refuse options that are out of range, of those that evolution strategies have in common.
-
-    Args:
-        estimator: Has a ``sigma``, a ``ceiling`` and a ``clip``.
-        counts: Names of the options that are positive integers.
-    """
-    for name in counts:
-        value = getattr(estimator, name)
-        require(is_integer(value) and value >= 1, name, value, "a positive integer")
-    for name in ("sigma", "ceiling"):
-        value = getattr(estimator, name)
-        require(is_number(value) and value > 0, name, value, "a positive number")
-    clip = estimator.clip
-    require(clip is None or (is_number(clip) and clip > 0), "clip", clip, "a positive number or None")
 
 
 def bounded(losses: Tensor, first: Tensor, ceiling: float) -> Tensor:

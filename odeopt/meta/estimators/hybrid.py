@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import require, require_positive
 from odeopt.meta.distributed import ALONE
 from odeopt.meta.estimators.damped import DampedBackpropagation
 from odeopt.meta.estimators.es import EvolutionStrategies
@@ -54,8 +54,7 @@ class Hybrid(DampedBackpropagation):
         super().__post_init__()
         is_evolution = isinstance(self.evolution, EvolutionStrategies)
         require(is_evolution, "evolution", self.evolution, "evolution strategies")
-        is_positive = is_number(self.coordinates) and self.coordinates > 0
-        require(is_positive, "coordinates", self.coordinates, "a positive number")
+        require_positive(coordinates=self.coordinates)
 
     def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
                   world=ALONE):  # fmt: skip

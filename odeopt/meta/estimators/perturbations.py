@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.random import normal
@@ -88,7 +88,7 @@ class Perturbed:
 
         if self.n == 1:
             return one(self._only(), param)
-        return _each(self._joined, vmap(one)(self.weights, self._apart(param)))
+        return tree_map(self._joined, vmap(one)(self.weights, self._apart(param)))
 
     def __call__(self, grad, state, *, param, shape, progress):
         def one(weights, grad, state, param):
@@ -97,9 +97,7 @@ class Perturbed:
 
         if self.n == 1:
             return one(self._only(), grad, state, param)
-        state = _each(self._apart, state)
-        update, state = vmap(one)(self.weights, self._apart(grad), state, self._apart(param))
-        return self._joined(update), _each(self._joined, state)
+        return tree_map(self._joined, vmap(one)(self.weights, *tree_map(self._apart, (grad, state, param))))
 
     def _only(self) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.weights.items()}
@@ -126,10 +124,6 @@ def differences_of_pairs(losses: Tensor, clip: float | None) -> Tensor:
     """How the losses of runs ``2k`` and ``2k + 1``, shape ``(n_tasks, n_runs)``, differ, by ``clip`` at most."""
     differences = losses[:, 0::2] - losses[:, 1::2]
     return differences if clip is None else differences.clamp(-clip, clip)
-
-
-def _each(function: Callable[[Tensor], Tensor], state: NamedTuple) -> NamedTuple:
-    return type(state)(*(function(x) for x in state))
 
 
 def perturbed(rule: UpdateRule, weights: dict[str, Tensor]) -> UpdateRule | Perturbed:

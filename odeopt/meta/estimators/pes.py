@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from odeopt.checks import require
+from odeopt.checks import require, require_counts, require_positive
 from odeopt.meta.distributed import ALONE, World
 from odeopt.meta.estimators.base import Estimator
-from odeopt.meta.estimators.es import bounded, require_perturbations
+from odeopt.meta.estimators.es import bounded
 from odeopt.meta.estimators.perturbations import Noise, differences_of_pairs, perturbed
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
@@ -45,8 +46,7 @@ class _Group:
 
     def rows(self, start: int, end: int) -> dict[str, dict]:
         """Parameters and states of some entries."""
-        params = {name: x[start:end] for name, x in self.params.items()}
-        return {"params": params, "states": {name: _each(x, lambda x: x[start:end]) for name, x in self.states.items()}}
+        return tree_map(lambda x: x[start:end], {"params": self.params, "states": self.states})
 
 
 @dataclasses.dataclass
@@ -121,7 +121,9 @@ class PersistentEvolutionStrategies(Estimator):
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        require_perturbations(self, ("n_pairs", "truncation", "n_groups"))
+        require_counts(n_pairs=self.n_pairs, truncation=self.truncation, n_groups=self.n_groups)
+        require_positive(sigma=self.sigma, ceiling=self.ceiling)
+        require_positive(clip=self.clip, or_none=True)
         object.__setattr__(self, "_runs", _Runs([None] * self.n_groups))  # no option: it changes from call to call
 
     def fresh(self) -> Self:
@@ -200,11 +202,8 @@ class PersistentEvolutionStrategies(Estimator):
             pieces.append(unroll(stacked, task, indices=indices, n_steps=n_steps, start=start, **carried, **options))
         losses = torch.cat([piece.losses for piece in pieces], dim=1)
         group.first = losses[0] if group.params is None else group.first
-        group.params = {name: torch.cat([piece.params[name] for piece in pieces]) for name in pieces[0].params}
-        group.states = {
-            name: type(state)(*map(torch.cat, zip(*(piece.states[name] for piece in pieces), strict=True)))
-            for name, state in pieces[0].states.items()
-        }
+        ends = [(piece.params, piece.states) for piece in pieces]
+        group.params, group.states = tree_map(lambda *parts: torch.cat(parts), *ends)
         losses = bounded(losses[1:], group.first, self.ceiling)
         meta_losses = objective(losses, start=start, horizon=horizon, first=group.first)
         return meta_losses.view(n_runs, n).mT.double()
@@ -230,7 +229,7 @@ class PersistentEvolutionStrategies(Estimator):
                 "end": group.end,
                 "step": group.step,
                 "xi": dict(group.xi),
-                "params": {name: whole(x) for name, x in group.params.items()},
+                "params": tree_map(whole, group.params),
                 "states": {name: [whole(x) for x in state] for name, state in group.states.items()},
                 "first": whole(group.first),
             }
@@ -273,10 +272,5 @@ def _nothing(rule: UpdateRule, task: Task, seed: int) -> tuple[dict[str, Tensor]
     """Parameters, states and losses of no tasks."""
     params = task.init_params(torch.zeros(1, dtype=torch.int64), seed)
     states = {name: rule.init_state(param.reshape(1, param[0].numel())) for name, param in params.items()}
-    states = {name: _each(state, lambda x: x.detach()[:0]) for name, state in states.items()}
-    params = {name: param[:0] for name, param in params.items()}
+    params, states = tree_map(lambda x: x.detach()[:0], (params, states))
     return params, states, next(iter(params.values())).new_zeros(0)
-
-
-def _each(state: NamedTuple, function: Callable[[Tensor], Tensor]) -> NamedTuple:
-    return type(state)(*map(function, state))
