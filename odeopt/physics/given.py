@@ -130,6 +130,13 @@ def evaluate(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, shape: tu
     return matrix
 
 
+def evaluate_full(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, like: Tensor) -> Tensor:
+    """Call a part and write a diagonal out as a matrix, in the size, dtype and device of a vector."""
+    dof = like.shape[-1]
+    value = evaluate(part, q, z, name=name, shape=(dof, dof))
+    return value.unsqueeze(-1) * torch.eye(dof, dtype=like.dtype, device=like.device) if part.is_diagonal else value
+
+
 def _check_shape(found: tuple[int, ...], is_diagonal: bool, *, name: str, shape: tuple[int, int]) -> None:
     if is_diagonal and found not in ((), shape[:1]):
         raise ValueError(f"Parameter `{name}` should be a diagonal of shape {shape[:1]}. Found shape {found}.")

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.physics.energy import Hamiltonian, PhaseState
-from odeopt.physics.given import Part, as_matrix, evaluate
+from odeopt.physics.given import Part, as_matrix, evaluate, evaluate_full
 from odeopt.physics.structure import apply, check_count, symplectic_matrix
-
-__all__ = ["PhaseState", "PortHamiltonianSystem", "PowerBalance", "StructureMatrices"]
 
 
 class PowerBalance(NamedTuple):
@@ -299,12 +297,10 @@ class PortHamiltonianSystem(nn.Module):
         J = symplectic_matrix(dof, dtype=p.dtype, device=p.device)
         R = p.new_zeros(*batch, 2 * dof, 2 * dof)
         B = p.new_zeros(*batch, 2 * dof, self.n_inputs)
-        units = torch.eye(dof, dtype=p.dtype, device=p.device)
         if self.dissipation is not None:
-            D = evaluate(self.dissipation, q, z, name="dissipation", shape=(dof, dof))
-            R[..., dof:, dof:] = D.unsqueeze(-1) * units if self.dissipation.is_diagonal else D
+            R[..., dof:, dof:] = evaluate_full(self.dissipation, q, z, name="dissipation", like=p)
         g = self._evaluate_port(q, z)
-        B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else units) if g is None else g
+        B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else J[:dof, dof:]) if g is None else g
         return StructureMatrices(J, R, B)
 
     def _rates(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odeopt.checks import is_integer, require
 from odeopt.ode import Solution, Status, explicit_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.physics.given import evaluate_full
 from odeopt.systems.coordinates import Coordinates
 
 OBSERVATIONS = ("momentum", "velocity")
@@ -208,8 +209,11 @@ class PortHamiltonianModel(ObservedSystem):
         return self.system.energy(PhaseState(*self.encode(x).chunk(2, dim=-1)))
 
     def inverse_mass(self, q: Tensor) -> Tensor:
-        """Evaluate the inverse mass as a matrix, shape ``(*batch, dof, dof)``."""
-        return as_matrix(self.system.hamiltonian.inverse_mass, q)
+        """Evaluate the inverse mass as a matrix, shape ``(*batch, dof, dof)``; the identity where there is none."""
+        mass = self.system.hamiltonian.inverse_mass
+        units = torch.eye(self.dof, dtype=q.dtype, device=q.device)
+        value = units if mass is None else evaluate_full(mass, q, None, name="inverse_mass", like=q)
+        return value.expand(*q.shape, self.dof)
 
     def potential(self, q: Tensor) -> Tensor:
         """Evaluate the potential, shape ``(*batch,)``; zero where there is none."""
@@ -218,24 +222,11 @@ class PortHamiltonianModel(ObservedSystem):
 
     def dissipation(self, q: Tensor) -> Tensor:
         """Evaluate the dissipation as a matrix, shape ``(*batch, dof, dof)``; zero where there is none."""
-        part = self.system.dissipation
-        return q.new_zeros(*q.shape, self.dof) if part is None else as_matrix(part, q)
+        return self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).R[..., self.dof :, self.dof :]
 
     def port(self, q: Tensor) -> Tensor:
         """Evaluate the input matrix, shape ``(*batch, dof, n_inputs)``."""
-        B = self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).B
-        return B[..., self.dof :, :]
-
-
-def as_matrix(part: nn.Module | None, q: Tensor) -> Tensor:
-    """Evaluate a part of a system as a matrix for each position; the identity where there is none."""
-    dof = q.shape[-1]
-    units = torch.eye(dof, dtype=q.dtype, device=q.device)
-    if part is None:
-        return units.expand(*q.shape, dof)
-    value = part(q)
-    matrix = value.unsqueeze(-1) * units if part.is_diagonal else value
-    return matrix.expand(*q.shape, dof)
+        return self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).B[..., self.dof :, :]
 
 
 def momentum(inverse_mass: Tensor, v: Tensor) -> Tensor:
