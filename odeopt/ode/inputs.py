@@ -19,20 +19,14 @@ class _Sampled:
     """Samples at rising times, the knots."""
 
     def __init__(self, t: Tensor | Sequence[float], values: Tensor) -> None:
-        if isinstance(t, Tensor) and t.requires_grad:
-            raise ValueError(
-                "Parameter `t` should not require grad, as no gradient is passed on to knots. "
-                f"Found a tensor of shape {tuple(t.shape)} that does."
-            )
+        has_gradient = isinstance(t, Tensor) and t.requires_grad
+        require(not has_gradient, "t.requires_grad", True, "False, as no gradient is passed on to knots")
         t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
         is_rising = t.dim() == 1 and len(t) >= 1 and bool(t.isfinite().all()) and bool((t.diff() > 0).all())
         require(is_rising, "t", t.tolist(), "finite, one-dimensional and strictly increasing")
-        if not isinstance(values, Tensor) or values.dim() < 2 or len(values) != len(t):
-            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"Parameter `values` should have shape ({len(t)}, *batch, n_inputs), one sample per knot. "
-                f"Found `values.shape = {found}`."
-            )
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        is_right = isinstance(values, Tensor) and values.dim() >= 2 and len(values) == len(t)
+        require(is_right, "values.shape", found, f"({len(t)}, *batch, n_inputs), one sample per knot")
         if not values.isfinite().all():
             at = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
             raise ValueError(f"Parameter `values` should be finite. Found `values[{at}] = {values[at].tolist()}`.")

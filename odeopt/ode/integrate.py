@@ -161,9 +161,8 @@ def integrate(
         "adjoint_rtol": adjoint_rtol,
         "adjoint_atol": adjoint_atol,
     }
-    given = [name for name, value in for_adjoint.items() if value is not None]
-    if given and not adjoint:
-        raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
+    for name, value in for_adjoint.items():
+        require(adjoint or value is None, name, value, "None with `adjoint = False`")
     if adjoint_method is not None:
         check_choice("adjoint_method", adjoint_method, SOLVERS)
     wanted = (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odeopt.checks import require
 from odeopt.physics.structure import MatrixPart
 
 Part = nn.Module | Tensor | float | Callable[..., Tensor]
@@ -145,11 +146,8 @@ def _check_shape(found: tuple[int, ...], is_diagonal: bool, *, name: str, shape:
 
 
 def _check_constant(value: Tensor, *, name: str, should: str) -> None:
-    if isinstance(value, nn.Parameter):
-        raise ValueError(
-            f"Parameter `{name}` should stay {should} while it is learned: use a learned part instead. "
-            f"Found an `nn.Parameter` of shape {tuple(value.shape)}."
-        )
+    is_held = not isinstance(value, nn.Parameter)
+    require(is_held, name, value, f"a learned part, which stays {should} while it is learned, or a constant")
     eigenvalues, slack = value.detach().cpu().double(), 0.0  # some devices have no double precision
     if value.dim() == 2:
         # A matrix that was computed carries a few roundings of its type.

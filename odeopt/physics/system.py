@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odeopt.checks import require
 from odeopt.physics.energy import Hamiltonian, PhaseState
 from odeopt.physics.given import Part, as_matrix, evaluate, evaluate_full
 from odeopt.physics.structure import apply, check_count, symplectic_matrix
@@ -104,11 +105,10 @@ class PortHamiltonianSystem(nn.Module):
         self.dof, self.n_inputs = dof, n_inputs
         self.dissipation = as_matrix(dissipation, name="dissipation", shape=(dof, dof), should="positive semi-definite")
         self.port = as_matrix(port, name="port", shape=(dof, n_inputs))
-        if port is None and n_inputs not in (1, dof):
-            raise ValueError(
-                f"Parameter `port` should be given unless n_inputs is 1 or dof = {dof}. "
-                f"Found `port = None` with `n_inputs = {n_inputs}`."
-            )
+        has_default = n_inputs in (1, dof)
+        require(
+            port is not None or has_default, "port", port, f"given for {n_inputs} inputs, neither 1 nor dof = {dof}"
+        )
 
     @property
     def depends_on_q(self) -> bool:

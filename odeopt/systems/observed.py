@@ -249,8 +249,7 @@ def momentum(inverse_mass: Tensor, v: Tensor) -> Tensor:
         p, info = torch.linalg.solve_ex(inverse_mass, v.unsqueeze(-1))
         p, is_singular = p.squeeze(-1), info != 0
     if is_singular.any():
-        found = inverse_mass.detach()[is_singular][0].tolist()
-        raise ValueError(f"Parameter `inverse_mass` should be invertible. Found a singular one, `{found}`.")
+        require(False, "inverse_mass", inverse_mass.detach()[is_singular][0].tolist(), "invertible")
     return p
 
 
@@ -303,11 +302,8 @@ def check_observations(name: str, x: Tensor, model: ObservedSystem) -> None:
     """Raise an error unless observations are floating point, have their length and are finite."""
     check_class(name, x, Tensor)
     require(x.is_floating_point(), f"{name}.dtype", x.dtype, "floating point")
-    if x.shape[-1:] != (model.n_observed,):
-        raise ValueError(
-            f"Parameter `{name}` should have shape (*batch, {model.n_observed}). Found `{name}.shape = "
-            f"{tuple(x.shape)}`; an observation of this model is {model.observation}."
-        )
+    wanted = f"(*batch, {model.n_observed}), as an observation of this model is {model.observation}"
+    require(x.shape[-1:] == (model.n_observed,), f"{name}.shape", tuple(x.shape), wanted)
     is_finite = x.isfinite()
     require(bool(is_finite.all()), name, x[~is_finite][:1].tolist(), "finite")
 
@@ -340,10 +336,7 @@ def check_inputs(u: Tensor | None, n_steps: int, batch: Sequence[int], n_inputs:
         return like.new_zeros(sampled)
     check_class("u", u, Tensor)
     require(not u.is_complex(), "u.dtype", u.dtype, "real")
-    if tuple(u.shape) not in (held, sampled):
-        raise ValueError(
-            f"Parameter `u` should have shape {held}, held, or {sampled}, one input for each step. "
-            f"Found `u.shape = {tuple(u.shape)}`."
-        )
+    wanted = f"{held}, held, or {sampled}, one input for each step"
+    require(u.shape in (held, sampled), "u.shape", tuple(u.shape), wanted)
     require(bool(u.isfinite().all()), "u", u[~u.isfinite()][:1].tolist(), "finite")
     return u.to(like).expand(sampled)
