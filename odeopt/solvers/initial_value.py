@@ -61,8 +61,7 @@ class Problem:
             require(self.field is not None, "field", self.field, "given unless a system is")
             require(self.effort is None, "effort", self.effort, "None where there is no system")
         else:
-            is_phase = isinstance(self.x0, PhaseState)
-            require(is_phase, "x0", self.x0, "a PhaseState where there is a system")
+            require(isinstance(self.x0, PhaseState), "x0", self.x0, "a PhaseState where there is a system")
             require(self.field is None, "field", self.field, "None where a system is given, which has its own")
             object.__setattr__(self, "field", SystemField(self.system, self.effort))
             if self.energy is None:
