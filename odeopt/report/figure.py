@@ -177,25 +177,10 @@ def label_ends(figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Ma
     placed = _spread(wanted, gap)
     for name, y in placed.items():
         remark = "" if ends[name] < high else ", off the axis" if ends[name] < float("inf") else ", diverged"
-        axes.annotate(
-            name + remark,
-            (1, wanted[name]),
-            (1.09, y),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            va="center",
-            ha="left",
-            fontsize=8.5,
-            fontweight="bold" if styles[name]["linewidth"] > 2 else "normal",
-            annotation_clip=False,
-        )
-        axes.plot(
-            [1.0, 1.03, 1.08],
-            [wanted[name], y, y],
-            transform=axes.transAxes,
-            clip_on=False,
-            **{**styles[name], "linewidth": min(styles[name]["linewidth"], 1.8)},
-        )
+        weight = "bold" if styles[name]["linewidth"] > 2 else "normal"
+        axes.text(1.09, y, name + remark, transform=axes.transAxes, va="center", fontsize=8.5, fontweight=weight)
+        line = styles[name] | {"linewidth": min(styles[name]["linewidth"], 1.8)}
+        axes.plot([1.0, 1.03, 1.08], [wanted[name], y, y], transform=axes.transAxes, clip_on=False, **line)
 
 
 def _spread(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
