@@ -562,7 +562,10 @@ def test_windows_of_motions_are_fitted_as_the_motions_are():
     [
         ({"x": torch.zeros(5, 4, 3)}, r"`x.shape` should be \(\*batch, 2\), as .*Found `x.shape = \(5, 4, 3\)`"),
         ({"x": torch.full((5, 4, 2), math.nan)}, r"`x` should be finite"),
-        ({"t": torch.tensor([0.0, 0.1, 0.3, 0.2, 0.4])}, r"`t` should be finite and increase.*`t\[2\] = 0.3` before"),
+        (
+            {"t": torch.tensor([0.0, 0.1, 0.3, 0.2, 0.4])},
+            r"`t` should be finite and strictly increasing.*`t\[2\] = 0.3` before",
+        ),
         ({"t": torch.arange(4.0)}, r"`t` should be one time for each of 5 observations"),
         ({"u": torch.zeros(5, 4, 1)}, r"`u.shape` should be \(4, 1\), held, or \(4, 4, 1\).*`u.shape = \(5, 4, 1\)"),
         ({"u": torch.zeros(4, 4, 2)}, r"Found `u.shape = \(4, 4, 2\)`"),

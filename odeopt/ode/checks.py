@@ -84,10 +84,15 @@ def check_state(x0: State) -> None:
         require(x.is_floating_point() or x.is_complex(), "x0.dtype", x.dtype, "floating point")
         kinds = [f"{part.dtype} on {part.device}" for part in (tensors[0], x)]
         require(kinds[0] == kinds[1], "x0", kinds, "of one dtype on one device")
-        is_finite = x.isfinite()
-        if not is_finite.all():
-            bad = x[~is_finite][0].item()
-            raise ValueError(f"Parameter `x0` should be finite. Found `{bad}` in a tensor of shape {tuple(x.shape)}.")
+        check_finite("x0", x)
+
+
+def check_finite(name: str, x: Tensor, where: str = "") -> None:
+    """Check that the numbers of a tensor are finite; ``where`` follows in the message."""
+    is_finite = x.isfinite()
+    if not is_finite.all():
+        bad, shape = x[~is_finite][0].item(), tuple(x.shape)
+        raise ValueError(f"Parameter `{name}` should be finite{where}. Found `{bad}` in a tensor of shape {shape}.")
 
 
 def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
         i = int(is_bad.nonzero()[0])
         raise ValueError(
             "Parameter `t` should be finite and strictly increasing or decreasing. "
-            f"Found `t[{i}] = {digits_of(t[i])}` before `t[{i + 1}] = {digits_of(t[i + 1])}`."
+            f"Found `t[{i}] = {digits_of(t[i])}` before `t[{i + 1}] = {digits_of(t[i + 1])}` in {t.dtype}."
         )
     return t.to(like.device, non_blocking=like.device.type == "cuda")  # nothing waits for a handful of numbers
 
