@@ -26,7 +26,7 @@ from odeopt.ode.checks import (
 from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, subintervals, system_steps, times_of
 from odeopt.ode.implicit import Newton, must_not_synchronise
 from odeopt.ode.inputs import FirstOrderHold, Input, ZeroOrderHold, checked_input, knots_of, piece_of
-from odeopt.ode.recorder import Field, restore
+from odeopt.ode.recorder import Field, map_state
 from odeopt.ode.solution import Solution, Status
 from odeopt.ode.steps import EXPLICIT_METHODS, check_explicit, explicit_step
 from odeopt.ode.structured import STRUCTURE_METHODS
@@ -294,8 +294,7 @@ def _own_steps(
         kind = {"dtype": time_dtype(like.device), "device": like.device}
         t = torch.stack([torch.full((), x, **kind) for x in times.numbers])
     if outcome.n_finite < n:
-        kept = [fill(x[: outcome.n_finite], n) for x in tensors_of(states)]
-        states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
+        states = map_state(lambda x: fill(x[: outcome.n_finite], n), states)
     message = message_of(outcome.status, outcome.detail, t, outcome.n_finite)
     numbers = outcome.n_evals, outcome.n_steps, seconds
     return Solution(t, states, *numbers, outcome.status, message, method, outcome.n_iters)

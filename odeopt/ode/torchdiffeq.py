@@ -175,8 +175,7 @@ def by_torchdiffeq(
     if states is None:
         states = _reached_states(solve, recorder, t)
     detail = message_of(status, detail, outputs, len(states[0]))
-    states = [fill(x, len(t)) for x in recorder.settled(states)]
-    states = restore(x0, states) if isinstance(x0, tuple) else states[0]
+    states = restore(x0, [fill(x, len(t)) for x in recorder.settled(states)])
     return Solution(outputs, states, *account, status, detail, method)
 
 
@@ -440,10 +439,10 @@ def time_of_event(
 
     # counted from the start, as the solver rounds times to the dtype of the state
     def either(t: Tensor, x: State) -> Tensor:
-        return torch.minimum(event(origin + t, restore(x0, x)), (end - start - t).to(like.dtype))
+        return torch.minimum(event(origin + t, restore(x0, tensors_of(x))), (end - start - t).to(like.dtype))
 
     def plain(t: Tensor, x: State) -> Any:
-        return field(origin + t, restore(x0, x))
+        return field(origin + t, restore(x0, tensors_of(x)))
 
     keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
     x0 = x0.clone() if isinstance(x0, Tensor) else tuple(x0)

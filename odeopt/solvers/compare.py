@@ -17,10 +17,10 @@ from odeopt._version import __version__
 from odeopt.checks import is_list, is_number, require
 from odeopt.ode.checks import State, tensors_of
 from odeopt.ode.integrate import integrate
-from odeopt.ode.recorder import Field
+from odeopt.ode.recorder import Field, map_state
 from odeopt.ode.solution import Solution, Status
 from odeopt.progress import tqdm
-from odeopt.solvers.initial_value import Problem, flatten, map_state
+from odeopt.solvers.initial_value import Problem, flatten
 from odeopt.solvers.methods import Method, select_methods
 from odeopt.solvers.problems import select_problems
 from odeopt.solvers.reference import gradient_of, loss_of, reference, reference_gradient

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from odeopt.checks import require
 from odeopt.ode.checks import State, check_state, check_times, tensors_of
-from odeopt.ode.recorder import Field, restore
+from odeopt.ode.recorder import Field, map_state
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 
@@ -110,11 +110,6 @@ def _moved(part: object, dtype: torch.dtype, device: torch.device | str, memo: d
     if inspect.ismethod(part):
         return getattr(_moved(part.__self__, dtype, device, memo), part.__name__)
     return copy.deepcopy(part, memo).to(device, dtype) if isinstance(part, nn.Module) else part
-
-
-def map_state(function: Callable[[Tensor], Tensor], x: State) -> State:
-    """Apply a function to every tensor of a state, keeping its structure."""
-    return restore(x, [function(part) for part in x]) if isinstance(x, tuple) else function(x)
 
 
 def flatten(states: State) -> Tensor:
