@@ -198,11 +198,12 @@ def integrate(
         if adjoint and adjoint_params is None and system is not None:
             for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
         how = {"method": method, "options": options, "rtol": rtol, "atol": atol}
-        gradients = for_adjoint if adjoint else None, adjoint_params
+        how |= for_adjoint if adjoint else {}
+        may_leave_out = adjoint_params is not None
         if system is None:
-            solution = by_torchdiffeq(field, x0, t, how, *gradients)
+            solution = by_torchdiffeq(field, x0, t, how, may_leave_out=may_leave_out)
         else:
-            solution = _by_subintervals(system, x0, t, times, u, z, how, *gradients)
+            solution = _by_subintervals(system, x0, t, times, u, z, how, may_leave_out=may_leave_out)
     if throw:
         solution.raise_for_status()
     return solution
@@ -308,8 +309,8 @@ def _by_subintervals(
     u: Any,
     z: Any,
     keywords: dict,
-    for_adjoint: dict | None,
-    given_params: Any,
+    *,
+    may_leave_out: bool,
 ) -> Solution:
     """Let torchdiffeq solve a system from knot to knot of its input."""
     n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
@@ -326,7 +327,7 @@ def _by_subintervals(
                 setattr(field, name, getattr(system, name))
         ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (part.start, part.end)]
         ends = torch.stack([end.to(time_dtype(t.device)) for end in ends])
-        solved = by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
+        solved = by_torchdiffeq(field, x0, ends, keywords, span, may_leave_out=may_leave_out)
         n_evals, seconds, message = n_evals + solved.n_field_evals, seconds + solved.seconds, solved.message
         n_steps = None if n_steps is None or solved.n_steps is None else n_steps + solved.n_steps
         if solved.status not in (Status.SUCCESS, Status.NOT_CONVERGED):

@@ -95,13 +95,7 @@ ORDER: dict[str, int] = {
 
 
 def by_torchdiffeq(
-    field: Field,
-    x0: State,
-    t: Tensor,
-    keywords: dict,
-    for_adjoint: dict | None,
-    given_params: Any,
-    span: float | None = None,
+    field: Field, x0: State, t: Tensor, keywords: dict[str, Any], span: float | None = None, *, may_leave_out: bool
 ) -> Solution:
     """Let torchdiffeq solve, and account for it.
 
@@ -112,27 +106,26 @@ def by_torchdiffeq(
         field: As in :func:`odeopt.ode.integrate`.
         x0: The first state.
         t: Output times.
-        keywords: Method, options and tolerances.
-        for_adjoint: Keywords of the adjoint; None for gradients through the steps.
-        given_params: Parameters of the adjoint that were given: no more gradients than theirs are asked for.
+        keywords: Method, options and tolerances; for gradients by the adjoint those of the adjoint, too.
         span: From the first time to the last one, where ``t`` is a subinterval between them.
+        may_leave_out: Whether the field may depend on more than the parameters of the adjoint, as they were chosen.
     """
     method, options = keywords["method"], keywords["options"] or {}
     # what is interpolated has a coarse slope, and at a knot it spoils what follows
-    ends_at_outputs = span is not None or (t.requires_grad and for_adjoint is None)
+    is_adjoint = "adjoint_params" in keywords
+    ends_at_outputs = span is not None or (t.requires_grad and not is_adjoint)
     if ends_at_outputs and "step_t" in accepted_options(method):
         keywords = keywords | {"options": _ending_at(t, options)}
-    if for_adjoint is None:
+    if is_adjoint:
+        params = _check_adjoint(field, method, options, keywords)
+        keywords = keywords | {"adjoint_params": params}
+        if keywords["adjoint_options"] is None:  # torchdiffeq would take those of the steps that end at outputs
+            keywords["adjoint_options"] = {name: value for name, value in options.items() if name != "norm"}
+        check_leaves = None if may_leave_out else partial(_refuse_left_out, params)
+    else:
         _check_gradients(x0, t, method, options)
         check_leaves = _refuse_gradients if is_external(method) else None
-        solve = partial(odeint, **keywords)
-    else:
-        params = _check_adjoint(field, method, options, for_adjoint)
-        for_adjoint = for_adjoint | {"adjoint_params": params}
-        if for_adjoint["adjoint_options"] is None:  # torchdiffeq would take those of the steps that end at outputs
-            for_adjoint["adjoint_options"] = {name: value for name, value in options.items() if name != "norm"}
-        check_leaves = partial(_refuse_left_out, params) if given_params is None else None
-        solve = partial(odeint_adjoint, **keywords, **for_adjoint)
+    solve = partial(odeint_adjoint if is_adjoint else odeint, **keywords)
     like = tensors_of(x0)[0]
     numbers, callbacks = t.detach().tolist(), SOLVERS[method].valid_callbacks()
     interval = min(abs(end - start) for start, end in pairwise(numbers))
