@@ -40,6 +40,11 @@ class _Sampled:
         knots = torch.tensor(self.knots, dtype=t.dtype, device=t.device)
         return (torch.searchsorted(knots, t.detach(), right=True) - 1).clamp(0, len(self.knots) - 1)
 
+    def piece(self, start: float, end: float) -> Input:
+        """Return the input between two times without a knot in between; held, at both of them its value there."""
+        value = self.values[self._index((start + end) / 2)]
+        return lambda t: value
+
 
 class ZeroOrderHold(_Sampled):
     """Samples that are held from their knot to the next one; the first also before, the last also after.
@@ -59,11 +64,6 @@ class ZeroOrderHold(_Sampled):
     def __call__(self, t: Tensor) -> Tensor:
         """Evaluate at a time, a 0-d tensor; at a knot the sample that begins there."""
         return self.values.index_select(0, self._index_of(t).reshape(1)).squeeze(0)
-
-    def piece(self, start: float, end: float) -> Input:
-        """Return the input between two times without a knot in between; at both of them its value there."""
-        value = self.values[self._index((start + end) / 2)]
-        return lambda t: value
 
 
 class FirstOrderHold(_Sampled):
@@ -90,8 +90,7 @@ class FirstOrderHold(_Sampled):
     def piece(self, start: float, end: float) -> Input:
         """Return the input between two times without a knot in between."""
         if len(self.knots) == 1 or not self.knots[0] <= (start + end) / 2 <= self.knots[-1]:
-            value = self.values[self._index((start + end) / 2)]
-            return lambda t: value
+            return super().piece(start, end)
         index = min(self._index((start + end) / 2), len(self.knots) - 2)
         left, right = self.knots[index : index + 2]
         first, slope = self.values[index], (self.values[index + 1] - self.values[index]) / (right - left)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import check_class, is_integer, require
 from odeopt.ode import Solution, Status, explicit_step
 from odeopt.ode.checks import check_finite, check_times
 from odeopt.physics import PhaseState, PortHamiltonianSystem
@@ -269,13 +269,6 @@ def weights_like(model: nn.Module, default: Tensor) -> Tensor:
     found = sorted({f"{x.dtype} on {x.device}" for x in tensors})
     require(len(found) <= 1, "model", found, "of one dtype on one device, as by `model.float()`")
     return weight
-
-
-def check_class(name: str, value: object, wanted: type) -> None:
-    """Raise a TypeError unless a value is of a class."""
-    if not isinstance(value, wanted):
-        found = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise TypeError(f"Parameter `{name}` should be of class {wanted.__name__}. Found one of class {found}.")
 
 
 def check_seed(seed: object) -> None:
