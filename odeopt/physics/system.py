@@ -176,7 +176,8 @@ class PortHamiltonianSystem(nn.Module):
             Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, Eq. (8).
         """
         self._check(x, u)
-        return self._rates(x, self.hamiltonian.gradient(x), u, z)
+        gradient = self.hamiltonian.gradient(x)
+        return self._rates(x, gradient, self._force(x[0], u, z), self._drag(x[0], gradient.p, z))
 
     def rates_under(self, q: Tensor, gradient: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
         r"""Evaluate :math:`(J - R(q, z))\,e + B(q, z)\,u` for a vector e in the place of the energy's gradient.
@@ -195,7 +196,7 @@ class PortHamiltonianSystem(nn.Module):
         """
         x = PhaseState(q, gradient.p)
         self._check(x, u)
-        return self._rates(x, gradient, u, z)
+        return self._rates(x, gradient, self._force(q, u, z), self._drag(q, gradient.p, z))
 
     def conservative_field(self, x: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
         r"""Evaluate :math:`J\,\nabla H + B\,u`: :meth:`vector_field` without friction.
@@ -212,7 +213,7 @@ class PortHamiltonianSystem(nn.Module):
             ValueError: As in :meth:`vector_field`.
         """
         self._check(x, u)
-        return self._rates(x, self.hamiltonian.gradient(x), u, z, has_friction=False)
+        return self._rates(x, self.hamiltonian.gradient(x), self._force(x[0], u, z), None)
 
     def vector_field_and_output(
         self, x: PhaseState, u: Tensor | None = None, z: Any = None
@@ -231,9 +232,9 @@ class PortHamiltonianSystem(nn.Module):
             ValueError: As in :meth:`vector_field`.
         """
         self._check(x, u)
-        g = self._evaluate_port(x[0], z)
-        gradient = self.hamiltonian.gradient(x)
-        return self._rates(x, gradient, u, z, g=g), self._port_output(g, gradient.p)
+        g, gradient = self._evaluate_port(x[0], z), self.hamiltonian.gradient(x)
+        dx = self._rates(x, gradient, self._force(x[0], u, z, g), self._drag(x[0], gradient.p, z))
+        return dx, self._port_output(g, gradient.p)
 
     def output(self, x: PhaseState, z: Any = None) -> Tensor:
         r"""Power-conjugate output :math:`y = g^\top(q, z)\, \partial H/\partial p`.
@@ -303,28 +304,22 @@ class PortHamiltonianSystem(nn.Module):
         B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else J[:dof, dof:]) if g is None else g
         return StructureMatrices(J, R, B)
 
-    def _rates(
-        self,
-        x: PhaseState,
-        gradient: PhaseState,
-        u: Tensor | None,
-        z: Any,
-        *,
-        g: Tensor | None = None,
-        has_friction: bool = True,
-    ) -> PhaseState:
-        """Evaluate (J - R) e + B u for a vector e; g where it is known already."""
-        (q, p), (dH_dq, v), dp = x, gradient, u
-        if u is not None and self.port is not None:
-            g = self._evaluate_port(q, z) if g is None else g
-            dp = g[..., 0] * u if self.n_inputs == 1 else apply(g, u, diagonal=False)
-        drag = self._drag(q, v, z) if has_friction else None
+    def _rates(self, x: PhaseState, gradient: PhaseState, force: Tensor | None, drag: Tensor | None) -> PhaseState:
+        """Evaluate (J - R) e + B u for a vector e, from g u and D e_p; None is zero."""
+        (q, p), (dH_dq, v), dp = x, gradient, force
         if drag is not None:
             dp = -drag if dp is None else dp - drag
         if dH_dq is not None:
             dp = -dH_dq if dp is None else dp - dH_dq
         dp = torch.zeros_like(p) if dp is None else dp.expand(p.shape)
         return PhaseState(None if q is None else v, dp)
+
+    def _force(self, q: Tensor | None, u: Tensor | None, z: Any, g: Tensor | None = None) -> Tensor | None:
+        """Evaluate g u; with g where it is known already."""
+        if u is None or self.port is None:
+            return u
+        g = self._evaluate_port(q, z) if g is None else g
+        return g[..., 0] * u if self.n_inputs == 1 else apply(g, u, diagonal=False)
 
     def _drag(self, q: Tensor | None, v: Tensor, z: Any) -> Tensor | None:
         if self.dissipation is None:

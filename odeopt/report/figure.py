@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +45,11 @@ _STYLE = {
 }
 
 
-@contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """Draw in the library's style inside the block; the caller's settings come back after it."""
-    import matplotlib
+    from matplotlib.style import context
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield
+    return context(_STYLE, after_reset=True)
 
 
 def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure, list[Axes]]:
