@@ -125,15 +125,9 @@ def _orders(comparison: Runs) -> Table:
         if all(row.observed is None and row.status.startswith("not applicable") for row in mine):
             continue
         kept = [row.is_kept for row in mine]
-        nominal = mine[0].nominal
-        rows.append(
-            [
-                method,
-                "not judged" if nominal is None else str(nominal),
-                *(_NEVER if row.observed is None else f"{row.observed:.2f}" for row in mine),
-                "" if None in kept else "yes" if all(kept) else "no",
-            ]
-        )
+        nominal = "not judged" if mine[0].nominal is None else str(mine[0].nominal)
+        observed = [_NEVER if row.observed is None else f"{row.observed:.2f}" for row in mine]
+        rows.append([method, nominal, *observed, "" if None in kept else "yes" if all(kept) else "no"])
     return headers, rows
 
 
