@@ -234,9 +234,9 @@ BAD = [
     ({"rtol": -1e-3}, "`rtol` should not be negative. Found `rtol = -0.001`"),
     ({"atol": torch.nan}, "`atol` should not be negative. Found `atol = nan`"),
     ({"adjoint": True, "adjoint_rtol": -1.0}, "`adjoint_rtol` should not be negative"),
-    ({"adjoint": True}, "`adjoint_params` should name the tensors that `field` depends on"),
+    ({"adjoint": True}, "`adjoint_params` should be the tensors that `field` depends on"),
     ({"adjoint_rtol": 1e-3}, "`adjoint_rtol` should be None with `adjoint = False`. Found `adjoint_rtol = 0.001`"),
-    ({"adjoint_params": ()}, "`adjoint_params` should be None without the adjoint"),
+    ({"adjoint_params": ()}, "`adjoint_params` should be None with `adjoint = False`"),
     ({"adjoint": True, "adjoint_method": "rk"}, "`adjoint_method` should be one of"),
     ({"adjoint": True, "adjoint_options": {"stp": 1}}, r"`adjoint_options` of method 'rk4'.*\['stp'\] = 1"),
     (
