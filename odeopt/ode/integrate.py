@@ -170,7 +170,7 @@ def integrate(
         "`odeopt.gradient_flow(..., until_norm=...)` ends where gradients are small"
     )
     require(event_fn is None, "event_fn", event_fn, wanted)
-    x0 = _check_problem(system, x0, u, z, method)
+    x0 = _check_problem(field, x0, u, z, method)
     if isinstance(t, list | tuple) and any(isinstance(time, Tensor) for time in t):  # numbers would drop gradients
         like = next(time for time in t if isinstance(time, Tensor))
         t = torch.stack([torch.as_tensor(time, dtype=torch.float64, device=like.device) for time in t])
@@ -222,14 +222,12 @@ def _trainable(values: Any) -> list[Tensor]:
     return _trainable(values.values) if isinstance(values, ZeroOrderHold | FirstOrderHold) else []
 
 
-def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: Any, method: str) -> State:
+def _check_problem(field: Field | PortHamiltonianSystem, x0: State, u: Any, z: Any, method: str) -> State:
     """Check what only a system has: its state, its input, its methods."""
-    if system is None:
-        if method in STRUCTURE_METHODS and method not in SOLVERS:
-            raise ValueError(
-                f"Parameter `field` should be a `PortHamiltonianSystem` with method {method!r}, which takes its energy "
-                "and its matrices apart. Found a bare field."
-            )
+    if not isinstance(field, PortHamiltonianSystem):
+        takes_fields = method in SOLVERS or method not in STRUCTURE_METHODS
+        wanted = f"a `PortHamiltonianSystem` with method {method!r}, which takes its energy and its matrices apart"
+        require(takes_fields, "field", field, wanted)
         for name, value in (("u", u), ("z", z)):
             require(value is None, name, value, "None unless `field` is a `PortHamiltonianSystem`")
         return x0
@@ -244,12 +242,10 @@ def _is_ours(
 ) -> bool:
     """Return whether our own steps are taken; of a name that torchdiffeq has too, those for systems."""
     if method in STRUCTURE_METHODS and system is not None:
-        if backend != "torchdiffeq" and not adjoint:
-            return True
-        if method not in SOLVERS:
-            found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
-            require(False, "method", method, f"one of torchdiffeq's with `{found}`")
-        return False
+        is_ours = backend != "torchdiffeq" and not adjoint
+        found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
+        require(is_ours or method in SOLVERS, "method", method, f"one of torchdiffeq's with `{found}`")
+        return is_ours
     if backend == "odeopt":
         check_explicit(method)
         require(not adjoint, "adjoint", adjoint, "False with `backend = 'odeopt'`")
