@@ -38,8 +38,6 @@ class Potential(nn.Module):
         ValueError: If ``activation`` has negative values or a size is not positive.
     """
 
-    depends_on_q = True
-
     def __init__(
         self,
         dof: int,
@@ -70,8 +68,6 @@ class GivenPotential(nn.Module):
     Args:
         function: Maps ``q`` of shape ``(*batch, dof)`` to V of shape ``(*batch,)``.
     """
-
-    depends_on_q = True
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -174,29 +175,13 @@ def label_ends(figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Ma
 
 
 def _spread(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights in [0, 1] at least a gap apart, in the order of the wanted ones and close to them."""
+    """Heights in [0, 1] at least a gap apart, in the order of the wanted ones and next to them in least squares."""
     names = sorted(wanted, key=wanted.get)
-    heights: list[float] = []
-    for name in names:
-        heights.append(max(wanted[name], heights[-1] + gap) if heights else max(wanted[name], 0.0))
-    ceiling = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - gap
-    return _centred(names, heights, wanted, gap)
-
-
-def _centred(names: Sequence[str], heights: list[float], wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Move each block of touching labels so that it sits around its curves rather than above them."""
-    start = 0
-    while start < len(names):
-        end = start + 1
-        while end < len(names) and heights[end] - heights[end - 1] <= gap * 1.001:
-            end += 1
-        offset = sum(heights[i] - wanted[names[i]] for i in range(start, end)) / (end - start)
-        floor = heights[start - 1] + gap if start else 0.0
-        ceiling = heights[end] - gap if end < len(names) else 1.0
-        offset = max(min(offset, heights[start] - floor), heights[end - 1] - ceiling)
-        heights[start:end] = [h - offset for h in heights[start:end]]
-        start = end
-    return dict(zip(names, heights, strict=True))
+    # less the gaps below them heights only have to rise: isotonic regression, by its formula of maxima of minima
+    free = [wanted[name] - i * gap for i, name in enumerate(names)]
+    ends = range(1, len(names) + 1)
+    placed = {}
+    for i, name in enumerate(names):
+        risen = max(min(fmean(free[start:end]) for end in ends[i:]) for start in range(i + 1))
+        placed[name] = min(max(risen, 0.0), 1 - (len(names) - 1) * gap) + i * gap
+    return placed
