@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -122,22 +122,22 @@ def test_labels_keep_apart_in_order_and_inside(heights):
     assert ordered[-1] <= 1 + 1e-12
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.data())
-def test_no_label_or_block_of_labels_can_come_nearer_to_its_curves(heights, data):
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_no_label_or_block_of_labels_can_come_nearer_to_its_curves(heights):
     wanted, gap = {str(i): height for i, height in enumerate(heights)}, 0.08
     placed = _spread(wanted, gap)
     names = sorted(wanted, key=wanted.get)
-    start = data.draw(st.integers(0, len(names) - 1))
-    end, move = data.draw(st.integers(start, len(names) - 1)), data.draw(st.floats(-1e-3, 1e-3))
-    moved = {name: placed[name] + move * (start <= i <= end) for i, name in enumerate(names)}
-    heights = list(moved.values())
 
     def squares(found):
         return sum((found[name] - wanted[name]) ** 2 for name in names)
 
-    # heights that touch are apart by the gap up to rounding
-    if heights[0] >= 0 and heights[-1] <= 1 and all(b - a >= gap - 1e-12 for a, b in pairwise(heights)):
-        assert squares(placed) <= squares(moved) + 1e-10
+    for start, end in combinations(range(len(names) + 1), 2):
+        for move in (-1e-4, 1e-4):
+            moved = {name: placed[name] + move * (start <= i < end) for i, name in enumerate(names)}
+            ordered = [moved[name] for name in names]
+            # heights that touch are apart by the gap up to rounding
+            if ordered[0] >= 0 and ordered[-1] <= 1 and all(b - a >= gap - 1e-12 for a, b in pairwise(ordered)):
+                assert squares(placed) <= squares(moved) + 1e-10
 
 
 def test_labels_that_touch_lie_around_their_curves():
