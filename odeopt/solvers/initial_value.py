@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -84,9 +83,13 @@ class Problem:
         """
         moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": self.t.to(device, dtype)}
         names = ("field" if self.system is None else "system", "energy")
-        memo: dict = {}  # common to both, so that the energy of a system or field stays its own
-        moved |= {"field": None} | {name: _moved(getattr(self, name), dtype, device, memo) for name in names}
-        return replace(self, **moved)
+        # copied together, so that the energy of a system or field stays its own
+        parts = copy.deepcopy({name: getattr(self, name) for name in names})
+        for part in parts.values():
+            module = getattr(part, "__self__", part)  # of a method
+            if isinstance(module, nn.Module):
+                module.to(device, dtype)
+        return replace(self, **moved, **{"field": None} | parts)
 
 
 class SystemField(nn.Module):
@@ -103,13 +106,6 @@ class SystemField(nn.Module):
 
     def forward(self, t: Tensor, x: PhaseState) -> PhaseState:
         return self.system.vector_field(x, None if self.effort is None else self.effort(t))
-
-
-def _moved(part: object, dtype: torch.dtype, device: torch.device | str, memo: dict) -> object:
-    """A module, or a method of one, in another precision or on another device; anything else passes."""
-    if inspect.ismethod(part):
-        return getattr(_moved(part.__self__, dtype, device, memo), part.__name__)
-    return copy.deepcopy(part, memo).to(device, dtype) if isinstance(part, nn.Module) else part
 
 
 def flatten(states: State) -> Tensor:
