@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from odeopt.checks import n_of
 from odeopt.report import draw_table
 from odeopt.solvers.runs import Runs, SolverRun
 
@@ -49,10 +50,7 @@ def attainable(comparison: Runs, dtype: str) -> float:
 def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
     """Median over the problems of each group, with how many of them reach the error."""
     in_group = {group: comparison.distinct("problem", group=group) for group in comparison.groups}
-    headers = [
-        ("method", ""),
-        *((group, f"{len(problems)} problem{'s' * (len(problems) > 1)}") for group, problems in in_group.items()),
-    ]
+    headers = [("method", ""), *((group, n_of(len(problems), "problem")) for group, problems in in_group.items())]
     rows = []
     for method in comparison.methods:
         row = [method]
