@@ -28,6 +28,13 @@ def require_positive(*, or_none: bool = False, **values: object) -> None:
         require((or_none and value is None) or (is_number(value) and value > 0), name, value, wanted)
 
 
+def check_class(name: str, value: object, wanted: type) -> None:
+    """Raise a TypeError that names a parameter and the class found, unless the value is of a class."""
+    if not isinstance(value, wanted):
+        found = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"Parameter `{name}` should be of class {wanted.__name__}. Found one of class {found}.")
+
+
 def shown(value: object) -> str:
     """Show a value in a message, cut where it is long: a state dictionary would push the message off the screen."""
     text = repr(value)

@@ -126,11 +126,17 @@ def test_friction_of_strang_takes_energy_whatever_the_step(friction):
             assert (heavy.energy(PhaseState(x0.q, p)) <= heavy.energy(x0) + 1e-12).all()
 
 
-def test_friction_alone_is_solved_exactly_by_strang():
-    system = PortHamiltonianSystem(2, dissipation=torch.tensor([[2.0, 0.5], [0.5, 1.0]])).to(F64)
-    x0, D = make_state(), torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64)
+@pytest.mark.parametrize("mass", [None, 0.5, torch.tensor([0.7, 1.4]), torch.tensor([[0.7, 0.2], [0.2, 1.4]])], ids=str)
+@pytest.mark.parametrize("friction", [0.4, torch.tensor([2.0, 1.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]])], ids=str)
+def test_friction_alone_is_solved_exactly_by_strang(friction, mass):
+    system, x0 = PortHamiltonianSystem(2, inverse_mass=mass, dissipation=friction).to(F64), make_state()
+
+    def full(value):
+        value = torch.as_tensor(1.0 if value is None else value).to(F64)
+        return value if value.dim() == 2 else value * torch.eye(2, dtype=F64)
+
     p = structure_step(system, 3.0, x0, "strang").x.p
-    torch.testing.assert_close(p, x0.p @ torch.linalg.matrix_exp(-3 * D).mT)
+    torch.testing.assert_close(p, x0.p @ torch.linalg.matrix_exp(-3 * full(friction) @ full(mass)).mT)
 
 
 @pytest.mark.parametrize("method", STRUCTURE_METHODS)

@@ -407,8 +407,8 @@ def test_bare_fields_have_no_inputs(name):
     [
         ([0.0, 0.0], torch.ones(2, 1), r"`t` should be finite, one-dimensional and strictly increasing.*\[0.0, 0.0\]"),
         ([0.0, math.nan], torch.ones(2, 1), "`t` should be finite"),
-        ([0.0, 1.0], torch.ones(3, 1), r"`values` should have shape \(2, \*batch, n_inputs\).*\(3, 1\)"),
-        ([0.0, 1.0], torch.ones(2), r"`values` should have shape .*\(2,\)"),
+        ([0.0, 1.0], torch.ones(3, 1), r"`values.shape` should be \(2, \*batch, n_inputs\).*\(3, 1\)"),
+        ([0.0, 1.0], torch.ones(2), r"`values.shape` should be .*\(2,\)"),
         ([0.0, 1.0], torch.tensor([[1.0], [math.inf]]), r"`values` should be finite. Found `values\[1\] = \[inf\]`"),
     ],
 )

@@ -560,9 +560,18 @@ MATRIX, NUMBER = torch.ones(2, 3, 4), torch.ones(2)
         ),
         (lambda: RelativisticEnergy(0.0), "`c` should be a positive number. Found `c = 0.0`"),
         (lambda: RelativisticEnergy(math.inf), "`c` should be a positive number"),
-        (lambda: spectral_power_balance(MATRIX, MATRIX[0], 1.0, 1.0, SpectralEnergy(), NUMBER), "`u` should have the"),
-        (lambda: spectral_power_balance(MATRIX, MATRIX, MATRIX, 1.0, SpectralEnergy(), NUMBER), "`friction` should be"),
-        (lambda: spectral_power_balance(MATRIX, MATRIX, 1.0, MATRIX, SpectralEnergy(), NUMBER), "`gain` should be a"),
+        (
+            lambda: spectral_power_balance(MATRIX, MATRIX[0], 1.0, 1.0, SpectralEnergy(), NUMBER),
+            "`u.shape` should be that of",
+        ),
+        (
+            lambda: spectral_power_balance(MATRIX, MATRIX, MATRIX, 1.0, SpectralEnergy(), NUMBER),
+            "`friction.shape` should be",
+        ),
+        (
+            lambda: spectral_power_balance(MATRIX, MATRIX, 1.0, MATRIX, SpectralEnergy(), NUMBER),
+            "`gain.shape` should be",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(call, message):

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -120,6 +120,30 @@ def test_labels_keep_apart_in_order_and_inside(heights):
     assert all(upper - lower >= gap - 1e-12 for lower, upper in pairwise(ordered))
     assert ordered[0] >= -1e-12
     assert ordered[-1] <= 1 + 1e-12
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_no_label_or_block_of_labels_can_come_nearer_to_its_curves(heights):
+    wanted, gap = {str(i): height for i, height in enumerate(heights)}, 0.08
+    placed = _spread(wanted, gap)
+    names = sorted(wanted, key=wanted.get)
+
+    def squares(found):
+        return sum((found[name] - wanted[name]) ** 2 for name in names)
+
+    for start, end in combinations(range(len(names) + 1), 2):
+        for move in (-1e-4, 1e-4):
+            moved = {name: placed[name] + move * (start <= i < end) for i, name in enumerate(names)}
+            ordered = [moved[name] for name in names]
+            # heights that touch are apart by the gap up to rounding
+            if ordered[0] >= 0 and ordered[-1] <= 1 and all(b - a >= gap - 1e-12 for a, b in pairwise(ordered)):
+                assert squares(placed) <= squares(moved) + 1e-10
+
+
+def test_labels_that_touch_lie_around_their_curves():
+    assert _spread({"a": 0.5, "b": 0.5}, 0.1) == pytest.approx({"a": 0.45, "b": 0.55})
+    assert _spread({"a": 1.0, "b": 1.0, "c": 0.2}, 0.1) == pytest.approx({"c": 0.2, "a": 0.9, "b": 1.0})
+    assert _spread({"a": 0.0, "b": 0.05}, 0.1) == pytest.approx({"a": 0.0, "b": 0.1})
 
 
 def test_labels_that_do_not_touch_stay_where_they_are():

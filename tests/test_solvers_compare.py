@@ -10,6 +10,7 @@ import torch
 from odeopt import compare_solvers
 from odeopt.__main__ import main
 from odeopt.ode import STRUCTURE_ORDER, available_methods
+from odeopt.ode.recorder import map_state
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.solvers import (
     Method,
@@ -22,7 +23,7 @@ from odeopt.solvers import (
     select_problems,
 )
 from odeopt.solvers.compare import shortened
-from odeopt.solvers.initial_value import flatten, map_state
+from odeopt.solvers.initial_value import flatten
 from odeopt.solvers.tables import attainable
 
 F64 = torch.float64

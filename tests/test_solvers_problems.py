@@ -9,9 +9,10 @@ import torch
 
 from odeopt.ode import integrate
 from odeopt.ode.checks import tensors_of
+from odeopt.ode.recorder import map_state
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.solvers import Problem, available_problems, select_problems
-from odeopt.solvers.initial_value import flatten, map_state
+from odeopt.solvers.initial_value import flatten
 from odeopt.solvers.reference import loss_of, reference, reference_gradient
 
 F64 = torch.float64

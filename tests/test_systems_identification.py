@@ -401,7 +401,7 @@ def test_fitting_shows_its_progress(progress_bar, capsys):
 def test_errors_name_the_numbers_of_an_observation(coordinates, observes, observation):
     model = make_model("geometric", coordinates, observes=observes)
     assert observation.count(",") + 1 == model.n_observed
-    message = rf"Found `x.shape = \(6, 2, 7\)`; an observation of this model is {re.escape(observation)}\."
+    message = rf"an observation of this model is {re.escape(observation)}\. Found `x.shape = \(6, 2, 7\)`"
     with pytest.raises(ValueError, match=message):
         fit(model, Trajectories(torch.arange(6.0), torch.zeros(6, 2, 7)), FitConfig(n_passes=1))
 
@@ -560,11 +560,14 @@ def test_windows_of_motions_are_fitted_as_the_motions_are():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(5, 4, 3)}, r"`x` should have shape \(\*batch, 2\). Found `x.shape = \(5, 4, 3\)`"),
+        ({"x": torch.zeros(5, 4, 3)}, r"`x.shape` should be \(\*batch, 2\), as .*Found `x.shape = \(5, 4, 3\)`"),
         ({"x": torch.full((5, 4, 2), math.nan)}, r"`x` should be finite"),
-        ({"t": torch.tensor([0.0, 0.1, 0.3, 0.2, 0.4])}, r"`t` should be finite and increase.*`t\[2\] = 0.3` before"),
+        (
+            {"t": torch.tensor([0.0, 0.1, 0.3, 0.2, 0.4])},
+            r"`t` should be finite and strictly increasing.*`t\[2\] = 0.3` before",
+        ),
         ({"t": torch.arange(4.0)}, r"`t` should be one time for each of 5 observations"),
-        ({"u": torch.zeros(5, 4, 1)}, r"`u` should have shape \(4, 1\), held, or \(4, 4, 1\).*`u.shape = \(5, 4, 1\)"),
+        ({"u": torch.zeros(5, 4, 1)}, r"`u.shape` should be \(4, 1\), held, or \(4, 4, 1\).*`u.shape = \(5, 4, 1\)"),
         ({"u": torch.zeros(4, 4, 2)}, r"Found `u.shape = \(4, 4, 2\)`"),
     ],
 )

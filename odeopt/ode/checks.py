@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
+
 State = Tensor | tuple[Tensor, ...]
 
 # Steps of fewer roundings of the time than this blur the stages of a field that depends on time,
@@ -57,8 +59,8 @@ def check_choice(name: str, found: Any, known: Collection[str]) -> None:
 
 def check_options(name: str, options: dict[str, Any] | None, method: str, accepted: Collection[str]) -> None:
     """Check that the method reads every option; torchdiffeq would only warn."""
-    if not (options is None or isinstance(options, dict)):  # a union of types cannot be compiled
-        raise ValueError(f"Parameter `{name}` should be a dictionary or None. Found `{name} = {options!r}`.")
+    is_dictionary = options is None or isinstance(options, dict)  # a union of types cannot be compiled
+    require(is_dictionary, name, options, "a dictionary or None")
     for key, value in (options or {}).items():
         if key not in accepted:
             raise ValueError(
@@ -66,32 +68,31 @@ def check_options(name: str, options: dict[str, Any] | None, method: str, accept
                 f"Found `{name}[{key!r}] = {value!r}`." + _suggestion(key, accepted)
             )
     step_size = (options or {}).get("step_size")
-    if isinstance(step_size, Tensor) and step_size.requires_grad:
-        raise ValueError(
-            f"Parameter `{name}['step_size']` should not require grad; differentiate with respect to `t` instead. "
-            f"Found `step_size = {step_size!r}`."
-        )
-    if step_size is not None and not (isinstance(step_size, int | float | Tensor) and step_size > 0):
-        raise ValueError(f"Parameter `{name}['step_size']` should be positive. Found `step_size = {step_size!r}`.")
+    name = f"{name}['step_size']"
+    is_constant = not (isinstance(step_size, Tensor) and step_size.requires_grad)
+    require(is_constant, name, step_size, "without gradient; differentiate with respect to `t` instead")
+    is_right = step_size is None or (isinstance(step_size, int | float | Tensor) and bool(step_size > 0))
+    require(is_right, name, step_size, "positive")
 
 
 def check_state(x0: State) -> None:
     """Check that a state is made of finite floating-point (or complex) tensors of one dtype on one device."""
     tensors = tensors_of(x0)
-    if isinstance(x0, list) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
-        raise ValueError(f"Parameter `x0` should be a tensor or a tuple of tensors. Found `x0 = {x0!r}`.")
+    is_state = not isinstance(x0, list) and len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
+    require(is_state, "x0", x0, "a tensor or a tuple of tensors")
     for x in tensors:
-        if not (x.is_floating_point() or x.is_complex()):
-            raise ValueError(f"Parameter `x0` should be floating point. Found `x0.dtype = {x.dtype}`.")
-        if (x.dtype, x.device) != (tensors[0].dtype, tensors[0].device):
-            raise ValueError(
-                "Parameter `x0` should hold tensors of one dtype on one device. "
-                f"Found `{tensors[0].dtype}` on `{tensors[0].device}` and `{x.dtype}` on `{x.device}`."
-            )
-        is_finite = x.isfinite()
-        if not is_finite.all():
-            bad = x[~is_finite][0].item()
-            raise ValueError(f"Parameter `x0` should be finite. Found `{bad}` in a tensor of shape {tuple(x.shape)}.")
+        require(x.is_floating_point() or x.is_complex(), "x0.dtype", x.dtype, "floating point")
+        kinds = [f"{part.dtype} on {part.device}" for part in (tensors[0], x)]
+        require(kinds[0] == kinds[1], "x0", kinds, "of one dtype on one device")
+        check_finite("x0", x)
+
+
+def check_finite(name: str, x: Tensor, where: str = "") -> None:
+    """Check that the numbers of a tensor are finite; ``where`` follows in the message."""
+    is_finite = x.isfinite()
+    if not is_finite.all():
+        bad, shape = x[~is_finite][0].item(), tuple(x.shape)
+        raise ValueError(f"Parameter `{name}` should be finite{where}. Found `{bad}` in a tensor of shape {shape}.")
 
 
 def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
@@ -103,19 +104,16 @@ def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:
             raise ValueError(
                 f"Parameter `t` should be a tensor or a sequence of numbers. Found `t = {t!r}`."
             ) from error
-    if not t.is_floating_point():
-        raise ValueError(f"Parameter `t` should be floating point. Found `t.dtype = {t.dtype}`.")
-    if t.ndim != 1 or len(t) < 2:
-        raise ValueError(
-            f"Parameter `t` should be one-dimensional with at least two times. Found `t.shape = {tuple(t.shape)}`."
-        )
+    require(t.is_floating_point(), "t.dtype", t.dtype, "floating point")
+    is_axis = t.ndim == 1 and len(t) >= 2
+    require(is_axis, "t.shape", tuple(t.shape), "that of one dimension with at least two times")
     ahead = t.detach().diff() * (1 if t[-1] > t[0] else -1)
     is_bad = ~((ahead > 0) & ahead.isfinite())
     if is_bad.any():
         i = int(is_bad.nonzero()[0])
         raise ValueError(
             "Parameter `t` should be finite and strictly increasing or decreasing. "
-            f"Found `t[{i}] = {digits_of(t[i])}` before `t[{i + 1}] = {digits_of(t[i + 1])}`."
+            f"Found `t[{i}] = {digits_of(t[i])}` before `t[{i + 1}] = {digits_of(t[i + 1])}` in {t.dtype}."
         )
     return t.to(like.device, non_blocking=like.device.type == "cuda")  # nothing waits for a handful of numbers
 

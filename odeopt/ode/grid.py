@@ -146,10 +146,8 @@ def explicit_steps(
             vector_field = recorder.timed  # once its derivatives are known to fit
         return x
 
-    grid = subintervals(times, step_size)
-    states, n_steps = _marched(
-        flat, times, grid, lambda part: step, callback if hasattr(field, "callback_step") else None
-    )
+    given = callback if hasattr(field, "callback_step") else None
+    states, n_steps = _marched(flat, times, subintervals(times, step_size), lambda part: step, given)
     outcome = _outcome(states, n_steps * len(TABLEAUX[method].b), n_steps)
     return (_unflattened(states, x0, 1) if is_tuple else states), outcome
 

@@ -91,19 +91,12 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
     if not is_masked:
         n_whole = min(n_whole, _N_WHOLE)
     with torch.no_grad():
-        x, n_iters, is_converged, n_evals = _iterated(
-            residual, guess.detach(), tol, n_whole, synchronises=not is_masked
-        )
-        if not is_masked and not is_converged.all():
-            start = torch.where(is_converged.unsqueeze(-1), x, guess.detach())
+        root = _iterated(residual, guess.detach(), tol, n_whole, synchronises=not is_masked)
+        if not is_masked and not root.is_converged.all():
+            start = torch.where(root.is_converged.unsqueeze(-1), root.x, guess.detach())
             again = _iterated(residual, start, tol, newton.max_iters or 20, n_halvings=_N_HALVINGS)
-            x, n_iters, is_converged, n_evals = (
-                again.x,
-                n_iters + again.n_iters,
-                again.is_converged,
-                n_evals + again.n_evals,
-            )
-        x = x.detach()
+            root = again._replace(n_iters=root.n_iters + again.n_iters, n_evals=root.n_evals + again.n_evals)
+        x = root.x.detach()
     if torch.is_grad_enabled():
         attached = residual(x)
         if attached.requires_grad or is_masked:  # under transforms a tensor does not say what it depends on
@@ -111,7 +104,7 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
                 held = jacobian(residual, x).detach()
             x = x - _solved(held, attached)
             x = x - _solved(held, residual(x))
-    return Root(x, n_iters, is_converged, n_evals)
+    return root._replace(x=x)
 
 
 def _iterated(

@@ -19,20 +19,14 @@ class _Sampled:
     """Samples at rising times, the knots."""
 
     def __init__(self, t: Tensor | Sequence[float], values: Tensor) -> None:
-        if isinstance(t, Tensor) and t.requires_grad:
-            raise ValueError(
-                "Parameter `t` should not require grad, as no gradient is passed on to knots. "
-                f"Found a tensor of shape {tuple(t.shape)} that does."
-            )
+        has_gradient = isinstance(t, Tensor) and t.requires_grad
+        require(not has_gradient, "t.requires_grad", True, "False, as no gradient is passed on to knots")
         t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
         is_rising = t.dim() == 1 and len(t) >= 1 and bool(t.isfinite().all()) and bool((t.diff() > 0).all())
         require(is_rising, "t", t.tolist(), "finite, one-dimensional and strictly increasing")
-        if not isinstance(values, Tensor) or values.dim() < 2 or len(values) != len(t):
-            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
-                f"Parameter `values` should have shape ({len(t)}, *batch, n_inputs), one sample per knot. "
-                f"Found `values.shape = {found}`."
-            )
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        is_right = isinstance(values, Tensor) and values.dim() >= 2 and len(values) == len(t)
+        require(is_right, "values.shape", found, f"({len(t)}, *batch, n_inputs), one sample per knot")
         if not values.isfinite().all():
             at = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
             raise ValueError(f"Parameter `values` should be finite. Found `values[{at}] = {values[at].tolist()}`.")
@@ -45,6 +39,11 @@ class _Sampled:
     def _index_of(self, t: Tensor) -> Tensor:
         knots = torch.tensor(self.knots, dtype=t.dtype, device=t.device)
         return (torch.searchsorted(knots, t.detach(), right=True) - 1).clamp(0, len(self.knots) - 1)
+
+    def piece(self, start: float, end: float) -> Input:
+        """Return the input between two times without a knot in between; held, at both of them its value there."""
+        value = self.values[self._index((start + end) / 2)]
+        return lambda t: value
 
 
 class ZeroOrderHold(_Sampled):
@@ -65,11 +64,6 @@ class ZeroOrderHold(_Sampled):
     def __call__(self, t: Tensor) -> Tensor:
         """Evaluate at a time, a 0-d tensor; at a knot the sample that begins there."""
         return self.values.index_select(0, self._index_of(t).reshape(1)).squeeze(0)
-
-    def piece(self, start: float, end: float) -> Input:
-        """Return the input between two times without a knot in between; at both of them its value there."""
-        value = self.values[self._index((start + end) / 2)]
-        return lambda t: value
 
 
 class FirstOrderHold(_Sampled):
@@ -96,8 +90,7 @@ class FirstOrderHold(_Sampled):
     def piece(self, start: float, end: float) -> Input:
         """Return the input between two times without a knot in between."""
         if len(self.knots) == 1 or not self.knots[0] <= (start + end) / 2 <= self.knots[-1]:
-            value = self.values[self._index((start + end) / 2)]
-            return lambda t: value
+            return super().piece(start, end)
         index = min(self._index((start + end) / 2), len(self.knots) - 2)
         left, right = self.knots[index : index + 2]
         first, slope = self.values[index], (self.values[index + 1] - self.values[index]) / (right - left)

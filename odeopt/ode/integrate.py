@@ -26,7 +26,7 @@ from odeopt.ode.checks import (
 from odeopt.ode.grid import NEWTON_OPTIONS, STEP_OPTIONS, Times, explicit_steps, subintervals, system_steps, times_of
 from odeopt.ode.implicit import Newton, must_not_synchronise
 from odeopt.ode.inputs import FirstOrderHold, Input, ZeroOrderHold, checked_input, knots_of, piece_of
-from odeopt.ode.recorder import Field, restore
+from odeopt.ode.recorder import Field, map_state
 from odeopt.ode.solution import Solution, Status
 from odeopt.ode.steps import EXPLICIT_METHODS, check_explicit, explicit_step
 from odeopt.ode.structured import STRUCTURE_METHODS
@@ -161,9 +161,8 @@ def integrate(
         "adjoint_rtol": adjoint_rtol,
         "adjoint_atol": adjoint_atol,
     }
-    given = [name for name, value in for_adjoint.items() if value is not None]
-    if given and not adjoint:
-        raise ValueError(f"Parameter `{given[0]}` should be None without the adjoint. Found `adjoint = False`.")
+    for name, value in for_adjoint.items():
+        require(adjoint or value is None, name, value, "None with `adjoint = False`")
     if adjoint_method is not None:
         check_choice("adjoint_method", adjoint_method, SOLVERS)
     wanted = (
@@ -171,7 +170,7 @@ def integrate(
         "`odeopt.gradient_flow(..., until_norm=...)` ends where gradients are small"
     )
     require(event_fn is None, "event_fn", event_fn, wanted)
-    x0 = _check_problem(system, x0, u, z, method)
+    x0 = _check_problem(field, x0, u, z, method)
     if isinstance(t, list | tuple) and any(isinstance(time, Tensor) for time in t):  # numbers would drop gradients
         like = next(time for time in t if isinstance(time, Tensor))
         t = torch.stack([torch.as_tensor(time, dtype=torch.float64, device=like.device) for time in t])
@@ -199,11 +198,12 @@ def integrate(
         if adjoint and adjoint_params is None and system is not None:
             for_adjoint["adjoint_params"] = (*system.parameters(), *_trainable((u, z)))
         how = {"method": method, "options": options, "rtol": rtol, "atol": atol}
-        gradients = for_adjoint if adjoint else None, adjoint_params
+        how |= for_adjoint if adjoint else {}
+        may_leave_out = adjoint_params is not None
         if system is None:
-            solution = by_torchdiffeq(field, x0, t, how, *gradients)
+            solution = by_torchdiffeq(field, x0, t, how, may_leave_out=may_leave_out)
         else:
-            solution = _by_subintervals(system, x0, t, times, u, z, how, *gradients)
+            solution = _by_subintervals(system, x0, t, times, u, z, how, may_leave_out=may_leave_out)
     if throw:
         solution.raise_for_status()
     return solution
@@ -222,14 +222,12 @@ def _trainable(values: Any) -> list[Tensor]:
     return _trainable(values.values) if isinstance(values, ZeroOrderHold | FirstOrderHold) else []
 
 
-def _check_problem(system: PortHamiltonianSystem | None, x0: State, u: Any, z: Any, method: str) -> State:
+def _check_problem(field: Field | PortHamiltonianSystem, x0: State, u: Any, z: Any, method: str) -> State:
     """Check what only a system has: its state, its input, its methods."""
-    if system is None:
-        if method in STRUCTURE_METHODS and method not in SOLVERS:
-            raise ValueError(
-                f"Parameter `field` should be a `PortHamiltonianSystem` with method {method!r}, which takes its energy "
-                "and its matrices apart. Found a bare field."
-            )
+    if not isinstance(field, PortHamiltonianSystem):
+        takes_fields = method in SOLVERS or method not in STRUCTURE_METHODS
+        wanted = f"a `PortHamiltonianSystem` with method {method!r}, which takes its energy and its matrices apart"
+        require(takes_fields, "field", field, wanted)
         for name, value in (("u", u), ("z", z)):
             require(value is None, name, value, "None unless `field` is a `PortHamiltonianSystem`")
         return x0
@@ -244,12 +242,10 @@ def _is_ours(
 ) -> bool:
     """Return whether our own steps are taken; of a name that torchdiffeq has too, those for systems."""
     if method in STRUCTURE_METHODS and system is not None:
-        if backend != "torchdiffeq" and not adjoint:
-            return True
-        if method not in SOLVERS:
-            found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
-            require(False, "method", method, f"one of torchdiffeq's with `{found}`")
-        return False
+        is_ours = backend != "torchdiffeq" and not adjoint
+        found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
+        require(is_ours or method in SOLVERS, "method", method, f"one of torchdiffeq's with `{found}`")
+        return is_ours
     if backend == "odeopt":
         check_explicit(method)
         require(not adjoint, "adjoint", adjoint, "False with `backend = 'odeopt'`")
@@ -295,8 +291,7 @@ def _own_steps(
         kind = {"dtype": time_dtype(like.device), "device": like.device}
         t = torch.stack([torch.full((), x, **kind) for x in times.numbers])
     if outcome.n_finite < n:
-        kept = [fill(x[: outcome.n_finite], n) for x in tensors_of(states)]
-        states = restore(x0, kept) if isinstance(x0, tuple) else kept[0]
+        states = map_state(lambda x: fill(x[: outcome.n_finite], n), states)
     message = message_of(outcome.status, outcome.detail, t, outcome.n_finite)
     numbers = outcome.n_evals, outcome.n_steps, seconds
     return Solution(t, states, *numbers, outcome.status, message, method, outcome.n_iters)
@@ -310,8 +305,8 @@ def _by_subintervals(
     u: Any,
     z: Any,
     keywords: dict,
-    for_adjoint: dict | None,
-    given_params: Any,
+    *,
+    may_leave_out: bool,
 ) -> Solution:
     """Let torchdiffeq solve a system from knot to knot of its input."""
     n_evals, n_steps, seconds, states, message = 0, 0, 0.0, [x0], ""
@@ -328,7 +323,7 @@ def _by_subintervals(
                 setattr(field, name, getattr(system, name))
         ends = [outputs.get(end, t.new_tensor(end, dtype=time_dtype(t.device))) for end in (part.start, part.end)]
         ends = torch.stack([end.to(time_dtype(t.device)) for end in ends])
-        solved = by_torchdiffeq(field, x0, ends, keywords, for_adjoint, given_params, span)
+        solved = by_torchdiffeq(field, x0, ends, keywords, span, may_leave_out=may_leave_out)
         n_evals, seconds, message = n_evals + solved.n_field_evals, seconds + solved.seconds, solved.message
         n_steps = None if n_steps is None or solved.n_steps is None else n_steps + solved.n_steps
         if solved.status not in (Status.SUCCESS, Status.NOT_CONVERGED):

@@ -96,11 +96,9 @@ def energy_ledger(
     between = [knot for knot in knots_of(u) if low < knot < high and knot not in times]
     require(not between, "solution.t", between, "such that each knot of `u` is one of them")
     is_discrete = solution.method == "discrete_gradient"
-    if is_discrete and solution.n_steps != len(times) - 1:
-        raise ValueError(
-            "Parameter `solution` should have one output for each step of method 'discrete_gradient'. "
-            f"Found {solution.n_steps} steps between {len(times)} outputs."
-        )
+    is_right = not is_discrete or solution.n_steps == len(times) - 1
+    wanted = f"{len(times) - 1}, one for each output after the first, with method 'discrete_gradient'"
+    require(is_right, "solution.n_steps", solution.n_steps, wanted)
     energy = system.energy(states)
     powers = _of_discrete_gradients if is_discrete else _along_cubics
     step = min(abs(end - start) for start, end in itertools.pairwise(times))

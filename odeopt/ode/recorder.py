@@ -110,9 +110,8 @@ class Recorder:
         # Derivatives of one step are held by the solver together. The first ones are copied until it is known whether
         # they lie in memory of their own; a compiler, which sees no memory, does without a copy where it can.
         self.is_reusing_memory = torch.compiler.is_compiling()
-        self._seen: list[Tensor] | None = (
-            [] if self._is_watched else None
-        )  # alive, so that no memory is given out twice
+        # They are kept alive meanwhile, so that no memory is given out twice.
+        self._seen: list[Tensor] | None = [] if self._is_watched else None
         self._seen_places: set[int] = set()
         # SciPy's solvers may evaluate at one time for ever once values overflow (LSODA on dx/dt = x^2). Their
         # one good reason to stay, a Jacobian by differences, takes an evaluation per number of the state.
@@ -144,7 +143,7 @@ class Recorder:
         if self._is_watched:
             parts = tensors_of(x)
             if parts[0].is_inference():  # such tensors do not count who writes to them
-                parts, x = (), restore(self.x0, [part.clone() for part in x]) if isinstance(x, tuple) else x.clone()
+                parts, x = (), map_state(torch.clone, x)
             versions = [part._version for part in parts]
         now = t if self._origin is None else self._origin + t
         if self._clock is not None and now.dtype is not self._clock:
@@ -152,7 +151,7 @@ class Recorder:
         if self._check_leaves is None:
             dx = self._call_user(self.timed, now, x)
         else:
-            x = restore(self.x0, [part.detach() for part in x]) if isinstance(x, tuple) else x.detach()
+            x = map_state(Tensor.detach, x)
             with torch.enable_grad():
                 dx = self._call_user(self.timed, now.detach(), x)
         if self.n_evals == 1:
@@ -253,11 +252,8 @@ class Recorder:
 
 def leaves_of(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
     """The leaves of a graph, by their identity."""
-    stack, seen, leaves = (
-        [torch.autograd.graph.get_gradient_edge(x).node for x in tensors if x.requires_grad],
-        set(),
-        {},
-    )
+    stack = [torch.autograd.graph.get_gradient_edge(x).node for x in tensors if x.requires_grad]
+    seen, leaves = set(), {}
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
@@ -289,8 +285,13 @@ def raise_written() -> None:
     )
 
 
-def restore(x0: State, x: Iterable[Tensor]) -> State:
-    """Give a state the structure of ``x0``; torchdiffeq makes plain tuples of named ones."""
+def restore(x0: State, parts: Sequence[Tensor]) -> State:
+    """Give tensors the structure of ``x0``; torchdiffeq makes plain tuples of named ones."""
     if not isinstance(x0, tuple):
-        return x
-    return type(x0)._make(x) if hasattr(x0, "_make") else tuple(x)
+        return parts[0]
+    return type(x0)._make(parts) if hasattr(x0, "_make") else tuple(parts)
+
+
+def map_state(function: Callable[[Tensor], Tensor], x: State) -> State:
+    """Apply a function to every tensor of a state, keeping its structure."""
+    return restore(x, [function(part) for part in tensors_of(x)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,20 +26,18 @@ class Tableau(NamedTuple):
     c: tuple[float, ...]
 
 
-TABLEAUX = MappingProxyType(
-    {
-        "euler": Tableau(a=((),), b=(1.0,), c=(0.0,)),
-        "midpoint": Tableau(a=((), (1 / 2,)), b=(0.0, 1.0), c=(0.0, 1 / 2)),
-        "heun2": Tableau(a=((), (1.0,)), b=(1 / 2, 1 / 2), c=(0.0, 1.0)),
-        "heun3": Tableau(a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4), c=(0.0, 1 / 3, 2 / 3)),
-        # the 3/8 rule, as in torchdiffeq: its error constant is smaller than that of the classical method
-        "rk4": Tableau(
-            a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
-            b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
-            c=(0.0, 1 / 3, 2 / 3, 1.0),
-        ),
-    }
-)
+TABLEAUX = {
+    "euler": Tableau(a=((),), b=(1.0,), c=(0.0,)),
+    "midpoint": Tableau(a=((), (1 / 2,)), b=(0.0, 1.0), c=(0.0, 1 / 2)),
+    "heun2": Tableau(a=((), (1.0,)), b=(1 / 2, 1 / 2), c=(0.0, 1.0)),
+    "heun3": Tableau(a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4), c=(0.0, 1 / 3, 2 / 3)),
+    # the 3/8 rule, as in torchdiffeq: its error constant is smaller than that of the classical method
+    "rk4": Tableau(
+        a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+        b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
+        c=(0.0, 1 / 3, 2 / 3, 1.0),
+    ),
+}
 
 EXPLICIT_METHODS: tuple[str, ...] = tuple(TABLEAUX)
 

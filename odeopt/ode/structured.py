@@ -12,7 +12,7 @@ from odeopt.checks import require
 from odeopt.ode.checks import check_choice
 from odeopt.ode.implicit import Newton, solve_implicit
 from odeopt.physics import PhaseState, PortHamiltonianSystem
-from odeopt.physics.given import evaluate
+from odeopt.physics.given import evaluate, evaluate_full
 
 Effort = Callable[[float], Tensor | None]  # u at a share of the step, from 0 to 1
 
@@ -162,22 +162,17 @@ def _strang(problem: _Problem, x: PhaseState) -> StructureStep:
 
 def _damped(problem: _Problem, q: Tensor, p: Tensor, h: Tensor | float) -> Tensor:
     """Friction alone, exactly: q stands still, so that it is linear."""
-    system = problem.system
-    if system.dissipation is None:
+    friction, mass = problem.system.dissipation, problem.system.hamiltonian.inverse_mass
+    if friction is None:
         return p
-    shape = (system.dof, system.dof)
-    D = evaluate(system.dissipation, q, problem.z, name="dissipation", shape=shape)
-    mass, is_diagonal = system.hamiltonian.inverse_mass, system.dissipation.is_diagonal
-    M_inv, is_diagonal_mass = None, True
-    if mass is not None:
-        M_inv, is_diagonal_mass = evaluate(mass, q, None, name="inverse_mass", shape=shape), mass.is_diagonal
-    if is_diagonal and is_diagonal_mass:
-        return torch.exp(-h * (D if M_inv is None else D * M_inv)) * p
-    if is_diagonal:
-        D = D.unsqueeze(-1) * torch.eye(system.dof, dtype=p.dtype, device=p.device)
-    if M_inv is not None:
-        D = D * M_inv.unsqueeze(-2) if is_diagonal_mass else D @ M_inv
-    return (torch.linalg.matrix_exp(-h * D) @ p.unsqueeze(-1)).squeeze(-1)
+    if friction.is_diagonal and (mass is None or mass.is_diagonal):
+        shape = (problem.system.dof,) * 2
+        rate = evaluate(friction, q, problem.z, name="dissipation", shape=shape)
+        rate = rate if mass is None else rate * evaluate(mass, q, None, name="inverse_mass", shape=shape)
+        return torch.exp(-h * rate) * p
+    rate = evaluate_full(friction, q, problem.z, name="dissipation", like=p)
+    rate = rate if mass is None else rate @ evaluate_full(mass, q, None, name="inverse_mass", like=p)
+    return (torch.linalg.matrix_exp(-h * rate) @ p.unsqueeze(-1)).squeeze(-1)
 
 
 def _implicit_midpoint(problem: _Problem, x: PhaseState) -> StructureStep:
@@ -197,17 +192,14 @@ def _discrete_gradient(problem: _Problem, x: PhaseState) -> StructureStep:
 
 def _solved_together(problem: _Problem, x: PhaseState, rates: Callable) -> StructureStep:
     """Step along rates that depend on its end, under the input of its middle."""
-    u, dof, start = problem.effort(0.5), problem.system.dof, torch.cat(x, -1)
-
-    def split(end: Tensor) -> PhaseState:
-        return PhaseState(end[..., :dof], end[..., dof:])
+    u, start = problem.effort(0.5), torch.cat(x, -1)
 
     def residual(end: Tensor) -> Tensor:
-        return end - start - problem.dt * torch.cat(rates(split(end), u), -1)
+        return end - start - problem.dt * torch.cat(rates(PhaseState(*end.chunk(2, -1)), u), -1)
 
     guess = start + problem.dt * torch.cat(problem.rates(*x, u), -1)
     step = problem.solve(residual, guess, _explicit(x, 1))
-    return step._replace(x=split(step.x.q))
+    return step._replace(x=PhaseState(*step.x.q.chunk(2, -1)))
 
 
 def discrete_gradient(system: PortHamiltonianSystem, x0: PhaseState, x1: PhaseState) -> PhaseState:

@@ -17,6 +17,7 @@ from torchdiffeq import odeint, odeint_adjoint, odeint_event
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
 
+from odeopt.checks import require
 from odeopt.ode.checks import (
     State,
     check_choice,
@@ -29,6 +30,7 @@ from odeopt.ode.checks import (
 )
 from odeopt.ode.recorder import Field, Recorder, SolverFailureError, Timed, UnresolvedTimesError, restore
 from odeopt.ode.solution import ADVICE, Solution, Status
+from odeopt.ode.steps import EXPLICIT_METHODS
 
 # torchdiffeq's own defaults, passed explicitly because the solver classes have others.
 RTOL, ATOL = 1e-7, 1e-9
@@ -43,7 +45,7 @@ _ASSERTED = {
 # An adaptive method takes the rounding of times for an error where its steps have fewer roundings than this.
 _ROUNDINGS_OF_ESTIMATES = 100
 
-_NO_GRADIENT = "Set `adjoint=True`, choose another method or use `torch.no_grad`."
+_NO_GRADIENT = "set `adjoint=True`, choose another method or use `torch.no_grad`"
 _SCIPY_STOPPED = "SciPy returned before the last time."
 
 
@@ -93,13 +95,7 @@ ORDER: dict[str, int] = {
 
 
 def by_torchdiffeq(
-    field: Field,
-    x0: State,
-    t: Tensor,
-    keywords: dict,
-    for_adjoint: dict | None,
-    given_params: Any,
-    span: float | None = None,
+    field: Field, x0: State, t: Tensor, keywords: dict[str, Any], span: float | None = None, *, may_leave_out: bool
 ) -> Solution:
     """Let torchdiffeq solve, and account for it.
 
@@ -110,27 +106,26 @@ def by_torchdiffeq(
         field: As in :func:`odeopt.ode.integrate`.
         x0: The first state.
         t: Output times.
-        keywords: Method, options and tolerances.
-        for_adjoint: Keywords of the adjoint; None for gradients through the steps.
-        given_params: Parameters of the adjoint that were given: no more gradients than theirs are asked for.
+        keywords: Method, options and tolerances; for gradients by the adjoint those of the adjoint, too.
         span: From the first time to the last one, where ``t`` is a subinterval between them.
+        may_leave_out: Whether the field may depend on more than the parameters of the adjoint, as they were chosen.
     """
     method, options = keywords["method"], keywords["options"] or {}
     # what is interpolated has a coarse slope, and at a knot it spoils what follows
-    ends_at_outputs = span is not None or (t.requires_grad and for_adjoint is None)
+    is_adjoint = "adjoint_params" in keywords
+    ends_at_outputs = span is not None or (t.requires_grad and not is_adjoint)
     if ends_at_outputs and "step_t" in accepted_options(method):
         keywords = keywords | {"options": _ending_at(t, options)}
-    if for_adjoint is None:
+    if is_adjoint:
+        params = _check_adjoint(field, method, options, keywords)
+        keywords = keywords | {"adjoint_params": params}
+        if keywords["adjoint_options"] is None:  # torchdiffeq would take those of the steps that end at outputs
+            keywords["adjoint_options"] = {name: value for name, value in options.items() if name != "norm"}
+        check_leaves = None if may_leave_out else partial(_refuse_left_out, params)
+    else:
         _check_gradients(x0, t, method, options)
         check_leaves = _refuse_gradients if is_external(method) else None
-        solve = partial(odeint, **keywords)
-    else:
-        params = _check_adjoint(field, method, options, for_adjoint)
-        for_adjoint = for_adjoint | {"adjoint_params": params}
-        if for_adjoint["adjoint_options"] is None:  # torchdiffeq would take those of the steps that end at outputs
-            for_adjoint["adjoint_options"] = {name: value for name, value in options.items() if name != "norm"}
-        check_leaves = partial(_refuse_left_out, params) if given_params is None else None
-        solve = partial(odeint_adjoint, **keywords, **for_adjoint)
+    solve = partial(odeint_adjoint if is_adjoint else odeint, **keywords)
     like = tensors_of(x0)[0]
     numbers, callbacks = t.detach().tolist(), SOLVERS[method].valid_callbacks()
     interval = min(abs(end - start) for start, end in pairwise(numbers))
@@ -173,8 +168,7 @@ def by_torchdiffeq(
     if states is None:
         states = _reached_states(solve, recorder, t)
     detail = message_of(status, detail, outputs, len(states[0]))
-    states = [fill(x, len(t)) for x in recorder.settled(states)]
-    states = restore(x0, states) if isinstance(x0, tuple) else states[0]
+    states = restore(x0, [fill(x, len(t)) for x in recorder.settled(states)])
     return Solution(outputs, states, *account, status, detail, method)
 
 
@@ -336,19 +330,14 @@ def fill(x: Tensor, n_times: int) -> Tensor:
 def _check_adjoint(field: Field, method: str, options: dict[str, Any], for_adjoint: dict) -> tuple[Tensor, ...]:
     """Check the adjoint's parameters and return the tensors to differentiate with respect to."""
     name, adjoint_options = for_adjoint["adjoint_method"] or method, for_adjoint["adjoint_options"]
-    if name != method and options and adjoint_options is None:
-        raise ValueError(
-            "Parameter `adjoint_options` should be given when `options` are and `adjoint_method` differs "
-            f"from `method = {method!r}`. Found `adjoint_method = {name!r}`."
-        )
+    is_clear = name == method or not options or adjoint_options is not None
+    wanted = f"given when `options` are and `adjoint_method = {name!r}` differs from `method = {method!r}`"
+    require(is_clear, "adjoint_options", adjoint_options, wanted)
     check_options("adjoint_options", adjoint_options, name, accepted_options(name))
     if for_adjoint["adjoint_params"] is not None:
         return tuple(for_adjoint["adjoint_params"])
-    if not isinstance(field, nn.Module):
-        raise ValueError(
-            "Parameter `adjoint_params` should name the tensors that `field` depends on (`()` for none) when "
-            "`adjoint = True` and `field` is not a module. Found `adjoint_params = None`."
-        )
+    wanted = "the tensors that `field` depends on (`()` for none) when `adjoint = True` and `field` is not a module"
+    require(isinstance(field, nn.Module), "adjoint_params", None, wanted)
     return tuple(field.parameters())
 
 
@@ -356,20 +345,17 @@ def _check_gradients(x0: State, t: Tensor, method: str, options: dict[str, Any])
     """Refuse to drop a gradient that is recorded, where no adjoint is solved."""
     if not torch.is_grad_enabled():
         return
-    if is_external(method):
-        for name, tensors in (("x0", tensors_of(x0)), ("t", (t,))):
-            if any(x.requires_grad for x in tensors):
-                raise ValueError(
-                    f"Parameter `{name}` should not require grad with method {method!r}, which passes no gradient on. "
-                    f"Found `{name}.requires_grad = True`. {_NO_GRADIENT}"
-                )
+    for name, tensors in (("x0", tensors_of(x0)), ("t", (t,))):
+        is_kept = not is_external(method) or not any(x.requires_grad for x in tensors)
+        wanted = f"False with method {method!r}, which passes no gradient on ({_NO_GRADIENT})"
+        require(is_kept, f"{name}.requires_grad", True, wanted)
     has_own_grid = is_fixed_step(method) and any(options.get(x) for x in ("step_size", "grid_constructor"))
-    if t.requires_grad and has_own_grid:
-        raise ValueError(
-            f"Parameter `t` should not require grad where {', '.join(map(repr, options))} decide where the steps of "
-            "torchdiffeq lie, which then passes no gradient on to the times between. Found `t.requires_grad = True`. "
-            "Leave these options out, or set `backend='odeopt'`, which has euler, midpoint, heun2, heun3 and rk4."
-        )
+    wanted = (
+        f"False where {', '.join(map(repr, options))} decide where the steps of torchdiffeq lie, which then passes no "
+        "gradient on to the times between (leave these options out, or set `backend='odeopt'`, which has "
+        f"{', '.join(EXPLICIT_METHODS)})"
+    )
+    require(not (t.requires_grad and has_own_grid), "t.requires_grad", True, wanted)
 
 
 def _refuse_gradients(leaves: list[Tensor]) -> None:
@@ -377,7 +363,7 @@ def _refuse_gradients(leaves: list[Tensor]) -> None:
     if leaves:
         raise ValueError(
             "Parameter `field` should not depend on what requires grad with method 'scipy_solver', which passes no "
-            f"gradient on. Found a tensor of shape {tuple(leaves[0].shape)} that does. {_NO_GRADIENT}"
+            f"gradient on ({_NO_GRADIENT}). Found a tensor of shape {tuple(leaves[0].shape)} that does."
         )
 
 
@@ -397,10 +383,8 @@ def unit_step(field: Field, x0: Tensor, t0: Tensor, t1: Tensor, method: str) -> 
     solver = solver_class(method)
     if is_external(method) and torch.is_grad_enabled() and field(t0, x0).requires_grad:
         # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
-        raise ValueError(
-            "Parameter `method` should pass gradients on where they are recorded; use `torch.no_grad`, or another "
-            f"method. Found `method = {method!r}`."
-        )
+        wanted = "one that passes gradients on where they are recorded; use `torch.no_grad`, or another method"
+        require(False, "method", method, wanted)
     if not issubclass(solver, FixedGridODESolver):
         return odeint(field, x0, torch.stack((t0, t1)), rtol=RTOL, atol=ATOL, method=method)[-1]
 
@@ -448,10 +432,10 @@ def time_of_event(
 
     # counted from the start, as the solver rounds times to the dtype of the state
     def either(t: Tensor, x: State) -> Tensor:
-        return torch.minimum(event(origin + t, restore(x0, x)), (end - start - t).to(like.dtype))
+        return torch.minimum(event(origin + t, restore(x0, tensors_of(x))), (end - start - t).to(like.dtype))
 
     def plain(t: Tensor, x: State) -> Any:
-        return field(origin + t, restore(x0, x))
+        return field(origin + t, restore(x0, tensors_of(x)))
 
     keywords = {"method": method, "options": options, "rtol": rtol, "atol": atol}
     x0 = x0.clone() if isinstance(x0, Tensor) else tuple(x0)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odeopt.checks import require
 from odeopt.physics.given import Part, as_matrix, evaluate
 from odeopt.physics.structure import apply, check_activation, check_count, mlp
 
@@ -36,8 +37,6 @@ class Potential(nn.Module):
     Raises:
         ValueError: If ``activation`` has negative values or a size is not positive.
     """
-
-    depends_on_q = True
 
     def __init__(
         self,
@@ -70,8 +69,6 @@ class GivenPotential(nn.Module):
         function: Maps ``q`` of shape ``(*batch, dof)`` to V of shape ``(*batch,)``.
     """
 
-    depends_on_q = True
-
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
@@ -99,11 +96,8 @@ class Hamiltonian(nn.Module):
         check_count("dof", dof)
         self.dof = dof
         self.inverse_mass = as_matrix(inverse_mass, name="inverse_mass", shape=(dof, dof), should="positive definite")
-        if self.inverse_mass is not None and self.inverse_mass.n_signals:
-            raise ValueError(
-                "Parameter `inverse_mass` should not read a signal: z never enters the energy. "
-                f"Found `n_signals = {self.inverse_mass.n_signals}`."
-            )
+        n_signals = 0 if self.inverse_mass is None else self.inverse_mass.n_signals
+        require(n_signals == 0, "inverse_mass.n_signals", n_signals, "0, as z never enters the energy")
         self.potential = _as_potential(potential, dof)
         self.mass_depends_on_q = self.inverse_mass is not None and self.inverse_mass.depends_on_q
 
@@ -193,8 +187,8 @@ class Hamiltonian(nn.Module):
 def _as_potential(value: Part | None, dof: int) -> nn.Module | None:
     if value is None:
         return None
-    if isinstance(value, Potential) and value.dof != dof:
-        raise ValueError(f"Parameter `potential` should have dof = {dof}. Found `potential.dof = {value.dof}`.")
+    if isinstance(value, Potential):
+        require(value.dof == dof, "potential.dof", value.dof, f"{dof}")
     if isinstance(value, Potential | GivenPotential):
         return value
     if not callable(value):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odeopt.checks import require
 from odeopt.physics.structure import MatrixPart
 
 Part = nn.Module | Tensor | float | Callable[..., Tensor]
@@ -130,6 +131,13 @@ def evaluate(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, shape: tu
     return matrix
 
 
+def evaluate_full(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, like: Tensor) -> Tensor:
+    """Call a part and write a diagonal out as a matrix, in the size, dtype and device of a vector."""
+    dof = like.shape[-1]
+    value = evaluate(part, q, z, name=name, shape=(dof, dof))
+    return value.unsqueeze(-1) * torch.eye(dof, dtype=like.dtype, device=like.device) if part.is_diagonal else value
+
+
 def _check_shape(found: tuple[int, ...], is_diagonal: bool, *, name: str, shape: tuple[int, int]) -> None:
     if is_diagonal and found not in ((), shape[:1]):
         raise ValueError(f"Parameter `{name}` should be a diagonal of shape {shape[:1]}. Found shape {found}.")
@@ -138,11 +146,8 @@ def _check_shape(found: tuple[int, ...], is_diagonal: bool, *, name: str, shape:
 
 
 def _check_constant(value: Tensor, *, name: str, should: str) -> None:
-    if isinstance(value, nn.Parameter):
-        raise ValueError(
-            f"Parameter `{name}` should stay {should} while it is learned: use a learned part instead. "
-            f"Found an `nn.Parameter` of shape {tuple(value.shape)}."
-        )
+    is_held = not isinstance(value, nn.Parameter)
+    require(is_held, name, value, f"a learned part, which stays {should} while it is learned, or a constant")
     eigenvalues, slack = value.detach().cpu().double(), 0.0  # some devices have no double precision
     if value.dim() == 2:
         # A matrix that was computed carries a few roundings of its type.

@@ -307,10 +307,7 @@ def spectral_power_balance(
         ValueError: If ``u`` does not have the shape of ``P``, ``friction`` or ``gain`` is not one number per matrix,
             or as in :func:`newton_schulz`.
     """
-    if u.shape != P.shape:
-        raise ValueError(
-            f"Parameter `u` should have the shape of `P`, {tuple(P.shape)}. Found `u.shape = {tuple(u.shape)}`."
-        )
+    require(u.shape == P.shape, "u.shape", tuple(u.shape), f"that of `P`, {tuple(P.shape)}")
     gradient = torch.func.grad(lambda p: energy.energy(p, norm).sum())(P)
     v = energy.velocity(P, norm)
     friction, gain = _per_matrix("friction", friction, P), _per_matrix("gain", gain, P)
@@ -376,10 +373,7 @@ def _per_matrix(name: str, value: Tensor | float, P: Tensor) -> Tensor:
     """One number per matrix as ``(*batch, 1, 1)``; elementwise ones would leave the sign of the powers open."""
     value = torch.as_tensor(value, dtype=P.dtype, device=P.device)
     shape = tuple(P.shape[:-2])
-    if value.shape not in ((), shape):
-        raise ValueError(
-            f"Parameter `{name}` should be a number or have shape {shape}. Found `{name}.shape = {tuple(value.shape)}`."
-        )
+    require(value.shape in ((), shape), f"{name}.shape", tuple(value.shape), f"that of a number or {shape}")
     return value[..., None, None]
 
 
@@ -423,5 +417,5 @@ def _check_coefficients(coefficients: Coefficients) -> None:
         is_right = is_list(found) and all(
             is_list(factor) and len(factor) == 3 and all(is_number(number) for number in factor) for factor in found
         )
-    if not is_right or not len(coefficients):
-        require(False, "coefficients", found, "triples (a, b, c), or a tensor of shape (n_factors, 3)")
+    is_right = is_right and len(coefficients) > 0
+    require(is_right, "coefficients", found, "triples (a, b, c), or a tensor of shape (n_factors, 3)")

@@ -149,9 +149,8 @@ class LearnedMatrix(MatrixPart):
         check_count("dof", dof)
         self.dof, self.n_numbers, self.n_signals = dof, n_numbers, n_signals
         self.depends_on_q = network is not None
-        if n_signals < 0 or (n_signals and network is None):
-            should = "be 0 without a network" if network is None else "not be negative"
-            raise ValueError(f"Parameter `n_signals` should {should}. Found `n_signals = {n_signals}`.")
+        require(n_signals >= 0, "n_signals", n_signals, "at least 0")
+        require(n_signals == 0 or network is not None, "n_signals", n_signals, "0 without a network")
         if network is None:
             self.numbers = nn.Parameter(torch.zeros(n_numbers))
             self.network = None
@@ -210,7 +209,7 @@ class PositiveDefinite(LearnedMatrix):
         n_numbers = dof * (dof + 1) // 2
         super().__init__(dof, n_numbers, network=network, n_signals=0)
         require(eps > 0, "eps", eps, "positive")
-        check_not_negative("start", start)
+        require(start >= 0, "start", start, "at least 0")
         self.shape = (dof, dof)
         self.start, self.eps = start, eps
         # Entries above the diagonal point behind the numbers, at the zero that forward() pads.
@@ -246,7 +245,7 @@ class PositiveSemidefinite(LearnedMatrix):
 
     def __init__(self, dof: int, *, network: Network = None, start: float = 0.1, n_signals: int = 0) -> None:
         super().__init__(dof, dof * dof, network=network, n_signals=n_signals)
-        check_not_negative("start", start)
+        require(start >= 0, "start", start, "at least 0")
         require(network is not None or start > 0, "start", start, "positive for a constant")
         self.shape = (dof, dof)
         self.start = start
@@ -284,7 +283,7 @@ class NonNegativeDiagonal(LearnedMatrix):
         n_signals: int = 0,
     ) -> None:
         super().__init__(dof, dof, network=network, n_signals=n_signals)
-        check_not_negative("eps", eps)
+        require(eps >= 0, "eps", eps, "at least 0")
         check_activation(activation)
         self.shape = (dof,)
         self.is_definite = eps > 0
@@ -317,10 +316,7 @@ class PortMatrix(LearnedMatrix):
         super().__init__(dof, dof * n_inputs, network=network, n_signals=n_signals)
         start = torch.eye(dof, n_inputs) if start is None else start
         self.shape = (dof, n_inputs)
-        if tuple(start.shape) != self.shape:
-            raise ValueError(
-                f"Parameter `start` should have shape {self.shape}. Found `start.shape = {tuple(start.shape)}`."
-            )
+        require(start.shape == self.shape, "start.shape", tuple(start.shape), f"{self.shape}")
         self.register_buffer("start", start)
 
     def forward(self, q: Tensor | None, z: Any = None) -> Tensor:
@@ -339,12 +335,6 @@ def apply(matrix: Tensor, vector: Tensor, *, diagonal: bool) -> Tensor:
 def check_count(name: str, value: int) -> None:
     """Raise a ValueError unless ``value`` is a positive integer."""
     require(is_integer(value) and value >= 1, name, value, "a positive integer")
-
-
-def check_not_negative(name: str, value: float) -> None:
-    """Raise a ValueError unless ``value >= 0``."""
-    if not value >= 0:
-        raise ValueError(f"Parameter `{name}` should not be negative. Found `{name} = {value}`.")
 
 
 def check_activation(activation: Callable[[Tensor], Tensor]) -> None:

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from odeopt.checks import require
 from odeopt.physics.energy import Hamiltonian, PhaseState
-from odeopt.physics.given import Part, as_matrix, evaluate
+from odeopt.physics.given import Part, as_matrix, evaluate, evaluate_full
 from odeopt.physics.structure import apply, check_count, symplectic_matrix
-
-__all__ = ["PhaseState", "PortHamiltonianSystem", "PowerBalance", "StructureMatrices"]
 
 
 class PowerBalance(NamedTuple):
@@ -106,11 +105,10 @@ class PortHamiltonianSystem(nn.Module):
         self.dof, self.n_inputs = dof, n_inputs
         self.dissipation = as_matrix(dissipation, name="dissipation", shape=(dof, dof), should="positive semi-definite")
         self.port = as_matrix(port, name="port", shape=(dof, n_inputs))
-        if port is None and n_inputs not in (1, dof):
-            raise ValueError(
-                f"Parameter `port` should be given unless n_inputs is 1 or dof = {dof}. "
-                f"Found `port = None` with `n_inputs = {n_inputs}`."
-            )
+        has_default = n_inputs in (1, dof)
+        require(
+            port is not None or has_default, "port", port, f"given for {n_inputs} inputs, neither 1 nor dof = {dof}"
+        )
 
     @property
     def depends_on_q(self) -> bool:
@@ -178,7 +176,8 @@ class PortHamiltonianSystem(nn.Module):
             Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, Eq. (8).
         """
         self._check(x, u)
-        return self._rates(x, self.hamiltonian.gradient(x), u, z)
+        gradient = self.hamiltonian.gradient(x)
+        return self._rates(x, gradient, self._force(x[0], u, z), self._drag(x[0], gradient.p, z))
 
     def rates_under(self, q: Tensor, gradient: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
         r"""Evaluate :math:`(J - R(q, z))\,e + B(q, z)\,u` for a vector e in the place of the energy's gradient.
@@ -197,7 +196,7 @@ class PortHamiltonianSystem(nn.Module):
         """
         x = PhaseState(q, gradient.p)
         self._check(x, u)
-        return self._rates(x, gradient, u, z)
+        return self._rates(x, gradient, self._force(q, u, z), self._drag(q, gradient.p, z))
 
     def conservative_field(self, x: PhaseState, u: Tensor | None = None, z: Any = None) -> PhaseState:
         r"""Evaluate :math:`J\,\nabla H + B\,u`: :meth:`vector_field` without friction.
@@ -214,7 +213,7 @@ class PortHamiltonianSystem(nn.Module):
             ValueError: As in :meth:`vector_field`.
         """
         self._check(x, u)
-        return self._rates(x, self.hamiltonian.gradient(x), u, z, has_friction=False)
+        return self._rates(x, self.hamiltonian.gradient(x), self._force(x[0], u, z), None)
 
     def vector_field_and_output(
         self, x: PhaseState, u: Tensor | None = None, z: Any = None
@@ -233,9 +232,9 @@ class PortHamiltonianSystem(nn.Module):
             ValueError: As in :meth:`vector_field`.
         """
         self._check(x, u)
-        g = self._evaluate_port(x[0], z)
-        gradient = self.hamiltonian.gradient(x)
-        return self._rates(x, gradient, u, z, g=g), self._port_output(g, gradient.p)
+        g, gradient = self._evaluate_port(x[0], z), self.hamiltonian.gradient(x)
+        dx = self._rates(x, gradient, self._force(x[0], u, z, g), self._drag(x[0], gradient.p, z))
+        return dx, self._port_output(g, gradient.p)
 
     def output(self, x: PhaseState, z: Any = None) -> Tensor:
         r"""Power-conjugate output :math:`y = g^\top(q, z)\, \partial H/\partial p`.
@@ -299,36 +298,28 @@ class PortHamiltonianSystem(nn.Module):
         J = symplectic_matrix(dof, dtype=p.dtype, device=p.device)
         R = p.new_zeros(*batch, 2 * dof, 2 * dof)
         B = p.new_zeros(*batch, 2 * dof, self.n_inputs)
-        units = torch.eye(dof, dtype=p.dtype, device=p.device)
         if self.dissipation is not None:
-            D = evaluate(self.dissipation, q, z, name="dissipation", shape=(dof, dof))
-            R[..., dof:, dof:] = D.unsqueeze(-1) * units if self.dissipation.is_diagonal else D
+            R[..., dof:, dof:] = evaluate_full(self.dissipation, q, z, name="dissipation", like=p)
         g = self._evaluate_port(q, z)
-        B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else units) if g is None else g
+        B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else J[:dof, dof:]) if g is None else g
         return StructureMatrices(J, R, B)
 
-    def _rates(
-        self,
-        x: PhaseState,
-        gradient: PhaseState,
-        u: Tensor | None,
-        z: Any,
-        *,
-        g: Tensor | None = None,
-        has_friction: bool = True,
-    ) -> PhaseState:
-        """Evaluate (J - R) e + B u for a vector e; g where it is known already."""
-        (q, p), (dH_dq, v), dp = x, gradient, u
-        if u is not None and self.port is not None:
-            g = self._evaluate_port(q, z) if g is None else g
-            dp = g[..., 0] * u if self.n_inputs == 1 else apply(g, u, diagonal=False)
-        drag = self._drag(q, v, z) if has_friction else None
+    def _rates(self, x: PhaseState, gradient: PhaseState, force: Tensor | None, drag: Tensor | None) -> PhaseState:
+        """Evaluate (J - R) e + B u for a vector e, from g u and D e_p; None is zero."""
+        (q, p), (dH_dq, v), dp = x, gradient, force
         if drag is not None:
             dp = -drag if dp is None else dp - drag
         if dH_dq is not None:
             dp = -dH_dq if dp is None else dp - dH_dq
         dp = torch.zeros_like(p) if dp is None else dp.expand(p.shape)
         return PhaseState(None if q is None else v, dp)
+
+    def _force(self, q: Tensor | None, u: Tensor | None, z: Any, g: Tensor | None = None) -> Tensor | None:
+        """Evaluate g u; with g where it is known already."""
+        if u is None or self.port is None:
+            return u
+        g = self._evaluate_port(q, z) if g is None else g
+        return g[..., 0] * u if self.n_inputs == 1 else apply(g, u, diagonal=False)
 
     def _drag(self, q: Tensor | None, v: Tensor, z: Any) -> Tensor | None:
         if self.dissipation is None:

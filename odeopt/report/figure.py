@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,13 +23,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LINE_COLOURS = (*PALETTE, "#882255", "#999999")  # where there are more lines than that
 _LEARNED_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.2)), (0, (7, 2, 2, 2)))
-_HAND_DESIGNED_DASHES = (
-    "solid",
-    (0, (5, 2)),
-    (0, (1.2, 1.2)),
-    (0, (6, 2, 1.2, 2)),
-    (0, (6, 2, 1.2, 2, 1.2, 2)),
-)
+_HAND_DESIGNED_DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.2)), (0, (6, 2, 1.2, 2)), (0, (6, 2, 1.2, 2, 1.2, 2)))
 _STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -45,15 +40,11 @@ _STYLE = {
 }
 
 
-@contextmanager
-def style() -> Iterator[None]:
+def style() -> AbstractContextManager[None]:
     """Draw in the library's style inside the block; the caller's settings come back after it."""
-    import matplotlib
+    from matplotlib.style import context
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield
+    return context(_STYLE, after_reset=True)
 
 
 def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -177,51 +168,20 @@ def label_ends(figure: Figure, axes: Axes, ends: Mapping[str, float], styles: Ma
     placed = _spread(wanted, gap)
     for name, y in placed.items():
         remark = "" if ends[name] < high else ", off the axis" if ends[name] < float("inf") else ", diverged"
-        axes.annotate(
-            name + remark,
-            (1, wanted[name]),
-            (1.09, y),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            va="center",
-            ha="left",
-            fontsize=8.5,
-            fontweight="bold" if styles[name]["linewidth"] > 2 else "normal",
-            annotation_clip=False,
-        )
-        axes.plot(
-            [1.0, 1.03, 1.08],
-            [wanted[name], y, y],
-            transform=axes.transAxes,
-            clip_on=False,
-            **{**styles[name], "linewidth": min(styles[name]["linewidth"], 1.8)},
-        )
+        weight = "bold" if styles[name]["linewidth"] > 2 else "normal"
+        axes.text(1.09, y, name + remark, transform=axes.transAxes, va="center", fontsize=8.5, fontweight=weight)
+        line = styles[name] | {"linewidth": min(styles[name]["linewidth"], 1.8)}
+        axes.plot([1.0, 1.03, 1.08], [wanted[name], y, y], transform=axes.transAxes, clip_on=False, **line)
 
 
 def _spread(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights in [0, 1] at least a gap apart, in the order of the wanted ones and close to them."""
+    """Heights in [0, 1] at least a gap apart, in the order of the wanted ones and next to them in least squares."""
     names = sorted(wanted, key=wanted.get)
-    heights: list[float] = []
-    for name in names:
-        heights.append(max(wanted[name], heights[-1] + gap) if heights else max(wanted[name], 0.0))
-    ceiling = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - gap
-    return _centred(names, heights, wanted, gap)
-
-
-def _centred(names: Sequence[str], heights: list[float], wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Move each block of touching labels so that it sits around its curves rather than above them."""
-    start = 0
-    while start < len(names):
-        end = start + 1
-        while end < len(names) and heights[end] - heights[end - 1] <= gap * 1.001:
-            end += 1
-        offset = sum(heights[i] - wanted[names[i]] for i in range(start, end)) / (end - start)
-        floor = heights[start - 1] + gap if start else 0.0
-        ceiling = heights[end] - gap if end < len(names) else 1.0
-        offset = max(min(offset, heights[start] - floor), heights[end - 1] - ceiling)
-        heights[start:end] = [h - offset for h in heights[start:end]]
-        start = end
-    return dict(zip(names, heights, strict=True))
+    # less the gaps below them heights only have to rise: isotonic regression, by its formula of maxima of minima
+    free = [wanted[name] - i * gap for i, name in enumerate(names)]
+    ends = range(1, len(names) + 1)
+    placed = {}
+    for i, name in enumerate(names):
+        risen = max(min(fmean(free[start:end]) for end in ends[i:]) for start in range(i + 1))
+        placed[name] = min(max(risen, 0.0), 1 - (len(names) - 1) * gap) + i * gap
+    return placed

@@ -46,9 +46,8 @@ def plot_ratios(
                     axes.text(column + 0.485, row + 0.3, "\n".join(textwrap.wrap(value, 21)), fontsize=6, **at)
                     axes.text(column + 0.485, row + 0.74, number, fontsize=9, **at)
             axes.set(xlim=(0, n_columns), ylim=(len(names), 0), xticks=[], title=title)
-            axes.set_yticks(
-                [row + 0.47 for row in range(len(names))], names if axes is axes_of[0] else [""] * len(names)
-            )
+            labels = names if axes is axes_of[0] else [""] * len(names)
+            axes.set_yticks([row + 0.47 for row in range(len(names))], labels)
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
             axes.tick_params(length=0)

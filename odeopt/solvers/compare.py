@@ -6,9 +6,9 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from odeopt._version import __version__
 from odeopt.checks import is_list, is_number, require
 from odeopt.ode.checks import State, tensors_of
 from odeopt.ode.integrate import integrate
-from odeopt.ode.recorder import Field
+from odeopt.ode.recorder import Field, map_state
 from odeopt.ode.solution import Solution, Status
 from odeopt.progress import tqdm
-from odeopt.solvers.initial_value import Problem, flatten, map_state
+from odeopt.solvers.initial_value import Problem, flatten
 from odeopt.solvers.methods import Method, select_methods
 from odeopt.solvers.problems import select_problems
 from odeopt.solvers.reference import gradient_of, loss_of, reference, reference_gradient
@@ -31,7 +31,6 @@ from odeopt.timing import clock
 TOLERANCES = (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)
 N_STEPS = (1, 2, 4, 8, 16, 32, 64)
 ORDER_PROBLEMS = ("pendulum", "driven-pendulum")
-_ORDER_N_STEPS = (1, 2, 4, 8, 16, 32, 64)
 # Between these, errors show an order: above, steps are too large; below, rounding and the reference have the word.
 _ROUNDING, _ASYMPTOTIC = 2e-12, 0.1
 _MANY_SECONDS = 0.03  # of one setting, beyond which it is not repeated
@@ -54,8 +53,7 @@ class _Limited:
         return self.field(t, x)
 
 
-@dataclass(frozen=True)
-class _Truth:
+class _Truth(NamedTuple):
     """Solution that the runs on a problem are measured against, in float64 on the CPU."""
 
     states: Tensor
@@ -113,13 +111,10 @@ def compare_solvers(
     _check_sweep("n_steps", n_steps, int, "rising")
     is_right = is_list(dtypes, torch.dtype) and len(dtypes) > 0 and all(dtype.is_floating_point for dtype in dtypes)
     require(is_right, "dtypes", dtypes, "a list of floating-point dtypes")
-    for name, value, least in (
-        ("max_evals", max_evals, 1),
-        ("max_gradient_evals", max_gradient_evals, 0),
-        ("n_repeats", n_repeats, 1),
-    ):
-        require(is_number(value) and value >= least, name, value, f"a number of at least {least}")
     limits = {"max_evals": max_evals, "max_gradient_evals": max_gradient_evals, "n_repeats": n_repeats}
+    for name, value in limits.items():
+        least = 0 if name == "max_gradient_evals" else 1
+        require(is_number(value) and value >= least, name, value, f"a number of at least {least}")
     runs, orders = [], []
     n_in_all = len(problems) * len(dtypes) * len(methods) + with_orders * len(ORDER_PROBLEMS) * len(methods)
     with tqdm(total=n_in_all, disable=not progress_bar, desc="solvers", unit=" sweeps") as bar:
@@ -173,16 +168,9 @@ def _sweep(
 ) -> list[SolverRun]:
     """Run a method over its settings, from loose to tight."""
     runs: list[SolverRun] = []
+    dtype = str(tensors_of(problem.x0)[0].dtype).removeprefix("torch.")
     for level, setting in enumerate(settings):
-        blank = SolverRun(
-            problem.name,
-            problem.group,
-            method.name,
-            method.kind,
-            str(tensors_of(problem.x0)[0].dtype).removeprefix("torch."),
-            level,
-            setting,
-        )
+        blank = SolverRun(problem.name, problem.group, method.name, method.kind, dtype, level, setting)
         if method.kind == "structure" and problem.system is None:
             reason = "the method keeps the structure of a port-Hamiltonian system, which the problem is not."
             runs.append(replace(blank, status=NOT_APPLICABLE, message=reason))
@@ -306,19 +294,13 @@ def _gradient_error(
     return {"gradient_error": _rounded(error)} if math.isfinite(error) else {}
 
 
-def shortened(problem: Problem, n_intervals: int = 2) -> Problem:
-    """Return a problem that ends earlier, so that steps of moderate size already show their order.
-
-    Args:
-        problem: The problem.
-        n_intervals: Output times that are left after the first.
-    """
-    t = problem.t[: n_intervals + 1]
-    return replace(problem, t=t, **({} if problem.system is None else {"field": None}))
+def shortened(problem: Problem) -> Problem:
+    """Return a problem that ends at its third output, so that steps of moderate size already show their order."""
+    return replace(problem, t=problem.t[:3], **({} if problem.system is None else {"field": None}))
 
 
 def observed_order(
-    problem: Problem, method: Method | str, *, n_steps: Sequence[int] = _ORDER_N_STEPS, states: Tensor | None = None
+    problem: Problem, method: Method | str, *, n_steps: Sequence[int] = N_STEPS, states: Tensor | None = None
 ) -> OrderRun:
     """Measure the order of a method: the slope of its error against the size of its steps, in float64.
 

@@ -98,11 +98,7 @@ def _exact_rigid_body(t: Tensor) -> Tensor:
 
 def _decay(rates: Tensor) -> LinearField:
     """Each substance decays into the next one; the last one stays."""
-    n = len(rates) + 1
-    A = torch.zeros(n, n, dtype=rates.dtype)
-    i = torch.arange(n - 1)
-    A[i, i], A[i + 1, i] = -rates, rates
-    return LinearField(A)
+    return LinearField(torch.diag(rates, -1) - torch.diag(nn.functional.pad(rates, (0, 1))))
 
 
 def _exact_c1(t: Tensor) -> Tensor:
@@ -120,8 +116,8 @@ def _exact_c2(t: Tensor) -> Tensor:
 def _heat(n: int) -> tuple[LinearField, Exact]:
     """The heat equation on n points, which sines diagonalise."""
     k = torch.arange(1, n + 1, dtype=torch.float64)
-    A = torch.diag(torch.full((n,), -2.0, dtype=torch.float64))
-    A += torch.diag(torch.ones(n - 1, dtype=torch.float64), 1) + torch.diag(torch.ones(n - 1, dtype=torch.float64), -1)
+    beside = torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)
+    A = beside + beside.T - 2 * torch.eye(n, dtype=torch.float64)
     sines = math.sqrt(2 / (n + 1)) * torch.sin(k[:, None] * k * (math.pi / (n + 1)))
     rates = 4 * torch.sin(k * (math.pi / (2 * (n + 1)))) ** 2
 
@@ -132,9 +128,7 @@ def _heat(n: int) -> tuple[LinearField, Exact]:
 
 
 def _unit(n: int) -> Tensor:
-    x0 = torch.zeros(n, dtype=torch.float64)
-    x0[0] = 1
-    return x0
+    return torch.eye(n, dtype=torch.float64)[0]
 
 
 class OuterPlanets(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from odeopt.checks import require
 from odeopt.ode.checks import State, check_state, check_times, tensors_of
-from odeopt.ode.recorder import Field, restore
+from odeopt.ode.recorder import Field, map_state
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 
 
@@ -61,8 +60,7 @@ class Problem:
             require(self.field is not None, "field", self.field, "given unless a system is")
             require(self.effort is None, "effort", self.effort, "None where there is no system")
         else:
-            is_phase = isinstance(self.x0, PhaseState)
-            require(is_phase, "x0", self.x0, "a PhaseState where there is a system")
+            require(isinstance(self.x0, PhaseState), "x0", self.x0, "a PhaseState where there is a system")
             require(self.field is None, "field", self.field, "None where a system is given, which has its own")
             object.__setattr__(self, "field", SystemField(self.system, self.effort))
             if self.energy is None:
@@ -85,9 +83,13 @@ class Problem:
         """
         moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": self.t.to(device, dtype)}
         names = ("field" if self.system is None else "system", "energy")
-        memo: dict = {}  # common to both, so that the energy of a system or field stays its own
-        moved |= {"field": None} | {name: _moved(getattr(self, name), dtype, device, memo) for name in names}
-        return replace(self, **moved)
+        # copied together, so that the energy of a system or field stays its own
+        parts = copy.deepcopy({name: getattr(self, name) for name in names})
+        for part in parts.values():
+            module = getattr(part, "__self__", part)  # of a method
+            if isinstance(module, nn.Module):
+                module.to(device, dtype)
+        return replace(self, **moved, **{"field": None} | parts)
 
 
 class SystemField(nn.Module):
@@ -104,18 +106,6 @@ class SystemField(nn.Module):
 
     def forward(self, t: Tensor, x: PhaseState) -> PhaseState:
         return self.system.vector_field(x, None if self.effort is None else self.effort(t))
-
-
-def _moved(part: object, dtype: torch.dtype, device: torch.device | str, memo: dict) -> object:
-    """A module, or a method of one, in another precision or on another device; anything else passes."""
-    if inspect.ismethod(part):
-        return getattr(_moved(part.__self__, dtype, device, memo), part.__name__)
-    return copy.deepcopy(part, memo).to(device, dtype) if isinstance(part, nn.Module) else part
-
-
-def map_state(function: Callable[[Tensor], Tensor], x: State) -> State:
-    """Apply a function to every tensor of a state, keeping its structure."""
-    return restore(x, [function(part) for part in x]) if isinstance(x, tuple) else function(x)
 
 
 def flatten(states: State) -> Tensor:

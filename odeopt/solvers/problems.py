@@ -16,8 +16,8 @@ from odeopt.solvers.selection import select
 _F64 = torch.float64
 
 
-def _times(end: float, n_intervals: int = 10) -> Tensor:
-    return torch.linspace(0.0, end, n_intervals + 1, dtype=_F64)
+def _times(end: float) -> Tensor:
+    return torch.linspace(0.0, end, 11, dtype=_F64)
 
 
 # Mechanical systems
@@ -28,8 +28,7 @@ def _state(q: list[float], p: list[float]) -> PhaseState:
 
 
 def _exact_kepler(t: Tensor) -> PhaseState:
-    y = exact_orbit(t, 0.6)
-    return PhaseState(y[:, :2], y[:, 2:])
+    return PhaseState(*exact_orbit(t, 0.6).chunk(2, -1))
 
 
 def _henon_heiles(q: Tensor) -> Tensor:
@@ -46,22 +45,17 @@ def _drive(t: Tensor) -> Tensor:
 
 
 def _mechanics() -> list[Problem]:
-    def friction() -> Tensor:
-        return torch.full((1,), 0.2, dtype=_F64)
-
     kepler = PortHamiltonianSystem(2, potential=lambda q: -1 / q.norm(dim=-1))
     stars = PortHamiltonianSystem(2, potential=_henon_heiles)
-    pendulums = [PortHamiltonianSystem(1, potential=_swing, dissipation=friction()) for _ in range(2)]
+    pendulum = PortHamiltonianSystem(1, potential=_swing, dissipation=torch.full((1,), 0.2, dtype=_F64))
     at_nearest = _state([0.4, 0.0], [0.0, 2.0])  # (1 - e, 0) and (0, sqrt((1 + e) / (1 - e))) at e = .6
     swinging = _state([1.5], [0.5])
     group = "mechanics"
     return [
         Problem("kepler", group, at_nearest, _times(20), system=kepler, exact=_exact_kepler),
         Problem("henon-heiles", group, _state([0.0, 0.1], [0.4, 0.0]), _times(40), system=stars),
-        Problem("pendulum", group, swinging, _times(20), system=pendulums[0]),
-        Problem(
-            "driven-pendulum", group, swinging, _times(20), system=pendulums[1], effort=_drive, is_autonomous=False
-        ),
+        Problem("pendulum", group, swinging, _times(20), system=pendulum),
+        Problem("driven-pendulum", group, swinging, _times(20), system=pendulum, effort=_drive, is_autonomous=False),
     ]
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from odeopt.ode.checks import State, tensors_of
 from odeopt.ode.integrate import integrate
+from odeopt.ode.recorder import map_state
 from odeopt.ode.solution import Solution
-from odeopt.solvers.initial_value import Problem, map_state
+from odeopt.solvers.initial_value import Problem
 
 # dopri8 at 1e-12 is off by up to 1e-10 on these problems, at 1e-14 by 1e-12; SciPy takes nothing under 2e-14
 REFERENCE_TOLERANCE, STIFF_TOLERANCE = 1e-14, 1e-12

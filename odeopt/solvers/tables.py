@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from odeopt.checks import n_of
 from odeopt.report import draw_table
 from odeopt.solvers.runs import Runs, SolverRun
 
@@ -49,10 +50,7 @@ def attainable(comparison: Runs, dtype: str) -> float:
 def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
     """Median over the problems of each group, with how many of them reach the error."""
     in_group = {group: comparison.distinct("problem", group=group) for group in comparison.groups}
-    headers = [
-        ("method", ""),
-        *((group, f"{len(problems)} problem{'s' * (len(problems) > 1)}") for group, problems in in_group.items()),
-    ]
+    headers = [("method", ""), *((group, n_of(len(problems), "problem")) for group, problems in in_group.items())]
     rows = []
     for method in comparison.methods:
         row = [method]
@@ -125,15 +123,9 @@ def _orders(comparison: Runs) -> Table:
         if all(row.observed is None and row.status.startswith("not applicable") for row in mine):
             continue
         kept = [row.is_kept for row in mine]
-        nominal = mine[0].nominal
-        rows.append(
-            [
-                method,
-                "not judged" if nominal is None else str(nominal),
-                *(_NEVER if row.observed is None else f"{row.observed:.2f}" for row in mine),
-                "" if None in kept else "yes" if all(kept) else "no",
-            ]
-        )
+        nominal = "not judged" if mine[0].nominal is None else str(mine[0].nominal)
+        observed = [_NEVER if row.observed is None else f"{row.observed:.2f}" for row in mine]
+        rows.append([method, nominal, *observed, "" if None in kept else "yes" if all(kept) else "no"])
     return headers, rows
 
 

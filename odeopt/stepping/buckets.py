@@ -141,8 +141,7 @@ class Bucket:
 
     def add_up(self, sums: Tensor) -> Tensor:
         """All-reduce over the processes that share the parameters."""
-        self.shards[0].add_up(sums)
-        return sums
+        return self.shards[0].add_up(sums)
 
     def views(self, index: int) -> dict[str, Tensor]:
         """State of one parameter under the rule's names, in the shape of the parameter; it changes with each step."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import check_class, is_integer, is_number, require
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
 from odeopt.stepping.copies import frozen_copy
@@ -89,10 +89,7 @@ class Guard:
     min_progress: float | None = 0.25
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fallback, UpdateRule):
-            raise TypeError(
-                f"Parameter `fallback` should be an instance of UpdateRule. Found `fallback = {self.fallback!r}`."
-            )
+        check_class("fallback", self.fallback, UpdateRule)
         name = type(self.fallback).__name__
         require(not self.fallback.crosses_coordinates, "fallback", name, "a rule that steps each coordinate by itself")
         require(is_integer(self.window) and self.window >= 4, "window", self.window, "an integer of at least 4")
@@ -409,10 +406,9 @@ class Sentry:
     def decide(self, groups: list[dict[str, Any]]) -> Decision:
         """Decide by the loss that was reported, alike on all processes."""
         loss, self._reported = self._reported, None
-        params = [param for group in groups for param in group["params"]]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            total = torch.as_tensor(loss, dtype=torch.float64, device=params[0].device).reshape(())
-            total = total.clone()
+            device = next(param.device for group in groups for param in group["params"])
+            total = torch.as_tensor(loss, dtype=torch.float64, device=device).reshape(()).clone()
             dist.all_reduce(total)
             loss = total / dist.get_world_size()
         signs = {group["maximize"] for group in groups}

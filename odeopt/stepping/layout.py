@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -100,10 +101,11 @@ class Layout:
         if any(new):
             # all groups at once: each parameter may have a group of its own
             names, n_matrices = parameter_names(groups), self._n_matrices(groups)
-            placed, deep = [], {}
+            deepened = functools.cache(lambda rule: rule.for_depth(n_matrices))
+            placed = []
             for group, params in zip(groups, new, strict=True):
                 if params:
-                    placed += self._place(group, [p for p in params if p.numel() > 0], states, names, n_matrices, deep)
+                    placed += self._place(group, [p for p in params if p.numel() > 0], states, names, deepened)
                 for param in params:
                     if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
                         rule, is_stack = self.rule_for(param), group["is_stack"]
@@ -181,13 +183,7 @@ class Layout:
         self._groups: list[list[int]] = []
 
     def _place(
-        self,
-        group: Group,
-        params: list[Tensor],
-        states: States,
-        names: dict[Tensor, str],
-        n_matrices: int,
-        deep: dict[UpdateRule, UpdateRule],
+        self, group: Group, params: list[Tensor], states: States, names: dict[Tensor, str], deepened: Callable
     ) -> list[Placed]:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
@@ -209,9 +205,7 @@ class Layout:
             alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
         for (rule, *_, is_alone, stacked), together in alike.items():
             if stacked is not None:  # one for all matrices, which go through one call then
-                if rule not in deep:
-                    deep[rule] = rule.for_depth(n_matrices)
-                rule = deep[rule]
+                rule = deepened(rule)
             is_whole = is_alone or stacked is not None
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole, is_stack=is_stack)
             handed = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
 from odeopt.systems.mechanics import Mechanism
-from odeopt.systems.observed import ObservedSystem, check_inputs, check_observations, check_seed, check_times
+from odeopt.systems.observed import ObservedSystem, check_increasing, check_inputs, check_observations, check_seed
 
 INPUTS = (0.0, -1.0, 1.0, -2.0, 2.0)
 # rk4 over steps of a tenth of the data's is exact to 1e-9 on all four systems
@@ -35,7 +35,7 @@ class Trajectories(NamedTuple):
         """Return these motions, inputs included, or raise an error that names what does not fit the model."""
         check_observations("x", self.x, model)
         require(self.x.dim() == 3, "x", tuple(self.x.shape), "of three axes, times, motions and numbers")
-        t = check_times(self.t)
+        t = check_increasing(self.t)
         require(len(t) == len(self.x), "t", tuple(t.shape), f"one time for each of {len(self.x)} observations")
         u = check_inputs(self.u, len(t) - 1, self.x.shape[1:2], model.n_inputs, like=self.x)
         return Trajectories(t, self.x, u)
@@ -53,7 +53,7 @@ class Trajectories(NamedTuple):
             ValueError: If the motions are too short, or steps of time differ by more than their rounding, or this may
                 be more than a twentieth of a step.
         """
-        t = check_times(self.t)
+        t = check_increasing(self.t)
         n_times, rounding = len(t), 2 * torch.finfo(t.dtype).eps * t.abs().max().item()
         is_right = is_integer(n_points) and 2 <= n_points <= n_times
         require(is_right, "n_points", n_points, f"between 2 and the {n_times} observations of a motion, an integer")

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import check_class, is_integer, is_number, require
 from odeopt.files import replaced
 from odeopt.ode import STRUCTURE_METHODS, Status, integrate
 from odeopt.physics import PhaseState
 from odeopt.progress import tqdm
 from odeopt.systems.data import Trajectories
-from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_class, check_seed, weights_like
+from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_seed, weights_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,6 @@ def fit(
     optimizer = torch.optim.Adam(weights, lr=config.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step / n_steps))
     generator, losses = torch.Generator().manual_seed(config.seed), []
-    status, message = Status.SUCCESS, ""
     bar = tqdm(range(config.n_passes), disable=not progress_bar, desc="fit", unit="pass")
     for i in bar:
         total = x.new_zeros(())
@@ -123,7 +122,6 @@ def fit(
             predicted = model.roll(model.encode(target[0]), steps, u[:, batch], n_substeps=config.n_substeps)
             loss = model.residual(predicted, target)[1:].square().mean()
             if not loss.isfinite():
-                status = Status.NON_FINITE_STATE
                 bar.close()
                 advice = "lower `lr`"
                 if not losses:  # no pass has gone well
@@ -131,7 +129,7 @@ def fit(
                     advice += ", or lower `lr`" if optimizer.state else ""
                 message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: {advice}."
                 warnings.warn(message, RuntimeWarning, stacklevel=3)  # past the decorator
-                return FitResult(losses, status, message, time.perf_counter() - began)
+                return FitResult(losses, Status.NON_FINITE_STATE, message, time.perf_counter() - began)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -140,7 +138,7 @@ def fit(
             total += loss.detach() * len(batch) / n
         losses.append(total.item())
         bar.set_postfix(loss=f"{losses[-1]:.3g}")
-    return FitResult(losses, status, message, time.perf_counter() - began)
+    return FitResult(losses, Status.SUCCESS, "", time.perf_counter() - began)
 
 
 def _one_cycle(part: float, warmup: float = 0.1) -> float:

@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from odeopt.checks import require
 from odeopt.physics import PortHamiltonianSystem, PortMatrix, PositiveDefinite, PositiveSemidefinite, Potential, mlp
 from odeopt.systems.coordinates import Coordinates
-from odeopt.systems.observed import (
-    ObservedSystem,
-    PortHamiltonianModel,
-    as_matrix,
-    check_n_inputs,
-    check_seed,
-    momentum,
-)
+from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_n_inputs, check_seed, momentum
 
 _WIDTHS, _SMALL = (40, 40), (16,)
 # bound of the inverse mass: p = M dq/dt would leave all bounds where it passes by zero
@@ -133,10 +126,10 @@ class UnstructuredHamiltonian(ObservedSystem):
         self.port = PortMatrix(dof, n_inputs, network=small(dof * n_inputs))
 
     def _momentum(self, q: Tensor, v: Tensor) -> Tensor:
-        return momentum(as_matrix(self.inverse_mass, q), v)
+        return momentum(self.inverse_mass(q), v)
 
     def _velocity(self, q: Tensor, p: Tensor) -> Tensor:
-        return (as_matrix(self.inverse_mass, q) @ p.unsqueeze(-1)).squeeze(-1)
+        return (self.inverse_mass(q) @ p.unsqueeze(-1)).squeeze(-1)
 
     def field(self, state: Tensor, u: Tensor) -> Tensor:
         keeps_graph = torch.is_grad_enabled()
@@ -146,7 +139,7 @@ class UnstructuredHamiltonian(ObservedSystem):
             q, p = (part.view_as(part) for part in state.chunk(2, dim=-1))
             H = self.hamiltonian(torch.cat((self.coordinates(q), p), dim=-1)).sum()
             dH_dq, dH_dp = torch.autograd.grad(H, (q, p), create_graph=keeps_graph)
-        drag = (as_matrix(self.dissipation, q) @ dH_dp.unsqueeze(-1)).squeeze(-1)
+        drag = (self.dissipation(q) @ dH_dp.unsqueeze(-1)).squeeze(-1)
         force = (self.port(q) @ u.unsqueeze(-1)).squeeze(-1)
         rate = torch.cat((dH_dp, force - dH_dq - drag), dim=-1)
         return rate if keeps_graph else rate.detach()

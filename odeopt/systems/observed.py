@@ -9,13 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import check_class, is_integer, require
 from odeopt.ode import Solution, Status, explicit_step
+from odeopt.ode.checks import check_finite, check_times
 from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.physics.given import evaluate_full
 from odeopt.systems.coordinates import Coordinates
 
 OBSERVATIONS = ("momentum", "velocity")
 _METHOD, _N_STAGES = "rk4", 4
+_EVERYWHERE = " at every state"  # where parts should be finite
 
 
 class ObservedSystem(nn.Module, ABC):
@@ -133,7 +136,7 @@ class ObservedSystem(nn.Module, ABC):
                 not finite, or a learned or given part is not finite or not invertible at the first state.
             TypeError: If ``x0`` or ``u`` is no tensor.
         """
-        t = check_times(t)
+        t = check_increasing(t)
         check_observations("x0", x0, self)
         weights = weights_like(self, x0)
         require(x0.dtype == weights.dtype, "x0.dtype", x0.dtype, f"that of the model's weights, {weights.dtype}")
@@ -168,8 +171,8 @@ class ObservedSystem(nn.Module, ABC):
         with torch.no_grad():
             for name in self.parts:
                 if getattr(self, name) is not None:
-                    check_part(name, getattr(self, name)(state.chunk(2, dim=-1)[0]))
-            check_part("field", self.field(state, u))
+                    check_finite(name, getattr(self, name)(state.chunk(2, dim=-1)[0]), _EVERYWHERE)
+            check_finite("field", self.field(state, u), _EVERYWHERE)
 
 
 class PortHamiltonianModel(ObservedSystem):
@@ -208,8 +211,11 @@ class PortHamiltonianModel(ObservedSystem):
         return self.system.energy(PhaseState(*self.encode(x).chunk(2, dim=-1)))
 
     def inverse_mass(self, q: Tensor) -> Tensor:
-        """Evaluate the inverse mass as a matrix, shape ``(*batch, dof, dof)``."""
-        return as_matrix(self.system.hamiltonian.inverse_mass, q)
+        """Evaluate the inverse mass as a matrix, shape ``(*batch, dof, dof)``; the identity where there is none."""
+        mass = self.system.hamiltonian.inverse_mass
+        units = torch.eye(self.dof, dtype=q.dtype, device=q.device)
+        value = units if mass is None else evaluate_full(mass, q, None, name="inverse_mass", like=q)
+        return value.expand(*q.shape, self.dof)
 
     def potential(self, q: Tensor) -> Tensor:
         """Evaluate the potential, shape ``(*batch,)``; zero where there is none."""
@@ -218,24 +224,11 @@ class PortHamiltonianModel(ObservedSystem):
 
     def dissipation(self, q: Tensor) -> Tensor:
         """Evaluate the dissipation as a matrix, shape ``(*batch, dof, dof)``; zero where there is none."""
-        part = self.system.dissipation
-        return q.new_zeros(*q.shape, self.dof) if part is None else as_matrix(part, q)
+        return self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).R[..., self.dof :, self.dof :]
 
     def port(self, q: Tensor) -> Tensor:
         """Evaluate the input matrix, shape ``(*batch, dof, n_inputs)``."""
-        B = self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).B
-        return B[..., self.dof :, :]
-
-
-def as_matrix(part: nn.Module | None, q: Tensor) -> Tensor:
-    """Evaluate a part of a system as a matrix for each position; the identity where there is none."""
-    dof = q.shape[-1]
-    units = torch.eye(dof, dtype=q.dtype, device=q.device)
-    if part is None:
-        return units.expand(*q.shape, dof)
-    value = part(q)
-    matrix = value.unsqueeze(-1) * units if part.is_diagonal else value
-    return matrix.expand(*q.shape, dof)
+        return self.system.structure_matrices(PhaseState(q, torch.zeros_like(q))).B[..., self.dof :, :]
 
 
 def momentum(inverse_mass: Tensor, v: Tensor) -> Tensor:
@@ -251,26 +244,15 @@ def momentum(inverse_mass: Tensor, v: Tensor) -> Tensor:
     Raises:
         ValueError: If the inverse mass is not finite, or singular somewhere.
     """
-    check_part("inverse_mass", inverse_mass.detach())
+    check_finite("inverse_mass", inverse_mass.detach(), _EVERYWHERE)
     if v.shape[-1] == 1:
         p, is_singular = v / inverse_mass[..., 0], inverse_mass.detach()[..., 0, 0] == 0
     else:
         p, info = torch.linalg.solve_ex(inverse_mass, v.unsqueeze(-1))
         p, is_singular = p.squeeze(-1), info != 0
     if is_singular.any():
-        found = inverse_mass.detach()[is_singular][0].tolist()
-        raise ValueError(f"Parameter `inverse_mass` should be invertible. Found a singular one, `{found}`.")
+        require(False, "inverse_mass", inverse_mass.detach()[is_singular][0].tolist(), "invertible")
     return p
-
-
-def check_part(name: str, value: Tensor) -> None:
-    """Raise a ValueError unless what a part gives is finite."""
-    is_finite = value.isfinite()
-    if not is_finite.all():
-        found = value[~is_finite][0].item()
-        raise ValueError(
-            f"Parameter `{name}` should be finite at every state. Found `{found}` in shape {tuple(value.shape)}."
-        )
 
 
 def weights_like(model: nn.Module, default: Tensor) -> Tensor:
@@ -289,13 +271,6 @@ def weights_like(model: nn.Module, default: Tensor) -> Tensor:
     return weight
 
 
-def check_class(name: str, value: object, wanted: type) -> None:
-    """Raise a TypeError unless a value is of a class."""
-    if not isinstance(value, wanted):
-        found = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise TypeError(f"Parameter `{name}` should be of class {wanted.__name__}. Found one of class {found}.")
-
-
 def check_seed(seed: object) -> None:
     """Raise a ValueError unless a seed is an integer that generators take."""
     is_right = is_integer(seed) and -(2**63) <= seed < 2**63
@@ -312,33 +287,18 @@ def check_observations(name: str, x: Tensor, model: ObservedSystem) -> None:
     """Raise an error unless observations are floating point, have their length and are finite."""
     check_class(name, x, Tensor)
     require(x.is_floating_point(), f"{name}.dtype", x.dtype, "floating point")
-    if x.shape[-1:] != (model.n_observed,):
-        raise ValueError(
-            f"Parameter `{name}` should have shape (*batch, {model.n_observed}). Found `{name}.shape = "
-            f"{tuple(x.shape)}`; an observation of this model is {model.observation}."
-        )
-    is_finite = x.isfinite()
-    require(bool(is_finite.all()), name, x[~is_finite][:1].tolist(), "finite")
+    wanted = f"(*batch, {model.n_observed}), as an observation of this model is {model.observation}"
+    require(x.shape[-1:] == (model.n_observed,), f"{name}.shape", tuple(x.shape), wanted)
+    check_finite(name, x)
 
 
-def check_times(t: Tensor | Sequence[float]) -> Tensor:
+def check_increasing(t: Tensor | Sequence[float]) -> Tensor:
     """Check that times increase and return them as a tensor, as precise as they were given."""
-    require(not (isinstance(t, Tensor) and t.is_complex()), "t", t, "real")
-    try:
-        is_precise = isinstance(t, Tensor) and t.is_floating_point()
-        t = t if is_precise else torch.as_tensor(t, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Parameter `t` should be a tensor or a sequence of numbers. Found `t = {t!r}`.") from error
-    require(t.dim() == 1 and len(t) >= 2, "t", t.tolist(), "one-dimensional with at least two times")
+    if isinstance(t, Tensor) and not (t.is_floating_point() or t.is_complex()):
+        t = t.double()
+    t = check_times(t, t if isinstance(t, Tensor) else torch.zeros(()))
+    require(bool(t[0] < t[1]), "t", t.tolist(), "increasing")
     require(not t.requires_grad, "t.requires_grad", True, "False, since steps are numbers here")
-    steps = t.double().diff()
-    is_bad = ~((steps > 0) & steps.isfinite())
-    if is_bad.any():
-        i = int(is_bad.nonzero()[0])
-        raise ValueError(
-            f"Parameter `t` should be finite and increase. Found `t[{i}] = {t[i].item():g}` before "
-            f"`t[{i + 1}] = {t[i + 1].item():g}`, a step of {steps[i].item():g} in {t.dtype}."
-        )
     return t
 
 
@@ -349,10 +309,7 @@ def check_inputs(u: Tensor | None, n_steps: int, batch: Sequence[int], n_inputs:
         return like.new_zeros(sampled)
     check_class("u", u, Tensor)
     require(not u.is_complex(), "u.dtype", u.dtype, "real")
-    if tuple(u.shape) not in (held, sampled):
-        raise ValueError(
-            f"Parameter `u` should have shape {held}, held, or {sampled}, one input for each step. "
-            f"Found `u.shape = {tuple(u.shape)}`."
-        )
-    require(bool(u.isfinite().all()), "u", u[~u.isfinite()][:1].tolist(), "finite")
+    wanted = f"{held}, held, or {sampled}, one input for each step"
+    require(u.shape in (held, sampled), "u.shape", tuple(u.shape), wanted)
+    check_finite("u", u)
     return u.to(like).expand(sampled)
