@@ -34,6 +34,7 @@ from coordinate_check import table as changes_of_outputs  # noqa: E402
 from depth import table as losses_over_rates  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
+from interval import INTERVALS  # noqa: E402
 from laws import table as losses_without_laws  # noqa: E402
 
 FIGS = ROOT / "figs"
@@ -309,6 +310,12 @@ def laws() -> str:
     return NO_SUITE if found is None else losses_without_laws(found, markdown=True)
 
 
+def interval() -> str:
+    """Losses of the default rule that moves matrices at every k-th step over those at every step."""
+    found = read_suite("interval")
+    return NO_SUITE if found is None else losses_without_laws(found, INTERVALS, markdown=True)
+
+
 def guard() -> str:
     """Final losses of rules alone, of the fallback alone and under the guard."""
     return guarded_losses(read("guard"), markdown=True)
@@ -330,6 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth": depth,
     "generalisation": generalisation,
     "guard": guard,
+    "interval": interval,
     "kinetic": energies,
     "laws": laws,
     "matrix": matrix,

@@ -29,6 +29,7 @@ def rules():
     torch.manual_seed(1)
     return {
         "spectral": odeopt.load_pretrained("port-hamiltonian-spectral"),
+        "every second step": odeopt.load_pretrained("port-hamiltonian-spectral").with_options(matrix_interval=2),
         "coordinates": odeopt.load_pretrained("port-hamiltonian"),
         "coordinatewise": odeopt.PortHamiltonianUpdate(coordinatewise=True),
         "mixed": odeopt.PortHamiltonianUpdate(modes=3, kinetic=("quadratic", "spectral", "relativistic")),
@@ -63,7 +64,9 @@ def test_the_next_step_is_the_one_that_was_told_and_asking_changes_nothing(name,
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["spectral", "coordinates", "mixed", "networks", "coordinatewise"])
+@pytest.mark.parametrize(
+    "name", ["spectral", "every second step", "coordinates", "mixed", "networks", "coordinatewise"]
+)
 def test_powers_balance_and_stay_within_what_passivity_allows(name):
     model = network()
     optimizer = odeopt.LearnedOptimizer(model.named_parameters(), rules()[name], total_steps=20)

@@ -34,6 +34,10 @@ VARIANTS = {
     },
     "efforts by coordinates": {"kinetic": ("spectral", "quadratic"), "matrix_normalization": "coordinate"},
     "narrow": {"kinetic": "spectral", "narrow": 2, "depth_power": 1.0, "initial_decay": 0.1, "alignment_rate": 2.0},
+    "every second step": {
+        "kinetic": ("spectral", "quadratic"), "matrix_interval": 2, "initial_decay": 0.3, "trust_ratio": 0.2,
+        "schedule": "power", "uses_progress": True, "horizon_power": 0.4,
+    },
     "output": {"output": "spectral", "normalization": "tensor", "uses_progress": True},
 }  # fmt: skip
 over_variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -212,7 +216,7 @@ def test_number_of_rule_calls_does_not_grow_with_the_number_of_matrices():
 
 
 @pytest.mark.parametrize("kind", [perturbed, Perturbed], ids=["layers", "vmap"])
-@pytest.mark.parametrize("variant", ["everything", "output"])
+@pytest.mark.parametrize("variant", ["everything", "every second step", "output"])
 def test_perturbed_rules_step_matrices_and_tables_each_by_its_own_weights(variant, kind):
     rule, task = spectral(variant), Tensors({name: SHAPES[name] for name in SHAPES if name != "empty"})
     stacks = {name: w + 0.1 * draws(2, *w.shape, seed=k) for k, (name, w) in enumerate(rule.named_parameters())}

@@ -691,6 +691,9 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "narrow": 1.5}, "`narrow` should be a non-negative integer. Found `narrow = 1.5`"),
         ({"trust_ratio": 0.1}, "`trust_ratio` should be 0.0 where no energy is spectral. Found `trust_ratio = 0.1`"),
         ({"kinetic": "spectral", "trust_ratio": -1}, "`trust_ratio` should be a non-negative number. Found .* = -1`"),
+        ({"matrix_interval": 2}, "`matrix_interval` should be 1 where no energy is spectral. Found .* = 2`"),
+        ({"kinetic": "spectral", "matrix_interval": 0}, "`matrix_interval` should be an integer between 1 and .* = 0`"),
+        ({"kinetic": "spectral", "matrix_interval": 2.0}, "`matrix_interval` should be an integer .* = 2.0`"),
         ({"row_power": 0.5}, "`row_power` should be 0.0 where no energy is spectral. Found `row_power = 0.5`"),
         ({"output": "spectral", "row_power": 0.5}, "`row_power` should be 0.0 where `output = 'spectral'`. Found"),
         ({"kinetic": "spectral", "row_power": 1.5}, r"`row_power` should be a number in \[0, 1\]. Found .* = 1.5`"),
@@ -775,3 +778,111 @@ def test_trust_bounds_steps_of_matrices_by_their_size_and_lets_zeros_grow(shape,
                                     else torch.randn(shape[0], n // shape[0], dtype=f64))  # fmt: skip
     expected = energies.operator_scale(shape, scale) * orthogonal.square().mean().sqrt().item()
     assert rms == pytest.approx(expected)
+
+
+# -------------------- moves at every k-th step
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (3, 2, 2, 1)])
+@over_variants
+def test_matrix_moves_by_k_times_its_step_at_every_kth_one_and_its_state_at_each(variant, shape):
+    plain, rule = spectral(variant, initial_decay=0.0), spectral(variant, initial_decay=0.0, matrix_interval=3)
+    states = [rule.init_state(draws(n_of(shape))) for _ in range(2)]
+    for number, grad in enumerate(draws(7, n_of(shape), seed=2)):
+        signals = {"param": draws(n_of(shape), seed=9), "shape": shape, "progress": torch.tensor(number / 7, dtype=f64)}
+        steps = [each(grad, state, **signals) for each, state in zip((plain, rule), states, strict=True)]
+        states = [state for _, state in steps]
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+        assert steps[0][0].norm() > 1e-3
+        torch.testing.assert_close(steps[1][0], (3.0 if number in (2, 5) else 0.0) * steps[0][0])
+
+
+@pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
+def test_vectors_tables_and_narrow_matrices_move_at_every_step(options):
+    plain, rule = (port_hamiltonian(**options, narrow=2, matrix_interval=k) for k in (1, 4))
+    grads = draws(5, 12, seed=2)
+    assert torch.equal(run(plain, grads, shape=(12,))[0], run(rule, grads, shape=(12,))[0])
+    assert torch.equal(run(plain, grads, shape=(6, 2))[0], run(rule, grads, shape=(6, 2))[0])
+    assert torch.equal(run(plain.for_tables(), grads, shape=(3, 4))[0], run(rule.for_tables(), grads, shape=(3, 4))[0])
+
+
+def last_update(interval, param, n_steps=4, **options):
+    rule = PortHamiltonianUpdate(kinetic="spectral", matrix_interval=interval, **options).double()
+    return run(rule, draws(n_steps, 15, seed=2), shape=(3, 5), param=param)[0][-1]
+
+
+@pytest.mark.parametrize("decay", [0.1, 4.0, 40.0])
+def test_decay_of_a_kfold_step_is_kfold_up_to_where_it_takes_all(decay):
+    param, kappa = draws(15, seed=9), 0.1
+    velocity = last_update(1, param, initial_matrix_kappa=kappa)
+    for interval in (1, 2, 4):
+        rate = interval * kappa * decay  # from .01 to 16
+        found = last_update(interval, param, initial_matrix_kappa=kappa, initial_decay=decay)
+        torch.testing.assert_close(found, (interval * velocity - rate * param) / max(1.0, rate))
+
+
+def test_trust_bounds_the_kfold_step():
+    options, param = {"initial_matrix_kappa": 0.1, "trust_ratio": 0.2}, 0.25 * draws(15, seed=9)
+    free = last_update(1, param, initial_matrix_kappa=0.1)
+    # of a step of equal singular values: the bound is above one such step, and below two
+    rms, bound = 0.1 * energies.step_rms((3, 5)), 0.2 * param.square().mean().sqrt().item()
+    assert rms < bound < 2 * rms
+    torch.testing.assert_close(last_update(1, param, **options), free)
+    for interval in (2, 4):
+        torch.testing.assert_close(last_update(interval, param, **options), bound / rms * free)
+
+
+@pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
+def test_nothing_is_orthogonalised_between_moves(options, monkeypatch):
+    calls, orthogonalise = [], energies.newton_schulz
+    monkeypatch.setattr(energies, "newton_schulz", lambda *args: calls.append(args[0].shape) or orthogonalise(*args))
+    rule = port_hamiltonian(**options, matrix_interval=3)
+    params = [nn.Parameter(draws(*shape, seed=7)) for shape in ((3, 5), (3, 5), (6, 4))]
+    optimizer, seen = LearnedOptimizer(params, rule, implementation="eager"), []
+    for number in range(7):
+        for k, param in enumerate(params):
+            # the second one begins a step later
+            param.grad = None if number == 0 and k == 1 else draws(*param.shape, seed=10 * number + k)
+        before = [param.detach().clone() for param in params]
+        optimizer.step()
+        seen.append({shape[-2:] for shape in calls})
+        calls.clear()
+        moved = [not torch.equal(param, old) for param, old in zip(params, before, strict=True)]
+        assert moved == [number in (2, 5), number in (3, 6), number in (2, 5)]
+    pair, alone = (3, 5), (6, 4)
+    assert seen == [set(), set(), {pair, alone}, {pair}, set(), {pair, alone}, {pair}]
+
+
+@pytest.mark.parametrize("variant", ["all", "with relativistic", "output"])
+def test_tasks_of_a_batch_move_each_at_its_own_time_with_its_own_derivatives(variant):
+    rule, shape = spectral(variant, matrix_interval=2), (3, 5)
+    state = run(rule, draws(3, 4, 15), shape=shape)[1]
+    state = type(state)(*(x.detach() for x in state))
+    state = state._replace(step=torch.tensor([[2.0], [3.0], [7.0], [6.0]], dtype=f64))
+    grad, param = draws(4, 15, seed=3), draws(4, 15, seed=8)
+    weights = list(rule.parameters())
+
+    def step(grad, param, *state):
+        return rule(grad, type_of_state(*state), param=param, shape=shape)[0]
+
+    type_of_state = type(state)
+    update = step(grad, param, *state)
+    alone = torch.stack([step(grad[k], param[k], *(x[k] for x in state)) for k in range(4)])
+    assert [row.norm().item() > 0 for row in update] == [False, True, True, False]
+    torch.testing.assert_close(update, alone)
+    torch.testing.assert_close(torch.func.vmap(step)(grad, param, *state), alone)
+    gradients = [torch.autograd.grad(x.square().sum(), weights) for x in (update, alone)]
+    assert sum(x.norm() for x in gradients[0]) > 0
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", WITH_ENERGY)
+def test_account_is_that_of_every_step_but_for_the_step_size_between_moves(variant):
+    plain, rule, shape = spectral(variant), spectral(variant, matrix_interval=2), (3, 5)
+    state = some_state(rule, shape)  # after three steps
+    for n_taken, factor in ((3.0, 2.0), (4.0, 0.0)):
+        state = state._replace(step=torch.full_like(state.step, n_taken))
+        one, other = (each.account(draws(15, seed=3), state, shape=shape) for each in (plain, rule))
+        torch.testing.assert_close(other, one | {"step_size": factor * one["step_size"]})
+        assert (other["energy_rate"] - other["supplied"] + other["dissipated"]).abs() < 1e-10

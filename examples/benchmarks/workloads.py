@@ -16,11 +16,13 @@ from odeopt import LearnedOptimizer, LSTMUpdate
 from odeopt.rules.preprocessing import log_sign
 from odeopt.tasks.datasets import import_torchvision
 
-LEARNED = FAST, NARROW, EAGER, DEFAULT, LSTM = (
+EVERY = 4  # steps, of the contender that moves matrices only then
+LEARNED = FAST, NARROW, EAGER, DEFAULT, SELDOM, LSTM = (
     "port-hamiltonian",  # in C on a CPU, in Triton on CUDA
     "port-hamiltonian, bfloat16",
     "port-hamiltonian, eager",
     "port-hamiltonian-spectral",
+    f"port-hamiltonian-spectral, matrices every {EVERY}th step",
     "lstm",
 )
 LOOP, MUON, NETWORK = "lstm, loop of cells", "Muon and fused Adam", "forward and backward"
@@ -191,6 +193,7 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
         NARROW: learned(rule=rule, **fast, state_dtype=torch.bfloat16),
         EAGER: learned(rule=rule, implementation="eager"),
         DEFAULT: learned(),
+        SELDOM: learned(rule=odeopt.load_pretrained(DEFAULT).with_options(matrix_interval=EVERY)),
         "AdamUpdate": learned(rule=odeopt.AdamUpdate()),
         FOREACH: given(Adam, foreach=True, **capturable),
         FUSED: given(Adam, fused=True, **capturable),

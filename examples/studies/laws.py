@@ -7,6 +7,7 @@ are done.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch.nn.functional as F
@@ -63,9 +64,9 @@ def problems(dataset: str, data_dir: str | None) -> dict[str, Problem]:
     return {name: Problem(name, name, *parts) for name, parts in zip(NAMES, every, strict=True)}
 
 
-def table(found: Suite, *, markdown: bool = False) -> str:
-    """Training / held-out loss without each law over that of the whole rule, geometric means of paired runs."""
-    names, rows = [name for name in LAWS if name != WHOLE], []
+def table(found: Suite, variants: Iterable[str] = LAWS, *, markdown: bool = False) -> str:
+    """Training / held-out loss of each variant over that of the whole rule, geometric means of paired runs."""
+    names, rows = [name for name in variants if name != WHOLE], []
     for problem, of in found.outcomes.items():
         rows.append([problem])
         for name in names:

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import odeopt.checks
 from odeopt.checks import require
@@ -34,11 +32,6 @@ _OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_sta
 # Similarity from which on a name is a misspelt one: `maximise` has .88, and `weight_decay_mult`, which is meant, .83.
 _MISSPELT = 0.85
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
-
-
-def is_watched() -> bool:
-    """Return True inside of what has to see each operation on tensors: a mode of dispatch, or ``torch.func``."""
-    return _get_current_dispatch_mode() is not None or peek_interpreter_stack() is not None
 
 
 def rule_obstacle(rule: UpdateRule) -> str | None:

@@ -35,7 +35,9 @@ _OF_MATRICES = (
     "trust_ratio",
     "narrow",
     "row_power",
+    "matrix_interval",
 )
+_LARGEST_INTERVAL = 2**24  # steps, up to which float32 counts them
 
 
 def depends_on_q(given: Mapping[str, Any]) -> bool:
@@ -69,6 +71,9 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     check("modes", is_integer(modes) and modes >= 1, "an integer of at least 1")
     for name in ("memory", "narrow"):
         check(name, is_integer(given[name]) and given[name] >= 0, "a non-negative integer")
+    interval = given["matrix_interval"]
+    is_count = is_integer(interval) and 1 <= interval <= _LARGEST_INTERVAL
+    check("matrix_interval", is_count, f"an integer between 1 and {_LARGEST_INTERVAL}")
     check("decay", is_number(decay) and 0 <= decay < 1, "in [0, 1)")
     check("hidden", all(is_integer(w) and w > 0 for w in given["hidden"]), "positive widths")
     scales = given["time_scales"]

@@ -26,7 +26,7 @@ class Shared(NamedTuple):
     per_mode: Tensor | None = None  # log gain, its slope, four numbers for the friction; those that there are
     kappa: Tensor | None = None
     memory: Tensor | None = None  # of the network, after the step
-    matrix_kappa: Tensor | None = None  # step size of a square matrix, as an operator norm
+    matrix_kappa: Tensor | None = None  # step size of a square matrix where it moves, as an operator norm
     lookahead: Tensor | None = None  # evaluation point of the velocity of a matrix, in steps from the start
     coherence: Tensor | None = None  # power of the coherence of a matrix's momenta in the size of its step
     matrix_decay: Tensor | None = None  # decoupled decay of a matrix, per unit of its kappa

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odeopt.ode import integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, QuadraticEnergy, RelativisticEnergy
-from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
+from odeopt.rules.base import StagedRule, is_readable, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.port_hamiltonian import kinetic as energies
 from odeopt.rules.port_hamiltonian.checks import check_arguments, depends_on_q, is_linear, is_spectral
 from odeopt.rules.port_hamiltonian.coefficients import (
@@ -105,8 +105,9 @@ class PortHamiltonianUpdate(StagedRule):
     The momentum's equation is solved by ``solver``; the output has a quadrature of one node, at the lookahead point. A
     matrix is a tensor of two axes, or of more with several rows (out, rest), unless it is a lookup table; all other
     tensors have the quadratic energy in place of a spectral one. With ``matrix_normalization="tensor"``, s one number
-    per matrix, the loss plus :math:`\sum_k (\kappa_k / s) K_k` never rises along the flow while all that is held over
-    a step is held, for any weights; :meth:`energy` and :meth:`power_balance` account for it.
+    per matrix, and ``matrix_interval=1`` the loss plus :math:`\sum_k (\kappa_k / s) K_k` never rises along the flow
+    while all that is held over a step is held, for any weights; :meth:`energy` and :meth:`power_balance` account for
+    it.
 
     Args:
         modes: Degrees of freedom of each coordinate's system.
@@ -201,6 +202,15 @@ class PortHamiltonianUpdate(StagedRule):
             the row's momentum, in [0, 1]; see :func:`~odeopt.rules.port_hamiltonian.kinetic.row_gains`. Effort and
             output of the row are both multiplied by it, so the mode stays passive; units whose gradients are small
             move further. 0 is none.
+        matrix_interval: Number k of steps from one move of a matrix that spectral energies step to the next. The
+            matrix moves at the steps k, 2k, ... of its own ``step``, by k times the step of velocity and decay; bounds
+            of a step (``trust_ratio``, that of the decay) are bounds of the k-fold one. Momenta, scales, memory and the
+            count of steps go on at every step, as do all other tensors. Orthogonalising is left out where no matrix of
+            a call moves, if the tensors are on a CPU; elsewhere that would be a host synchronisation, and nothing is
+            saved. The first move waits for k gradients, since one gradient tells little of the next k steps; and at
+            step 1 the length of the run is not known yet. Steps after the last move, fewer than k, are lost; under a
+            schedule they are close to zero. Each mode stays passive, but its output at the steps between two moves
+            moves nothing: with k above 1, nothing is claimed of the loss plus the stored energy.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
@@ -258,6 +268,7 @@ class PortHamiltonianUpdate(StagedRule):
         trust_ratio: float = 0.0,
         narrow: int = 0,
         row_power: float = 0.0,
+        matrix_interval: int = 1,
     ) -> None:
         arguments = locals()
         defaults = {name: p.default for name, p in inspect.signature(PortHamiltonianUpdate).parameters.items()}
@@ -375,11 +386,16 @@ class PortHamiltonianUpdate(StagedRule):
 
         The momenta of spectral modes are damped and driven by one number per tensor each, as the passivity of their
         energies asks; the output is their velocity at the lookahead point, a quadrature of one node.
+
+        Where ``matrix_interval`` lets a matrix stay, its momenta are stepped and the update is zero.
         """
         friction, gain = self._matrix_modulation(observation, state, shared)
         p, spectral = state.p, self.spectral_modes
         efforts, rows = self._matrix_efforts(observation, p, shape)
         new_p, integral = linear_step(p, gain * efforts, friction, self.solver)
+        new_state, moves = self._next_state(new_p, state.q, observation, state, shared), self._moves(shared)
+        if moves is not None and is_readable(moves) and not moves.any():
+            return torch.zeros_like(observation.u), new_state
         kappa = shared.matrix_kappa * energies.operator_scale(shape, self.matrix_scale)
         if self.output == "spectral":
             update = kappa * energies.spectral_velocity((gain * integral).sum(-2), shape)
@@ -394,12 +410,17 @@ class PortHamiltonianUpdate(StagedRule):
             update = kappa / _START_GAIN * rows * (rates[1] * velocity).sum(-2)
             if self._other_modes:
                 outputs = gain * self._coordinate_integral(new_p, integral)
-                update = update + shared.kappa * outputs[..., self._other_modes, :].sum(-2)
+                kappa = shared.kappa * self.matrix_interval
+                update = update + kappa * outputs[..., self._other_modes, :].sum(-2)
         if param is not None and self.initial_decay > 0:
             rate = shared.matrix_kappa * shared.matrix_decay
             # at lr <= 1 no step goes beyond where velocity and decay balance, however large step sizes have grown
             update = (update - rate * param) / rate.clamp(min=1.0)
-        return update, self._next_state(new_p, state.q, observation, state, shared)
+        return update if moves is None else torch.where(moves, update, 0.0), new_state
+
+    def _moves(self, shared: Shared) -> Tensor | None:
+        """Whether a matrix moves at this step, bool, shape ``(*batch, 1)``; None where it does at every one."""
+        return None if self.matrix_interval == 1 else torch.remainder(shared.step, self.matrix_interval) == 0
 
     def _matrix_modulation(self, observation: Observation, state, shared: Shared) -> tuple[Tensor, Tensor]:
         """Friction and gain of each mode, ``(*batch, modes, n)``; ``(*batch, modes, 1)`` if all modes are spectral."""
@@ -577,7 +598,8 @@ class PortHamiltonianUpdate(StagedRule):
         if self.decay_horizon > 0:
             lasting = step if length is None or not is_told else length
             growth = growth * long_run_factor(lasting, self.decay_horizon, self.horizon_power)
-        matrix_kappa = self.initial_matrix_kappa * self.depth_factor * log_matrix_kappa.exp()
+        # of the step of a whole interval, so that what follows bounds it
+        matrix_kappa = self.initial_matrix_kappa * self.depth_factor * self.matrix_interval * log_matrix_kappa.exp()
         if self.trust_ratio > 0 and mean_square is not None:
             matrix_kappa = matrix_kappa * trust(mean_square, matrix_kappa * features.step_rms, self.trust_ratio)
         return shared._replace(
@@ -690,6 +712,9 @@ class PortHamiltonianUpdate(StagedRule):
     ) -> PowerBalance:
         """Account for the energy at the start of the step that ``grad`` drives.
 
+        It is that of the momenta, which every step damps and drives: also of a step at which ``matrix_interval`` lets
+        the matrix stay, when the supplied power is that of an output which moves nothing.
+
         Args:
             grad: Gradient of the loss, shape ``(*batch, n)``.
             state: State before the step.
@@ -730,7 +755,8 @@ class PortHamiltonianUpdate(StagedRule):
     def account(self, grad, state, *, param=None, shape=None, progress=None):
         """Energy and powers, summed over the tensor; its step size; friction and port gain of each mode, on average.
 
-        The step size is the factor on the system's output, of a matrix the operator norm that the output is given. A
+        The step size is the factor on the system's output, of a matrix the operator norm that the output is given:
+        with ``matrix_interval`` that of the whole interval where the matrix moves, and zero at the steps between. A
         friction or port that is a network of q is left out.
         """
         observation, shared = self._prepare(grad, state, param, shape, progress)
@@ -739,6 +765,8 @@ class PortHamiltonianUpdate(StagedRule):
         found |= {"dissipated": balance.dissipated, "supplied": balance.supplied}
         if self.is_whole(shape):
             step_size = shared.matrix_kappa * energies.operator_scale(tuple(shape), self.matrix_scale)
+            moves = self._moves(shared)
+            step_size = step_size if moves is None else torch.where(moves, step_size, 0.0)
             modulation = self._matrix_modulation(observation, state, shared)
         else:
             step_size, modulation = shared.kappa, self._modulation(observation, state, shared)

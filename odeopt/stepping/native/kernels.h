@@ -373,7 +373,8 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
     restore_tiny(control);
 }
 
-/* Move a matrix by the sum of its orthogonalised momenta and by the outputs of its other modes, if there are any. */
+/* Move a matrix by the sum of its orthogonalised momenta and by the outputs of its other modes, if there are any. Where
+   `sum` is NULL, only the weight decay of the optimizer is left. */
 TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Group *group, void *param,
                                     const float *sum, const float *others)
 {
@@ -383,7 +384,11 @@ TARGET static void ISA(move_matrix)(const Tensor *t, const Shared *c, const Grou
     for (int64_t i = 0; i < t->n; i += BLOCK) {
         const int n = (int)(t->n - i < BLOCK ? t->n - i : BLOCK);
         float *theta = ISA(load)(param, t->param_type, i, n, buffer);
-        if (others) {
+        if (!sum) {
+#pragma omp simd
+            for (int j = 0; j < n; j++)
+                theta[j] *= keep;
+        } else if (others) {
 #pragma omp simd
             for (int j = 0; j < n; j++)
                 theta[j] = keep * theta[j] + lr * (sum[i + j] + kappa * others[i + j] - decay * theta[j]);

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_VERSION = 6  # of the structures; step.c has the same
+_VERSION = 7  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -30,7 +30,8 @@ class Rule(ctypes.Structure):
         *((name, c_float) for name in ("alignment_rate", "trust_ratio", "row_power")),
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales")),
         *((name, c_int32) for name in ("n_memory", "n_moved")),
-        *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix", "n_spectral")),
+        *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix")),
+        *((name, c_int32) for name in ("n_spectral", "matrix_interval")),
         *((name, c_int32) for name in ("n_psi", "coordinatewise", "uses_progress")),
     )
 

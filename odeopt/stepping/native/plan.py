@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from odeopt.rules.base import UpdateRule, has_values
+from odeopt.rules.base import UpdateRule, has_values, is_watched
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
-from odeopt.stepping.checks import is_watched, rule_obstacle
+from odeopt.stepping.checks import rule_obstacle
 from odeopt.stepping.native.library import Group, Options, Rule, TensorState, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -230,8 +230,8 @@ class NativeStep:
 
 # what step.c takes under the names of the rule
 _AS_THEY_ARE = ("speed_limit", "initial_kappa", "horizon_power", "initial_lookahead", "initial_coherence",
-                "decay_growth", "decay_onset", "decay_horizon", "alignment_rate", "trust_ratio", "row_power", "n_gain",
-                "n_friction", "n_memory", "coordinatewise", "uses_progress")  # fmt: skip
+                "decay_growth", "decay_onset", "decay_horizon", "alignment_rate", "trust_ratio", "row_power",
+                "matrix_interval", "n_gain", "n_friction", "n_memory", "coordinatewise", "uses_progress")  # fmt: skip
 
 
 class _Constants:
@@ -252,7 +252,7 @@ class _Constants:
             **{name: getattr(rule, name) for name in _AS_THEY_ARE},
             psi=(ctypes.c_float * 7)(*_PSI[rule.solver]),
             decays=(ctypes.c_float * 2)(*rule.decays.tolist()),
-            initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor,
+            initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor * rule.matrix_interval,
             initial_decay=rule.initial_decay / rule.depth_factor,
             log_floor=math.log2(rule.ratio_floor) if rule.ratio_floor > 0 else -math.inf,
             n_layers=len(layers),

@@ -41,7 +41,7 @@
 #define HAS_X86 0
 #endif
 
-#define VERSION 6    /* of the structures below */
+#define VERSION 7    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -100,6 +100,7 @@ typedef struct {
                                   follow the alignment */
     int32_t at_kappa, at_memory, at_exponent, at_matrix; /* places in the outputs of the network; -1 for none */
     int32_t n_spectral; /* modes whose momentum is orthogonalised in matrices; 0 where the sum of the outputs is */
+    int32_t matrix_interval; /* steps from one move of a matrix to the next, by as many times the step */
     int32_t n_psi, coordinatewise, uses_progress;
 } Rule;
 
@@ -141,6 +142,7 @@ typedef struct {
     float matrix_kappa, lookahead, decay, coherence;
     int32_t largest; /* magnitude of the gradient, as bits, which are in the order of the numbers */
     int is_broken, is_left; /* whether the gradient is not finite; whether the tensor stays as it is */
+    int moves;              /* of a matrix: whether this step of its state moves it */
 } Shared;
 
 /* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
@@ -345,6 +347,8 @@ static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, co
         kappa *= fminf(fmaxf(trust, 0.1f), 1.0f);
     }
     c->matrix_kappa = kappa * scheduled;
+    c->kappa *= rule->matrix_interval; /* the other one has it from the constants */
+    c->moves = (int64_t)c->step % rule->matrix_interval == 0;
     c->lookahead = rule->initial_lookahead * expf(out[1]);
     c->decay = rule->initial_decay * expf(out[2]);
     c->coherence = rule->initial_coherence * expf(out[3]);
@@ -665,7 +669,8 @@ static int sums_of(const Job *job, int pass)
 }
 
 /* The last pass over a matrix. The momenta of spectral modes are damped and driven by one number each, and move it along
-   the velocities at the lookahead point; or along the orthogonalised sum of all outputs. */
+   the velocities at the lookahead point; or along the orthogonalised sum of all outputs. Where the step is one between
+   two moves, there are no products. */
 static void advance_matrix(const Job *job, int64_t i, char *workspace)
 {
     const Rule *rule = job->rule;
@@ -687,6 +692,11 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
     for (int64_t start = 0; start < t->n; start += CHUNK) {
         const int64_t stop = start + CHUNK < t->n ? start + CHUNK : t->n;
         kernels->advance_matrix(rule, t, c, job->grads[i], start, stop, w.momenta, w.others, w.gains, sums);
+    }
+    if (!c->moves) {
+        if (group_of(job, i)->keep != 1.0f)
+            kernels->move_matrix(t, c, group_of(job, i), job->params[i], NULL, NULL);
+        return;
     }
     const float kappa = c->matrix_kappa * t->operator_scale;
     for (int mode = 0, k = 0; k < n_momenta; mode++) {

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.ode.steps import TABLEAUX
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, is_watched
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.stepping.buckets import Bucket
-from odeopt.stepping.checks import is_watched, rule_obstacle
+from odeopt.stepping.checks import rule_obstacle
 from odeopt.stepping.loops import StepOptions
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
