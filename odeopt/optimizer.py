@@ -273,14 +273,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 moved then.
             RuntimeError: If the parameters hold averages (:meth:`eval`), or a guard was not told the loss.
         """
-        if torch.compiler.is_dynamo_compiling() and closure is None and trace_step(self, self._handle):
-            return None
-        return self._step_now(closure)
+        if not torch.compiler.is_dynamo_compiling():
+            return self._step_now(closure)
+        return None if closure is None and trace_step(self, self._handle) else self._step_beside_graph(closure)
 
     @torch._disable_dynamo  # unlike torch.compiler.disable it does not import the compiler before it is needed
-    @torch.no_grad()
-    def _step_now(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step_beside_graph(self, closure: Callable[[], Any] | None) -> Any:
         """Step, left out of what is compiled."""
+        return self._step_now(closure)
+
+    @torch.no_grad()
+    def _step_now(self, closure: Callable[[], Any] | None) -> Any:
         if averages.are_shown(self.state):
             raise RuntimeError("The parameters hold the averaged weights: call `optimizer.train()` before a step.")
         loss = None

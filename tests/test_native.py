@@ -192,6 +192,7 @@ MATRIX_OPTIONS = {
     "depth": {"kinetic": "spectral", "depth_power": 0.5, "initial_decay": 0.1},
     "alignment, trust": {"kinetic": "spectral", "alignment_rate": 9.0, "trust_ratio": 0.05, "memory": 2},
     "alignment of a mixture": {"kinetic": ("quadratic", "spectral"), "alignment_rate": 9.0, "trust_ratio": 0.01},
+    "alignment of a long run": {"kinetic": "spectral", "alignment_rate": 9.0, "alignment_horizon": 1.0, "memory": 1},
     "rows": {"kinetic": "spectral", "row_power": 0.4, "initial_coherence": 0.8},
     "rows of a mixture": {"kinetic": ("spectral", "quadratic", "spectral"), "modes": 3, "row_power": 1.0},
     "narrow": {"kinetic": "spectral", "narrow": 4, "depth_power": 1.0, "trust_ratio": 0.05},

@@ -586,11 +586,11 @@ def test_decay_falls_with_the_length_of_runs_beyond_its_horizon(options):
         torch.testing.assert_close(fallen * decay.mean(), decay * fallen.mean())
         return (fallen.mean() / decay.mean()).item()
 
-    for step, length in [(2, 100), (2, 1000), (700, 1000), (2, 6000), (3001, 6000)]:
-        assert ratio(step, (step - 1) / length) == pytest.approx(max(length / 1000, 1) ** -0.4)
+    for step, length in [(2, 100), (2, 1000), (700, 1000), (2, 3000), (1501, 3000), (2, 6000)]:
+        assert ratio(step, (step - 1) / length) == pytest.approx(max(max(length / 1000, 1) ** -0.4, 0.6))
     assert ratio(1, 0.0) == pytest.approx(1)  # nothing tells the length yet
-    for step in (1, 1000, 4000):  # not told, a run counts as long as it has been
-        assert ratio(step, None) == pytest.approx(max(step / 1000, 1) ** -0.4)
+    for step in (1, 1000, 2000, 9000):  # not told, a run counts as long as it has been
+        assert ratio(step, None) == pytest.approx(max(max(step / 1000, 1) ** -0.4, 0.6))
 
 
 @pytest.mark.parametrize("implementation", ["auto", "eager"])
@@ -699,6 +699,8 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "row_power": 1.5}, r"`row_power` should be a number in \[0, 1\]. Found .* = 1.5`"),
         ({"alignment_rate": math.nan}, "`alignment_rate` should be a non-negative number. Found .* = nan`"),
         ({"coordinatewise": True, "alignment_rate": 1.0}, "`alignment_rate` should be 0 where `coordinatewise = True`"),
+        ({"alignment_horizon": 9.0}, "`alignment_horizon` should be 0.0 where `alignment_rate = 0`. Found .* = 9.0`"),
+        ({"alignment_rate": 1.0, "alignment_horizon": -1}, "`alignment_horizon` should be a non-negative number. Found"),
         ({"initial_decay": 0.1}, "`initial_decay` should be 0.0 where no energy is spectral. Found .* = 0.1`"),
         ({"matrix_scale": "muon"}, "`matrix_scale` should be 'transfer' where no energy is spectral"),
         ({"output": "spectral", "initial_lookahead": 2.0}, "`initial_lookahead` should be 1.0 where `output = "),
@@ -744,6 +746,23 @@ def test_step_sizes_fall_where_each_step_overshoots_and_rest_where_noise_prevail
         _, state = rule(grad, state, shape=(40, 100))
         steps.append(state.memory.item())
     assert steps[1:] == [steps[0]] * 39
+
+
+def test_growth_is_lost_as_the_inverse_of_the_steps_where_noise_prevails_late_in_a_run_and_nowhere_else():
+    rules = [PortHamiltonianUpdate(kinetic="spectral", alignment_rate=2.0, alignment_horizon=x).double() for x in (0, 50)]
+    growing, lost = (logs_of_step_sizes(rule, lambda step: 1, n_steps=80) for rule in rules)
+    assert growing == lost
+    logs = []
+    for rule in rules:
+        state, found = rule.init_state(torch.zeros(4000, dtype=f64)), []
+        for step in range(200):
+            noise = torch.randn(4000, dtype=f64, generator=torch.Generator().manual_seed(step))
+            _, state = rule(torch.ones_like(noise) if step < 20 else noise, state, shape=(40, 100))
+            found.append(state.memory.item())
+        logs.append(found)
+    assert logs[0][:50] == logs[1][:50]
+    assert logs[0][199] == logs[0][49] > 1
+    assert logs[1][199] == pytest.approx(logs[1][49] * 50 / 200, rel=1e-6)
 
 
 def test_growth_counts_in_the_steps_of_matrices_and_vectors_alike():

@@ -23,7 +23,7 @@ from odeopt.suite.problems import Characters, Images, Picture, Pixels, Problem, 
 WHOLE = "whole"
 LAWS = {
     WHOLE: {},
-    "without alignment": {"alignment_rate": 0.0},
+    "without alignment": {"alignment_rate": 0.0, "alignment_horizon": 0.0},
     "without trust": {"trust_ratio": 0.0},
     "matrices of few rows as others": {"narrow": 0},
     "rows alike": {"row_power": 0.0},

@@ -79,7 +79,7 @@ def _step(
     if [param.shape for param in own] != [param.shape for param in params]:
         raise RuntimeError("Parameters were added to the optimizer, or taken from it, in the code that was compiled.")
     with _standing_in(own, params, grads), _options(optimizer, n_steps, lrs, numbers):
-        optimizer._step_now()
+        optimizer._step_now(None)
 
 
 @_step.register_fake

@@ -93,7 +93,7 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         check(name, is_number(given[name]) and given[name] > 0, "a positive number")
     for name in (
         *("initial_coherence", "initial_decay", "decay_horizon", "horizon_power", "depth_power"),
-        *("alignment_rate", "trust_ratio"),
+        *("alignment_rate", "alignment_horizon", "trust_ratio"),
     ):
         check(name, is_number(given[name]) and given[name] >= 0, "a non-negative number")
     for name in ("decay_growth", "decay_onset"):
@@ -113,6 +113,8 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         unused |= dict.fromkeys(("decay_growth", "decay_horizon"), "`initial_decay = 0`")
     if given["decay_growth"] == 1:
         unused["decay_onset"] = "`decay_growth = 1`"
+    if given["alignment_rate"] == 0:
+        unused["alignment_horizon"] = "`alignment_rate = 0`"
     if given["horizon_power"] == 0:
         unused["decay_horizon"] = "`horizon_power = 0`"
     if given["schedule"] == "none":

@@ -27,7 +27,7 @@ class Rule(ctypes.Structure):
         *((name, c_float) for name in ("initial_kappa", "horizon_power", "log_floor")),
         *((name, c_float) for name in ("initial_matrix_kappa", "initial_lookahead", "initial_decay")),
         *((name, c_float) for name in ("initial_coherence", "decay_growth", "decay_onset", "decay_horizon")),
-        *((name, c_float) for name in ("alignment_rate", "trust_ratio", "row_power")),
+        *((name, c_float) for name in ("alignment_rate", "alignment_horizon", "trust_ratio", "row_power")),
         *((name, c_int32) for name in ("n_layers", "n_modes", "n_gain", "n_friction", "n_time_scales")),
         *((name, c_int32) for name in ("n_memory", "n_moved")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix")),

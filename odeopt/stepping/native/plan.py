@@ -230,8 +230,9 @@ class NativeStep:
 
 # what step.c takes under the names of the rule
 _AS_THEY_ARE = ("speed_limit", "initial_kappa", "horizon_power", "initial_lookahead", "initial_coherence",
-                "decay_growth", "decay_onset", "decay_horizon", "alignment_rate", "trust_ratio", "row_power",
-                "matrix_interval", "n_gain", "n_friction", "n_memory", "coordinatewise", "uses_progress")  # fmt: skip
+                "decay_growth", "decay_onset", "decay_horizon", "alignment_rate", "alignment_horizon", "trust_ratio",
+                "row_power", "matrix_interval", "n_gain", "n_friction", "n_memory", "coordinatewise",
+                "uses_progress")  # fmt: skip
 
 
 class _Constants:

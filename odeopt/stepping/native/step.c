@@ -66,6 +66,7 @@
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
 #define HELD_GROWTH 1.5f
+#define LEAST_OF_LONG_RUNS 0.6f
 #define SMALL_ROW 1e-4 /* of odeopt.rules.port_hamiltonian.kinetic */
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
 #define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
@@ -94,7 +95,7 @@ typedef struct {
     float log_floor; /* the binary logarithm */
     float initial_matrix_kappa, initial_lookahead, initial_decay, initial_coherence;
     float decay_growth, decay_onset, decay_horizon;
-    float alignment_rate, trust_ratio, row_power;
+    float alignment_rate, alignment_horizon, trust_ratio, row_power;
     int32_t n_layers, n_modes, n_gain, n_friction, n_time_scales;
     int32_t n_memory, n_moved; /* slow variables, and those of them that the network moves; the others, one at most,
                                   follow the alignment */
@@ -359,7 +360,7 @@ static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, co
         c->decay *= fminf(fmaxf(growth, 1.0f), rule->decay_growth);
     }
     if (rule->decay_horizon > 0.0f)
-        c->decay *= powf(fmaxf(lasting / rule->decay_horizon, 1.0f), -rule->horizon_power);
+        c->decay *= fmaxf(powf(fmaxf(lasting / rule->decay_horizon, 1.0f), -rule->horizon_power), LEAST_OF_LONG_RUNS);
     for (int k = 0; k < rule->n_modes; k++) {
         const float *numbers = c->per_mode + 6 * k;
         const float friction = 2.0f / (1.0f + exp2f(-numbers[2])), gain = exp2f(numbers[0]);
@@ -419,7 +420,9 @@ static void coefficients(const Rule *rule, const Tensor *t, const Group *group, 
     const float *out = network(rule, x, y);
     for (int k = 0; k < rule->n_memory; k++) {
         const int is_moved = k < rule->n_moved;
-        const float move = is_moved ? tanhf(out[rule->at_memory + k]) : rule->alignment_rate * aligned_move(alignment);
+        float move = is_moved ? tanhf(out[rule->at_memory + k]) : rule->alignment_rate * aligned_move(alignment);
+        if (!is_moved && rule->alignment_horizon > 0.0f && c->step > rule->alignment_horizon && move == 0.0f)
+            move = -t->memory[k];
         c->memory[k] = t->memory[k] + move / fmaxf(c->step, MEMORY_WARMUP);
         growth += k == 0 || !is_moved ? c->memory[k] : 0.0f;
     }
