@@ -192,7 +192,6 @@ MATRIX_OPTIONS = {
     "depth": {"kinetic": "spectral", "depth_power": 0.5, "initial_decay": 0.1},
     "alignment, trust": {"kinetic": "spectral", "alignment_rate": 9.0, "trust_ratio": 0.05, "memory": 2},
     "alignment of a mixture": {"kinetic": ("quadratic", "spectral"), "alignment_rate": 9.0, "trust_ratio": 0.01},
-    "alignment of a long run": {"kinetic": "spectral", "alignment_rate": 9.0, "alignment_horizon": 1.0, "memory": 1},
     "rows": {"kinetic": "spectral", "row_power": 0.4, "initial_coherence": 0.8},
     "rows of a mixture": {"kinetic": ("spectral", "quadratic", "spectral"), "modes": 3, "row_power": 1.0},
     "narrow": {"kinetic": "spectral", "narrow": 4, "depth_power": 1.0, "trust_ratio": 0.05},
@@ -255,6 +254,23 @@ def test_decay_grows_as_in_the_eager_step(times):
         for state in optimizer.state.values():
             state["slow_scale"].mul_(times)
     assert_matrices_step_alike(optimizers)
+
+
+@pytest.mark.parametrize("total_steps", [None, 9000])
+def test_step_of_a_long_run_is_the_eager_one(total_steps):
+    rule = port_hamiltonian(kinetic="spectral", schedule="power", uses_progress=True, horizon_power=0.4, memory=1,
+                            initial_decay=50.0, decay_horizon=1000.0, alignment_rate=2.0, alignment_horizon=1000.0)  # fmt: skip
+    optimizers = pair(rule, MATRICES, total_steps=total_steps)
+    give(optimizers, 0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.param_groups[0]["n_steps"] = 6000
+        for state in optimizer.state.values():
+            state["step"].fill_(6000.0)
+            state["memory"].fill_(1.5)
+    assert_matrices_step_alike(optimizers)
+    lost = [1.5 - state["memory"][..., -1].item() for state in optimizers[1].state.values()]
+    assert sum(x > 0.9 * 1.5 / 6000 for x in lost) > len(lost) // 2  # growth, at one step or more that asked for none
 
 
 @pytest.mark.parametrize("options", MATRIX_OPTIONS.values(), ids=MATRIX_OPTIONS)

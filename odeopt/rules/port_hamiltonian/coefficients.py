@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _HELD_GROWTH = 1.5  # of the decay, before gradients have become small
-_LEAST_OF_LONG_RUNS = 0.6  # of the decay: with less, examples are learned by heart
+_LEAST_OF_LONG_RUNS = 0.7  # of the decay: with less, examples are learned by heart
 _REFERENCE, _SHORTEST, _ANYTIME = 500, 30, 100  # steps: of runs of factor one, of any run, of runs of unknown length
 
 
@@ -118,5 +118,5 @@ def horizon_factor(step: Tensor, length: Tensor | None, power: float) -> Tensor:
 
 
 def long_run_factor(length: Tensor, horizon: float, power: float) -> Tensor:
-    """Factor on the decay by which it falls with the length of a run, beyond ``horizon`` steps, to .6 and no less."""
+    """Factor on the decay by which it falls with the length of a run, beyond ``horizon`` steps, to .7 and no less."""
     return (length / horizon).clamp(min=1).pow(-power).clamp(min=_LEAST_OF_LONG_RUNS).nan_to_num(1.0)

@@ -183,7 +183,7 @@ class PortHamiltonianUpdate(StagedRule):
             it counts as the number of steps so far, at least 100, and step sizes are half as large: the mean of what
             falls linearly to zero.
         decay_horizon: With ``initial_decay`` and ``horizon_power``, length of a run, in steps, beyond which the decay
-            per step falls too: :math:`(T / T_0)^{-\text{power}}` times, but at least .6, with the steps so far for T where
+            per step falls too: :math:`(T / T_0)^{-\text{power}}` times, but at least .7, with the steps so far for T where
             the length is not told. The longer a run, the more it would decay its matrices. 0 is none.
         depth_power: With spectral energies, how fast steps of matrices fall with the number N of matrices in the
             network, which :meth:`for_depth` tells: :math:`(4 / (N - 1))^{\text{power}}`, with N between 1.25 and 5.

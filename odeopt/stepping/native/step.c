@@ -66,7 +66,7 @@
 #define ANYTIME 100.0f
 #define START_GAIN 0.35f
 #define HELD_GROWTH 1.5f
-#define LEAST_OF_LONG_RUNS 0.6f
+#define LEAST_OF_LONG_RUNS 0.7f
 #define SMALL_ROW 1e-4 /* of odeopt.rules.port_hamiltonian.kinetic */
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
 #define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
