@@ -258,9 +258,9 @@ def test_decay_grows_as_in_the_eager_step(times):
 
 @pytest.mark.parametrize("total_steps", [None, 9000])
 def test_step_of_a_long_run_is_the_eager_one(total_steps):
-    rule = port_hamiltonian(kinetic="spectral", schedule="power", uses_progress=True, horizon_power=0.4, memory=1,
-                            initial_decay=50.0, decay_horizon=1000.0, alignment_rate=2.0, alignment_horizon=1000.0)  # fmt: skip
-    optimizers = pair(rule, MATRICES, total_steps=total_steps)
+    schedule = {"schedule": "power", "uses_progress": True, "horizon_power": 0.4, "memory": 1}
+    laws = {"initial_decay": 50.0, "decay_horizon": 1000.0, "alignment_rate": 2.0, "alignment_horizon": 1000.0}
+    optimizers = pair(port_hamiltonian(kinetic="spectral", **schedule, **laws), MATRICES, total_steps=total_steps)
     give(optimizers, 0)
     for optimizer in optimizers:
         optimizer.step()

@@ -699,8 +699,8 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "row_power": 1.5}, r"`row_power` should be a number in \[0, 1\]. Found .* = 1.5`"),
         ({"alignment_rate": math.nan}, "`alignment_rate` should be a non-negative number. Found .* = nan`"),
         ({"coordinatewise": True, "alignment_rate": 1.0}, "`alignment_rate` should be 0 where `coordinatewise = True`"),
-        ({"alignment_horizon": 9.0}, "`alignment_horizon` should be 0.0 where `alignment_rate = 0`. Found .* = 9.0`"),
-        ({"alignment_rate": 1.0, "alignment_horizon": -1}, "`alignment_horizon` should be a non-negative number. Found"),
+        ({"alignment_horizon": 9.0}, "`alignment_horizon` should be 0.0 where `alignment_rate = 0`. Found"),
+        ({"alignment_rate": 1.0, "alignment_horizon": -1}, "`alignment_horizon` should be a non-negative number"),
         ({"initial_decay": 0.1}, "`initial_decay` should be 0.0 where no energy is spectral. Found .* = 0.1`"),
         ({"matrix_scale": "muon"}, "`matrix_scale` should be 'transfer' where no energy is spectral"),
         ({"output": "spectral", "initial_lookahead": 2.0}, "`initial_lookahead` should be 1.0 where `output = "),
@@ -749,7 +749,8 @@ def test_step_sizes_fall_where_each_step_overshoots_and_rest_where_noise_prevail
 
 
 def test_growth_is_lost_as_the_inverse_of_the_steps_where_noise_prevails_late_in_a_run_and_nowhere_else():
-    rules = [PortHamiltonianUpdate(kinetic="spectral", alignment_rate=2.0, alignment_horizon=x).double() for x in (0, 50)]
+    options = {"kinetic": "spectral", "alignment_rate": 2.0}
+    rules = [PortHamiltonianUpdate(**options, alignment_horizon=x).double() for x in (0, 50)]
     growing, lost = (logs_of_step_sizes(rule, lambda step: 1, n_steps=80) for rule in rules)
     assert growing == lost
     logs = []

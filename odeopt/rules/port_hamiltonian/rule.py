@@ -183,8 +183,8 @@ class PortHamiltonianUpdate(StagedRule):
             it counts as the number of steps so far, at least 100, and step sizes are half as large: the mean of what
             falls linearly to zero.
         decay_horizon: With ``initial_decay`` and ``horizon_power``, length of a run, in steps, beyond which the decay
-            per step falls too: :math:`(T / T_0)^{-\text{power}}` times, but at least .7, with the steps so far for T where
-            the length is not told. The longer a run, the more it would decay its matrices. 0 is none.
+            per step falls too: :math:`(T / T_0)^{-\text{power}}` times, but at least .7, with the steps so far for T
+            where the length is not told. The longer a run, the more it would decay its matrices. 0 is none.
         depth_power: With spectral energies, how fast steps of matrices fall with the number N of matrices in the
             network, which :meth:`for_depth` tells: :math:`(4 / (N - 1))^{\text{power}}`, with N between 1.25 and 5.
             Layers that follow each other add up their changes of the output, so that each may make a part of it;
@@ -193,9 +193,9 @@ class PortHamiltonianUpdate(StagedRule):
             its logarithm moves by ``alignment_rate * (max(a - 0.2, 0) - max(-a - 0.5, 0)) / max(t, 10)`` at step t, so
             it grows for as long as gradients go on pointing along the momenta, and falls where each step overshoots.
             It keeps one number per tensor, which the network does not see. 0 is none.
-        alignment_horizon: With ``alignment_rate``, number of steps from which on that growth is lost again, in proportion
-            to the inverse of the steps so far, at steps at which the alignment asks for neither. What let a run begin
-            quickly is too long for the end of a long one. 0 is none.
+        alignment_horizon: With ``alignment_rate``, number of steps from which on that growth is lost again, in
+            proportion to the inverse of the steps so far, at steps at which the alignment asks for neither. What let a
+            run begin quickly is too long for the end of a long one. 0 is none.
         trust_ratio: Bound of the rms of a matrix's step, before the schedule, over the rms of the matrix; a tenth of
             the step is always allowed, so that matrices of zeros are trained. 0 is none.
         narrow: With spectral energies, the largest number of rows or of columns with which a matrix is stepped by
@@ -225,8 +225,8 @@ class PortHamiltonianUpdate(StagedRule):
         Large et al. (2024), Scalable optimization in the modular norm, Prop. 3: step sizes of composed layers.
         Jacobs (1988), Increased rates of convergence through learning rate adaptation: the sign of what
         ``alignment_rate`` does.
-        Ioannou, Kokotovic (1984), Instability analysis and improvement of robustness of adaptive control: leakage, which
-        ``alignment_horizon`` begins.
+        Ioannou, Kokotovic (1984), Instability analysis and improvement of robustness of adaptive control: leakage,
+        which ``alignment_horizon`` begins.
         You, Gitman, Ginsburg (2017), Large batch training of convolutional networks, Eq. (6): trust ratios.
         Chen et al. (2024), Lion secretly solves constrained optimization: as Lyapunov predicts: decoupled decay.
         Li et al. (2025), NorMuon: Making Muon more efficient and scalable: rows of one size; there of the output alone.
