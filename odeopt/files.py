@@ -7,7 +7,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,10 +34,14 @@ def locked(path: str | os.PathLike, *, timeout: float) -> Iterator[None]:
     """Hold a lock, which goes with the process, however that ends; ``path`` is a file that is made for it, and stays.
 
     Raises:
-        sqlite3.Error: If another process holds it for longer than ``timeout`` seconds, or the file cannot be written.
+        OSError: If another process holds it for longer than ``timeout`` seconds, or the file cannot be written.
     """
-    with closing(sqlite3.connect(path, timeout=timeout)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(closing(sqlite3.connect(path, timeout=timeout)))
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            raise OSError(f"{path}: not locked for this process alone: {error}") from error
         yield
 
 

@@ -112,10 +112,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
-            A number given as ``lr`` is frozen into the graph; a tensor is not. On a CPU, and without ``averaging``,
-            graphs of ``torch.compile`` hold the step then, also with ``fullgraph=True``, as one operation: where an
-            ``lr`` that is a number changes, they are compiled anew. Compiled code must not touch :attr:`state`, of
-            which the graph does not know.
+            A number given as ``lr`` is frozen into the graph; a tensor is not. On a CPU, with a tensor as ``lr`` and
+            without ``averaging``, ``torch.compile`` then puts the step into its graphs as one operation, also with
+            ``fullgraph=True``. Compiled code must not touch :attr:`state`, of which the graph does not know.
         averaging: Power r of an average of the weights over the run, :math:`\bar\theta_t \propto \sum_{s \le t} s^r
             \theta_s` (about; see the reference), in place of a schedule where the length of the run is not known: 8 is
             a good value. (.9 and more, but less than 1, is warned of: such are the decays of exponential averages.)
@@ -453,6 +452,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue bit for bit where the optimizer that gave ``state_dict`` stood.
+
+        Eager steps do so to rounding where parameters had their first gradients at different steps: they are stepped
+        apart until the run is resumed, and together from then on.
 
         The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
         group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning. Options of

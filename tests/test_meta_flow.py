@@ -127,7 +127,7 @@ def test_networks_flow_too():
     [
         ({"scale": 0.0}, "`scale` should be a positive number. Found `scale = 0.0`"),
         ({"t": [1.0, 0.0]}, r"`t` should be rising. Found `t = \[1.0, 0.0\]`"),
-        ({"t": [0.0]}, "`t` should be one-dimensional with at least two times"),
+        ({"t": [0.0]}, "`t.shape` should be that of one dimension with at least two times"),
         ({"kappa": math.inf}, "`kappa` should be a positive number. Found `kappa = inf`"),
         ({"until_norm": -1.0}, "`until_norm` should be a positive number or None. Found `until_norm = -1.0`"),
         ({"rule": odeopt.AdamUpdate(0.1)}, "`rule` should be a port-Hamiltonian rule or system"),

@@ -116,8 +116,7 @@ def test_two_steps_in_one_graph_follow_each_other():
     assert graphs.count_steps() == [2]
 
 
-@pytest.mark.parametrize("wrap", [torch.tensor, float], ids=["tensor", "number"])
-def test_options_that_compiled_code_sets_count_in_its_own_step(wrap):
+def test_options_that_compiled_code_sets_count_in_its_own_step():
     def move(x, values, model, optimizer):
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = values[0], values[1]
@@ -125,10 +124,10 @@ def test_options_that_compiled_code_sets_count_in_its_own_step(wrap):
         train_step(x, model, optimizer)
 
     rule = RULES["port-hamiltonian"]()
-    (model, optimizer), (twin, other) = (learner(rule, lr=0.5) for _ in range(2))
+    (model, optimizer), (twin, other) = (learner(rule) for _ in range(2))
     compiled = torch.compile(move, backend="aot_eager", fullgraph=True)
     for step in range(2):
-        values = wrap(0.3 + step / 8), 0.01 * step, 20 - step
+        values = torch.tensor(0.3 + step / 8), 0.01 * step, 20 - step
         compiled(inputs(step), values, model, optimizer)
         move(inputs(step), values, twin, other)
         assert_alike(optimizer, other)
@@ -198,6 +197,20 @@ def test_step_that_no_graph_can_hold_is_a_graph_break_or_an_error(options):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
 
 
+@pytest.mark.parametrize("options", [{"lr": 0.5}, {"weight_decay": torch.tensor(0.1)}], ids=["number", "tensor"])
+def test_step_is_left_out_of_the_graph_where_the_learning_rate_is_a_number_or_another_option_a_tensor(options):
+    (model, optimizer), (twin, other) = (learner(port_hamiltonian()) for _ in range(2))
+    for each in (optimizer, other):
+        each.param_groups[0].update(options)
+    graphs = Graphs(is_functional=True)
+    compiled = torch.compile(train_step, backend=graphs)
+    for step in range(2):
+        compiled(inputs(step), model, optimizer)
+        train_step(inputs(step), twin, other)
+        assert_alike(optimizer, other)
+    assert sum(graphs.count_steps()) == 0
+
+
 def test_closure_and_step_without_gradients_are_left_out_of_the_graph():
     model, optimizer = learner(LeakySum())
     with pytest.raises(Unsupported, match="_step_beside_graph"):
@@ -229,7 +242,8 @@ def test_what_is_kept_beside_the_graph_is_not_read_by_it(read):
 
 
 def test_copy_of_an_optimizer_is_stepped_in_place_of_the_one_that_was_copied():
-    optimizer = LearnedOptimizer([parameter([1.0, 2.0], [0.3, 0.4])], LeakySum(), capturable=True)
+    params = [parameter([1.0, 2.0], [0.3, 0.4])]
+    optimizer = LearnedOptimizer(params, LeakySum(), lr=torch.tensor(1.0), capturable=True)
     other = copy.deepcopy(optimizer)
     (param,), (copied,) = (some.param_groups[0]["params"] for some in (optimizer, other))
     copied.grad = torch.ones(2)
@@ -258,8 +272,7 @@ def arguments(optimizer):
     (group,) = optimizer.param_groups
     params = [param.detach() for param in group["params"]]
     grads = [None, *(torch.ones_like(param) for param in params[1:])]
-    numbers = [0.5, 0.01, 1.0, 20.0, 0.0, 0.0]
-    return optimizer._handle, params, grads, [group["n_steps"]], [None], numbers
+    return optimizer._handle, params, grads, [group["n_steps"]], [torch.tensor(0.5)], [0.01, 1.0, 20.0, 0.0, 0.0]
 
 
 def test_operation_is_what_torch_asks_of_one():

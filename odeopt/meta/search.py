@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import random
-import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
@@ -321,7 +320,7 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / "lock", timeout=0))
-        except sqlite3.Error as error:
+        except OSError as error:
             wanted = "one that can be written to and that no other process works on"
             raise ValueError(f"Parameter `folder` should be {wanted}. Found `{folder}`: {error}.") from error
         stack.callback(module.logging.set_verbosity, module.logging.get_verbosity())

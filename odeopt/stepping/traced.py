@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 _OPTIMIZERS: WeakValueDictionary[str, LearnedOptimizer] = WeakValueDictionary()
 _HANDLES = map(str, itertools.count())
-# Options of a group as numbers, and back.
+# Options of a group as numbers, and back; but for the learning rate, which is a tensor: graphs are compiled anew for
+# each value of a number.
 _FROM_NUMBER = {
-    "lr": float,
     "weight_decay": float,
     "maximize": bool,
     "total_steps": lambda number: int(number) or None,
@@ -51,11 +51,10 @@ def trace_step(optimizer: LearnedOptimizer, handle: str) -> bool:
     # without any gradient, they may be some that Dynamo does not know of
     if not is_plain or all(grad is None for grad in grads):
         return False
-    lrs = [group["lr"] if isinstance(group["lr"], Tensor) else None for group in groups]
-    numbers = [
-        0.0 if isinstance(group[name], Tensor) else float(group[name] or 0) for group in groups for name in _FROM_NUMBER
-    ]
-    _step(handle, params, grads, [group["n_steps"] for group in groups], lrs, numbers)
+    lrs, numbers = [group["lr"] for group in groups], [group[name] for group in groups for name in _FROM_NUMBER]
+    if not all(isinstance(lr, Tensor) for lr in lrs) or any(isinstance(x, Tensor) for x in numbers):
+        return False
+    _step(handle, params, grads, [group["n_steps"] for group in groups], lrs, [float(x or 0) for x in numbers])
     return True
 
 
@@ -63,7 +62,7 @@ def trace_step(optimizer: LearnedOptimizer, handle: str) -> bool:
     "odeopt::step",
     mutates_args=("params", "n_steps"),
     device_types="cpu",
-    schema="(str handle, Tensor(a0!)[] params, Tensor?[] grads, Tensor(a1!)[] n_steps, Tensor?[] lrs, float[] numbers)"
+    schema="(str handle, Tensor(a0!)[] params, Tensor?[] grads, Tensor(a1!)[] n_steps, Tensor[] lrs, float[] numbers)"
     " -> ()",
 )
 def _step(
@@ -71,7 +70,7 @@ def _step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     n_steps: Sequence[Tensor],
-    lrs: Sequence[Tensor | None],
+    lrs: Sequence[Tensor],
     numbers: Sequence[float],
 ) -> None:
     optimizer = _OPTIMIZERS[handle]
@@ -106,7 +105,7 @@ def _standing_in(own: Sequence[Tensor], params: Sequence[Tensor], grads: Sequenc
 
 @contextmanager
 def _options(
-    optimizer: LearnedOptimizer, n_steps: Sequence[Tensor], lrs: Sequence[Tensor | None], numbers: Sequence[float]
+    optimizer: LearnedOptimizer, n_steps: Sequence[Tensor], lrs: Sequence[Tensor], numbers: Sequence[float]
 ) -> Iterator[None]:
     """Let the groups have these options and count in these tensors."""
     rows = [numbers[k : k + len(_FROM_NUMBER)] for k in range(0, len(numbers), len(_FROM_NUMBER))]
@@ -114,8 +113,8 @@ def _options(
     try:
         for group, count, lr, row in zip(optimizer.param_groups, n_steps, lrs, rows, strict=True):
             given = {name: read(x) for (name, read), x in zip(_FROM_NUMBER.items(), row, strict=True)}
-            group.update(given | {"n_steps": count} | ({} if lr is None else {"lr": lr}))
+            group.update(given | {"n_steps": count, "lr": lr})
         yield
     finally:
         for group, own in zip(optimizer.param_groups, before, strict=True):
-            group.update({name: own[name] for name in (*_FROM_NUMBER, "n_steps")})
+            group.update({name: own[name] for name in (*_FROM_NUMBER, "n_steps", "lr")})

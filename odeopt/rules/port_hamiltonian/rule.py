@@ -193,9 +193,9 @@ class PortHamiltonianUpdate(StagedRule):
             its logarithm moves by ``alignment_rate * (max(a - 0.2, 0) - max(-a - 0.5, 0)) / max(t, 10)`` at step t, so
             it grows for as long as gradients go on pointing along the momenta, and falls where each step overshoots.
             It keeps one number per tensor, which the network does not see. 0 is none.
-        alignment_horizon: With ``alignment_rate``, number of steps from which on that growth is lost again, in
-            proportion to the inverse of the steps so far, at steps at which the alignment asks for neither. What let a
-            run begin quickly is too long for the end of a long one. 0 is none.
+        alignment_horizon: With ``alignment_rate``, number of steps from which on the logarithm goes back, in proportion
+            to the inverse of the steps so far, at steps whose alignment moves it neither up nor down. Step sizes that
+            let a run begin quickly are too long for the end of a long one. 0 is none.
         trust_ratio: Bound of the rms of a matrix's step, before the schedule, over the rms of the matrix; a tenth of
             the step is always allowed, so that matrices of zeros are trained. 0 is none.
         narrow: With spectral energies, the largest number of rows or of columns with which a matrix is stepped by
@@ -206,14 +206,15 @@ class PortHamiltonianUpdate(StagedRule):
             output of the row are both multiplied by it, so the mode stays passive; units whose gradients are small
             move further. 0 is none.
         matrix_interval: Number k of steps from one move of a matrix that spectral energies step to the next. The
-            matrix moves at the steps k, 2k, ... of its own ``step``, by k times the step of velocity and decay; bounds
-            of a step (``trust_ratio``, that of the decay) are bounds of the k-fold one. Momenta, scales, memory and the
+            matrix moves with every k-th gradient that it takes, by k times the step of velocity and decay; bounds of a
+            step (``trust_ratio``, that of the decay) are bounds of the k-fold one. Momenta, scales, memory and the
             count of steps go on at every step, as do all other tensors. Orthogonalising is left out where no matrix of
             a call moves, if the tensors are on a CPU; elsewhere that would be a host synchronisation, and nothing is
             saved. The first move waits for k gradients, since one gradient tells little of the next k steps; and at
-            step 1 the length of the run is not known yet. Steps after the last move, fewer than k, are lost; under a
-            schedule they are close to zero. Each mode stays passive, but its output at the steps between two moves
-            moves nothing: with k above 1, nothing is claimed of the loss plus the stored energy.
+            step 1 the length of the run is not known yet. Steps after the last move, fewer than k, are lost: under a
+            schedule they are close to zero, but in fewer than k steps no matrix moves at all. Each mode stays passive,
+            but its output at the steps between two moves moves nothing: with k above 1, nothing is claimed of the loss
+            plus the stored energy.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.
