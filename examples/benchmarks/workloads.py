@@ -22,7 +22,7 @@ LEARNED = FAST, NARROW, EAGER, DEFAULT, SELDOM, LSTM = (
     "port-hamiltonian, bfloat16",
     "port-hamiltonian, eager",
     "port-hamiltonian-spectral",
-    f"port-hamiltonian-spectral, matrices every {EVERY}th step",
+    f"port-hamiltonian-spectral, every {EVERY}th step",
     "lstm",
 )
 LOOP, MUON, NETWORK = "lstm, loop of cells", "Muon and fused Adam", "forward and backward"
