@@ -238,8 +238,19 @@ def test_an_energy_that_is_a_method_of_the_field_moves_with_it():
     assert spring.stiffness.dtype == torch.float64
 
 
-def test_an_energy_of_ones_own_is_kept_when_a_problem_moves():
-    problem = replace(PROBLEMS["pendulum"], field=None, energy=lambda x: x.p.square().sum(-1))
+class Uncopied:
+    """An energy that holds what cannot be copied, as an open file or a graph of autograd."""
+
+    def __call__(self, x):
+        return x.p.square().sum(-1)
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("not to be copied")
+
+
+@pytest.mark.parametrize("energy", [lambda x: x.p.square().sum(-1), Uncopied()], ids=["function", "object"])
+def test_an_energy_of_ones_own_is_kept_when_a_problem_moves(energy):
+    problem = replace(PROBLEMS["pendulum"], field=None, energy=energy)
     assert problem.to(torch.float32).energy is problem.energy
     own = PROBLEMS["pendulum"].to(torch.float32)
     assert own.energy == own.system.energy != PROBLEMS["pendulum"].energy

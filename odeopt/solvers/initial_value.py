@@ -82,14 +82,17 @@ class Problem:
             A problem that shares no module with this one.
         """
         moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": self.t.to(device, dtype)}
-        names = ("field" if self.system is None else "system", "energy")
-        # copied together, so that the energy of a system or field stays its own
-        parts = copy.deepcopy({name: getattr(self, name) for name in names})
-        for part in parts.values():
-            module = getattr(part, "__self__", part)  # of a method
-            if isinstance(module, nn.Module):
-                module.to(device, dtype)
-        return replace(self, **moved, **{"field": None} | parts)
+        parts = {name: getattr(self, name) for name in ("field" if self.system is None else "system", "energy")}
+
+        def module_of(part: object) -> object:
+            return getattr(part, "__self__", part)  # of a method
+
+        # modules are copied together, so that the energy of a system or field stays its own; other functions are shared
+        held = {name: part for name, part in parts.items() if isinstance(module_of(part), nn.Module)}
+        copies = copy.deepcopy(held)
+        for part in copies.values():
+            module_of(part).to(device, dtype)
+        return replace(self, **moved, **{"field": None} | parts | copies)
 
 
 class SystemField(nn.Module):
