@@ -106,14 +106,7 @@ def test_two_steps_in_one_graph_follow_each_other():
         for _ in range(2):
             train_step(x, model, optimizer)
 
-    graphs, rule = Graphs(is_functional=True), port_hamiltonian()
-    (model, optimizer), (twin, other) = (learner(rule) for _ in range(2))
-    compiled = torch.compile(two, backend=graphs, fullgraph=True)
-    for step in range(2):
-        compiled(inputs(step), model, optimizer)
-        two(inputs(step), twin, other)
-        assert_alike(optimizer, other)
-    assert graphs.count_steps() == [2]
+    assert_one_graph(two, n_steps=2)
 
 
 def test_options_that_compiled_code_sets_count_in_its_own_step():
@@ -136,7 +129,7 @@ def test_options_that_compiled_code_sets_count_in_its_own_step():
         assert all(a[key] == b[key] for key in ("lr", "weight_decay", "maximize", "total_steps"))
 
 
-def assert_one_graph(move):
+def assert_one_graph(move, n_steps=1):
     graphs, rule = Graphs(is_functional=True), port_hamiltonian()
     (model, optimizer), (twin, other) = (learner(rule) for _ in range(2))
     compiled = torch.compile(move, backend=graphs, fullgraph=True)
@@ -145,7 +138,7 @@ def assert_one_graph(move):
             compiled(inputs(step), model, optimizer)
             move(inputs(step), twin, other)
             assert_alike(optimizer, other)
-    assert graphs.count_steps() == [1]
+    assert graphs.count_steps() == [n_steps]
 
 
 def test_gradients_of_torch_func_and_step_are_one_graph():

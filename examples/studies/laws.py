@@ -7,7 +7,7 @@ are done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch.nn.functional as F
@@ -75,17 +75,22 @@ def table(found: Suite, variants: Iterable[str] = LAWS, *, markdown: bool = Fals
     return draw_table([(title, "") for title in ("problem", *names)], rows, markdown=markdown)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the rule and its variants, print the table and draw the figure."""
-    args = parse(argv, "laws", __doc__, NAMES)
+def compare(argv: list[str] | None, name: str, description: str, title: str, variants: Mapping[str, dict]) -> None:
+    """Run the rule with the options of each variant, print the table and draw the figure."""
+    args = parse(argv, name, description, NAMES)
     rule = odeopt.load_pretrained(RULE)
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
-    contenders |= {name: learned(rule.with_options(**options), name) for name, options in LAWS.items()}
-    path = args.out / "laws.json"
+    contenders |= {key: learned(rule.with_options(**options), key) for key, options in variants.items()}
+    path = args.out / f"{name}.json"
     every = chosen(problems(args.dataset, args.data_dir), args)
     found = evaluate_suite(every, contenders, path=path, n_runs=args.runs, device=args.device)
-    print(table(found, markdown=args.markdown))
-    print(f"\nsaved {path} and {found.plot(path.with_suffix('.png'), title='Laws of the default rule')}")
+    print(table(found, variants, markdown=args.markdown))
+    print(f"\nsaved {path} and {found.plot(path.with_suffix('.png'), title=title)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare the rule with itself without each law."""
+    compare(argv, "laws", __doc__, "Laws of the default rule", LAWS)
 
 
 if __name__ == "__main__":
