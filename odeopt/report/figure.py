@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008), Color universal design; yellow is left out, which white paper swallows
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_LINE_COLOURS = (*PALETTE, "#882255", "#999999")  # where there are more lines than that
+_LINE_COLOURS = (*PALETTE, "#882255", "#999999", "#5E4FA2", "#8C6D31")  # where there are more lines than that
 _LEARNED_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.2)), (0, (7, 2, 2, 2)))
 _HAND_DESIGNED_DASHES = ("solid", (0, (5, 2)), (0, (1.2, 1.2)), (0, (6, 2, 1.2, 2)), (0, (6, 2, 1.2, 2, 1.2, 2)))
 _STYLE = {
