@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from variants import validate
 
 import odeopt
 from odeopt import systems
@@ -279,6 +280,21 @@ def test_rules_are_validated_anew_on_common_tasks(tmp_path, capsys, untuned):
     found = json.loads((tmp_path / "meta_seeds.json").read_text())["meta-trainings"]["lstm-quadratic"]
     assert {each["seed"]: each["validation"] for each in found} == dict(enumerate(scores))
     assert found == sorted(found, key=lambda each: each["validation"])
+
+
+def test_rules_that_learned_from_held_out_losses_are_validated_on_them_anew():
+    config = load_config("port-hamiltonian-mnist")
+    family = config.task["families"][0] | {"dataset": "digits", "has_own_examples": True, "n_examples": 0.5}
+    objective = dataclasses.replace(config.training.objective, held_out=0.5)
+    training = dataclasses.replace(config.training, n_validation_tasks=1, objective=objective)
+    task = config.task | {"families": [family], "horizons": [3, 3]}
+    config = dataclasses.replace(config, training=training, task=task)
+    rule = config.build_rule()
+    rule.trained_for = config.trained_for(MetaResult(rule))
+    task, options = config.build_task(), {"indices": torch.arange(2), "horizon": 100, "seed": 1_000_003}
+    with torch.no_grad():
+        scores = [validation_score(rule, task, held_out=share, **options) for share in (0.0, 0.5)]
+    assert validate(rule, 2) == scores[1] != scores[0]
 
 
 def test_a_corrupt_file_is_named(tmp_path):

@@ -158,9 +158,10 @@ def validate(
         The score, see :attr:`odeopt.meta.MetaResult.best_score`.
     """
     made = rule.trained_for
+    training = made["training"]
     task = Config(made["config"], {}, made["task"], MetaConfig()).build_task(data_dir=data_dir, device=device)
-    indices = torch.arange(times * made["training"]["n_validation_tasks"])
-    options = {"indices": indices, "horizon": made["training"]["horizon"], "seed": VALIDATION_SEED}
+    options = {"indices": torch.arange(times * training["n_validation_tasks"]), "horizon": training["horizon"]}
+    options |= {"seed": VALIDATION_SEED, "held_out": training["objective"]["held_out"]}
     with torch.no_grad():
         return validation_score(rule.to(device), task, **options)
 
