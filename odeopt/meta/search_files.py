@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from odeopt.checks import install_command, is_integer, is_number, require
 from odeopt.meta.config import MetaConfig
-from odeopt.meta.files import SECTIONS, START, Config, check_keys, check_table, make_config, read_toml
+from odeopt.meta.files import SECTIONS, START, USE, Config, check_keys, check_table, make_config, read_toml
 
 if TYPE_CHECKING:
     import optuna
@@ -49,7 +49,8 @@ class SearchConfig:
 
     Attributes:
         path: The file.
-        sections: ``rule``, ``task`` and ``training``, as in :class:`odeopt.meta.files.Config`.
+        sections: ``rule``, ``task``, ``training`` and, where there is one, ``use``, as in
+            :class:`odeopt.meta.files.Config`.
         space: What is tried, by the dotted name of what it replaces, as ``training.lr``: a list of values, or a range,
             a table of the arguments ``low``, ``high``, ``log`` and ``step`` of Optuna's ``suggest_float``, or, where
             they are integers, ``suggest_int``.
@@ -90,7 +91,7 @@ class SearchConfig:
             functools.reduce(lambda table, key: table.setdefault(key, {}), tables, sections)[option] = value
         try:
             config = make_config(self.path, sections)
-            config.build_rule()
+            config.in_use(config.build_rule())
         except (ValueError, TypeError) as error:
             reason = str(error).removeprefix(f"{self.path}: ")
             given = ", ".join(f"`{name} = {value!r}`" for name, value in values.items())
@@ -138,7 +139,7 @@ def load_search(
         ValueError: If the file is not TOML, or a section, key or value is missing, unknown or out of range.
     """
     path, content = read_toml(name, "search")
-    check_keys(path, "top level", content, {"base", "search", *SECTIONS})
+    check_keys(path, "top level", content, {"base", "search", *SECTIONS, USE})
     for section in set(content) - {"base"}:
         check_table(path, section, content[section])
     if "search" not in content:
@@ -163,7 +164,7 @@ def load_search(
 
 def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Sections of a training configuration: those of ``base`` with what the file adds, or the file's own."""
-    given = {section: content[section] for section in SECTIONS if section in content}
+    given = {section: content[section] for section in (*SECTIONS, USE) if section in content}
     if "base" not in content:
         make_config(path, given)
         return given
@@ -171,7 +172,7 @@ def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     base_path, lent = read_toml(path.parent / base if base.endswith(".toml") else base)
     config = make_config(base_path, lent)
     require(config.start is None, "base", content["base"], f"of one training: {base_path} has a section [{START}]")
-    return {section: _merged(lent[section], given.get(section, {})) for section in SECTIONS}
+    return {section: _merged(lent.get(section, {}), given.get(section, {})) for section in lent | given}
 
 
 def _merged(lent: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
