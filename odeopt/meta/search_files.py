@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -86,10 +85,9 @@ class SearchConfig:
             ValueError: If that is not a configuration, or not one of a rule that can be built.
         """
         sections = copy.deepcopy(self.sections)
-        for name, value in values.items():
-            *tables, option = name.split(".")
-            functools.reduce(lambda table, key: table.setdefault(key, {}), tables, sections)[option] = value
         try:
+            for name, value in values.items():
+                _put(sections, name, value)
             config = make_config(self.path, sections)
             config.in_use(config.build_rule())
         except (ValueError, TypeError) as error:
@@ -182,6 +180,15 @@ def _merged(lent: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     tables = {name: _merged(lent[name], value) for name, value in given.items()
               if isinstance(value, dict) and isinstance(lent.get(name), dict)}  # fmt: skip
     return lent | given | tables
+
+
+def _put(table: dict[str, Any], name: str, value: Any) -> None:
+    """Set an entry of nested tables by its dotted name; tables that are missing are made."""
+    *keys, option = name.split(".")
+    for key in keys:
+        table = table.setdefault(key, {})
+        require(isinstance(table, dict), key, table, "a table where something in it is tried")
+    table[option] = value
 
 
 def _flat(table: dict[str, Any], is_value: Callable[[Any], bool] = lambda value: False) -> dict[str, Any]:

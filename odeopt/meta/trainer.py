@@ -107,13 +107,7 @@ def meta_train(
         if not isinstance(value, wanted):
             kind = " or ".join(cls.__name__ for cls in getattr(wanted, "__args__", (wanted,)))
             raise TypeError(f"Parameter `{name}` should be of class {kind}. Found `{value!r}`.")
-    is_time = stop_after is None or is_number(stop_after)
-    require(is_time, "stop_after", stop_after, "a number of seconds or None")
-    if not torch.is_grad_enabled():
-        raise ValueError(
-            "`meta_train` takes gradients with respect to the weights of `rule`, so they should be enabled. Found "
-            "`torch.is_grad_enabled() = False`; call it outside torch.no_grad() and torch.inference_mode()."
-        )
+    check_call(stop_after)
     folder = None if folder is None else Path(folder)
     run = _Run(rule, task, config, validation_task, folder, current_world(), compile)
     try:
@@ -135,6 +129,17 @@ def meta_train(
             stacklevel=2,
         )
     return run.result
+
+
+def check_call(stop_after: object) -> None:
+    """Raise a ValueError where a call can train nothing: its time is no number, or gradients are disabled."""
+    is_time = stop_after is None or is_number(stop_after)
+    require(is_time, "stop_after", stop_after, "a number of seconds or None")
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "`meta_train` takes gradients with respect to the weights of `rule`, so they should be enabled. Found "
+            "`torch.is_grad_enabled() = False`; call it outside torch.no_grad() and torch.inference_mode()."
+        )
 
 
 @contextmanager
