@@ -180,9 +180,10 @@ def _train(
             for loss in run.episode():
                 bar.update()
                 bar.set_postfix({"meta-loss": f"{loss:.3f}", "best score": f"{run.result.best_score:.4f}"})
-            seconds = time.perf_counter() - began
-            run.result.seconds = seconds_before + seconds
             if run.after_episode():
+                seconds = time.perf_counter() - began
+                run.result.seconds = seconds_before + seconds
+                run.save()
                 is_ended = is_end(run.result.validation[-1:], stop_after is not None and seconds > stop_after)
 
 
@@ -321,7 +322,7 @@ class _Run:
             self.scheduler.step()
 
     def after_episode(self) -> bool:
-        """Validate and write a checkpoint when their time has come; return whether it had."""
+        """Validate when it is time; return whether it was."""
         n_done = len(self.result.meta_losses)
         self._log("meta/loss", self.result.meta_losses[-1], n_done)
         is_due = n_done // self.config.validate_every > self.n_validated
@@ -329,7 +330,6 @@ class _Run:
             return False
         self.n_validated = n_done // self.config.validate_every
         self.validate(n_done)
-        self.save()
         return True
 
     def validate(self, step: int) -> None:
