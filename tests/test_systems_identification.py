@@ -368,6 +368,15 @@ def small_fit():
     return model_of("port-Hamiltonian", mechanism, widths=(4,)), make_data(mechanism, n=4, n_times=5).train
 
 
+@pytest.mark.parametrize("n_batches", [1, 4, 5, 8])
+def test_a_pass_has_as_many_steps_as_batches_asked_for(monkeypatch, n_batches):
+    steps, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: steps.append(self) or step(self))
+    data = make_data(pendulum(), n=2, n_times=11, inputs=(0.0,)).train  # eight windows of four observations
+    fit(model_of("naive", pendulum()), data, FitConfig(n_passes=2, n_batches=n_batches))
+    assert len(steps) == 2 * n_batches
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_fitting_does_not_mind_that_gradients_are_off(mode):
     config, found = FitConfig(n_passes=3, n_batches=2), []

@@ -31,7 +31,8 @@ class FitConfig:
     Attributes:
         n_passes: Times that training sees each window.
         n_points: Observations in a window, at least two; the motion is predicted from the first.
-        n_batches: Steps of Adam in a pass, over equal parts of the windows, which are shuffled for each pass.
+        n_batches: Steps of Adam in a pass, over parts of the windows, equal to within one,
+            which are shuffled for each pass.
         lr: Peak of the learning rate, which rises over a tenth of the training and falls along a cosine.
         n_substeps: Steps of rk4 between two observations.
         seed: Of the shuffling.
@@ -117,7 +118,7 @@ def fit(
     bar = tqdm(range(config.n_passes), disable=not progress_bar, desc="fit", unit="pass")
     for i in bar:
         total = x.new_zeros(())
-        for batch in torch.randperm(n, generator=generator, device="cpu").chunk(config.n_batches):
+        for batch in torch.randperm(n, generator=generator, device="cpu").tensor_split(config.n_batches):
             target = x[:, batch]
             predicted = model.roll(model.encode(target[0]), steps, u[:, batch], n_substeps=config.n_substeps)
             loss = model.residual(predicted, target)[1:].square().mean()
