@@ -676,3 +676,12 @@ def test_rounding_of_the_energy_is_no_rise():
         assert 0 < found.largest < 1e-11
         assert found.n == 0
     assert energy_rises(free, data, method="rk4").n > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_moves_in_inference_mode_too(kind):
+    model, found = model_of(kind, embedded_pendulum()), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(model.rollout(torch.tensor([[1.0, 0.0, 0.5]]), [0.0, 0.1, 0.2], torch.ones(1, 1)).states)
+    assert torch.equal(*found)

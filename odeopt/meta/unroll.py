@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from odeopt.checks import is_number, require, require_counts
 from odeopt.meta.layouts import Separate, layout_for
+from odeopt.modes import outside_inference_mode
 from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.tasks.base import Task
 
@@ -30,6 +31,7 @@ class Trajectory(NamedTuple):
     states: dict[str, NamedTuple]
 
 
+@outside_inference_mode
 def unroll(
     rule: UpdateRule,
     task: Task,
@@ -49,8 +51,8 @@ def unroll(
 ) -> Trajectory:
     """Optimize the tasks ``indices`` with ``rule``, all of them as one batched computation.
 
-    Under ``torch.no_grad`` nothing is kept for differentiation. With gradients enabled the losses are
-    differentiable with respect to the rule; the optimizee's second derivatives are part of that unless
+    Under ``torch.no_grad`` or ``torch.inference_mode`` nothing is kept for differentiation. With gradients enabled the
+    losses are differentiable with respect to the rule; the optimizee's second derivatives are part of that unless
     ``detach`` is set, which treats the gradients that the rule sees as constants (the dashed edges of
     the paper's Figure 2).
 
