@@ -481,6 +481,14 @@ def test_a_fit_is_kept_and_read_again(tmp_path):
         fit_kept(again, data.train, config, path, settings={"noise": 0.1})
 
 
+@pytest.mark.parametrize("content", [b"", b"not a fit", None], ids=["empty", "other bytes", "another object"])
+def test_a_file_that_holds_no_fit_is_refused_by_name(tmp_path, content):
+    path, data = tmp_path / "fit.pt", make_data(pendulum(), n=4, n_times=5).train
+    torch.save([1], path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"`path` should be new or hold a fit. Found `.*fit.pt`, which cannot be read"):
+        fit_kept(model_of("naive", pendulum()), data, FitConfig(n_passes=1, n_batches=1), path, settings={})
+
+
 def test_a_kept_fit_knows_its_data_and_its_model(tmp_path):
     mechanism, config, path = embedded_pendulum(), FitConfig(n_passes=1, n_batches=1), tmp_path / "fit.pt"
     data = make_data(mechanism, n=4, n_times=5).train

@@ -173,7 +173,7 @@ def fit_kept(
         Losses and status.
 
     Raises:
-        ValueError: If the file is of other settings, data or weights, or as for :func:`fit`.
+        ValueError: If the file is of other settings, data or weights, or cannot be read; or as for :func:`fit`.
     """
     check_class("data", data, Trajectories)
     checked = data.checked(model)
@@ -182,8 +182,15 @@ def fit_kept(
         require(settings[name] == options[name], f"settings[{name!r}]", settings[name], f"{options[name]!r}, as fitted")
     path, wanted = Path(path), settings | options
     if path.exists():
-        kept = torch.load(path, weights_only=True)
-        if kept["settings"] != wanted:
+        try:
+            kept = torch.load(path, weights_only=True)
+            losses, status, message, seconds = kept["result"]
+            result, weights = FitResult(losses, Status(status), message, seconds), dict(kept["weights"])
+            is_same = kept["settings"] == wanted
+        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+            found = f"Found `{path}`, which cannot be read; delete it to fit anew."
+            raise ValueError(f"Parameter `path` should be new or hold a fit. {found}") from error
+        if not is_same:
             changed = sorted(
                 name for name in wanted | kept["settings"] if wanted.get(name) != kept["settings"].get(name)
             )
@@ -191,9 +198,8 @@ def fit_kept(
                 "Parameter `path` should be new or hold a fit of the same settings. "
                 f"Found `{path}`, which differs in {', '.join(changed)}; choose another folder or delete it."
             )
-        model.load_state_dict(kept["weights"])
-        losses, status, message, seconds = kept["result"]
-        return FitResult(losses, Status(status), message, seconds)
+        model.load_state_dict(weights)
+        return result
     result = fit(model, data, config, progress_bar=progress_bar)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
