@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from odeopt._version import __version__
 from odeopt.checks import is_integer, require
 from odeopt.files import replaced
-from odeopt.rules.base import UpdateRule, adopt_weights, built, has_values
+from odeopt.modes import has_values
+from odeopt.rules.base import UpdateRule, adopt_weights, built
 
 FORMAT = "odeopt-rule"
 FORMAT_VERSION = 1

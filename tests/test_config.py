@@ -663,3 +663,10 @@ def test_number_of_threads_is_checked(capsys, chosen, found):
         main(["matrix", "--threads", found])
     assert f"--threads: should be a positive integer; found {found}" in capsys.readouterr().err
     assert chosen == []
+
+
+def test_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_bytes(b'class = "\xff"')
+    with pytest.raises(ValueError, match=r"tiny.toml is not valid TOML: .*utf-8"):
+        load_config(path)

@@ -31,10 +31,11 @@ ARROWS = {
     "_version": (),
     "checks": (),
     "files": (),
+    "modes": (),
     "progress": (),
     "timing": ("progress",),
     "report": ("checks",),
-    "physics": ("checks",),
+    "physics": ("checks", "modes"),
     "ode": ("physics", "report"),  # an energy ledger draws itself
     "solvers": ("ode", "report", "files", "progress", "timing", "_version"),
     "systems": ("ode", "files", "progress"),

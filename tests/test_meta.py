@@ -176,7 +176,13 @@ def test_rule_sees_flat_tensors_their_shape_and_the_fraction_of_the_run_that_is_
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_steps": 0}, "`n_steps` should be at least 1. Found `n_steps = 0`"),
+        ({"n_steps": 0}, "`n_steps` should be a positive integer. Found `n_steps = 0`"),
+        ({"n_steps": 2.5}, "`n_steps` should be a positive integer. Found `n_steps = 2.5`"),
+        ({"n_steps": 1, "start": -1}, "`start` should be an integer of at least 0. Found `start = -1`"),
+        (
+            {"n_steps": 1, "total_steps": "8"},
+            "`total_steps` should be a positive integer or None. Found `total_steps = '8'`",
+        ),
         (
             {"n_steps": 5, "start": 3, "total_steps": 7},
             r"`total_steps` should be at least `start \+ n_steps = 8`. Found `total_steps = 7`",

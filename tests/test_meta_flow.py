@@ -146,3 +146,14 @@ def test_wrong_arguments_are_named(change, match):
     rule, t = arguments.pop("rule"), arguments.pop("t")
     with pytest.raises(ValueError, match=match):
         gradient_flow(TASK, rule, t, **arguments)
+
+
+def test_flow_and_steps_do_not_mind_inference_mode():
+    rule, found = PortHamiltonianUpdate(), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            steps = odeopt.unroll(rule, TASK, indices=INDICES, n_steps=3)
+            found.append([steps.losses, *steps.params.values()])
+            found[-1] += [gradient_flow(TASK, HEAVY_BALL, T[:3], indices=INDICES, until_norm=1e-9).losses]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not any(x.requires_grad for x in found[1])

@@ -125,3 +125,19 @@ def test_horizon_of_a_mixture_is_its_greatest(tmp_path):
         path.write_text(TINY.replace('class = "Mixture"', f'class = "Mixture"\n{line}'))
         config = load_config(path)
         assert config.trained_for(trainer_module.MetaResult(config.build_rule()))["horizon"] == horizon
+
+
+def test_time_spent_on_validation_counts_over_all_pieces(tmp_path, monkeypatch):
+    now = [100.0]
+
+    def validate(*args, **options):
+        now[0] += 5.0
+        return 1.0
+
+    monkeypatch.setattr(trainer_module, "validation_score", validate)
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
+    config = MetaConfig(n_meta_steps=4, n_tasks=2, horizon=3, validate_every=2)
+    options = {"folder": tmp_path, "progress_bar": False}
+    first = meta_train(rule_of(), RandomQuadratic(2, dtype=f64), config, stop_after=9.0, **options)
+    assert (len(first.meta_losses), first.seconds) == (2, 10.0)  # validated before and after two meta-steps
+    assert meta_train(rule_of(), RandomQuadratic(2, dtype=f64), config, **options).seconds == 15.0

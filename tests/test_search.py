@@ -121,6 +121,30 @@ def test_grid_is_the_product_each_once_and_trains_as_its_configuration_says(whol
     assert whole.trained_for["training"]["lr"] == best.values["training.lr"]
 
 
+@pytest.mark.parametrize("stop_after", [math.inf, math.nan, "1", True])
+def test_time_that_is_no_number_is_refused_before_any_trial(tmp_path, whole, stop_after):
+    with pytest.raises(ValueError, match=f"`stop_after` should be a number .*Found `stop_after = {stop_after!r}`"):
+        go(whole.config, tmp_path / "study", stop_after=stop_after)
+    assert not (tmp_path / "study").exists()
+
+
+def test_calls_that_could_train_nothing_are_refused_before_any_trial(tmp_path, whole):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"Found `torch.is_grad_enabled\(\) = False`"):
+        go(whole.config, tmp_path / "study")
+    with pytest.raises(TypeError, match=r"`config` should be of class SearchConfig. Found one of class str"):
+        go("tiny.toml", tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_rule_of_the_best_trial_has_the_options_of_its_use(tmp_path, whole):
+    text = write(tmp_path).read_text().replace("[search]", "[use]\nalignment_rate = 1.5\n\n[search]")
+    result = go(load_search(write(tmp_path, text)), tmp_path / "used")
+    assert torch.equal(flat_weights(result.rule), flat_weights(whole.rule))
+    assert (result.rule.alignment_rate, whole.rule.alignment_rate) == (1.5, 0.0)
+    assert result.trained_for["use"] == {"alignment_rate": 1.5}
+    assert "use" not in whole.trained_for
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_ranges_are_kept_and_seeds_decide(tmp_path, scores, sampler):
     scores(lambda config, step: config.lr)

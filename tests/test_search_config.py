@@ -136,6 +136,32 @@ def test_base_lends_its_sections_and_the_file_adds_to_them(tmp_path):
         load_search(write(tmp_path, own.replace("lent.toml", "no-such")))
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("rule.class.x", "Parameter `class` should be a table .*'port-hamiltonian'`"),
+     ("rule.hidden.0", r"Parameter `hidden` should be a table .* Found `hidden = \[3\]`")],
+)  # fmt: skip
+def test_what_is_tried_has_no_name_inside_of_a_value(tmp_path, name, found):
+    text = write(tmp_path, **{"training.lr": name}).read_text()
+    with pytest.raises(ValueError, match=rf"tiny.toml with `{name} = 0.1`.*: {found}"):
+        load_search(write(tmp_path, text))
+
+
+def test_options_of_the_use_are_those_of_the_base_and_of_the_file(tmp_path):
+    head, tail = TINY.split("[search]")
+    (tmp_path / "lent.toml").write_text(head + "[use]\nalignment_rate = 1.5\n", encoding="utf-8")
+
+    def load(text):
+        return load_search(write(tmp_path, text)).at({"training.lr": 0.1})
+
+    assert load('base = "lent.toml"\n[search]' + tail).use == {"alignment_rate": 1.5}
+    own = "[use]\nalignment_horizon = 9.0\n[search]" + tail
+    assert load('base = "lent.toml"\n' + own).use == {"alignment_rate": 1.5, "alignment_horizon": 9.0}
+    assert load(head + "[use]\nalignment_rate = 0.5\n[search]" + tail).use == {"alignment_rate": 0.5}
+    with pytest.raises(ValueError, match=r"with `training.lr = 0.1`.*`alignment_horizon` should be 0.0 where"):
+        load_search(write(tmp_path, head + own))  # what cannot be used is not trained first
+
+
 def test_fewer_meta_steps_keep_the_number_of_validations(tmp_path):
     text = write(tmp_path, **{"n_meta_steps = 2": "n_meta_steps = 400", "every = 1": "every = 50"}).read_text()
     path = write(tmp_path, text.replace('"none"', '"median"\nwarmup_steps = 200'))

@@ -243,6 +243,21 @@ def test_a_run_over_its_budget_is_stopped():
     assert (found.status, found.message) == ("over the budget", "asked for more than 10 evaluations.")
 
 
+def test_a_method_that_takes_a_system_has_the_same_budget():
+    (found,) = run(["pendulum"], ["implicit_midpoint"], n_steps=(8,), max_evals=50).runs
+    assert (found.status, found.error) == ("over the budget", None)
+    assert re.fullmatch(r"took \d+ evaluations\.", found.message)
+    (enough,) = run(["pendulum"], ["implicit_midpoint"], n_steps=(8,), max_evals=3000).runs
+    assert enough.is_success
+    assert enough.n_evals > 50
+
+
+@pytest.mark.parametrize("n_steps", [(4, 2, 1), (0, 1), (), "12"])
+def test_an_order_is_measured_over_finer_and_finer_steps(n_steps):
+    with pytest.raises(ValueError, match=r"`n_steps` should be a rising list of positive numbers. Found `n_steps = "):
+        observed_order(decay(), "rk4", n_steps=n_steps)
+
+
 def test_an_iteration_that_does_not_converge_has_an_error_and_a_remark():
     (found,) = run(["A3"], ["implicit_adams"], n_steps=(4,)).runs
     assert found.status == "implicit iteration did not converge"

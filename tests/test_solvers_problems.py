@@ -238,6 +238,39 @@ def test_an_energy_that_is_a_method_of_the_field_moves_with_it():
     assert spring.stiffness.dtype == torch.float64
 
 
+class Shaking(torch.nn.Module):
+    """An effort with a number of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("size", torch.tensor([0.5], dtype=F64))
+
+    def forward(self, t):
+        return self.size * torch.cos(t)
+
+
+def test_an_effort_that_is_a_module_moves_with_its_problem():
+    problem = replace(PROBLEMS["driven-pendulum"], field=None, effort=Shaking())
+    moved = problem.to(torch.float32)
+    assert moved.effort is moved.field.effort is not problem.effort
+    assert (moved.effort.size.dtype, problem.effort.size.dtype) == (torch.float32, F64)
+    assert problem.to().effort is not problem.effort
+
+
+def test_a_stiff_problem_may_have_a_state_of_several_tensors():
+    rates = (3.0, 0.5)
+    problem = Problem(
+        "two", "mine", (torch.ones(2, dtype=F64), torch.ones(1, 1, dtype=F64)), torch.linspace(0, 0.2, 3, dtype=F64),
+        field=lambda t, x: tuple(-rate * part for rate, part in zip(rates, x, strict=True)), is_stiff=True,
+    )  # fmt: skip
+    found = reference(problem)
+    assert [tuple(x.shape) for x in found] == [(3, 2), (3, 1, 1)]
+    for x, rate in zip(found, rates, strict=True):
+        assert (x - torch.exp(-rate * problem.t).view(-1, *[1] * (x.dim() - 1))).abs().max() < 1e-11
+    of_a_system = replace(PROBLEMS["pendulum"], field=None, is_stiff=True, t=torch.tensor([0.0, 0.1], dtype=F64))
+    assert isinstance(reference(of_a_system), PhaseState)
+
+
 class Uncopied:
     """An energy that holds what cannot be copied, as an open file or a graph of autograd."""
 

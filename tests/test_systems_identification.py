@@ -368,6 +368,15 @@ def small_fit():
     return model_of("port-Hamiltonian", mechanism, widths=(4,)), make_data(mechanism, n=4, n_times=5).train
 
 
+@pytest.mark.parametrize("n_batches", [1, 4, 5, 8])
+def test_a_pass_has_as_many_steps_as_batches_asked_for(monkeypatch, n_batches):
+    steps, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: steps.append(self) or step(self))
+    data = make_data(pendulum(), n=2, n_times=11, inputs=(0.0,)).train  # eight windows of four observations
+    fit(model_of("naive", pendulum()), data, FitConfig(n_passes=2, n_batches=n_batches))
+    assert len(steps) == 2 * n_batches
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_fitting_does_not_mind_that_gradients_are_off(mode):
     config, found = FitConfig(n_passes=3, n_batches=2), []
@@ -470,6 +479,14 @@ def test_a_fit_is_kept_and_read_again(tmp_path):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match=r"`path` should be new or hold a fit of the same settings.*differs in noise;"):
         fit_kept(again, data.train, config, path, settings={"noise": 0.1})
+
+
+@pytest.mark.parametrize("content", [b"", b"not a fit", None], ids=["empty", "other bytes", "another object"])
+def test_a_file_that_holds_no_fit_is_refused_by_name(tmp_path, content):
+    path, data = tmp_path / "fit.pt", make_data(pendulum(), n=4, n_times=5).train
+    torch.save([1], path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"`path` should be new or hold a fit. Found `.*fit.pt`, which cannot be read"):
+        fit_kept(model_of("naive", pendulum()), data, FitConfig(n_passes=1, n_batches=1), path, settings={})
 
 
 def test_a_kept_fit_knows_its_data_and_its_model(tmp_path):
@@ -667,3 +684,12 @@ def test_rounding_of_the_energy_is_no_rise():
         assert 0 < found.largest < 1e-11
         assert found.n == 0
     assert energy_rises(free, data, method="rk4").n > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_moves_in_inference_mode_too(kind):
+    model, found = model_of(kind, embedded_pendulum()), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(model.rollout(torch.tensor([[1.0, 0.0, 0.5]]), [0.0, 0.1, 0.2], torch.ones(1, 1)).states)
+    assert torch.equal(*found)

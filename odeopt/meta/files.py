@@ -206,7 +206,7 @@ def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, 
         )
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of TOML, or of UTF-8
         raise ValueError(f"{path} is not valid TOML: {error}.") from error
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_number, require, require_positive
+from odeopt.modes import outside_inference_mode
 from odeopt.ode import Solution, integrate, is_fixed_step
 from odeopt.ode.checks import check_times
 from odeopt.ode.torchdiffeq import ATOL, RTOL, time_of_event
@@ -54,6 +55,7 @@ class GradientFlow(NamedTuple):
     solution: Solution
 
 
+@outside_inference_mode
 def gradient_flow(
     task: Task,
     rule: PortHamiltonianUpdate | PortHamiltonianSystem,

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from odeopt.checks import check_class
 from odeopt.files import locked, unfit, write_json
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
 from odeopt.meta.search_files import SearchConfig, import_optuna
-from odeopt.meta.trainer import meta_train
+from odeopt.meta.trainer import check_call, meta_train
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
@@ -145,8 +146,12 @@ def search(
     Raises:
         MissingOptunaError: If Optuna is not installed.
         ValueError: If a value does not fit the tasks; if ``folder`` holds the study of another search, one that cannot
-            be read, or one that another process is working on.
+            be read, or one that another process is working on; if ``stop_after`` is no number, or gradients are
+            disabled.
+        TypeError: If ``config`` is no :class:`~odeopt.meta.search_files.SearchConfig`.
     """
+    check_class("config", config, SearchConfig)
+    check_call(stop_after)  # before trials would fail by it
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _opened(config, folder) as study:

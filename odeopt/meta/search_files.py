@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from odeopt.checks import install_command, is_integer, is_number, require
 from odeopt.meta.config import MetaConfig
-from odeopt.meta.files import SECTIONS, START, Config, check_keys, check_table, make_config, read_toml
+from odeopt.meta.files import SECTIONS, START, USE, Config, check_keys, check_table, make_config, read_toml
 
 if TYPE_CHECKING:
     import optuna
@@ -49,7 +48,8 @@ class SearchConfig:
 
     Attributes:
         path: The file.
-        sections: ``rule``, ``task`` and ``training``, as in :class:`odeopt.meta.files.Config`.
+        sections: ``rule``, ``task``, ``training`` and, where there is one, ``use``, as in
+            :class:`odeopt.meta.files.Config`.
         space: What is tried, by the dotted name of what it replaces, as ``training.lr``: a list of values, or a range,
             a table of the arguments ``low``, ``high``, ``log`` and ``step`` of Optuna's ``suggest_float``, or, where
             they are integers, ``suggest_int``.
@@ -85,12 +85,11 @@ class SearchConfig:
             ValueError: If that is not a configuration, or not one of a rule that can be built.
         """
         sections = copy.deepcopy(self.sections)
-        for name, value in values.items():
-            *tables, option = name.split(".")
-            functools.reduce(lambda table, key: table.setdefault(key, {}), tables, sections)[option] = value
         try:
+            for name, value in values.items():
+                _put(sections, name, value)
             config = make_config(self.path, sections)
-            config.build_rule()
+            config.in_use(config.build_rule())
         except (ValueError, TypeError) as error:
             reason = str(error).removeprefix(f"{self.path}: ")
             given = ", ".join(f"`{name} = {value!r}`" for name, value in values.items())
@@ -138,7 +137,7 @@ def load_search(
         ValueError: If the file is not TOML, or a section, key or value is missing, unknown or out of range.
     """
     path, content = read_toml(name, "search")
-    check_keys(path, "top level", content, {"base", "search", *SECTIONS})
+    check_keys(path, "top level", content, {"base", "search", *SECTIONS, USE})
     for section in set(content) - {"base"}:
         check_table(path, section, content[section])
     if "search" not in content:
@@ -163,7 +162,7 @@ def load_search(
 
 def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Sections of a training configuration: those of ``base`` with what the file adds, or the file's own."""
-    given = {section: content[section] for section in SECTIONS if section in content}
+    given = {section: content[section] for section in (*SECTIONS, USE) if section in content}
     if "base" not in content:
         make_config(path, given)
         return given
@@ -171,7 +170,7 @@ def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     base_path, lent = read_toml(path.parent / base if base.endswith(".toml") else base)
     config = make_config(base_path, lent)
     require(config.start is None, "base", content["base"], f"of one training: {base_path} has a section [{START}]")
-    return {section: _merged(lent[section], given.get(section, {})) for section in SECTIONS}
+    return {section: _merged(lent.get(section, {}), given.get(section, {})) for section in lent | given}
 
 
 def _merged(lent: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -181,6 +180,15 @@ def _merged(lent: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     tables = {name: _merged(lent[name], value) for name, value in given.items()
               if isinstance(value, dict) and isinstance(lent.get(name), dict)}  # fmt: skip
     return lent | given | tables
+
+
+def _put(table: dict[str, Any], name: str, value: Any) -> None:
+    """Set an entry of nested tables by its dotted name; tables that are missing are made."""
+    *keys, option = name.split(".")
+    for key in keys:
+        table = table.setdefault(key, {})
+        require(isinstance(table, dict), key, table, "a table where something in it is tried")
+    table[option] = value
 
 
 def _flat(table: dict[str, Any], is_value: Callable[[Any], bool] = lambda value: False) -> dict[str, Any]:

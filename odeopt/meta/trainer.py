@@ -107,13 +107,7 @@ def meta_train(
         if not isinstance(value, wanted):
             kind = " or ".join(cls.__name__ for cls in getattr(wanted, "__args__", (wanted,)))
             raise TypeError(f"Parameter `{name}` should be of class {kind}. Found `{value!r}`.")
-    is_time = stop_after is None or is_number(stop_after)
-    require(is_time, "stop_after", stop_after, "a number of seconds or None")
-    if not torch.is_grad_enabled():
-        raise ValueError(
-            "`meta_train` takes gradients with respect to the weights of `rule`, so they should be enabled. Found "
-            "`torch.is_grad_enabled() = False`; call it outside torch.no_grad() and torch.inference_mode()."
-        )
+    check_call(stop_after)
     folder = None if folder is None else Path(folder)
     run = _Run(rule, task, config, validation_task, folder, current_world(), compile)
     try:
@@ -135,6 +129,17 @@ def meta_train(
             stacklevel=2,
         )
     return run.result
+
+
+def check_call(stop_after: object) -> None:
+    """Raise a ValueError where a call can train nothing: its time is no number, or gradients are disabled."""
+    is_time = stop_after is None or is_number(stop_after)
+    require(is_time, "stop_after", stop_after, "a number of seconds or None")
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "`meta_train` takes gradients with respect to the weights of `rule`, so they should be enabled. Found "
+            "`torch.is_grad_enabled() = False`; call it outside torch.no_grad() and torch.inference_mode()."
+        )
 
 
 @contextmanager
@@ -175,9 +180,10 @@ def _train(
             for loss in run.episode():
                 bar.update()
                 bar.set_postfix({"meta-loss": f"{loss:.3f}", "best score": f"{run.result.best_score:.4f}"})
-            seconds = time.perf_counter() - began
-            run.result.seconds = seconds_before + seconds
             if run.after_episode():
+                seconds = time.perf_counter() - began
+                run.result.seconds = seconds_before + seconds
+                run.save()
                 is_ended = is_end(run.result.validation[-1:], stop_after is not None and seconds > stop_after)
 
 
@@ -316,7 +322,7 @@ class _Run:
             self.scheduler.step()
 
     def after_episode(self) -> bool:
-        """Validate and write a checkpoint when their time has come; return whether it had."""
+        """Validate when it is time; return whether it was."""
         n_done = len(self.result.meta_losses)
         self._log("meta/loss", self.result.meta_losses[-1], n_done)
         is_due = n_done // self.config.validate_every > self.n_validated
@@ -324,7 +330,6 @@ class _Run:
             return False
         self.n_validated = n_done // self.config.validate_every
         self.validate(n_done)
-        self.save()
         return True
 
     def validate(self, step: int) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from odeopt.checks import is_number, require, require_counts
+from odeopt.checks import is_integer, is_number, require, require_counts
 from odeopt.meta.layouts import Separate, layout_for
+from odeopt.modes import outside_inference_mode
 from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.tasks.base import Task
 
@@ -30,6 +31,7 @@ class Trajectory(NamedTuple):
     states: dict[str, NamedTuple]
 
 
+@outside_inference_mode
 def unroll(
     rule: UpdateRule,
     task: Task,
@@ -49,8 +51,8 @@ def unroll(
 ) -> Trajectory:
     """Optimize the tasks ``indices`` with ``rule``, all of them as one batched computation.
 
-    Under ``torch.no_grad`` nothing is kept for differentiation. With gradients enabled the losses are
-    differentiable with respect to the rule; the optimizee's second derivatives are part of that unless
+    Under ``torch.no_grad`` or ``torch.inference_mode`` nothing is kept for differentiation. With gradients enabled the
+    losses are differentiable with respect to the rule; the optimizee's second derivatives are part of that unless
     ``detach`` is set, which treats the gradients that the rule sees as constants (the dashed edges of
     the paper's Figure 2).
 
@@ -81,12 +83,15 @@ def unroll(
         Losses, final parameters and final states.
 
     Raises:
-        ValueError: If ``n_steps``, ``total_steps``, ``checkpoint_every``, ``damping`` or ``held_out`` is out of range.
+        ValueError: If ``n_steps``, ``start``, ``total_steps``, ``checkpoint_every``, ``damping`` or ``held_out`` is
+            out of range.
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Fig. 2.
     """
-    require(n_steps >= 1, "n_steps", n_steps, "at least 1")
+    require_counts(n_steps=n_steps)
+    require_counts(total_steps=total_steps, or_none=True)
+    require(is_integer(start) and start >= 0, "start", start, "an integer of at least 0")
     is_long_enough = total_steps is None or total_steps >= start + n_steps
     require(is_long_enough, "total_steps", total_steps, f"at least `start + n_steps = {start + n_steps}`")
     require_counts(checkpoint_every=checkpoint_every, or_none=True)

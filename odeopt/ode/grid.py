@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad as fwAD
 
+from odeopt.modes import is_traced
 from odeopt.ode.checks import State, clock_dtype, real_dtype, tensors_of, time_dtype
 from odeopt.ode.implicit import Newton, must_not_synchronise
 from odeopt.ode.inputs import knots_of, piece_of
-from odeopt.ode.recorder import Recorder, can_watch, own, raise_written, restore
+from odeopt.ode.recorder import Recorder, own, raise_written, restore
 from odeopt.ode.solution import Status
 from odeopt.ode.steps import TABLEAUX, checked_explicit_step
 from odeopt.ode.structured import StructureStep, structure_step
@@ -131,7 +132,7 @@ def explicit_steps(
     recorder = Recorder(field, x0, torch.tensor(times.numbers[:2]), callbacks={"callback_step"}, is_external=False)
     is_tuple = isinstance(x0, tuple)
     flat, vector_field = _flattened(recorder, x0) if is_tuple else (own(x0), recorder)
-    is_watched = can_watch() and not torch.is_inference_mode_enabled()
+    is_watched = not is_traced() and not torch.is_inference_mode_enabled()
 
     def callback(start: Tensor, x: Tensor, dt: Tensor | float) -> None:
         recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)

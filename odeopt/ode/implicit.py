@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
+from odeopt.modes import is_traced
 
 Residual = Callable[[Tensor], Tensor]
 
@@ -139,9 +140,7 @@ def jacobian(function: Residual, x: Tensor) -> Tensor:
 
 def must_not_synchronise(x: Tensor) -> bool:
     """Return whether a computation must not depend on values: mapped, compiled, or captured by a CUDA graph."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_traced() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _is_small(r: Tensor, x: Tensor, tol: float, limit: Tensor) -> Tensor:

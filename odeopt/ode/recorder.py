@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odeopt.modes import is_traced
 from odeopt.ode.checks import State, check_derivative, real_dtype, tensors_of
 from odeopt.ode.solution import Status
 
@@ -106,7 +107,7 @@ class Recorder:
         self._dtype = tensors_of(x0)[0].dtype
         self._work = work or self._dtype  # dtype of the state of the solver
         self._has_axis = work is None or (isinstance(x0, Tensor) and x0.dim() > 0)
-        self._is_watched = can_watch()
+        self._is_watched = not is_traced()  # then tensors have versions and places in memory
         # Derivatives of one step are held by the solver together. The first ones are copied until it is known whether
         # they lie in memory of their own; a compiler, which sees no memory, does without a copy where it can.
         self.is_reusing_memory = torch.compiler.is_compiling()
@@ -262,11 +263,6 @@ def leaves_of(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
             if hasattr(node, "variable"):
                 leaves[id(node.variable)] = node.variable
     return leaves
-
-
-def can_watch() -> bool:
-    """Return whether tensors have versions and places in memory: not while they are mapped or compiled."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def own(x: Tensor) -> Tensor:

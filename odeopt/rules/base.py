@@ -9,9 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.checks import require
 from odeopt.rules.rows import Rows
@@ -343,23 +341,6 @@ def adopt_weights(rule: UpdateRule, weights: Mapping[str, Tensor]) -> None:
         if torch.is_tensor(x) and (x.dtype != weights[name].dtype or 0 in x.stride()):  # one number in many places
             x.data = torch.empty(x.shape, dtype=weights[name].dtype, device=x.device)
     rule.load_state_dict(weights)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Return True for a tensor of numbers; on the meta device, or under ``FakeTensorMode``, it has only a shape."""
-    return tensor.device.type != "meta" and not is_fake(tensor)
-
-
-def is_watched() -> bool:
-    """Return True inside of what has to see each operation on tensors: a mode of dispatch, or ``torch.func``."""
-    return _get_current_dispatch_mode() is not None or peek_interpreter_stack() is not None
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Return True where numbers of a tensor may decide what is computed: on a CPU, and where nothing is traced."""
-    if torch.compiler.is_compiling() or is_watched():
-        return False
-    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -213,6 +213,8 @@ def _run(
         return replace(blank, status=OVER_BUDGET, message=f"asked for more than {max_evals:,} evaluations.")
     except Exception as error:  # a solver may raise anything; the others should run all the same
         return replace(blank, status=RAISED, message=f"{type(error).__name__}: {error}")
+    if solution.n_field_evals > max_evals:  # of methods that take a system, which cannot be stopped on the way
+        return replace(blank, status=OVER_BUDGET, message=f"took {solution.n_field_evals:,} evaluations.")
     account = {"n_evals": solution.n_field_evals, "n_steps": solution.n_steps, "seconds": _rounded(min(times))}
     ran = replace(blank, **account, status=str(solution.status), message=solution.message)
     if not (solution.is_success or solution.status is Status.NOT_CONVERGED):  # whose states are complete
@@ -314,8 +316,12 @@ def observed_order(
 
     Returns:
         The order, from the two finest runs whose errors lie between a tenth and 2e-12; None where there are none.
+
+    Raises:
+        ValueError: If there is no such method, or ``n_steps`` does not rise.
     """
     (method,) = select_methods(method)
+    _check_sweep("n_steps", n_steps, int, "rising")
     blank = OrderRun(method.name, problem.name, problem.is_autonomous, method.order, None)
     if method.kind == "structure" and problem.system is None:
         return replace(blank, status=NOT_APPLICABLE)

@@ -29,7 +29,7 @@ class Problem:
         exact: Closed form: function of times, shape ``(n_times,)`` in float64, with the states there, each of shape
             ``(n_times, *shape)``; None where there is none.
         system: The problem as a port-Hamiltonian system, for methods that keep its structure; None if it is none.
-        effort: Port effort u of the system, function of the 0-d time; None for zero.
+        effort: Port effort u of the system, function of the 0-d time; None for zero. Likewise moved if it is a module.
         energy: Function of states with the energy of each; by default that of the system, None if there is none.
         is_autonomous: Whether the field does not depend on the time.
         is_stiff: Whether explicit methods are held to steps much under what accuracy needs.
@@ -75,14 +75,15 @@ class Problem:
         """Return the problem in another precision or on another device.
 
         Args:
-            dtype: Of the state, the times and the tensors that the field or the system holds.
+            dtype: Of the state, the times and the tensors that the field, or the system and its effort, hold.
             device: Likewise.
 
         Returns:
             A problem that shares no module with this one.
         """
         moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": self.t.to(device, dtype)}
-        parts = {name: getattr(self, name) for name in ("field" if self.system is None else "system", "energy")}
+        names = ("field" if self.system is None else "system", "effort", "energy")
+        parts = {name: getattr(self, name) for name in names}
 
         def module_of(part: object) -> object:
             return getattr(part, "__self__", part)  # of a method

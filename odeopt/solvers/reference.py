@@ -7,7 +7,7 @@ from torch import Tensor
 
 from odeopt.ode.checks import State, tensors_of
 from odeopt.ode.integrate import integrate
-from odeopt.ode.recorder import map_state
+from odeopt.ode.recorder import map_state, restore
 from odeopt.ode.solution import Solution
 from odeopt.solvers.initial_value import Problem
 
@@ -43,8 +43,8 @@ def reference(problem: Problem) -> State:
             tolerances = {"rtol": STIFF_TOLERANCE, "atol": 1e-3 * STIFF_TOLERANCE}
             solution = integrate(problem.field, states[-1], t, method="scipy_solver", options=options, **tolerances)
             _check(problem, solution)
-            states.append(solution.states[-1])
-    return torch.stack(states)
+            states.append(map_state(lambda x: x[-1], solution.states))
+    return restore(problem.x0, [torch.stack(parts) for parts in zip(*map(tensors_of, states), strict=True)])
 
 
 def loss_of(states: State) -> Tensor:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.rules.base import UpdateRule, has_values, initial_state, state_dtype
+from odeopt.modes import has_values
+from odeopt.rules.base import UpdateRule, initial_state, state_dtype
 from odeopt.rules.rows import Rows
 from odeopt.stepping.shards import Shard
 
@@ -45,7 +46,7 @@ class Bucket:
         state: State of the rule in rows.
         rows: The layout.
         columns: For each field of the state, which axis the columns are; None where the field holds one value per row.
-        has_values: Whether there are numbers, as :func:`odeopt.rules.base.has_values` tells.
+        has_values: Whether there are numbers, as :func:`odeopt.modes.has_values` tells.
         is_on_host: Whether there are, and reading them takes no host synchronisation.
         n_skipped: Gradients skipped because they were not finite, int64, ``(n_tensors, 1)``.
     """

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from odeopt.rules.base import UpdateRule, has_values
+from odeopt.modes import has_values
+from odeopt.rules.base import UpdateRule
 
 
 def frozen_copy(rule: UpdateRule) -> UpdateRule:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import require
-from odeopt.rules.base import UpdateRule, has_values
+from odeopt.modes import has_values
+from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import Bucket, state_template
 from odeopt.stepping.checks import check_sharding, check_stack, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, is_list, is_number, require
 from odeopt.systems.mechanics import Mechanism
 from odeopt.systems.observed import ObservedSystem, check_increasing, check_inputs, check_observations, check_seed
 
@@ -130,7 +130,7 @@ def make_data(
     check_seed(seed)
     is_sampled = inputs == "sampled"
     wanted = "finite numbers, at least one, or 'sampled'"
-    is_right = is_sampled or (not isinstance(inputs, str) and len(inputs) > 0 and all(map(is_number, inputs)))
+    is_right = is_sampled or (is_list(inputs) and len(inputs) > 0 and all(map(is_number, inputs)))
     require(is_right, "inputs", inputs, wanted)
     generator = torch.Generator().manual_seed(seed + 1)
     n_inputs, n_values = mechanism.model.n_inputs, len(INPUTS) if is_sampled else len(inputs)

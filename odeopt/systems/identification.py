@@ -31,7 +31,8 @@ class FitConfig:
     Attributes:
         n_passes: Times that training sees each window.
         n_points: Observations in a window, at least two; the motion is predicted from the first.
-        n_batches: Steps of Adam in a pass, over equal parts of the windows, which are shuffled for each pass.
+        n_batches: Steps of Adam in a pass, over parts of the windows, equal to within one,
+            which are shuffled for each pass.
         lr: Peak of the learning rate, which rises over a tenth of the training and falls along a cosine.
         n_substeps: Steps of rk4 between two observations.
         seed: Of the shuffling.
@@ -117,7 +118,7 @@ def fit(
     bar = tqdm(range(config.n_passes), disable=not progress_bar, desc="fit", unit="pass")
     for i in bar:
         total = x.new_zeros(())
-        for batch in torch.randperm(n, generator=generator, device="cpu").chunk(config.n_batches):
+        for batch in torch.randperm(n, generator=generator, device="cpu").tensor_split(config.n_batches):
             target = x[:, batch]
             predicted = model.roll(model.encode(target[0]), steps, u[:, batch], n_substeps=config.n_substeps)
             loss = model.residual(predicted, target)[1:].square().mean()
@@ -172,7 +173,7 @@ def fit_kept(
         Losses and status.
 
     Raises:
-        ValueError: If the file is of other settings, data or weights, or as for :func:`fit`.
+        ValueError: If the file is of other settings, data or weights, or cannot be read; or as for :func:`fit`.
     """
     check_class("data", data, Trajectories)
     checked = data.checked(model)
@@ -181,8 +182,15 @@ def fit_kept(
         require(settings[name] == options[name], f"settings[{name!r}]", settings[name], f"{options[name]!r}, as fitted")
     path, wanted = Path(path), settings | options
     if path.exists():
-        kept = torch.load(path, weights_only=True)
-        if kept["settings"] != wanted:
+        try:
+            kept = torch.load(path, weights_only=True)
+            losses, status, message, seconds = kept["result"]
+            result, weights = FitResult(losses, Status(status), message, seconds), dict(kept["weights"])
+            is_same = kept["settings"] == wanted
+        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+            found = f"Found `{path}`, which cannot be read; delete it to fit anew."
+            raise ValueError(f"Parameter `path` should be new or hold a fit. {found}") from error
+        if not is_same:
             changed = sorted(
                 name for name in wanted | kept["settings"] if wanted.get(name) != kept["settings"].get(name)
             )
@@ -190,9 +198,8 @@ def fit_kept(
                 "Parameter `path` should be new or hold a fit of the same settings. "
                 f"Found `{path}`, which differs in {', '.join(changed)}; choose another folder or delete it."
             )
-        model.load_state_dict(kept["weights"])
-        losses, status, message, seconds = kept["result"]
-        return FitResult(losses, Status(status), message, seconds)
+        model.load_state_dict(weights)
+        return result
     result = fit(model, data, config, progress_bar=progress_bar)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}

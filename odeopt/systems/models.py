@@ -133,8 +133,9 @@ class UnstructuredHamiltonian(ObservedSystem):
 
     def field(self, state: Tensor, u: Tensor) -> Tensor:
         keeps_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            state = state if keeps_graph and state.requires_grad else state.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            if not (keeps_graph and state.requires_grad):
+                state = (state.clone() if state.is_inference() else state.detach()).requires_grad_()
             # at fixed others: stages of a solver may make p a function of q
             q, p = (part.view_as(part) for part in state.chunk(2, dim=-1))
             H = self.hamiltonian(torch.cat((self.coordinates(q), p), dim=-1)).sum()

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from odeopt.modes import is_readable
 from odeopt.ode import integrate_unit, is_fixed_step, linear_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, QuadraticEnergy, RelativisticEnergy
-from odeopt.rules.base import StagedRule, is_readable, per_coordinate, per_tensor, state_dtype
+from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.port_hamiltonian import kinetic as energies
 from odeopt.rules.port_hamiltonian.checks import check_arguments, depends_on_q, is_linear, is_spectral
 from odeopt.rules.port_hamiltonian.coefficients import (

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from odeopt.rules.base import UpdateRule, has_values, is_watched
+from odeopt.modes import has_values, is_watched
+from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale

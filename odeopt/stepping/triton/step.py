@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from odeopt.modes import is_watched
 from odeopt.ode.steps import TABLEAUX
-from odeopt.rules.base import UpdateRule, is_watched
+from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.checks import rule_obstacle
