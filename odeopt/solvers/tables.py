@@ -146,7 +146,7 @@ def _caption(comparison: Runs) -> list[str]:
     tolerances = ", ".join(f"{x:g}" for x in settings["tolerances"])
     return [
         "Error: the largest distance of an output from the reference, over the largest norm of the reference. Medians "
-        "over the problems of a class, interpolated between runs; (n/m): n of m problems reach it; -: less than half.",
+        "over the problems of a class, interpolated between runs; (n/m): n of m problems reach it; -: at most half do.",
         f"Adaptive methods at tolerances {tolerances} (relative and absolute alike); the others at "
         f"{', '.join(map(str, settings['n_steps']))} steps from one output to the next; at most "
         f"{settings['max_evals']:,} evaluations. The least time of up to {settings['n_repeats']} runs on "
