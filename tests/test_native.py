@@ -244,10 +244,13 @@ def test_step_of_matrices_is_the_eager_one(options, settings):
     assert not is_native(optimizers[0])
 
 
+@pytest.mark.parametrize("total_steps", [None, 9])
 @pytest.mark.parametrize("times", [1.3, 5.0, 20.0, 1e6])
-def test_decay_grows_as_in_the_eager_step(times):
-    rule = port_hamiltonian(kinetic="spectral", initial_decay=2.0, decay_growth=16.0, decay_onset=4.0)
-    optimizers = pair(rule, MATRICES)
+def test_decay_grows_as_in_the_eager_step(times, total_steps):
+    rule = port_hamiltonian(
+        kinetic="spectral", initial_decay=2.0, decay_growth=16.0, decay_onset=4.0, uses_progress=True
+    )
+    optimizers = pair(rule, MATRICES, total_steps=total_steps)
     give(optimizers, 0)
     for optimizer in optimizers:
         optimizer.step()

@@ -526,15 +526,17 @@ def test_step_sizes_fall_with_the_length_of_the_run(shape):
 
 
 @pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
+@pytest.mark.parametrize("progress", [None, torch.tensor(0.3)], ids=["not told", "told"])
 @pytest.mark.parametrize(("bound", "onset"), [(16.0, 1.0), (4.0, 1.2), (60.0, 8.0)])
-def test_decay_grows_as_gradients_vanish_up_to_its_bound(options, bound, onset):
+def test_decay_grows_as_gradients_vanish_up_to_its_bound(options, bound, onset, progress):
     growing = {"initial_decay": 0.1, "decay_growth": bound, "decay_onset": onset}
     none, plain, rule = (
         PortHamiltonianUpdate(**options, **decay).double() for decay in ({}, {"initial_decay": 0.1}, growing)
     )
 
     def wanted(ratio):
-        held = 1.5 if ratio < onset else 1.5 * (ratio / onset) ** 2
+        begins = 1.0 if progress is None else onset
+        held = 1.5 if ratio < begins else 1.5 * (ratio / begins) ** 2
         return min(max(min(ratio, held), 1.0), bound)
 
     shape, param = (3, 5), draws(15, seed=3)
@@ -548,7 +550,7 @@ def test_decay_grows_as_gradients_vanish_up_to_its_bound(options, bound, onset):
             step=torch.full_like(state.step, 1e6),
         )
         updates, (*_, after) = zip(
-            *(r(grad, state, param=param, shape=shape) for r in (none, plain, rule)), strict=True
+            *(r(grad, state, param=param, shape=shape, progress=progress) for r in (none, plain, rule)), strict=True
         )
         assert all(update.isfinite().all() for update in updates)
         return *((update - updates[0]) for update in updates[1:]), (after.slow_scale / after.scale).item()

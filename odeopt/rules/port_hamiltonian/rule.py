@@ -175,7 +175,8 @@ class PortHamiltonianUpdate(StagedRule):
             the loss, while elsewhere it is decoupled. 1 is none.
         decay_onset: Ratio of those magnitudes up to which the decay grows by at most half; from there on it catches up
             with the ratio, as its square. Gradients fall by a few times in the course of any fit, and by hundreds
-            where examples are known by heart. 1 is none.
+            where examples are known by heart. Where ``progress`` is not told, step sizes do not end and gradients never
+            become as small, so there the decay grows with the ratio from the start. 1 is none.
         schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
             ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
             the run in place of the progress. ``"none"`` leaves the schedule to the network.
@@ -605,7 +606,8 @@ class PortHamiltonianUpdate(StagedRule):
             return shared
         growth = 1.0
         if self.decay_growth > 1:
-            growth = decay_growth(shared.scale, shared.slow_scale, self.decay_growth, self.decay_onset)
+            onset = self.decay_onset if is_told else 1.0
+            growth = decay_growth(shared.scale, shared.slow_scale, self.decay_growth, onset)
         if self.decay_horizon > 0:
             lasting = step if length is None or not is_told else length
             growth = growth * long_run_factor(lasting, self.decay_horizon, self.horizon_power)

@@ -339,7 +339,7 @@ static const float *network(const Rule *rule, float *x, float *y)
 /* What a matrix needs beside the numbers of its coordinates; `out` is the part of the network's outputs for it. Constants
    of the rule that depend on the depth of the network are read here and nowhere else. */
 static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, const float *out, float growth,
-                                float scheduled, float lasting)
+                                float scheduled, float lasting, float onset)
 {
     float kappa = rule->initial_matrix_kappa * expf(out[0] + growth);
     if (rule->trust_ratio > 0.0f) {
@@ -354,7 +354,7 @@ static void matrix_coefficients(const Rule *rule, const Tensor *t, Shared *c, co
     c->decay = rule->initial_decay * expf(out[2]);
     c->coherence = rule->initial_coherence * expf(out[3]);
     if (rule->decay_growth > 1.0f) {
-        const float onset = rule->decay_onset, present = fmaxf(c->scale, c->slow_scale / (rule->decay_growth * onset));
+        const float present = fmaxf(c->scale, c->slow_scale / (rule->decay_growth * onset));
         const float ratio = c->slow_scale / (present > 0.0f ? present : 1.0f);
         const float beyond = fmaxf(ratio / onset, 1.0f), growth = fminf(ratio, HELD_GROWTH * beyond * beyond);
         c->decay *= fminf(fmaxf(growth, 1.0f), rule->decay_growth);
@@ -451,7 +451,7 @@ static void coefficients(const Rule *rule, const Tensor *t, const Group *group, 
     }
     if (t->n_rows > 0)
         matrix_coefficients(rule, t, c, out + rule->at_matrix, growth, scheduled,
-                            !told ? c->step : knows_length ? length : 1.0f);
+                            !told ? c->step : knows_length ? length : 1.0f, told ? rule->decay_onset : 1.0f);
 }
 
 static void finish(const Rule *rule, const Tensor *t, const Shared *c)
