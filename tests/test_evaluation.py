@@ -310,9 +310,9 @@ def test_nothing_to_compare():
 
 def test_evaluation_draws_from_streams_of_its_own():
     from odeopt.evaluation.baselines import TUNING_SEED
-    from odeopt.meta import trainer
+    from odeopt.meta.config import VALIDATION_SEED
 
-    used = {0, trainer.VALIDATION_SEED, TUNING_SEED}
+    used = {0, VALIDATION_SEED, TUNING_SEED}
     assert len(used | {EVALUATION_SEED}) == 4
 
 

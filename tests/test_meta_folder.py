@@ -8,6 +8,7 @@ from rule_toys import flat_weights
 from torch import nn
 
 from odeopt.meta import Backpropagation, EvolutionStrategies, MetaConfig, meta_train
+from odeopt.meta.config import VALIDATION_SEED
 from odeopt.meta.outliers import Outliers
 from odeopt.rules import PortHamiltonianUpdate
 from odeopt.tasks import Mixture, ModuleTask, RandomQuadratic, ScaledTask, TaskFamily
@@ -287,3 +288,5 @@ def test_seeds_that_no_generator_takes_are_refused(seed):
         MetaConfig(seed=seed)
     for within in (2**64 - 1, -(2**63)):
         assert MetaConfig(seed=within).seed == within
+    with pytest.raises(ValueError, match=r"`seed` should be another one than that of .* validation\. Found `seed = "):
+        MetaConfig(seed=VALIDATION_SEED)

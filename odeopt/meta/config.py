@@ -10,6 +10,8 @@ from odeopt.meta.estimators import Backpropagation, Estimator
 from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule
 
+# validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
+VALIDATION_SEED = 1_000_003
 _SCHEDULES = ("one-cycle", "constant")
 
 
@@ -76,6 +78,7 @@ class MetaConfig:
             require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
         is_seed = is_integer(self.seed) and -(2**63) <= self.seed < 2**64  # what torch's generators take
         require(is_seed, "seed", self.seed, "an integer of 64 bits")
+        require(self.seed != VALIDATION_SEED, "seed", self.seed, "another one than that of the tasks of validation")
         is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
         require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
         require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from odeopt.checks import is_number, require
 from odeopt.files import replaced, unfit
-from odeopt.meta.config import MetaConfig, MetaResult
+from odeopt.meta.config import VALIDATION_SEED, MetaConfig, MetaResult
 from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
 from odeopt.meta.identity import are_close, differences, identity_of
 from odeopt.meta.layouts import CompiledSteps
@@ -31,8 +31,6 @@ from odeopt.rules.base import UpdateRule, check_tasks_apart
 from odeopt.tasks import Draw, Mixture, Task
 
 _FORMAT = 4  # of checkpoints
-# validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
-VALIDATION_SEED = 1_000_003
 _PATIENCE = 10.0  # seconds that a run which is interrupted waits for its last scalars
 
 
