@@ -20,6 +20,7 @@ from odeopt.meta import unroll
 from odeopt.report import draw_table
 from odeopt.rules import AdamUpdate, LSTMUpdate, PortHamiltonianUpdate, RMSpropUpdate, SGDUpdate
 from odeopt.tasks import MLPClassification, RandomQuadratic, Task
+from odeopt.tasks.random import TUNING_SEED, VALIDATION_SEED
 
 
 class Bowls(Task):
@@ -309,9 +310,6 @@ def test_nothing_to_compare():
 
 
 def test_evaluation_draws_from_streams_of_its_own():
-    from odeopt.evaluation.baselines import TUNING_SEED
-    from odeopt.meta.config import VALIDATION_SEED
-
     used = {0, VALIDATION_SEED, TUNING_SEED}
     assert len(used | {EVALUATION_SEED}) == 4
 

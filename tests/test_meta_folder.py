@@ -8,10 +8,10 @@ from rule_toys import flat_weights
 from torch import nn
 
 from odeopt.meta import Backpropagation, EvolutionStrategies, MetaConfig, meta_train
-from odeopt.meta.config import VALIDATION_SEED
 from odeopt.meta.outliers import Outliers
 from odeopt.rules import PortHamiltonianUpdate
 from odeopt.tasks import Mixture, ModuleTask, RandomQuadratic, ScaledTask, TaskFamily
+from odeopt.tasks.random import EVALUATION_SEED, TUNING_SEED, VALIDATION_SEED
 
 CONFIG = MetaConfig(n_meta_steps=4, n_tasks=2, horizon=3, validate_every=2, n_validation_tasks=2)
 ANOTHER = r"hold a checkpoint of the same run. Found `.*checkpoint.pt` with another "
@@ -288,5 +288,12 @@ def test_seeds_that_no_generator_takes_are_refused(seed):
         MetaConfig(seed=seed)
     for within in (2**64 - 1, -(2**63)):
         assert MetaConfig(seed=within).seed == within
-    with pytest.raises(ValueError, match=r"`seed` should be another one than that of .* validation\. Found `seed = "):
-        MetaConfig(seed=VALIDATION_SEED)
+
+
+@pytest.mark.parametrize(
+    ("seed", "name"), [(VALIDATION_SEED, "validation"), (TUNING_SEED, "tuning"), (EVALUATION_SEED, "evaluation")]
+)
+def test_training_draws_from_no_stream_that_is_kept_for_a_measurement(seed, name):
+    with pytest.raises(ValueError, match=rf"`seed` should be another one than that of the tasks of {name}\. "):
+        MetaConfig(seed=seed)
+    assert MetaConfig(seed=seed + 1).seed == seed + 1

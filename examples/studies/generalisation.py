@@ -29,10 +29,11 @@ import odeopt
 from odeopt.artifacts import fingerprint
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED
-from odeopt.evaluation.baselines import TUNING_SEED, Family, build, tune_all
+from odeopt.evaluation.baselines import Family, build, tune_all
 from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.tasks import MLPClassification
 from odeopt.tasks.classification import SPLITS
+from odeopt.tasks.random import TUNING_SEED
 
 RULE = "port-hamiltonian"
 # first grids, which extend where the best lies on an edge; few points and one momentum, as the runs are long

@@ -18,13 +18,14 @@ import torch
 from odeopt.artifacts import load, save
 from odeopt.checks import require
 from odeopt.evaluation import EVALUATION_SEED, Interval, compare, student_interval, time_step
-from odeopt.meta.config import VALIDATION_SEED, MetaConfig
+from odeopt.meta.config import MetaConfig
 from odeopt.meta.files import Config
 from odeopt.meta.trainer import meta_train
 from odeopt.meta.validation import validation_score
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
+from odeopt.tasks.random import VALIDATION_SEED
 
 _N_TIMINGS = 5
 

@@ -21,8 +21,8 @@ from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate, RMSpropUpdate, SGDUpdate
 from odeopt.tasks.base import Task
+from odeopt.tasks.random import TUNING_SEED
 
-TUNING_SEED = 2_000_003  # streams of their own, as evaluation's
 # twenty preferred numbers per decade, rounded, times powers of ten: the lattice of learning rates
 _MANTISSAS = (1, 1.1, 1.25, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3.2, 3.6, 4, 4.5, 5, 5.6, 6.3, 7, 8, 9)
 # of the searches, in turn: 1, 3.2, 10, ..., then ten values a decade, then all

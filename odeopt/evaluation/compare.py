@@ -18,9 +18,9 @@ from odeopt.meta.unroll import unroll
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule, check_tasks_apart, initial_state
 from odeopt.tasks.base import Task
+from odeopt.tasks.random import EVALUATION_SEED
 from odeopt.timing import clock
 
-EVALUATION_SEED = 3_000_017  # streams that neither meta-training, its validation nor tuning draws from
 BEST_HAND_DESIGNED = "best hand-designed"
 _BATCH_BYTES = {"cpu": 16e6, "cuda": 2e9}  # on a CPU about what its cache holds: larger batches are slower
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from odeopt._version import __version__
 from odeopt.artifacts import fingerprint
 from odeopt.checks import n_of, require
-from odeopt.evaluation.baselines import TUNING_SEED, Family, tune
-from odeopt.evaluation.compare import EVALUATION_SEED, run
+from odeopt.evaluation.baselines import Family, tune
+from odeopt.evaluation.compare import run
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
 from odeopt.evaluation.result import DIVERGED, scores_of
 from odeopt.files import read_json, write_json
@@ -29,6 +29,7 @@ from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
 from odeopt.tasks import DATASETS, MLPClassification, ScaledTask, Task, load_dataset
 from odeopt.tasks.classification import SPLITS
+from odeopt.tasks.random import EVALUATION_SEED, TUNING_SEED
 
 REFERENCES = (Family("Adam", AdamUpdate), Family("Adam, cosine", partial(AdamUpdate, cosine=True)))
 TARGET_SHARE, TARGET_WORST = 0.9, 1.1  # of cells no worse than tuned Adam; of the ratio to it in any cell

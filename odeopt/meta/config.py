@@ -9,9 +9,9 @@ from odeopt.checks import is_integer, is_number, require, require_counts, requir
 from odeopt.meta.estimators import Backpropagation, Estimator
 from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule
+from odeopt.tasks.random import EVALUATION_SEED, TUNING_SEED, VALIDATION_SEED
 
-# validation draws from streams that training never touches, the same for all meta-seeds so that their scores compare
-VALIDATION_SEED = 1_000_003
+_RESERVED_SEEDS = {VALIDATION_SEED: "validation", TUNING_SEED: "tuning", EVALUATION_SEED: "evaluation"}
 _SCHEDULES = ("one-cycle", "constant")
 
 
@@ -39,7 +39,8 @@ class MetaConfig:
             the rule; with a mixture that of a draw.
         validate_every: Meta-steps between validations.
         n_validation_tasks: Tasks per validation, on the full horizon; draws of a mixture.
-        seed: Seed of everything but the validation tasks, which are the same for all seeds: their scores compare.
+        seed: Seed of everything but the validation tasks, which are the same for all seeds: their scores compare. The
+            seeds that validation, tuning and evaluation draw their tasks from are refused.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -78,7 +79,8 @@ class MetaConfig:
             require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
         is_seed = is_integer(self.seed) and -(2**63) <= self.seed < 2**64  # what torch's generators take
         require(is_seed, "seed", self.seed, "an integer of 64 bits")
-        require(self.seed != VALIDATION_SEED, "seed", self.seed, "another one than that of the tasks of validation")
+        reserved = _RESERVED_SEEDS.get(self.seed)
+        require(reserved is None, "seed", self.seed, f"another one than that of the tasks of {reserved}")
         is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
         require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
         require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from odeopt.checks import is_number, require
 from odeopt.files import replaced, unfit
-from odeopt.meta.config import VALIDATION_SEED, MetaConfig, MetaResult
+from odeopt.meta.config import MetaConfig, MetaResult
 from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
 from odeopt.meta.identity import are_close, differences, identity_of
 from odeopt.meta.layouts import CompiledSteps
@@ -29,6 +29,7 @@ from odeopt.meta.validation import validation_score
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule, check_tasks_apart
 from odeopt.tasks import Draw, Mixture, Task
+from odeopt.tasks.random import VALIDATION_SEED
 
 _FORMAT = 4  # of checkpoints
 _PATIENCE = 10.0  # seconds that a run which is interrupted waits for its last scalars
