@@ -115,6 +115,16 @@ def test_all_rules_see_the_tasks_and_batches_that_unroll_draws():
     assert not torch.equal(other.results["sgd"].losses, comparison.results["sgd"].losses)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_comparison_does_not_mind_that_gradients_are_off(mode):
+    rules, task = {"learned": PortHamiltonianUpdate()}, RandomQuadratic(5)
+    wanted = quiet(rules, task, n_steps=3, n_runs=2).results["learned"]
+    with mode():
+        found = quiet(rules, task, n_steps=3, n_runs=2).results["learned"]
+    assert torch.equal(found.losses, wanted.losses)
+    assert found.ms_per_step > 0
+
+
 def test_rules_are_told_the_horizon():
     rule, seen = SGDUpdate(0.1), []
     rule.register_forward_pre_hook(lambda *call: seen.append(call[2]["progress"].item()), with_kwargs=True)

@@ -238,6 +238,15 @@ def test_failures_are_kept_with_their_reason():
     ]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_compared_where_the_caller_has_switched_them_off(mode):
+    problems, options = [decay(), decay()], {"n_steps": (8,), "max_gradient_evals": 400}
+    (wanted,) = run(problems[:1], ["rk4"], **options).runs
+    with mode():
+        (found,) = run(problems[1:], ["rk4"], **options).runs
+    assert found.gradient_error == wanted.gradient_error > 0
+
+
 def test_a_run_over_its_budget_is_stopped():
     (found,) = run([decay()], ["dopri5"], tolerances=(1e-6,), max_evals=10).runs
     assert (found.status, found.message) == ("over the budget", "asked for more than 10 evaluations.")

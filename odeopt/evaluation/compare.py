@@ -15,6 +15,7 @@ from odeopt.artifacts import find_pretrained
 from odeopt.checks import require
 from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
+from odeopt.modes import outside_inference_mode
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule, check_tasks_apart, initial_state
 from odeopt.tasks.base import Task
@@ -159,6 +160,7 @@ def run(
     return torch.cat(losses, dim=1), torch.cat(accuracies) if accuracies else None
 
 
+@outside_inference_mode
 @torch.no_grad()
 def time_step(rule: UpdateRule, task: Task, *, n_steps: int = 15, n_warmup: int = 3) -> float:
     """Median time of one optimizer step on one task, its gradient's own time excluded.

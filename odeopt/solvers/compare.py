@@ -61,6 +61,7 @@ class _Truth(NamedTuple):
     gradient: Tensor | None
 
 
+@torch.inference_mode(False)  # which also undoes `torch.no_grad()`: gradients are compared
 def compare_solvers(
     problems: Iterable[str | Problem] | None = None,
     methods: Iterable[str | Method] | None = None,

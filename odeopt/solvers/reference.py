@@ -52,6 +52,7 @@ def loss_of(states: State) -> Tensor:
     return 0.5 * sum(x[1:].square().sum() / (len(x) - 1) for x in tensors_of(states))
 
 
+@torch.inference_mode(False)  # which also undoes `torch.no_grad()`
 def reference_gradient(problem: Problem) -> Tensor | None:
     """Gradient of :func:`loss_of` with respect to the initial state, through dopri8 at 1e-14.
 
