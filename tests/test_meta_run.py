@@ -138,6 +138,8 @@ def test_time_spent_on_validation_counts_over_all_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
     config = MetaConfig(n_meta_steps=4, n_tasks=2, horizon=3, validate_every=2)
     options = {"folder": tmp_path, "progress_bar": False}
+    untrained = meta_train(rule_of(), RandomQuadratic(2, dtype=f64), config, on_validation=lambda *_: True, **options)
+    assert (untrained.meta_losses, untrained.seconds) == ([], 5.0)
     first = meta_train(rule_of(), RandomQuadratic(2, dtype=f64), config, stop_after=9.0, **options)
     assert (len(first.meta_losses), first.seconds) == (2, 10.0)  # validated before and after two meta-steps
     assert meta_train(rule_of(), RandomQuadratic(2, dtype=f64), config, **options).seconds == 15.0

@@ -489,6 +489,12 @@ def test_a_file_that_holds_no_fit_is_refused_by_name(tmp_path, content):
         fit_kept(model_of("naive", pendulum()), data, FitConfig(n_passes=1, n_batches=1), path, settings={})
 
 
+def test_a_kept_fit_that_the_system_does_not_open_is_no_damaged_one(tmp_path):
+    data = make_data(pendulum(), n=4, n_times=5).train
+    with pytest.raises(OSError, match=re.escape(tmp_path.name)):  # a folder, or no permission
+        fit_kept(model_of("naive", pendulum()), data, FitConfig(n_passes=1, n_batches=1), tmp_path, settings={})
+
+
 def test_a_kept_fit_knows_its_data_and_its_model(tmp_path):
     mechanism, config, path = embedded_pendulum(), FitConfig(n_passes=1, n_batches=1), tmp_path / "fit.pt"
     data = make_data(mechanism, n=4, n_times=5).train

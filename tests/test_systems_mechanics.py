@@ -240,8 +240,11 @@ def test_differences_of_angles_take_the_shortest_way_round():
         ({"seed": 2.5}, r"`seed` should be an integer of at least -2\^63 and below 2\^63. Found `seed = 2.5`"),
         ({"seed": -(10**20)}, r"`seed` should be .*Found `seed = -100000000000000000000`"),
         ({"noise": -0.1}, r"`noise` should be a finite number of at least 0. Found `noise = -0.1`"),
-        ({"inputs": []}, r"`inputs` should be finite numbers.*Found `inputs = \[\]`"),
-        ({"inputs": [math.nan]}, r"`inputs` should be finite numbers"),
+        ({"inputs": []}, r"`inputs` should be a list of finite numbers.*Found `inputs = \[\]`"),
+        ({"inputs": [math.nan]}, r"`inputs` should be a list of finite numbers"),
+        ({"inputs": 1.0}, r"`inputs` should be a list of finite numbers.*Found `inputs = 1.0`"),
+        ({"inputs": torch.ones(2)}, r"`inputs` should be a list of finite numbers.*Found `inputs = tensor"),
+        ({"inputs": torch.ones(2).numpy()}, r"`inputs` should be a list of finite numbers.*Found `inputs = array"),
         ({"inputs": "random"}, r"`inputs` should be .* or 'sampled'. Found `inputs = 'random'`"),
     ],
 )

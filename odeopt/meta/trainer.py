@@ -165,6 +165,12 @@ def _train(
     began, seconds_before = time.perf_counter(), run.result.seconds
     is_hidden = not (progress_bar and run.world.is_first)
 
+    def count_seconds() -> float:
+        """Seconds of this call, which are added to those of the calls before."""
+        seconds = time.perf_counter() - began
+        run.result.seconds = seconds_before + seconds
+        return seconds
+
     def is_end(news: Iterable[tuple[int, float]], is_late: bool = False) -> bool:
         is_heard = on_validation is not None and run.world.is_first
         answers = [on_validation(step, score) for step, score in news] if is_heard else []
@@ -174,14 +180,14 @@ def _train(
     with tqdm(total=n_wanted, initial=n_done, disable=is_hidden, desc="meta-training") as bar:
         if not run.result.validation:
             run.validate(0)
+            count_seconds()
         is_ended = is_end(run.result.validation)
         while not is_ended and len(run.result.meta_losses) < n_wanted:
             for loss in run.episode():
                 bar.update()
                 bar.set_postfix({"meta-loss": f"{loss:.3f}", "best score": f"{run.result.best_score:.4f}"})
             if run.after_episode():
-                seconds = time.perf_counter() - began
-                run.result.seconds = seconds_before + seconds
+                seconds = count_seconds()
                 run.save()
                 is_ended = is_end(run.result.validation[-1:], stop_after is not None and seconds > stop_after)
 

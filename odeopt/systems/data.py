@@ -128,8 +128,8 @@ def make_data(
     require(is_integer(n_times) and n_times >= 2, "n_times", n_times, "at least 2")
     require(is_number(noise) and noise >= 0, "noise", noise, "a finite number of at least 0")
     check_seed(seed)
-    is_sampled = inputs == "sampled"
-    wanted = "finite numbers, at least one, or 'sampled'"
+    is_sampled = isinstance(inputs, str) and inputs == "sampled"  # arrays compare by elements
+    wanted = "a list of finite numbers, at least one, or 'sampled'"
     is_right = is_sampled or (is_list(inputs) and len(inputs) > 0 and all(map(is_number, inputs)))
     require(is_right, "inputs", inputs, wanted)
     generator = torch.Generator().manual_seed(seed + 1)

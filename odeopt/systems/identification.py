@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import io
 import math
 import os
 import time
@@ -31,8 +32,8 @@ class FitConfig:
     Attributes:
         n_passes: Times that training sees each window.
         n_points: Observations in a window, at least two; the motion is predicted from the first.
-        n_batches: Steps of Adam in a pass, over parts of the windows, equal to within one,
-            which are shuffled for each pass.
+        n_batches: Steps of Adam in a pass: windows are shuffled and split into as many parts, whose sizes differ by one
+            at most.
         lr: Peak of the learning rate, which rises over a tenth of the training and falls along a cosine.
         n_substeps: Steps of rk4 between two observations.
         seed: Of the shuffling.
@@ -182,8 +183,9 @@ def fit_kept(
         require(settings[name] == options[name], f"settings[{name!r}]", settings[name], f"{options[name]!r}, as fitted")
     path, wanted = Path(path), settings | options
     if path.exists():
+        content = path.read_bytes()
         try:
-            kept = torch.load(path, weights_only=True)
+            kept = torch.load(io.BytesIO(content), weights_only=True)
             losses, status, message, seconds = kept["result"]
             result, weights = FitResult(losses, Status(status), message, seconds), dict(kept["weights"])
             is_same = kept["settings"] == wanted
