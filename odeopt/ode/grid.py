@@ -132,16 +132,16 @@ def explicit_steps(
     recorder = Recorder(field, x0, torch.tensor(times.numbers[:2]), callbacks={"callback_step"}, is_external=False)
     is_tuple = isinstance(x0, tuple)
     flat, vector_field = _flattened(recorder, x0) if is_tuple else (own(x0), recorder)
-    is_watched = not is_traced() and not torch.is_inference_mode_enabled()
+    has_versions = not is_traced() and not torch.is_inference_mode_enabled()
 
     def callback(start: Tensor, x: Tensor, dt: Tensor | float) -> None:
         recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)
 
     def step(start: Tensor, x: Tensor, dt: Tensor | float) -> Tensor:
         nonlocal vector_field
-        before, version = x, x._version if is_watched else 0
+        before, version = x, x._version if has_versions else 0
         x = checked_explicit_step(vector_field, start, dt, x, method)
-        if is_watched and before._version != version:
+        if has_versions and before._version != version:
             raise_written()
         if not (is_tuple or recorder.is_reusing_memory):
             vector_field = recorder.timed  # once its derivatives are known to fit

@@ -107,12 +107,12 @@ class Recorder:
         self._dtype = tensors_of(x0)[0].dtype
         self._work = work or self._dtype  # dtype of the state of the solver
         self._has_axis = work is None or (isinstance(x0, Tensor) and x0.dim() > 0)
-        self._is_watched = not is_traced()  # then tensors have versions and places in memory
+        self._has_versions = not is_traced()  # of tensors, and places in memory
         # Derivatives of one step are held by the solver together. The first ones are copied until it is known whether
         # they lie in memory of their own; a compiler, which sees no memory, does without a copy where it can.
         self.is_reusing_memory = torch.compiler.is_compiling()
         # They are kept alive meanwhile, so that no memory is given out twice.
-        self._seen: list[Tensor] | None = [] if self._is_watched else None
+        self._seen: list[Tensor] | None = [] if self._has_versions else None
         self._seen_places: set[int] = set()
         # SciPy's solvers may evaluate at one time for ever once values overflow (LSODA on dx/dt = x^2). Their
         # one good reason to stay, a Jacobian by differences, takes an evaluation per number of the state.
@@ -141,7 +141,7 @@ class Recorder:
     def __call__(self, t: Tensor, x: State) -> Any:
         self.n_evals += 1
         x, parts, versions = self._given(x), (), []
-        if self._is_watched:
+        if self._has_versions:
             parts = tensors_of(x)
             if parts[0].is_inference():  # such tensors do not count who writes to them
                 parts, x = (), map_state(torch.clone, x)

@@ -175,8 +175,8 @@ class PortHamiltonianUpdate(StagedRule):
             the loss, while elsewhere it is decoupled. 1 is none.
         decay_onset: Ratio of those magnitudes up to which the decay grows by at most half; from there on it catches up
             with the ratio, as its square. Gradients fall by a few times in the course of any fit, and by hundreds
-            where examples are known by heart. Where ``progress`` is not told, step sizes do not end and gradients never
-            become as small, so there the decay grows with the ratio from the start. 1 is none.
+            where examples are known by heart. 1 is none, which is also what holds where ``progress`` is not told: step
+            sizes do not fall to zero then, and gradients do not become as small.
         schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
             ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
             the run in place of the progress. ``"none"`` leaves the schedule to the network.
