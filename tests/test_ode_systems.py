@@ -58,8 +58,9 @@ def test_every_method_sees_the_jumps_of_a_held_input(method):
     else:
         options = {"step_size": 0.004} if is_fixed_step(method) and method != "fixed_adams" else None
     t = [0.0, 0.5, 1.1, 2.0]
-    solution = integrate(SPRING, X0, t, method=method, options=options, u=ZeroOrderHold(KNOTS, SAMPLES), rtol=1e-6,
-                         atol=1e-8)  # fmt: skip
+    rtol = 1e-5 if method == "adaptive_heun" else 1e-6  # of second order: three times as many steps for each digit
+    solution = integrate(SPRING, X0, t, method=method, options=options, u=ZeroOrderHold(KNOTS, SAMPLES), rtol=rtol,
+                         atol=1e-2 * rtol)  # fmt: skip
     found = torch.cat(solution.states, -1)
     expected = torch.stack([torch.cat(X0), *map(exact_under_hold, t[1:])])
     rough = {"euler": 2e-2, "fixed_adams": 1.0}  # adaptive ones are interpolated at the outputs, dopri8 roughly
@@ -264,8 +265,10 @@ def test_steps_that_are_captured_read_no_value_and_copy_none_from_the_host(metho
     system = make_system(has_mass_network=method != "strang").to("meta")
     x0 = PhaseState(*(x.to("meta") for x in make_state()))
     u = torch.full((1,), 0.7, dtype=F64, device="meta")
+    # without values no iteration ends before the last
+    options = {"step_size": 0.1} if method == "rk4" else {"step_size": 0.1, "max_iters": 3}
     with NothingFromTheHost(), torch.no_grad():
-        solution = integrate(system, x0, [0.0, 0.3, 0.5], method=method, options={"step_size": 0.1}, u=u)
+        solution = integrate(system, x0, [0.0, 0.3, 0.5], method=method, options=options, u=u)
         with pytest.raises(RuntimeError, match="meta"):
             solution.states.q.sum().item()
     assert solution.status is Status.NOT_CHECKED

@@ -69,7 +69,7 @@ def test_inputs_do_not_depend_on_where_the_clock_starts(method, hold):
         t = start + torch.linspace(0, 1.5, 7, dtype=F64)
         options = {"step_size": 0.125} if method in (*STRUCTURE_METHODS, "midpoint") else None
         with torch.no_grad():
-            solution = integrate(SPRING, X0, t, method=method, u=u, options=options, rtol=1e-5, atol=1e-6)
+            solution = integrate(SPRING, X0, t, method=method, u=u, options=options, rtol=1e-4, atol=1e-5)
             assert solution.states.q.dtype == torch.float32
             ledger = energy_ledger(SPRING, solution, u=u) if method != "discrete_gradient" else None
         residual = [ledger.supplied.sum().reshape(1)] if ledger else []
@@ -229,7 +229,8 @@ def test_gradients_of_times_are_those_of_the_solution(method, backend, step_size
                 gradient_of_times(wavy, x0, method, backend=backend, options=options)
             return
     found, _ = gradient_of_times(wavy, x0, method, backend=backend, options=options)
-    expected = wavy_by_differences(method, step_size)
+    # adaptive methods solve one equation, which that of the highest order solves soonest
+    expected = wavy_by_differences(method if is_fixed_step(method) else "dopri8", step_size)
     # those of adaptive methods at their default tolerances; bosh3 has an order of three
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 if is_fixed_step(method) else 1e-6)
 
@@ -252,7 +253,9 @@ def quartic_by_differences(method, step_size=None):
 
 @pytest.mark.parametrize("method", ["midpoint", *STRUCTURE_METHODS, "adaptive_heun", "dopri8"])
 def test_gradients_of_times_reach_systems_across_knots(method):
-    found, _ = gradient_of_times(QUARTIC, START, method, u=TENT)
+    # at the default tolerances a method of second order takes ten seconds
+    tolerances = {"rtol": 3e-7, "atol": 3e-9} if method == "adaptive_heun" else {}
+    found, _ = gradient_of_times(QUARTIC, START, method, u=TENT, **tolerances)
     # a difference quotient would see the steps of an adaptive method jump
     is_adaptive = method in ("adaptive_heun", "dopri8")
     expected = quartic_by_differences("rk4", 0.01) if is_adaptive else quartic_by_differences(method)

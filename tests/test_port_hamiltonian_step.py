@@ -149,7 +149,7 @@ def image_task():
 @functools.cache
 def trajectory_on_images(variant, factor):
     rule = port_hamiltonian(variant, scale=0.1, dtype=f32)
-    n_tasks, n_steps = (2, 50) if variant == "default" else (1, 20)  # the other costs ten times as much
+    n_tasks, n_steps = (2, 50) if variant == "default" else (1, 10)  # the other costs ten times as much
     with torch.no_grad():
         return unroll(rule, Scaled(image_task(), factor), indices=torch.arange(n_tasks), n_steps=n_steps)
 
