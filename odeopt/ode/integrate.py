@@ -374,12 +374,12 @@ def _unit_times(x0: Tensor) -> tuple[Tensor, Tensor]:
     real = x0.real if x0.is_complex() else x0
     key = (real.dtype, real.device)
     # A tensor of a trace must not outlive it; one of inference mode could not be saved for autograd later.
-    is_traced = torch.compiler.is_compiling()
-    times = None if is_traced else _UNIT_TIMES.get(key)
+    is_compiling = torch.compiler.is_compiling()
+    times = None if is_compiling else _UNIT_TIMES.get(key)
     if times is None:
-        with nullcontext() if is_traced else torch.inference_mode(False):
+        with nullcontext() if is_compiling else torch.inference_mode(False):
             # Not x0.new_zeros, which would be batched under vmap.
             times = torch.zeros((), dtype=key[0], device=key[1]), torch.ones((), dtype=key[0], device=key[1])
-        if type(times[0]) is Tensor and not is_traced:
+        if type(times[0]) is Tensor and not is_compiling:
             _UNIT_TIMES[key] = times
     return times
