@@ -171,6 +171,17 @@ LEFT_OUT = {
 }
 
 
+def assert_left_out_of_the_graph(run, pair, n_steps):
+    (model, optimizer), (twin, other) = pair
+    graphs = Graphs(is_functional=True)
+    compiled = torch.compile(run, backend=graphs)
+    for step in range(n_steps):
+        compiled(inputs(step), model, optimizer)
+        run(inputs(step), twin, other)
+        assert_alike(optimizer, other)
+    assert sum(graphs.count_steps()) == 0
+
+
 @pytest.mark.parametrize("options", LEFT_OUT.values(), ids=LEFT_OUT)
 def test_step_that_no_graph_can_hold_is_a_graph_break_or_an_error(options):
     def move(x, model, optimizer):
@@ -178,30 +189,18 @@ def test_step_that_no_graph_can_hold_is_a_graph_break_or_an_error(options):
         optimizer.step()
         return x + 1
 
-    (model, optimizer), (twin, other) = (learner(LeakySum(), **options) for _ in range(2))
-    graphs = Graphs(is_functional=True)
-    compiled = torch.compile(move, backend=graphs)
-    for step in range(3):
-        compiled(inputs(step), model, optimizer)
-        move(inputs(step), twin, other)
-        assert_alike(optimizer, other)
-    assert sum(graphs.count_steps()) == 0
+    pair = [learner(LeakySum(), **options) for _ in range(2)]
+    assert_left_out_of_the_graph(move, pair, 3)
     with pytest.raises(Unsupported, match="_step_beside_graph"):
-        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+        torch.compile(pair[0][1].step, backend="eager", fullgraph=True)()
 
 
 @pytest.mark.parametrize("options", [{"lr": 0.5}, {"weight_decay": torch.tensor(0.1)}], ids=["number", "tensor"])
 def test_step_is_left_out_of_the_graph_where_the_learning_rate_is_a_number_or_another_option_a_tensor(options):
-    (model, optimizer), (twin, other) = (learner(port_hamiltonian()) for _ in range(2))
-    for each in (optimizer, other):
-        each.param_groups[0].update(options)
-    graphs = Graphs(is_functional=True)
-    compiled = torch.compile(train_step, backend=graphs)
-    for step in range(2):
-        compiled(inputs(step), model, optimizer)
-        train_step(inputs(step), twin, other)
-        assert_alike(optimizer, other)
-    assert sum(graphs.count_steps()) == 0
+    pair = [learner(port_hamiltonian()) for _ in range(2)]
+    for _, optimizer in pair:
+        optimizer.param_groups[0].update(options)
+    assert_left_out_of_the_graph(train_step, pair, 2)
 
 
 def test_closure_and_step_without_gradients_are_left_out_of_the_graph():
