@@ -47,7 +47,7 @@ native = "odeopt/stepping/native"
 step = Extension(
     "odeopt.stepping.native.step",
     sources=[f"{native}/step.c"],
-    depends=[f"{native}/kernels.h", f"{native}/products.h"],
+    depends=[f"{native}/kernels.h", f"{native}/products.h", f"{native}/tiles.h"],
     optional=True,  # without a compiler steps are slower, and all else is as it is
 )
 

@@ -212,13 +212,15 @@ def assert_matrices_step_alike(optimizers, n_steps=3):
     """Take each step from a common state. Newton-Schulz multiplies small singular values, and what has been rounded of
     them, by up to 3.44^5 = 485: in float32 the eager update has an error of some 485 * 6e-8 = 3e-5 of its norm."""
     rule, group = optimizers[0].rule, optimizers[0].param_groups[0]
+    # two iterations in bfloat16 round differently, each as far from the exact one as Muon's
+    products = 0.06 if rule.matrix_products == "bfloat16" else 2e-4
     for step in range(n_steps if rule.matrix_interval == 1 else 5):
         give(optimizers, step)
         before = [param.detach().clone() for param in params_of(optimizers[0])]
         for optimizer in optimizers:
             optimizer.step()
         for start, a, b in zip(before, *map(params_of, optimizers), strict=True):
-            update, rounding = (a - start).float().norm(), torch.finfo(a.dtype).eps if a.dtype == BFLOAT16 else 2e-4
+            update, rounding = (a - start).float().norm(), torch.finfo(a.dtype).eps if a.dtype == BFLOAT16 else products
             bound = rounding * (a.float().norm() if a.dtype == BFLOAT16 else update)
             assert (a - b).float().norm() <= bound
             if not rule.is_whole(a.shape) or (step + 1) % rule.matrix_interval == 0:
@@ -308,6 +310,76 @@ def test_every_instruction_set_takes_the_same_step_of_matrices(kinetic, instruct
     chosen = library()._replace(instructions=instructions)
     monkeypatch.setattr(plans, "library", lambda: chosen)
     assert_matrices_step_alike(pair(port_hamiltonian(kinetic=kinetic), MATRICES))
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not isinstance(library(), str) and not library().has_bfloat16, reason="this processor has no AMX"
+)
+
+
+def moved_by(shape, products, implementation, *, seed=0, grad=None):
+    """Update of a matrix in the first step of one spectral mode."""
+    param = nn.Parameter(torch.zeros(shape))
+    param.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) if grad is None else grad
+    rule = port_hamiltonian(kinetic="spectral", modes=1, matrix_products=products)
+    LearnedOptimizer([param], rule, implementation=implementation).step()
+    return param.detach()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("options", [{}, {"kinetic": ("spectral", "quadratic", "spectral"), "modes": 3},
+                                     {"kinetic": "quadratic", "output": "spectral"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_step_of_matrices_in_bfloat16_is_the_eager_one(options, settings):
+    rule = port_hamiltonian(**{"kinetic": "spectral"} | options, matrix_products="bfloat16")
+    optimizers = pair(rule, MATRICES, **settings)
+    assert_matrices_step_alike(optimizers)
+    assert is_native(optimizers[1])
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("n", [1, 31, 33, 255, 257, 545])  # about a tile, a block, several together
+@pytest.mark.parametrize("m", [1, 16, 31, 33, 97])
+@pytest.mark.parametrize("is_tall", [False, True])
+def test_products_in_bfloat16_are_as_exact_in_c_as_in_torch(m, n, is_tall):
+    shape, errors = (n, m) if is_tall else (m, n), []
+    for seed in range(5):
+        exact, found, wanted = (
+            moved_by(shape, products, implementation, seed=seed)
+            for products, implementation in (("full", "eager"), ("bfloat16", "native"), ("bfloat16", "eager"))
+        )
+        errors.append(torch.stack([(x - exact).norm() / exact.norm() for x in (found, wanted)]))
+    assert torch.equal(found, moved_by(shape, "bfloat16", "native", seed=seed))
+    mean = torch.stack(errors).mean(0)
+    assert 1e-9 < mean[0] < max(1.2 * mean[1], 0.01)
+
+
+@needs_bfloat16
+def test_products_in_bfloat16_of_what_is_extreme():
+    found = moved_by((40, 70), "bfloat16", "native", grad=torch.zeros(40, 70))
+    assert torch.equal(found, torch.zeros(40, 70))
+    line = torch.linspace(-1, 1, 40).unsqueeze(-1) * torch.cos(torch.arange(70.0))
+    whole = moved_by((40, 70), "bfloat16", "native", grad=line)
+    for scale in (2.0**-120, 2.0**100):  # the step does not depend on the scale
+        scaled = moved_by((40, 70), "bfloat16", "native", grad=scale * line)
+        torch.testing.assert_close(scaled, whole, rtol=1e-5, atol=0)
+    # what is rounded of a matrix of rank one grows in the other directions, in any product in bfloat16
+    values, wanted = (torch.linalg.svdvals(moved_by((40, 70), products, "eager", grad=line))
+                      for products in ("bfloat16", "full"))  # fmt: skip
+    found = torch.linalg.svdvals(whole)
+    assert abs(found[0] / wanted[0] - 1) < 0.02
+    assert found[1] < 1.2 * values[1]
+    broken = line.clone()
+    broken[3, 4] = torch.nan
+    assert torch.equal(moved_by((40, 70), "bfloat16", "native", grad=broken), torch.zeros(40, 70))
+
+
+def test_products_in_bfloat16_are_left_to_torch_where_the_processor_has_no_units_for_them(monkeypatch):
+    wanted = moved_by((20, 30), "bfloat16", "eager")
+    without = library()._replace(has_bfloat16=False)
+    monkeypatch.setattr(plans, "library", lambda: without)
+    assert torch.equal(moved_by((20, 30), "bfloat16", "auto"), wanted)
+    assert not torch.equal(moved_by((20, 30), "full", "auto"), moved_by((20, 30), "full", "eager"))  # in C
 
 
 def test_matrices_of_low_rank_and_of_zeros_step_alike():
@@ -443,7 +515,8 @@ def test_matrix_whose_gradient_is_not_finite_stays_as_it_is(bad, kinetic):
     assert_broken_stay(optimizer, bad, {0: (-1, 3), 2: (-1, 3)})
 
 
-@pytest.mark.parametrize("options", [{}, {"matrix_interval": 2}], ids=["every step", "every second step"])
+@pytest.mark.parametrize("options", [{}, {"matrix_interval": 2}, pytest.param({"matrix_products": "bfloat16"},
+                                     marks=needs_bfloat16)], ids=str)  # fmt: skip
 def test_number_of_threads_changes_no_matrix_to_the_bit(options, monkeypatch):
     shapes = [(60, 301), (200_003,), (301, 60), (33, 33), (33, 33), (5, 3, 3, 3), (20, 784)]
     assert_threads_change_nothing(monkeypatch, shapes, kinetic=("spectral", "relativistic"), **options)

@@ -353,6 +353,20 @@ def test_newton_schulz_is_the_orthogonalisation_of_muon_in_bfloat16(shape, scale
     assert torch.equal(SpectralEnergy().velocity(x, frobenius_norm(x)), wanted)
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (2, 3, 8, 4)])
+def test_products_of_newton_schulz_are_of_the_type_that_is_asked_for(shape, given):
+    x = normal(*shape, dtype=torch.float32)
+    norm = frobenius_norm(x)
+    found = newton_schulz(x, norm if given else None, dtype=torch.bfloat16)
+    unit = (x / norm[..., None, None]).bfloat16()
+    wanted = newton_schulz(unit, torch.ones(shape[:-2]))
+    assert wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted.float(), rtol=0, atol=0 if given else 0.05)
+    assert 0 < (found - newton_schulz(x)).norm() < 0.05 * found.norm()
+    assert torch.equal(newton_schulz(x, dtype=torch.float32), newton_schulz(x))
+
+
 @requires_muon
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_the_spectral_energy_at_the_end_point_is_muon(shape):
@@ -548,6 +562,7 @@ MATRIX, NUMBER = torch.ones(2, 3, 4), torch.ones(2)
         (lambda: newton_schulz(MATRIX, NUMBER, [(1.0, 2.0)]), "`coefficients` should be triples"),
         (lambda: newton_schulz(MATRIX, NUMBER, (1.0, 2.0, 3.0)), "`coefficients` should be triples"),
         (lambda: newton_schulz(MATRIX, NUMBER, torch.ones(3)), "`coefficients` should be triples"),
+        (lambda: newton_schulz(MATRIX, dtype=torch.int32), "`dtype` should be a floating-point type, or None. Found"),
         (lambda: frobenius_norm(torch.ones(3)), "`x` should be a floating-point tensor"),
         (lambda: SpectralEnergy().energy(torch.ones(3), torch.ones(())), "`p` should be a floating-point tensor"),
         (lambda: SpectralEnergy().energy(MATRIX, torch.ones(2, 1)), r"Found `norm.shape = \(2, 1\)`"),

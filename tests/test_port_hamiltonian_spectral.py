@@ -9,6 +9,8 @@ import pytest
 import torch
 from rule_toys import draws, port_hamiltonian, run
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from odeopt.artifacts import load, save
 from odeopt.ode import integrate
@@ -693,6 +695,8 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"kinetic": "spectral", "narrow": 1.5}, "`narrow` should be a non-negative integer. Found `narrow = 1.5`"),
         ({"trust_ratio": 0.1}, "`trust_ratio` should be 0.0 where no energy is spectral. Found `trust_ratio = 0.1`"),
         ({"kinetic": "spectral", "trust_ratio": -1}, "`trust_ratio` should be a non-negative number. Found .* = -1`"),
+        ({"matrix_products": "full"}, "`matrix_products` should be 'auto' where no energy is spectral. Found"),
+        ({"kinetic": "spectral", "matrix_products": "half"}, "`matrix_products` should be 'auto', 'full' or 'bfloat16"),
         ({"matrix_interval": 2}, "`matrix_interval` should be 1 where no energy is spectral. Found .* = 2`"),
         ({"kinetic": "spectral", "matrix_interval": 0}, "`matrix_interval` should be an integer between 1 and .* = 0`"),
         ({"kinetic": "spectral", "matrix_interval": 2.0}, "`matrix_interval` should be an integer .* = 2.0`"),
@@ -802,6 +806,49 @@ def test_trust_bounds_steps_of_matrices_by_their_size_and_lets_zeros_grow(shape,
     assert rms == pytest.approx(expected)
 
 
+# -------------------- products in bfloat16
+
+
+class ProductTypes(TorchDispatchMode):
+    """Types of the matrices that are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.seen.add(args[-1].dtype)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("products", "device", "dtype", "wanted"),
+    [
+        *(("auto", "cpu", dtype, dtype) for dtype in (f32, f64)),
+        *(("auto", "cuda", dtype, wanted) for dtype, wanted in ((f32, torch.bfloat16), (f64, f64))),
+        *(("full", device, f32, f32) for device in ("cpu", "cuda")),
+        *(("bfloat16", device, f32, torch.bfloat16) for device in ("cpu", "cuda")),
+    ],
+)
+def test_products_have_the_precision_that_is_asked_for(products, device, dtype, wanted, given):
+    with FakeTensorMode(), ProductTypes() as types:  # no GPU is needed to see what it would be asked for
+        x = torch.empty(2, 15, dtype=dtype, device=device)
+        found = energies.spectral_velocity(x, (3, 5), *((x, x) if given else ()), products=products)
+    assert types.seen == {wanted}
+    assert found.dtype == dtype
+
+
+@over_variants
+def test_step_with_products_in_bfloat16_is_that_of_muon(variant):
+    shape = (12, 20)
+    full, narrow = (run(spectral(variant, matrix_products=products), draws(4, 240, seed=2), shape=shape)[0]
+                    for products in ("auto", "bfloat16"))  # fmt: skip
+    # the rounding of bfloat16, 2^-8, times the slope of the iterations
+    assert all(0 < (a - b).norm() < 0.03 * a.norm() for a, b in zip(full, narrow, strict=True))
+
+
 # -------------------- moves at every k-th step
 
 
@@ -856,8 +903,8 @@ def test_trust_bounds_the_kfold_step():
 
 @pytest.mark.parametrize("options", [{"kinetic": "spectral"}, {"output": "spectral"}], ids=["spectral", "output"])
 def test_nothing_is_orthogonalised_between_moves(options, monkeypatch):
-    calls, orthogonalise = [], energies.newton_schulz
-    monkeypatch.setattr(energies, "newton_schulz", lambda *args: calls.append(args[0].shape) or orthogonalise(*args))
+    calls, iterate = [], energies.newton_schulz
+    monkeypatch.setattr(energies, "newton_schulz", lambda x, *a, **k: calls.append(x.shape) or iterate(x, *a, **k))
     rule = port_hamiltonian(**options, matrix_interval=3)
     params = [nn.Parameter(draws(*shape, seed=7)) for shape in ((3, 5), (3, 5), (6, 4))]
     optimizer, seen = LearnedOptimizer(params, rule, implementation="eager"), []

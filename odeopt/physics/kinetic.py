@@ -44,7 +44,13 @@ def frobenius_norm(x: Tensor) -> Tensor:
     return (torch.where(scale.isinf(), 0.0, scale) * norm).squeeze((-2, -1))
 
 
-def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficients = MUON_COEFFICIENTS) -> Tensor:
+def newton_schulz(
+    x: Tensor,
+    norm: Tensor | None = None,
+    coefficients: Coefficients = MUON_COEFFICIENTS,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     r"""Apply odd polynomials to the singular values of matrices, by matrix products only.
 
     .. math:: X_0 = x / \text{norm}, \qquad X_{k+1} = a_k X_k + (b_k A + c_k A A)\, X_k, \qquad A = X_k X_k^\top
@@ -63,24 +69,28 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
             None for the Frobenius norm of ``x``, with which the result is not a gradient.
         coefficients: One triple (a, b, c) for each factor, in the order of application: numbers, or a tensor
             of shape ``(n_factors, 3)``.
+        dtype: Type of the products; None for that of ``x``.
 
     Returns:
-        Matrices of the shape of ``x``.
+        Matrices of the shape and type of ``x``.
 
     Raises:
-        ValueError: If ``x`` is not a floating-point tensor of at least two axes, or ``norm`` or
-            ``coefficients`` does not have the right shape.
+        ValueError: If ``x`` is not a floating-point tensor of at least two axes, ``norm`` or
+            ``coefficients`` does not have the right shape, or ``dtype`` is no floating-point type.
 
     References:
         Jordan et al. (2024), Muon: An optimizer for hidden layers in neural networks.
     """
     _check_matrices("x", x)
     _check_coefficients(coefficients)
+    own_dtype, dtype = x.dtype, x.dtype if dtype is None else dtype
+    require(dtype.is_floating_point, "dtype", dtype, "a floating-point type, or None")
     if norm is None:
         x, _, norm = _scale_and_norm(x)
         x = x / norm
     else:
         x = x / _divisor(norm, x)
+    x = x.to(dtype)
     batch, is_tall = x.shape[:-2], x.size(-2) > x.size(-1)
     if is_tall:
         x = x.mT
@@ -92,6 +102,7 @@ def newton_schulz(x: Tensor, norm: Tensor | None = None, coefficients: Coefficie
         x = _add_product(x, _add_product(gram, gram, gram, b, c), x, a, 1.0)
     if len(batch) > 1:
         x = x.unflatten(0, batch)
+    x = x.to(own_dtype)
     return x.mT if is_tall else x
 
 
@@ -361,7 +372,7 @@ def _divisor(norm: Tensor, x: Tensor) -> Tensor:
     """A given norm as ``(*batch, 1, 1)`` in the type of x, infinite where it is zero."""
     shape = tuple(x.shape[:-2])
     if norm.shape == shape:
-        norm = norm[..., None, None]
+        norm = norm.reshape(*shape, 1, 1)
     elif norm.shape != (*shape, 1, 1):
         raise ValueError(
             f"Parameter `norm` should have shape {shape} or {(*shape, 1, 1)}. Found `norm.shape = {tuple(norm.shape)}`."

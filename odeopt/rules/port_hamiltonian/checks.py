@@ -18,6 +18,7 @@ _CHOICES = {
     "output": ("sum", "spectral"),
     "matrix_normalization": ("coordinate", "tensor"),
     "matrix_scale": ("transfer", "muon"),
+    "matrix_products": ("auto", "full", "bfloat16"),
     "schedule": ("none", "power"),
 }
 _ENERGIES = ("quadratic", "relativistic", "spectral")
@@ -35,6 +36,7 @@ _OF_MATRICES = (
     "trust_ratio",
     "narrow",
     "row_power",
+    "matrix_products",
     "matrix_interval",
 )
 _LARGEST_INTERVAL = 2**24  # steps, up to which float32 counts them

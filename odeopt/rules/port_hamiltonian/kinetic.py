@@ -51,7 +51,7 @@ def step_rms(shape: tuple[int, ...], kind: str = "transfer") -> float:
     return operator_scale(shape, kind) * math.sqrt(min(out, rest) / (out * rest))
 
 
-def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:
+def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor, products: str = "full") -> Tensor:
     """Velocity of a spectral energy at ``x``, flat as it comes.
 
     Args:
@@ -59,9 +59,12 @@ def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Ten
         shape: Shape of the parameter tensor.
         others: Further momenta of the step, which the held norm bounds as well; without any the norm is that of ``x``,
             and the result is the orthogonalised matrix, but not the gradient of an energy.
+        products: Precision of the products: ``"full"``, ``"bfloat16"`` or ``"auto"``, as ``matrix_products`` of the
+            rule.
     """
-    matrix = _as_matrix(x, shape)
-    return newton_schulz(matrix, _held_norm(shape, x, *others) if others else None).flatten(-2)
+    matrix, norm = _as_matrix(x, shape), _held_norm(shape, x, *others) if others else None
+    is_narrow = products == "bfloat16" or (products == "auto" and x.is_cuda and x.dtype == torch.float32)
+    return newton_schulz(matrix, norm, dtype=torch.bfloat16 if is_narrow else None).flatten(-2)
 
 
 def spectral_energy(p: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -207,6 +207,11 @@ class PortHamiltonianUpdate(StagedRule):
             the row's momentum, in [0, 1]; see :func:`~odeopt.rules.port_hamiltonian.kinetic.row_gains`. Effort and
             output of the row are both multiplied by it, so the mode stays passive; units whose gradients are small
             move further. 0 is none.
+        matrix_products: Precision of the products that orthogonalise a matrix, with spectral energies: ``"full"``, that
+            of the momenta; ``"bfloat16"``, with sums in float32, as in Muon; or ``"auto"``, bfloat16 for float32
+            momenta on CUDA and full precision elsewhere. CPUs that have units for bfloat16 (AMX) step large matrices
+            several times as quickly with it; others become slower. :meth:`energy` and :meth:`power_balance` account
+            for velocities in full precision.
         matrix_interval: Number k of steps from one move of a matrix that spectral energies step to the next. The
             matrix moves with every k-th gradient that it takes, by k times the step of velocity and decay; bounds of a
             step (``trust_ratio``, that of the decay) are bounds of the k-fold one. Momenta, scales, memory and the
@@ -277,6 +282,7 @@ class PortHamiltonianUpdate(StagedRule):
         trust_ratio: float = 0.0,
         narrow: int = 0,
         row_power: float = 0.0,
+        matrix_products: str = "auto",
         matrix_interval: int = 1,
     ) -> None:
         arguments = locals()
@@ -407,11 +413,12 @@ class PortHamiltonianUpdate(StagedRule):
             return torch.zeros_like(observation.u), new_state
         kappa = shared.matrix_kappa * energies.operator_scale(shape, self.matrix_scale)
         if self.output == "spectral":
-            update = kappa * energies.spectral_velocity((gain * integral).sum(-2), shape)
+            outputs = (gain * integral).sum(-2)
+            update = kappa * energies.spectral_velocity(outputs, shape, products=self.matrix_products)
         else:
             before, after = p[..., spectral, :], new_p[..., spectral, :]
             ahead = self._ahead(before, after, shared)
-            velocity = energies.spectral_velocity(ahead, shape, before, after)
+            velocity = energies.spectral_velocity(ahead, shape, before, after, products=self.matrix_products)
             rates = friction[..., spectral, :1], gain[..., spectral, :1]
             if self.initial_coherence > 0:
                 log_coherence = energies.coherence(after, efforts[..., spectral, :], *rates).log()

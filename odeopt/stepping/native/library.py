@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_VERSION = 7  # of the structures; step.c has the same
+_VERSION = 8  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -32,7 +32,7 @@ class Rule(ctypes.Structure):
         *((name, c_int32) for name in ("n_memory", "n_moved")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix")),
         *((name, c_int32) for name in ("n_spectral", "matrix_interval")),
-        *((name, c_int32) for name in ("n_psi", "coordinatewise", "uses_progress")),
+        *((name, c_int32) for name in ("n_psi", "coordinatewise", "uses_progress", "in_bfloat16")),
     )
 
 
@@ -72,6 +72,7 @@ class Library(NamedTuple):
     step: ctypes._CFuncPtr
     functions: ctypes._CFuncPtr
     instructions: int
+    has_bfloat16: bool  # whether it takes products of matrices in bfloat16
     parallel: int | None  # address of GOMP_parallel, see _parallel
 
 
@@ -101,13 +102,14 @@ def library() -> Library | str:
         layout.restype = c_int64
         if layout() != _layout():
             return f"{file.name} belongs to another version of odeopt; reinstall it"
-        step, functions, instructions = loaded.odeopt_step, loaded.odeopt_functions, loaded.odeopt_instructions
+        step, functions = loaded.odeopt_step, loaded.odeopt_functions
+        instructions, has_bfloat16 = loaded.odeopt_instructions, loaded.odeopt_has_bfloat16
     except (OSError, AttributeError) as error:
         return f"{file.name} cannot be loaded ({error}); reinstall odeopt"
     step.restype = c_int64
     step.argtypes = POINTER(Rule), POINTER(TensorState), c_int64, c_void_p, c_void_p, POINTER(Group), POINTER(Options)
     functions.restype, functions.argtypes = None, (c_void_p, c_int64, c_int, c_int)
-    return Library(step, functions, instructions(), _parallel())
+    return Library(step, functions, instructions(), bool(has_bfloat16()), _parallel())
 
 
 def _parallel() -> int | None:

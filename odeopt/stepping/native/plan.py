@@ -54,6 +54,8 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
         return "the weights of the rule are not float32"
     if bucket.is_whole and _short_side(bucket.shapes[0]) > _LARGEST_SIDE:
         return "products of large matrices are left to torch"
+    if bucket.is_whole and rule.matrix_products == "bfloat16" and not found.has_bfloat16:
+        return "there are no units for products in bfloat16 (AMX)"
     is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
     if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
         return "the parameters are not plain tensors on a CPU"
@@ -257,6 +259,7 @@ class _Constants:
             initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor * rule.matrix_interval,
             initial_decay=rule.initial_decay / rule.depth_factor,
             log_floor=math.log2(rule.ratio_floor) if rule.ratio_floor > 0 else -math.inf,
+            in_bfloat16=rule.matrix_products == "bfloat16",
             n_layers=len(layers),
             n_modes=rule.modes,
             n_time_scales=len(rule.time_scales),

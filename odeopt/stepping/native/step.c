@@ -41,7 +41,14 @@
 #define HAS_X86 0
 #endif
 
-#define VERSION 7    /* of the structures below */
+/* Compilers that know the tiles of AMX, and the system that lends them. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_AMX 1
+#else
+#define HAS_AMX 0
+#endif
+
+#define VERSION 8    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -103,6 +110,7 @@ typedef struct {
     int32_t n_spectral; /* modes whose momentum is orthogonalised in matrices; 0 where the sum of the outputs is */
     int32_t matrix_interval; /* steps from one move of a matrix to the next, by as many times the step */
     int32_t n_psi, coordinatewise, uses_progress;
+    int32_t in_bfloat16; /* whether products of matrices are */
 } Rule;
 
 typedef struct {
@@ -148,10 +156,10 @@ typedef struct {
 
 /* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
    orthogonalised ones, and the same transposed; gains of the rows; then a packed part of a matrix, and symmetric
-   matrices. */
+   matrices; or, for products in bfloat16, tiles. */
 typedef struct {
     float *momenta, *others, *sum, *transposed, *gains, *factor;
-    void *panel, *gram, *power, *polynomial, *total;
+    void *panel, *gram, *power, *polynomial, *total, *tiles;
 } Workspace;
 
 typedef struct {
@@ -248,6 +256,20 @@ EXPORT int odeopt_instructions(void)
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
                ? 2
                : 1;
+#else
+    return 0;
+#endif
+}
+
+#if HAS_AMX
+#include "tiles.h"
+#endif
+
+/* Whether products of matrices can be taken in bfloat16. */
+EXPORT int odeopt_has_bfloat16(void)
+{
+#if HAS_AMX
+    return has_tiles();
 #else
     return 0;
 #endif
@@ -493,22 +515,34 @@ static size_t whole_lines(size_t size)
     return (size + 63) / 64 * 64;
 }
 
+/* Bytes that its products in bfloat16 need. */
+static size_t tiles_of(const Rule *rule, const Tensor *t)
+{
+#if HAS_AMX
+    Tiles unused;
+    if (rule->in_bfloat16)
+        return lay_out_tiles(short_side(t), t->n / short_side(t), NULL, &unused);
+#endif
+    (void)rule, (void)t;
+    return 0;
+}
+
 /* Bytes that a matrix needs; they are laid out from `at`, or nowhere if that is NULL. */
 static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
 {
     const int is_double = in_double_precision(short_side(t), t->n / short_side(t));
-    const size_t m = padded(short_side(t)), number = is_double ? sizeof(double) : sizeof(float);
+    const size_t m = rule->in_bfloat16 ? 0 : padded(short_side(t)), number = is_double ? sizeof(double) : sizeof(float);
     const size_t square = m * m * number, flat = t->n * sizeof(float);
     const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
     const size_t gains = has_row_gains(rule) ? t->n_rows * sizeof(float) : 0;
     const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, gains, m * m * sizeof(float),
-                            m * PANEL * number, square, square, square, square};
-    void *parts[11];
+                            m * PANEL * number, square, square, square, square, tiles_of(rule, t)};
+    void *parts[12];
     size_t total = 0;
-    for (int k = 0; k < 11; total += whole_lines(sizes[k++]))
-        parts[k] = at == NULL ? NULL : at + total;
-    *w = (Workspace){parts[0], is_mixed(rule) ? parts[1] : NULL, parts[2], parts[3], gains > 0 ? parts[4] : NULL,
-                     parts[5], parts[6], parts[7], parts[8], parts[9], parts[10]};
+    for (int k = 0; k < 12; total += whole_lines(sizes[k++]))
+        parts[k] = at == NULL || sizes[k] == 0 ? NULL : at + total;
+    *w = (Workspace){parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], parts[8], parts[9],
+                     parts[10], parts[11]};
     return total;
 }
 
@@ -566,6 +600,13 @@ static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, do
     }
     double scale = 1.0 / norm;
     const unsigned control = flush_tiny();
+#if HAS_AMX
+    if (w->tiles != NULL) {
+        iterate_in_tiles(x, m, n, (float)scale, (float)weight, w->tiles, w->sum, adds);
+        restore_tiny(control);
+        return;
+    }
+#endif
     kernels->gram[is_double](x, m, n, scale, w->panel, w->gram);
     if (is_anew) {
         kernels->polynomial[is_double](m, N_FIRST, 1.0, w);
