@@ -50,7 +50,7 @@ STAGES = (
     ("guard", 4, "studies/guard.py --out {out}", "--dataset digits --runs 1 --steps 40"),
     ("unseen", 25, "studies/unseen.py --out {out}", "--dataset digits --steps 5 --problems regression graph"),
     ("laws", 25, "studies/laws.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
-    ("interval", 15, "studies/interval.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
+    ("cheaper", 20, "studies/cheaper.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("scale", 240, "studies/scale.py --out {out}", "--dataset digits --steps 5 --problems perceptron-64"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),

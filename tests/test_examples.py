@@ -49,7 +49,7 @@ TINY = {
     "mnist": ["--dataset", "digits", "--steps", "2", "--runs", "2"],
     "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
-    "interval": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
+    "cheaper": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
     "laws": ["--dataset", "digits", "--steps", "2", "--problems", "convnet", "coordinates", "few-examples"],
     "scale": ["--dataset", "digits", "--steps", "1", "--problems", "perceptron-64", "transformer-64", "long-convnet"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],

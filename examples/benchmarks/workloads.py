@@ -17,12 +17,13 @@ from odeopt.rules.preprocessing import log_sign
 from odeopt.tasks.datasets import import_torchvision
 
 EVERY = 4  # steps, of the contender that moves matrices only then
-LEARNED = FAST, NARROW, EAGER, DEFAULT, SELDOM, LSTM = (
+LEARNED = FAST, NARROW, EAGER, DEFAULT, SELDOM, HALF, LSTM = (
     "port-hamiltonian",  # in C on a CPU, in Triton on CUDA
     "port-hamiltonian, bfloat16",
     "port-hamiltonian, eager",
     "port-hamiltonian-spectral",
     f"port-hamiltonian-spectral, every {EVERY}th step",
+    "port-hamiltonian-spectral, products in bfloat16",
     "lstm",
 )
 LOOP, MUON, NETWORK = "lstm, loop of cells", "Muon and fused Adam", "forward and backward"
@@ -194,6 +195,7 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
         EAGER: learned(rule=rule, implementation="eager"),
         DEFAULT: learned(),
         SELDOM: learned(rule=odeopt.load_pretrained(DEFAULT).with_options(matrix_interval=EVERY)),
+        HALF: learned(rule=odeopt.load_pretrained(DEFAULT).with_options(matrix_products="bfloat16")),
         "AdamUpdate": learned(rule=odeopt.AdamUpdate()),
         FOREACH: given(Adam, foreach=True, **capturable),
         FUSED: given(Adam, fused=True, **capturable),
