@@ -9,6 +9,7 @@ import torch
 from rule_toys import RULES, draws, over_rules, randomised, run
 from torch import nn
 
+from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import (
     AdamUpdate,
     HamiltonianUpdate,
@@ -24,6 +25,35 @@ from odeopt.rules.preprocessing import log_sign
 
 f32, f64 = torch.float32, torch.float64
 over_dtypes = pytest.mark.parametrize("dtype", [f32, f64], ids=str)
+
+
+class Warmed(SGDUpdate):
+    """A rule of which nobody said that it starts at zero, although its parent does."""
+
+    def __init__(self) -> None:
+        super().__init__(0.1, momentum=0.9)
+        self.config = {}
+
+    def init_state(self, param):
+        state = super().init_state(param)
+        return state._replace(momentum_buffer=state.momentum_buffer + 2 * param)
+
+
+@over_rules
+def test_rule_says_truly_whether_it_starts_at_zero(name):
+    rule = RULES[name]()
+    state = rule.init_state(draws(2, 3, 5, dtype=f32))
+    assert rule.starts_at_zero == all(torch.equal(x, torch.zeros_like(x)) for x in state)
+
+
+def test_state_that_does_not_start_at_zero_arrives_in_the_optimizer():
+    assert SGDUpdate.starts_at_zero
+    assert not Warmed.starts_at_zero
+    for shape in ((5,), (40, 1000)):
+        param = nn.Parameter(torch.full(shape, 3.0))
+        param.grad = torch.zeros(shape)
+        LearnedOptimizer([param], Warmed()).step()
+        torch.testing.assert_close(param.detach(), torch.full(shape, 3.0 - 0.1 * 0.9 * 6.0))
 
 
 # -------------------- other options, the same weights

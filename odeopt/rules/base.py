@@ -36,6 +36,8 @@ class UpdateRule(nn.Module, ABC):
             of the tasks. Such a rule runs many sets of weights at once cheaply.
         has_fixed_step: Whether the tasks of a batch take the steps that each would take alone. An adaptive solver
             chooses one step size for all of them.
+        starts_at_zero: Whether :meth:`init_state` returns zeros whatever the parameter is, which then need not be
+            written. A subclass with an ``init_state`` of its own has to say so itself.
         stores_q: Whether the system of a coordinate depends on its position, through networks that a compiler cannot
             trace.
         chunk_size: Coordinates that an eager step on a CPU takes at a time for each thread: its temporaries are to stay
@@ -48,6 +50,7 @@ class UpdateRule(nn.Module, ABC):
     crosses_coordinates: bool = True
     uses_layers: bool = False
     has_fixed_step: bool = True
+    starts_at_zero: bool = False
     stores_q: bool = False
     chunk_size: int = 2**16
     trained_for: Mapping[str, Any] | None = None
@@ -55,6 +58,8 @@ class UpdateRule(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         UpdateRule.registry[cls.__name__] = cls
+        if "init_state" in vars(cls) and "starts_at_zero" not in vars(cls):
+            cls.starts_at_zero = False
         if "__init__" in vars(cls):
             cls.__init__ = _checked(cls.__init__)
 

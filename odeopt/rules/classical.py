@@ -37,6 +37,7 @@ class SGDUpdate(UpdateRule):
     """
 
     crosses_coordinates = False
+    starts_at_zero = True
 
     def __init__(self, lr: float = 1e-2, *, momentum: float = 0.0, nesterov: bool = False) -> None:
         require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
@@ -80,6 +81,7 @@ class RMSpropUpdate(UpdateRule):
     """
 
     crosses_coordinates = False
+    starts_at_zero = True
 
     def __init__(self, lr: float = 1e-2, *, alpha: float = 0.99, eps: float = 1e-8) -> None:
         require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
@@ -125,6 +127,7 @@ class AdamUpdate(UpdateRule):
     """
 
     crosses_coordinates = False
+    starts_at_zero = True
 
     def __init__(
         self,

@@ -46,6 +46,8 @@ class HamiltonianUpdate(UpdateRule):
         Zhong, Dey, Chakraborty (2020), Dissipative SymODEN, whose matrices' names the seed borrows.
     """
 
+    starts_at_zero = True
+
     def __init__(self, *, preprocess: bool = False, normalize: bool = False, output_scale: float = 0.1) -> None:
         require(isinstance(preprocess, bool), "preprocess", preprocess, "True or False")
         require(isinstance(normalize, bool), "normalize", normalize, "True or False")

@@ -51,6 +51,7 @@ class LSTMUpdate(UpdateRule):
     """
 
     crosses_coordinates = False
+    starts_at_zero = True
     chunk_size = 2**13  # its temporaries are eighty numbers wide
 
     def __init__(self, *, preprocess: bool = False, hidden_size: int = 20, output_scale: float = 0.1) -> None:

@@ -185,6 +185,8 @@ class Bucket:
 
     def init_state(self, index: int, rule: UpdateRule) -> None:
         """Set the state of one parameter to the initial one."""
+        if rule.starts_at_zero:  # as the storage does
+            return
         local = self.shards[index].local(self.params[index]).detach()
         tensors = local.reshape(self.counts[index], -1).to(self.dtype)
         states, state = [rule.init_state(tensor) for tensor in tensors], {}

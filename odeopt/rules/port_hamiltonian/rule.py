@@ -242,6 +242,7 @@ class PortHamiltonianUpdate(StagedRule):
     """
 
     uses_layers = True
+    starts_at_zero = True
 
     def __init__(
         self,
