@@ -349,6 +349,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
     "robustness": robustness,
     "scale": lambda: suite("scale", "python examples/studies/scale.py"),
+    "widest": lambda: suite("widest", "python examples/studies/widest.py"),
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),

@@ -52,6 +52,7 @@ STAGES = (
     ("laws", 25, "studies/laws.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("cheaper", 20, "studies/cheaper.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("scale", 240, "studies/scale.py --out {out}", "--dataset digits --steps 5 --problems perceptron-64"),
+    ("widest", 60, "studies/widest.py --out {out}", "--dataset digits --steps 1 --problems perceptron-2048"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
 )

@@ -35,10 +35,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare(
-    name: str, title: str, problems: Mapping[str, Problem], opponents_: Iterable[str], args: argparse.Namespace
+    name: str,
+    title: str,
+    problems: Mapping[str, Problem],
+    opponents_: Iterable[str],
+    args: argparse.Namespace,
+    **options: str,
 ) -> None:
-    """Run the rule, trained and not, and opponents on those of the problems that are asked for."""
-    rule = odeopt.load_pretrained(RULE)
+    """Run the rule with some options, trained and not, and opponents on those of the problems that are asked for."""
+    rule = odeopt.load_pretrained(RULE).with_options(**options)
     contenders = {key: opponents()[0][key] for key in opponents_}
     for each in (learned(rule, RULE), learned(untrained(rule), f"{RULE}, untrained")):
         contenders[each.name] = each

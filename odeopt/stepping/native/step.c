@@ -622,9 +622,10 @@ static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, do
 
 /* ---------- one step, in pieces of work */
 
-/* A chunk of a tensor that threads share; or, where `chunk` is negative, all of a smaller one. */
+/* A chunk of a tensor that threads share; or, where `chunk` is negative, all of a smaller one, and how much there is to
+   do, in coordinates. */
 typedef struct {
-    int64_t tensor, chunk;
+    int64_t tensor, chunk, work;
 } Piece;
 
 typedef struct {
@@ -940,6 +941,18 @@ static int is_split(const Tensor *t)
     return t->n >= SPLIT && t->n_rows == 0;
 }
 
+/* What there is to do for a tensor; orthogonalising a matrix takes that much longer than stepping its coordinates. */
+static int64_t work_of(const Tensor *t)
+{
+    return t->n_rows > 0 ? t->n * (1 + short_side(t) / 32) : t->n;
+}
+
+static int has_more_work(const void *a, const void *b)
+{
+    const int64_t x = ((const Piece *)a)->work, y = ((const Piece *)b)->work;
+    return (x < y) - (x > y);
+}
+
 /* Lay out the pieces and the room for their sums; NULL where there is no memory. */
 static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors, void *const *grads,
                      void *const *params, const Group *groups, const Options *options)
@@ -1002,10 +1015,12 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
             continue;
         if (has_threads && is_split(tensors + i))
             for (int64_t k = 0; k < n_chunks_of(tensors + i); k++)
-                job->pieces[chunk++] = (Piece){i, k};
+                job->pieces[chunk++] = (Piece){i, k, CHUNK};
         else
-            job->pieces[whole++] = (Piece){i, -1};
+            job->pieces[whole++] = (Piece){i, -1, work_of(tensors + i)};
     }
+    if (has_threads) /* so that no thread begins the largest as the others end */
+        qsort(job->pieces + n_chunks, n_wholes, sizeof(Piece), has_more_work);
     return job;
 }
 
