@@ -97,10 +97,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             that the rule has.
         lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor. 1 takes the steps that
             the rule was trained for; at most 0.01, as is usual for Adam, is warned of under a learned rule.
-        weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW. There ``lr`` is the
-            step size, here it is a factor, usually 1: what AdamW does with ``lr=1e-3, weight_decay=1e-2`` is
-            ``weight_decay=1e-5`` here. A decay that takes more than one percent per step is warned of once. Beyond
-            ``total_steps`` nothing decays.
+        weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW; a number or a
+            one-element tensor. There ``lr`` is the step size, here it is a factor, usually 1: what AdamW does with
+            ``lr=1e-3, weight_decay=1e-2`` is ``weight_decay=1e-5`` here. A decay that takes more than one percent per
+            step is warned of once. Beyond ``total_steps`` nothing decays.
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown. The first step beyond it is warned of, unless ``capturable`` keeps the count on the device.
@@ -151,7 +151,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params: ParamsT,
         rule: UpdateRule | str = "port-hamiltonian-spectral",
         lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         total_steps: int | None = None,
@@ -267,9 +267,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             The loss that ``closure`` returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, a learning rate out of range, a state that was put into
-                :attr:`state` not the rule's, or ``implementation="native"`` cannot step these parameters; nothing has
-                moved then.
+            ValueError: If a gradient is sparse or complex, an option that was put into a group out of range, a state
+                that was put into :attr:`state` not the rule's or no longer of the shape of its parameter, or
+                ``implementation="native"`` cannot step these parameters; nothing has moved then.
             RuntimeError: If the parameters hold averages (:meth:`eval`), or a guard was not told the loss.
         """
         if not torch.compiler.is_dynamo_compiling():
@@ -290,11 +290,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self.report(loss)
-        sentry = self._sentry
-        is_told = sentry is not None and sentry.expects_step(any(float(group["lr"]) for group in self.param_groups))
         for group in self.param_groups:
-            if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
-                require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
+            check_options(group, may_wait=False)  # again: a scheduler, or the user, may have set one since
             # a count on the device is not read, which would be a host synchronisation
             is_beyond = not self.capturable and not is_within(group)
             if is_beyond and self._is_first(("total_steps", group["total_steps"])):  # where a longer run ends, too
@@ -308,6 +305,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
+        sentry = self._sentry
+        is_told = sentry is not None and sentry.expects_step(any(float(group["lr"]) for group in self.param_groups))
         self._layout.update(self.param_groups, self.state)
         if sentry is not None and not is_told:
             take_snapshot(self._layout.params, self.state)
@@ -442,9 +441,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise
         if group["lr"] * group["weight_decay"] > _LARGE_DECAY and self._is_first("weight_decay"):
             warn_caller(
-                f"Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found "
-                f"`weight_decay = {group['weight_decay']}` and `lr = {float(group['lr'])}`; AdamW's weight decay times "
-                "its learning rate is what corresponds to it.",
+                "Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found `weight_decay = "
+                f"{float(group['weight_decay'])}` and `lr = {float(group['lr'])}`; AdamW's weight decay times its "
+                "learning rate is what corresponds to it.",
                 UserWarning,
             )
         if "momentum" in self.defaults:  # later than the groups of the constructor, which are looked at together
@@ -464,7 +463,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state_dict: Dictionary that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer.
+            ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer, or
+                an option of a group is out of range.
         """
         watch = layout = restored = None
 

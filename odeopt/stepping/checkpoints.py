@@ -11,18 +11,23 @@ from torch.optim.optimizer import StateDict
 from odeopt.checks import require
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import state_template
-from odeopt.stepping.checks import parameter_names, warn_caller
+from odeopt.stepping.checks import check_options, parameter_names, warn_caller
 from odeopt.stepping.guard import SAVED_GUARD
 from odeopt.stepping.layout import Group, Layout, matched_state
 
 
 def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any]) -> None:
-    """Refuse the state of another kind of optimizer or of another rule; warn where the rule's digest was removed."""
+    """Refuse the state of another kind of optimizer or of another rule, or an option that is out of range.
+
+    Where the rule's digest was removed, warn.
+    """
     # loading leaves a default of torch's own behind, `differentiable`, which no group has
     options = defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD}
     missing = {name for group in state_dict.get("param_groups", [{}]) for name in options - group.keys()}
     lacks = f", with {', '.join(sorted(missing))} in each group"
     require(not missing, "state_dict", sorted(state_dict), f"the state of a LearnedOptimizer{lacks}")
+    for group in state_dict["param_groups"]:
+        check_options(group)
     digest, found = defaults["rule_digest"], {group.get("rule_digest") for group in state_dict["param_groups"]}
     if others := found - {None, digest}:
         raise ValueError(
