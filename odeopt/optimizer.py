@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.artifacts import digest, find_pretrained
-from odeopt.checks import is_number, require, shown
+from odeopt.checks import is_number, require, require_flags, shown
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping import averages
 from odeopt.stepping.buckets import state_template
@@ -180,7 +180,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
         is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
         require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
-        require(isinstance(capturable, bool), "capturable", capturable, "True or False")
+        require_flags(capturable=capturable)
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
         is_guard = guard is None or isinstance(guard, Guard | bool)

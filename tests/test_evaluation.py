@@ -302,11 +302,14 @@ def test_whether_a_rule_looks_across_coordinates_is_reported():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_runs": 0}, "Parameter `n_runs` should be at least 1. Found `n_runs = 0`"),
+        ({"n_runs": 0}, "Parameter `n_runs` should be a positive integer. Found `n_runs = 0`"),
         ({"n_steps": 0}, "Parameter `n_steps` should be a positive integer. Found `n_steps = 0`"),
         ({"reference": "Adma"}, "Parameter `reference` should be .* Found `reference = 'Adma'`"),
         ({"score": "best"}, "Parameter `score` should be one of last ten, final. Found `score = 'best'`"),
-        ({"runs_per_batch": 0}, "Parameter `runs_per_batch` should be positive. Found `runs_per_batch = 0`"),
+        (
+            {"runs_per_batch": 0},
+            "Parameter `runs_per_batch` should be a positive integer or None. Found `runs_per_batch = 0`",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from odeopt._version import __version__
-from odeopt.checks import require
+from odeopt.checks import require, require_counts
 from odeopt.evaluation.compare import run
 from odeopt.evaluation.result import Score, scores_of
 from odeopt.files import write_json
@@ -122,6 +122,7 @@ def tune(
         ValueError: If an argument is out of range.
         RuntimeError: If no setting kept every run finite.
     """
+    require_counts(n_tasks=n_tasks)
     tried: list[tuple[dict[str, float], float]] = []
 
     def trial(**settings: float) -> float:
