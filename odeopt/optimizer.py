@@ -18,6 +18,7 @@ from odeopt.stepping import averages
 from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checkpoints import check_saved, read_states, warn_of_other_length
 from odeopt.stepping.checks import (
+    DTYPES,
     check_options,
     check_sharding,
     check_spelling,
@@ -34,6 +35,7 @@ from odeopt.stepping.guard import (
     GuardStatus,
     Sentry,
     check_unguarded,
+    drop_saved,
     restore_snapshot,
     take_snapshot,
 )
@@ -111,6 +113,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             shorter side is above 1,024.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
+            (``torch.float16`` is too narrow for squares of gradients, such as :class:`odeopt.AdamUpdate` keeps.)
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
             A number given as ``lr`` is frozen into the graph; a tensor is not. On a CPU, with a tensor as ``lr`` and
             without ``averaging``, ``torch.compile`` then puts the step into its graphs as one operation, also with
@@ -178,8 +181,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
-        is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
-        require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
+        require(
+            state_dtype in (None, *DTYPES),
+            "state_dtype",
+            state_dtype,
+            "a floating-point dtype of 16 to 64 bits or None",
+        )
         require_flags(capturable=capturable)
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
@@ -382,7 +389,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
-        averages.show(self.state)
+        if self.averaging is not None:
+            averages.show(self.state)
 
     def train(self) -> None:
         """Put the weights that are trained back into the parameters."""
@@ -424,7 +432,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if group["is_stack"]:
                     check_stack(param, names[param])
                 if not is_supported(param):
-                    self._raise_unsupported(param, param, "be dense, real and of a floating-point type")
+                    self._raise_unsupported(
+                        param, param, "be dense, real and of a floating-point type of 16 to 64 bits"
+                    )
                 if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:
                     raise ValueError(
                         f"Parameter `rule` should look across a tensor by sums only (StagedRule), or not at all, where "
@@ -457,7 +467,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
         group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning. Options of
-        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of.
+        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of. Averages of
+        the weights, and what a guard has seen, are dropped if this optimizer keeps none.
 
         Args:
             state_dict: Dictionary that :meth:`state_dict` returned.
@@ -481,6 +492,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             restored = read_states(layout, self.param_groups, final)
 
         def take_up(_: torch.optim.Optimizer) -> None:
+            # what is not kept up to date from here on would be taken for current later
+            if self.averaging is None:
+                averages.restart(restored)
+            if self._sentry is None:
+                drop_saved(self.param_groups, restored)
             self.state.update(restored)
             self._layout = layout
             if self._sentry is not None:

@@ -472,6 +472,16 @@ def test_a_state_without_a_guard_begins_a_watch():
     assert resumed.guard_status.n_restored == 1
 
 
+def test_nothing_of_a_guard_is_kept_where_there_is_none():
+    model = Bowl()
+    optimizer = guarded(model, CLIMBS)
+    run(model, optimizer, range(3))
+    plain = LearnedOptimizer(model.parameters(), CLIMBS)
+    plain.load_state_dict(saved(optimizer))
+    assert plain.param_groups[0].keys() == LearnedOptimizer(Bowl().parameters(), CLIMBS).param_groups[0].keys()
+    assert all(held.keys() == {"total", "step"} for held in plain.state.values())
+
+
 def test_the_snapshot_is_one_copy_of_the_parameters_and_the_fallback_has_no_state_beside():
     model, optimizer = in_fallback()
     for param in model.parameters():

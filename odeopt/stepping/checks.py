@@ -22,6 +22,7 @@ from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.stepping.shards import Shard, is_distributed
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of parameters, and of their state
 # Marks that others leave on tensors of which each process holds a piece, or which hold several tensors in a row:
 # sums across such a tensor would be sums over something else, and only ``DTensor`` says what over.
 _FOREIGN = {
@@ -94,8 +95,8 @@ def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor
 
 
 def is_supported(tensor: Tensor) -> bool:
-    """Return True for a parameter or a gradient that is dense, real and of a floating-point type."""
-    return tensor.layout == torch.strided and tensor.is_floating_point()
+    """Return True for a parameter or a gradient that is dense and of one of :data:`DTYPES`."""
+    return tensor.layout == torch.strided and tensor.dtype in DTYPES
 
 
 def check_sharding(param: Tensor, name: str) -> None:

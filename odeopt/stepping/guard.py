@@ -449,6 +449,15 @@ def check_unguarded(groups: list[dict[str, Any]]) -> None:
         require(not is_fallback, "guard", None, "the one that `state_dict` was saved with, whose fallback steps there")
 
 
+def drop_saved(groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Forget what the guard of another optimizer kept in its groups and in the state of its parameters."""
+    for group in groups:
+        for name in (SAVED_GUARD, _PEAK_LR):
+            group.pop(name, None)
+    for held in state.values():
+        held.pop(_SNAPSHOT, None)
+
+
 def take_snapshot(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Keep the parameters, in the place of those that were kept before."""
     for param in params:
