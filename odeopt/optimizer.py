@@ -16,7 +16,7 @@ from odeopt.checks import is_number, require, require_flags, shown
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping import averages
 from odeopt.stepping.buckets import state_template
-from odeopt.stepping.checkpoints import check_saved, read_states, warn_of_other_length
+from odeopt.stepping.checkpoints import check_saved, in_order_of, read_states, warn_of_other_length
 from odeopt.stepping.checks import (
     DTYPES,
     check_options,
@@ -467,35 +467,37 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
         group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning. Options of
-        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of. Averages of
-        the weights, and what a guard has seen, are dropped if this optimizer keeps none.
+        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of. What a
+        guard has seen is dropped where there is none.
+
+        Parameters that have the same names there and here may stand in another order in their groups; elsewhere, as in
+        ``torch.optim``, the order tells them apart.
 
         Args:
             state_dict: Dictionary that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer, or
-                an option of a group is out of range.
+            ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer, a
+                parameter of the same name is in another group, or an option of a group is out of range.
         """
         watch = layout = restored = None
 
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
-        def read(_: torch.optim.Optimizer, final: StateDict) -> None:
+        def read(_: torch.optim.Optimizer, final: StateDict) -> StateDict:
             nonlocal watch, layout, restored
             check_saved(final, self.rule, self.defaults)
+            final = in_order_of(self.param_groups, final)
             if self._sentry is None:
                 check_unguarded(final["param_groups"])
             else:
                 watch = self._sentry.saved_watch(final["param_groups"])
             layout = self._new_layout(is_fallback=watch is not None and bool(watch.is_fallback))
             restored = read_states(layout, self.param_groups, final)
+            return final
 
         def take_up(_: torch.optim.Optimizer) -> None:
-            # what is not kept up to date from here on would be taken for current later
-            if self.averaging is None:
-                averages.restart(restored)
-            if self._sentry is None:
+            if self._sentry is None:  # what is not kept up to date from here on would be taken for current later
                 drop_saved(self.param_groups, restored)
             self.state.update(restored)
             self._layout = layout

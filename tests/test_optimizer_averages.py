@@ -151,7 +151,7 @@ def test_nothing_is_averaged_unless_asked_for():
 
 
 @pytest.mark.parametrize("is_shown", [False, True])
-def test_averages_of_another_optimizer_are_dropped_where_none_are_kept(is_shown):
+def test_averages_of_another_optimizer_are_not_shown_where_none_are_kept(is_shown):
     (source, averaged), model = run(3), small_model()
     optimizer = LearnedOptimizer(model.parameters(), AdamUpdate(0.1))
     trained = values(source)
@@ -161,7 +161,6 @@ def test_averages_of_another_optimizer_are_dropped_where_none_are_kept(is_shown)
     optimizer.load_state_dict(averaged.state_dict())
     optimizer.train()
     assert all(map(torch.equal, values(model), trained))
-    assert not any("average" in held for held in optimizer.state.values())
     step(model, optimizer, 3)
     trained = values(model)
     optimizer.eval()

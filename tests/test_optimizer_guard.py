@@ -6,6 +6,7 @@ import math
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from optimizer_toys import LeakySum, assert_same, loss_of, small_model
@@ -547,7 +548,7 @@ def test_a_missing_loss_and_a_second_one_are_errors():
     with pytest.raises(RuntimeError, match="Two losses were reported"):
         optimizer.step(lambda: 1.0)
     optimizer.zero_grad()  # as after a step that GradScaler leaves out
-    optimizer.report(2.0)
+    optimizer.report(np.float32(2.0))
     optimizer.step()
     with pytest.raises(TypeError, match="Found `loss = None`"):
         optimizer.step(lambda: None)

@@ -40,6 +40,27 @@ def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any
         warn_caller("`state_dict` does not say by which rule it was made, so it may be another.", UserWarning)
 
 
+def in_order_of(groups: list[Group], state_dict: StateDict) -> StateDict:
+    """Bring the saved parameters into the order of these groups, where all names are the same and their order is not.
+
+    Where names differ, which a wrapper or a new layer may have done, parameters are told apart by their places.
+    """
+    own, saved = ([group.get("param_names", []) for group in some] for some in (groups, state_dict["param_groups"]))
+    places = {name: number for number, names in enumerate(saved) for name in names}
+    if own == saved or [*map(len, own)] != [*map(len, saved)] or {*places} != {name for names in own for name in names}:
+        return state_dict
+    ordered = []
+    for number, (names, found, group) in enumerate(zip(own, saved, state_dict["param_groups"], strict=True)):
+        for name in sorted({*names} - {*found}):
+            raise ValueError(
+                f"Parameter `state_dict` should have `{name}` in group {number}, as this optimizer does. Found it in "
+                f"group {places[name]}."
+            )
+        keys = dict(zip(found, group["params"], strict=True))
+        ordered.append({**group, "params": [keys[name] for name in names], "param_names": names} if names else group)
+    return {**state_dict, "param_groups": ordered}
+
+
 def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> dict[Tensor, dict[str, Any]]:
     """Return the saved state of each parameter that has one, in the dtypes that the rule of a layout keeps.
 

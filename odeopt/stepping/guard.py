@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, astuple, dataclass, field, fields
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -378,7 +379,7 @@ class Sentry:
         if isinstance(loss, Tensor):
             require(loss.numel() == 1 and not loss.is_complex(), "loss", tuple(loss.shape), "one real number")
             loss = loss.detach()
-        elif not isinstance(loss, int | float) or isinstance(loss, bool):
+        elif not isinstance(loss, Real) or isinstance(loss, bool):
             raise TypeError(f"Parameter `loss` should be a number or a tensor of one. Found `loss = {loss!r}`.")
         if self._reported is not None and not self._may_replace:
             raise RuntimeError(
