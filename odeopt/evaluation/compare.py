@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from odeopt.artifacts import find_pretrained
-from odeopt.checks import require, require_counts
+from odeopt.checks import check_class, require, require_counts
 from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
 from odeopt.modes import outside_inference_mode
@@ -63,7 +63,7 @@ def compare(
 
     Raises:
         TypeError: If ``rules`` is no mapping, one of them is neither a rule nor a name, or returns something else than
-            :meth:`odeopt.UpdateRule.forward` should.
+            :meth:`odeopt.UpdateRule.forward` should; or if ``task`` is not a task.
         ValueError: If an argument is out of range or names nothing, or a rule mixes tasks.
     """
     if not isinstance(rules, Mapping):
@@ -71,6 +71,7 @@ def compare(
             'Parameter `rules` should be a dictionary, such as {"mine": rule, "general": "port-hamiltonian"}. '
             f"Found {rules!r}."
         )
+    check_class("task", task, Task)
     rules = {name: _as_rule(rule, f"rules[{name!r}]") for name, rule in rules.items()}
     require(len(rules) > 0, "rules", rules, "at least one rule by name")
     require_counts(n_runs=n_runs)
