@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt._version import __version__
-from odeopt.checks import is_integer, require
+from odeopt.checks import is_integer, require, require_flags
 from odeopt.files import replaced
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule, adopt_weights, built
@@ -64,6 +64,7 @@ def save(
         FileExistsError: If the file exists and ``overwrite`` is False.
         ValueError: If ``trained_for`` is incomplete, or the file would not load again as the same rule.
     """
+    require_flags(overwrite=overwrite)
     path = Path(path)
     rule_class = type(rule).__name__
     is_known = UpdateRule.registry.get(rule_class) is type(rule)

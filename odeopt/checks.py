@@ -28,6 +28,18 @@ def require_positive(*, or_none: bool = False, **values: object) -> None:
         require((or_none and value is None) or (is_number(value) and value > 0), name, value, wanted)
 
 
+def require_non_negative(**values: object) -> None:
+    """Refuse values, given by the names of their parameters, that are no finite numbers of at least 0."""
+    for name, value in values.items():
+        require(is_number(value) and value >= 0, name, value, "a non-negative number")
+
+
+def require_flags(**values: object) -> None:
+    """Refuse values, given by the names of their parameters, that are neither True nor False."""
+    for name, value in values.items():
+        require(isinstance(value, bool), name, value, "True or False")
+
+
 def check_class(name: str, value: object, wanted: type) -> None:
     """Raise a TypeError that names a parameter and the class found, unless the value is of a class."""
     if not isinstance(value, wanted):

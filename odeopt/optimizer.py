@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.artifacts import digest, find_pretrained
-from odeopt.checks import is_number, require, shown
+from odeopt.checks import is_number, require, require_flags, shown
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping import averages
 from odeopt.stepping.buckets import state_template
-from odeopt.stepping.checkpoints import check_saved, read_states, warn_of_other_length
+from odeopt.stepping.checkpoints import check_saved, in_order_of, read_states, warn_of_other_length
 from odeopt.stepping.checks import (
+    DTYPES,
     check_options,
     check_sharding,
     check_spelling,
@@ -34,6 +35,7 @@ from odeopt.stepping.guard import (
     GuardStatus,
     Sentry,
     check_unguarded,
+    drop_saved,
     restore_snapshot,
     take_snapshot,
 )
@@ -97,10 +99,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             that the rule has.
         lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor. 1 takes the steps that
             the rule was trained for; at most 0.01, as is usual for Adam, is warned of under a learned rule.
-        weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW. There ``lr`` is the
-            step size, here it is a factor, usually 1: what AdamW does with ``lr=1e-3, weight_decay=1e-2`` is
-            ``weight_decay=1e-5`` here. A decay that takes more than one percent per step is warned of once. Beyond
-            ``total_steps`` nothing decays.
+        weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW; a number or a
+            one-element tensor. There ``lr`` is the step size, here it is a factor, usually 1: what AdamW does with
+            ``lr=1e-3, weight_decay=1e-2`` is ``weight_decay=1e-5`` here. A decay that takes more than one percent per
+            step is warned of once. Beyond ``total_steps`` nothing decays.
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown. The first step beyond it is warned of, unless ``capturable`` keeps the count on the device.
@@ -111,6 +113,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             shorter side is above 1,024.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
+            (``torch.float16`` is too narrow for squares of gradients, such as :class:`odeopt.AdamUpdate` keeps.)
         capturable: Whether the step may be captured in a CUDA graph: the count of steps is then kept on the device.
             A number given as ``lr`` is frozen into the graph; a tensor is not. On a CPU, with a tensor as ``lr`` and
             without ``averaging``, ``torch.compile`` then puts the step into its graphs as one operation, also with
@@ -151,7 +154,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params: ParamsT,
         rule: UpdateRule | str = "port-hamiltonian-spectral",
         lr: float | Tensor = 1.0,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         total_steps: int | None = None,
@@ -178,9 +181,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
-        is_dtype = state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point)
-        require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype or None")
-        require(isinstance(capturable, bool), "capturable", capturable, "True or False")
+        require(
+            state_dtype in (None, *DTYPES),
+            "state_dtype",
+            state_dtype,
+            "a floating-point dtype of 16 to 64 bits or None",
+        )
+        require_flags(capturable=capturable)
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
         is_guard = guard is None or isinstance(guard, Guard | bool)
@@ -267,9 +274,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             The loss that ``closure`` returned, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, a learning rate out of range, a state that was put into
-                :attr:`state` not the rule's, or ``implementation="native"`` cannot step these parameters; nothing has
-                moved then.
+            ValueError: If a gradient is sparse or complex, an option that was put into a group out of range, a state
+                that was put into :attr:`state` not the rule's or no longer of the shape of its parameter, or
+                ``implementation="native"`` cannot step these parameters; nothing has moved then.
             RuntimeError: If the parameters hold averages (:meth:`eval`), or a guard was not told the loss.
         """
         if not torch.compiler.is_dynamo_compiling():
@@ -290,11 +297,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self.report(loss)
-        sentry = self._sentry
-        is_told = sentry is not None and sentry.expects_step(any(float(group["lr"]) for group in self.param_groups))
         for group in self.param_groups:
-            if not isinstance(group["lr"], Tensor):  # a scheduler, or the user, may have set it since it was checked
-                require(0 <= group["lr"] < float("inf"), "lr", group["lr"], "non-negative and finite")
+            check_options(group, may_wait=False)  # again: a scheduler, or the user, may have set one since
             # a count on the device is not read, which would be a host synchronisation
             is_beyond = not self.capturable and not is_within(group)
             if is_beyond and self._is_first(("total_steps", group["total_steps"])):  # where a longer run ends, too
@@ -308,6 +312,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None and not is_supported(param.grad):
                     self._raise_unsupported(param.grad, param, "have a dense, real gradient")
+        sentry = self._sentry
+        is_told = sentry is not None and sentry.expects_step(any(float(group["lr"]) for group in self.param_groups))
         self._layout.update(self.param_groups, self.state)
         if sentry is not None and not is_told:
             take_snapshot(self._layout.params, self.state)
@@ -383,7 +389,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def eval(self) -> None:
         """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
-        averages.show(self.state)
+        if self.averaging is not None:
+            averages.show(self.state)
 
     def train(self) -> None:
         """Put the weights that are trained back into the parameters."""
@@ -425,7 +432,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if group["is_stack"]:
                     check_stack(param, names[param])
                 if not is_supported(param):
-                    self._raise_unsupported(param, param, "be dense, real and of a floating-point type")
+                    self._raise_unsupported(
+                        param, param, "be dense, real and of a floating-point type of 16 to 64 bits"
+                    )
                 if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:
                     raise ValueError(
                         f"Parameter `rule` should look across a tensor by sums only (StagedRule), or not at all, where "
@@ -442,9 +451,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise
         if group["lr"] * group["weight_decay"] > _LARGE_DECAY and self._is_first("weight_decay"):
             warn_caller(
-                f"Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found "
-                f"`weight_decay = {group['weight_decay']}` and `lr = {float(group['lr'])}`; AdamW's weight decay times "
-                "its learning rate is what corresponds to it.",
+                "Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found `weight_decay = "
+                f"{float(group['weight_decay'])}` and `lr = {float(group['lr'])}`; AdamW's weight decay times its "
+                "learning rate is what corresponds to it.",
                 UserWarning,
             )
         if "momentum" in self.defaults:  # later than the groups of the constructor, which are looked at together
@@ -458,29 +467,38 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
         group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning. Options of
-        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of.
+        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of. What a
+        guard has seen is dropped where there is none.
+
+        Parameters that have the same names there and here may stand in another order in their groups; elsewhere, as in
+        ``torch.optim``, the order tells them apart.
 
         Args:
             state_dict: Dictionary that :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer.
+            ValueError: If the rule, the groups, or the names or shapes of the state are not those of this optimizer, a
+                parameter of the same name is in another group, or an option of a group is out of range.
         """
         watch = layout = restored = None
 
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
-        def read(_: torch.optim.Optimizer, final: StateDict) -> None:
+        def read(_: torch.optim.Optimizer, final: StateDict) -> StateDict:
             nonlocal watch, layout, restored
             check_saved(final, self.rule, self.defaults)
+            final = in_order_of(self.param_groups, final)
             if self._sentry is None:
                 check_unguarded(final["param_groups"])
             else:
                 watch = self._sentry.saved_watch(final["param_groups"])
             layout = self._new_layout(is_fallback=watch is not None and bool(watch.is_fallback))
             restored = read_states(layout, self.param_groups, final)
+            return final
 
         def take_up(_: torch.optim.Optimizer) -> None:
+            if self._sentry is None:  # what is not kept up to date from here on would be taken for current later
+                drop_saved(self.param_groups, restored)
             self.state.update(restored)
             self._layout = layout
             if self._sentry is not None:

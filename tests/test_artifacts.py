@@ -154,6 +154,8 @@ def test_loaded_weights_do_not_change_with_the_file(path):
 
 def test_existing_file_is_kept_unless_overwriting_is_asked_for(path):
     before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"`overwrite` should be True or False. Found `overwrite = 'no'`"):
+        save(Toy(n=3), path, trained_for=TRAINED_FOR, overwrite="no")
     with pytest.raises(FileExistsError, match=r"`overwrite` be True. Found `path = .*toy.safetensors`"):
         save(Toy(n=3), path, trained_for=TRAINED_FOR)
     assert path.read_bytes() == before

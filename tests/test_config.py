@@ -665,6 +665,14 @@ def test_number_of_threads_is_checked(capsys, chosen, found):
     assert chosen == []
 
 
+@pytest.mark.parametrize("command", ["train", "search"])
+@pytest.mark.parametrize("found", ["-1", "nan", "inf", "soon"])
+def test_time_to_stop_after_is_checked(capsys, command, found):
+    with pytest.raises(SystemExit):
+        main([command, "--config", "lstm-mnist", f"--stop-after={found}"])
+    assert f"--stop-after: should be a number of seconds of at least 0; found {found}" in capsys.readouterr().err
+
+
 def test_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "tiny.toml"
     path.write_bytes(b'class = "\xff"')

@@ -198,9 +198,24 @@ def test_runs_that_end_above_their_start_are_counted():
     assert "one batch, so noise alone can put a run here" in comparison.table()
 
 
-@pytest.mark.parametrize(("n", "words"), [(1, "1 run of 1 step,"), (2, "2 runs of 2 steps,")])
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (1, ("1 run of 1 step,", "rule  last loss  ", "Difference: of the last loss before the last update")),
+        (2, ("2 runs of 2 steps,", "rule  last 2 losses  ", "the mean of the last 2 losses before the last update")),
+        (
+            10,
+            (
+                "10 runs of 10 steps,",
+                "rule  last 10 losses  ",
+                "the mean of the last ten losses before the last update",
+            ),
+        ),
+    ],
+)
 def test_captions_count_runs_and_steps(n, words):
-    assert words in quiet({"sgd": SGDUpdate(0.1)}, Bowls(1.0), n_steps=n, n_runs=n).table()
+    table = quiet({"sgd": SGDUpdate(0.1)}, Bowls(1.0), n_steps=n, n_runs=n).table()
+    assert all(each in table for each in words)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -302,16 +317,25 @@ def test_whether_a_rule_looks_across_coordinates_is_reported():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_runs": 0}, "Parameter `n_runs` should be at least 1. Found `n_runs = 0`"),
+        ({"n_runs": 0}, "Parameter `n_runs` should be a positive integer. Found `n_runs = 0`"),
         ({"n_steps": 0}, "Parameter `n_steps` should be a positive integer. Found `n_steps = 0`"),
         ({"reference": "Adma"}, "Parameter `reference` should be .* Found `reference = 'Adma'`"),
         ({"score": "best"}, "Parameter `score` should be one of last ten, final. Found `score = 'best'`"),
-        ({"runs_per_batch": 0}, "Parameter `runs_per_batch` should be positive. Found `runs_per_batch = 0`"),
+        (
+            {"runs_per_batch": 0},
+            "Parameter `runs_per_batch` should be a positive integer or None. Found `runs_per_batch = 0`",
+        ),
     ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         quiet({"Adam": AdamUpdate()}, RandomQuadratic(3), **{"n_steps": 2, "n_runs": 2, **options})
+
+
+@pytest.mark.parametrize("task", [5, RandomQuadratic])
+def test_what_is_no_task_is_refused(task):
+    with pytest.raises(TypeError, match=r"Parameter `task` should be of class Task. Found one of class"):
+        quiet({"Adam": AdamUpdate()}, task, n_steps=2, n_runs=2)
 
 
 def test_nothing_to_compare():

@@ -304,7 +304,7 @@ def test_weights_tell_rules_apart(two_rates, tmp_path):
 
 @pytest.mark.parametrize("option", ["n_runs", "n_tuning_runs"])
 def test_arguments_are_checked(option):
-    with pytest.raises(ValueError, match=f"Parameter `{option}` should be at least 1. Found `{option} = 0`"):
+    with pytest.raises(ValueError, match=f"Parameter `{option}` should be a positive integer. Found `{option} = 0`"):
         evaluate(AdamUpdate(), TINY, **{option: 0})
 
 

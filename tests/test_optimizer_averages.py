@@ -150,6 +150,31 @@ def test_nothing_is_averaged_unless_asked_for():
     assert not any("average" in held for held in optimizer.state.values())
 
 
+@pytest.mark.parametrize("is_shown", [False, True])
+def test_averages_of_another_optimizer_are_not_shown_where_none_are_kept(is_shown):
+    (source, averaged), model = run(3), small_model()
+    optimizer = LearnedOptimizer(model.parameters(), AdamUpdate(0.1))
+    trained = values(source)
+    if is_shown:
+        averaged.eval()
+    model.load_state_dict(source.state_dict())
+    optimizer.load_state_dict(averaged.state_dict())
+    optimizer.train()
+    assert all(map(torch.equal, values(model), trained))
+    step(model, optimizer, 3)
+    trained = values(model)
+    optimizer.eval()
+    assert all(map(torch.equal, values(model), trained))
+
+
+def test_callers_averages_are_not_shown_where_none_are_kept():
+    param = parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([param], AdamUpdate(0.1))
+    optimizer.state[param]["average"] = torch.zeros(1)
+    optimizer.eval()
+    assert param.item() == 1.0
+
+
 def test_fake_tensors_are_averaged():
     with FakeTensorMode():
         model = nn.Linear(3, 2)

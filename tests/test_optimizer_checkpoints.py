@@ -177,6 +177,47 @@ def test_state_that_does_not_name_its_rule_has_to_have_the_rules_fields():
         second.load_state_dict(saved)
 
 
+def named(order, n_groups=1):
+    """Three parameters of one shape, by name, each with its own gradient; and an optimizer of them, in an order."""
+    params = {name: parameter(torch.ones(3), torch.tensor([1.0, -2.0, 0.5 + k])) for k, name in enumerate("abc")}
+    members = [(name, params[name]) for name in order]
+    groups = [{"params": members[k::n_groups]} for k in range(n_groups)]
+    return params, LearnedOptimizer(groups, AdamUpdate(0.1))
+
+
+@pytest.mark.parametrize("order", ["bca", "cab"])
+def test_state_follows_the_names_of_parameters_that_stand_in_another_order(order):
+    params, optimizer = named("abc")
+    optimizer.step()
+    others, other = named(order)
+    for name, param in params.items():
+        others[name].data.copy_(param.data)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert other.param_groups[0]["param_names"] == [*order]
+    for each in (optimizer, other):
+        each.step()
+    for name, param in params.items():
+        assert torch.equal(param, others[name])
+        assert torch.equal(optimizer.state[param]["exp_avg"], other.state[others[name]]["exp_avg"])
+
+
+def test_a_parameter_that_was_in_another_group_is_refused_by_its_name():
+    _, optimizer = named("abc", n_groups=3)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"should have `b` in group 0, as this optimizer does. Found it in group 1"):
+        named("bac", n_groups=3)[1].load_state_dict(optimizer.state_dict())
+
+
+def test_parameters_of_other_names_are_told_apart_by_their_places():
+    _, optimizer = named("abc")
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["param_names"] = ["module.c", "a", "b"]  # of a wrapper, or as a layer put in between makes
+    optimizer.load_state_dict(saved)
+    again = optimizer.state_dict()["state"]
+    assert all(torch.equal(again[key]["exp_avg"], saved["state"][key]["exp_avg"]) for key in range(3))
+
+
 @pytest.mark.parametrize("option", ["n_skipped", "is_table", "total_steps", "lr"])
 def test_group_without_an_option_is_refused_by_its_name(option):
     optimizer = LearnedOptimizer([parameter([1.0], [1.0])], LeakySum())

@@ -238,6 +238,32 @@ def test_state_like_the_parameter_is_float32_beside_bfloat16():
 # -------------------- parameters and checkpoints
 
 
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+@pytest.mark.parametrize("shape", [(5, 6), (30,), (8, 5), (1, 5)], ids=str)
+@pytest.mark.parametrize(
+    "rule", ["port-hamiltonian", "port-hamiltonian-spectral", AdamUpdate()], ids=["", "matrix", "adam"]
+)
+def test_a_parameter_of_another_shape_is_refused_by_name_until_its_state_is_deleted(rule, shape, implementation):
+    torch.manual_seed(0)
+    grown, other = parameter(torch.ones(6, 5), torch.randn(6, 5)), parameter(torch.ones(4), torch.randn(4))
+    optimizer = LearnedOptimizer([("grown", grown), ("other", other)], rule, implementation=implementation)
+    optimizer.step()
+    grown.grad = None
+    grown.data = torch.ones(shape)
+    grown.grad = torch.randn(shape)
+    before = other.detach().clone()
+    with pytest.raises(ValueError, match=r"Parameter `grown` should have a state of .* Found .*\(6, 5\)"):
+        optimizer.step()
+    assert torch.equal(other, before)
+    assert torch.equal(grown, torch.ones(shape))
+    del optimizer.state[grown]
+    optimizer.step()
+    fresh = parameter(torch.ones(shape), grown.grad)
+    LearnedOptimizer([fresh], rule, implementation=implementation).step()
+    torch.testing.assert_close(grown, fresh, rtol=0, atol=1e-6)  # packed or not, sums are in another order
+    assert not torch.equal(other, before)
+
+
 @pytest.mark.parametrize("size", [3, 128])
 def test_model_brought_to_another_memory_format_goes_on(size):
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import math
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from optimizer_toys import LeakySum, assert_same, loss_of, small_model
@@ -472,6 +473,16 @@ def test_a_state_without_a_guard_begins_a_watch():
     assert resumed.guard_status.n_restored == 1
 
 
+def test_nothing_of_a_guard_is_kept_where_there_is_none():
+    model = Bowl()
+    optimizer = guarded(model, CLIMBS)
+    run(model, optimizer, range(3))
+    plain = LearnedOptimizer(model.parameters(), CLIMBS)
+    plain.load_state_dict(saved(optimizer))
+    assert plain.param_groups[0].keys() == LearnedOptimizer(Bowl().parameters(), CLIMBS).param_groups[0].keys()
+    assert all(held.keys() == {"total", "step"} for held in plain.state.values())
+
+
 def test_the_snapshot_is_one_copy_of_the_parameters_and_the_fallback_has_no_state_beside():
     model, optimizer = in_fallback()
     for param in model.parameters():
@@ -537,7 +548,7 @@ def test_a_missing_loss_and_a_second_one_are_errors():
     with pytest.raises(RuntimeError, match="Two losses were reported"):
         optimizer.step(lambda: 1.0)
     optimizer.zero_grad()  # as after a step that GradScaler leaves out
-    optimizer.report(2.0)
+    optimizer.report(np.float32(2.0))
     optimizer.step()
     with pytest.raises(TypeError, match="Found `loss = None`"):
         optimizer.step(lambda: None)

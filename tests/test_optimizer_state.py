@@ -74,23 +74,40 @@ def test_large_finite_gradient_whose_sum_overflows_is_not_skipped(opposed):
     assert param[0].item() == pytest.approx(1 - largest * 1e-38, rel=1e-5)  # 1e-38 is subnormal: few bits
 
 
-@pytest.mark.parametrize("lr", [math.nan, -1.0])
-def test_learning_rate_that_went_wrong_in_the_middle_of_a_run_moves_nothing(lr):
+@pytest.mark.parametrize("guard", [None, True])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("lr", value) for value in (math.nan, -1.0, "1", None, torch.tensor(-1.0), torch.tensor(math.nan))),
+        *(("weight_decay", value) for value in (math.nan, -1.0, "1", None, True)),
+        *(("total_steps", value) for value in (0, -5, 2.5, "10", True)),
+        *((name, value) for name in ("maximize", "is_table", "is_stack") for value in ("no", 1, None)),
+    ],
+    ids=str,
+)
+def test_an_option_that_went_wrong_in_the_middle_of_a_run_moves_nothing(option, value, guard):
     param = parameter([1.0], [1.0])
-    optimizer = LearnedOptimizer([param], SGDUpdate(0.1))
-    optimizer.param_groups[0]["lr"] = lr
-    with pytest.raises(ValueError, match="`lr` should be non-negative and finite"):
-        optimizer.step()
+    optimizer = LearnedOptimizer([param], SGDUpdate(0.1), guard=guard)
+    saved = optimizer.state_dict()
+    for groups, use in ((optimizer.param_groups, optimizer.step), (saved["param_groups"], None)):
+        groups[0][option] = value
+        optimizer.report(1.0)
+        with pytest.raises(ValueError, match=f"Parameter `{option}` should be .*Found `{option} = "):
+            use() if use is not None else optimizer.load_state_dict(saved)
+        optimizer.zero_grad(set_to_none=False)
+        param.grad.fill_(1.0)
     assert param.item() == 1.0
 
 
 def test_integer_parameters_are_refused():
-    with pytest.raises(ValueError, match=r"should be dense, real and of a floating-point type.*torch\.int64"):
+    with pytest.raises(
+        ValueError, match=r"should be dense, real and of a floating-point type of 16 to 64 bits.*torch\.int64"
+    ):
         LearnedOptimizer([torch.ones(2, dtype=torch.int64)], SGDUpdate(0.1))
 
 
 def test_truth_value_is_no_learning_rate():
-    with pytest.raises(ValueError, match=r"`lr` should be a number\. Found `lr = True`"):
+    with pytest.raises(ValueError, match=r"`lr` should be a number or a one-element tensor\. Found `lr = True`"):
         LearnedOptimizer([parameter([1.0], [1.0])], SGDUpdate(0.1), lr=True)
 
 
@@ -156,15 +173,15 @@ def test_gradient_turned_complex_is_refused_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1}, r"Parameter `lr` should be non-negative. Found `lr = -1`."),
-        ({"lr": float("nan")}, r"Parameter `lr` should be non-negative. Found `lr = nan`."),
-        ({"lr": float("inf")}, r"Parameter `lr` should be finite"),
+        ({"lr": -1}, r"Parameter `lr` should be non-negative and finite. Found `lr = -1`."),
+        ({"lr": float("nan")}, r"Parameter `lr` should be non-negative and finite. Found `lr = nan`."),
+        ({"lr": float("inf")}, r"Parameter `lr` should be non-negative and finite. Found `lr = inf`."),
         ({"lr": "0.1"}, r"Parameter `lr` should be a number or a one-element tensor. Found `lr = '0.1'`."),
         ({"lr": torch.ones(2)}, r"Parameter `lr` should be a number or a one-element tensor"),
         ({"lr": torch.tensor(-1.0)}, r"Parameter `lr` should be non-negative"),
         (
             {"weight_decay": -0.1},
-            r"Parameter `weight_decay` should be non-negative. Found `weight_decay = -0.1`.",
+            r"Parameter `weight_decay` should be non-negative and finite. Found `weight_decay = -0.1`.",
         ),
         ({"weight_decay": None}, r"Parameter `weight_decay` should be a number"),
         ({"total_steps": 0}, r"Parameter `total_steps` should be a positive integer or None"),
@@ -261,15 +278,17 @@ def test_what_is_no_update_rule_is_refused(rule, found):
     [
         (torch.zeros(2, dtype=torch.complex64), "torch.complex64"),
         (torch.zeros(2, 2).to_sparse(), "torch.sparse_coo"),
+        (torch.zeros(2, dtype=torch.float8_e5m2), "torch.float8_e5m2"),
     ],
 )
 def test_complex_and_sparse_parameters_are_refused_by_name(tensor, found):
     odd = nn.Parameter(tensor)
     with pytest.raises(
-        ValueError, match=rf"Parameter `odd` should be dense, real and of a floating-point type.*{found}"
+        ValueError,
+        match=rf"Parameter `odd` should be dense, real and of a floating-point type of 16 to 64 bits.*{found}",
     ):
         LearnedOptimizer([("fine", parameter([1.0], [1.0])), ("odd", odd)], LeakySum())
-    with pytest.raises(ValueError, match=r"Parameter `param_groups\[0\]\['params'\]\[1\]` should be dense, real"):
+    with pytest.raises(ValueError, match=r"Parameter `param_groups\[0\]\['params'\]\[1\]` should be dense"):
         LearnedOptimizer([parameter([1.0], [1.0]), odd], LeakySum())
 
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odeopt import report
 from odeopt.evaluation import compare, trailing_mean
-from odeopt.report import line_styles, plot_escape
+from odeopt.report import line_styles, plot_escape, plot_losses
 from odeopt.report.figure import _spread
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import RandomQuadratic
@@ -75,6 +76,23 @@ def test_arguments_of_trailing_means_are_checked(losses, part, match):
 def test_one_run_and_one_step_can_be_drawn(tmp_path):
     single = compare({"Adam": AdamUpdate(0.1)}, RandomQuadratic(3), n_steps=1, n_runs=1, progress_bar=False)
     assert single.plot(tmp_path / "figure.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [([2.0, 1.0, 0.5], "log"), ([2.0, 1.0, 0.0], "log"), ([-1.0, -2.0, -3.0], "linear"), ([0.0, 0.0, 0.0], "linear")],
+)
+def test_the_axis_of_losses_holds_all_of_them_and_is_logarithmic_where_none_is_negative(
+    losses, scale, tmp_path, monkeypatch
+):
+    figures = []
+    monkeypatch.setattr(report.losses, "save_figure", lambda figure, path: figures.append(figure))
+    band = torch.tensor([losses] * 3, dtype=torch.float64)
+    plot_losses({"one": band}, {"one": False}, tmp_path / "figure.png", title="", xlabel="", ylabel="")
+    [axes] = figures[0].axes
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == scale
+    assert all(low < loss < high for loss in losses if loss > 0 or scale == "linear")
 
 
 def test_escapes_are_drawn(tmp_path):

@@ -489,14 +489,14 @@ BAD = [
     (
         PortHamiltonianUpdate,
         {"hidden": (8, 0)},
-        r"`hidden` should be positive widths. Found `hidden = \(8, 0\)`",
+        r"`hidden` should be a list of positive widths. Found `hidden = \(8, 0\)`",
     ),
     (
         PortHamiltonianUpdate,
         {"time_scales": ()},
-        r"`time_scales` should be positive numbers. Found `time_scales = \(\)`",
+        r"`time_scales` should be a list of positive numbers. Found `time_scales = \(\)`",
     ),
-    (PortHamiltonianUpdate, {"time_scales": (1, -1)}, r"`time_scales` should be positive numbers"),
+    (PortHamiltonianUpdate, {"time_scales": (1, -1)}, r"`time_scales` should be a list of positive numbers"),
     (
         PortHamiltonianUpdate,
         {"initial_kappa": 0},
@@ -512,6 +512,14 @@ BAD = [
         {"potential": None},
         r"`potential` should be 'none' or 'network'. Found `potential = N",
     ),
+    (PortHamiltonianUpdate, {"hidden": 16}, r"`hidden` should be a list of positive widths. Found `hidden = 16`"),
+    (PortHamiltonianUpdate, {"time_scales": 3.0}, r"`time_scales` should be a list of .* Found `time_scales = 3.0`"),
+    (
+        PortHamiltonianUpdate,
+        {"solver": ["rk4"]},
+        r"`solver` should be the name of a method. Found `solver = \['rk4'\]`",
+    ),
+    (AdamUpdate, {"betas": 0.9}, r"`betas` should be two numbers in \[0, 1\). Found `betas = 0.9`"),
     (PortHamiltonianUpdate, {"friction": "none"}, r"`friction` should be 'modulated', 'network' or 'constant'"),
     (PortHamiltonianUpdate, {"port": 1}, r"`port` should be 'modulated', 'network' or 'constant'. Found `port = 1`"),
 ]

@@ -463,9 +463,15 @@ def test_a_damaged_file_is_refused_before_the_first_run(made, tmp_path, text):
     ("call", "message"),
     [
         (lambda: make_problem("imagenet"), "Parameter `name` should be one of transformer.* Found `name = 'imagenet'`"),
-        (lambda: tiny("vit", 0), "Parameter `n_steps` should be positive. Found `n_steps = 0`"),
-        (lambda: evaluate(tiny("vit"), grid_of(0.1), n_runs=0), "Parameter `n_runs` should be at least 1. Found"),
-        (lambda: evaluate(tiny("vit"), grid_of(0.1), n_extensions=-1), "`n_extensions` should be at least 0. Found"),
+        (lambda: tiny("vit", 0), "Parameter `n_steps` should be a positive integer or None. Found `n_steps = 0`"),
+        (
+            lambda: evaluate(tiny("vit"), grid_of(0.1), n_runs=0),
+            "Parameter `n_runs` should be a positive integer. Found",
+        ),
+        (
+            lambda: evaluate(tiny("vit"), grid_of(0.1), n_extensions=-1),
+            "`n_extensions` should be an integer of at least 0. Found",
+        ),
         (lambda: evaluate(tiny("vit"), {}), "Parameter `contenders` should be contenders with 'adamw' among them"),
     ],
 )

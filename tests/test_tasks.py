@@ -341,7 +341,12 @@ def test_scores_are_over_all_training_and_all_test_images(n_examples):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"widths": (0,)}, r"`widths` should be positive numbers. Found `widths = \(0,\)`"),
+        ({"widths": (0,)}, r"`widths` should be a list of positive integers. Found `widths = \(0,\)`"),
+        *(
+            ({"widths": widths}, "`widths` should be a list of positive integers. Found `widths = ")
+            for widths in (20, 20.5, "20", (20.5,), (True,))
+        ),
+        ({"n_examples": 2, "has_own_examples": "no"}, "`has_own_examples` should be True or False"),
         ({"activation": "swish"}, "`activation` should be one of sigmoid, tanh, relu, gelu. Found .*swish"),
         ({"batch_size": 0}, "`batch_size = 0`"),
         ({"split": "test"}, "`split` should be one of meta-train, evaluation. Found `split = 'test'`"),
@@ -356,7 +361,7 @@ def test_classification_refuses(kwargs, match):
         MLPClassification(**({"dataset": tiny_images()} | kwargs))
 
 
-@pytest.mark.parametrize("n_images", [0, 1101])
+@pytest.mark.parametrize("n_images", [0, 1101, 2.5])
 def test_accuracy_refuses_images_it_does_not_have(n_images):
     task = MLPClassification(tiny_images())
     with pytest.raises(ValueError, match=f"between 1 and 1100. Found `n_images = {n_images}`"):
@@ -364,9 +369,16 @@ def test_accuracy_refuses_images_it_does_not_have(n_images):
 
 
 def test_tasks_refuse_sizes_without_a_problem():
-    with pytest.raises(ValueError, match=r"`dim` should be positive\. Found `dim = 0`"):
-        RandomQuadratic(0)
-    with pytest.raises(ValueError, match=r"`dim` should be 2 or more\. Found `dim = 1`"):
-        HighDimSaddle(1)
-    with pytest.raises(ValueError, match=r"`offset = -1\.0`"):
-        MonkeySaddle(offset=-1.0)
+    for dim in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match=f"`dim` should be a positive integer. Found `dim = {dim!r}`"):
+            RandomQuadratic(dim)
+    for dim in (1, 2.5):
+        with pytest.raises(ValueError, match=f"`dim` should be an integer of at least 2. Found `dim = {dim}`"):
+            HighDimSaddle(dim)
+    for offset in (-1.0, float("inf"), "0"):
+        with pytest.raises(ValueError, match=f"`offset` should be a non-negative number. Found `offset = {offset!r}`"):
+            MonkeySaddle(offset=offset)
+    with pytest.raises(ValueError, match=r"`rotated` should be True or False. Found `rotated = 'no'`"):
+        HighDimSaddle(rotated="no")
+    with pytest.raises(TypeError, match=r"`task` should be of class Task. Found one of class int"):
+        ScaledTask(5)

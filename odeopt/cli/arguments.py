@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -26,6 +27,17 @@ def natural(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"should be an integer of at least 0 and below 2^63; found {text}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """Read a time of at least zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"should be a number of seconds of at least 0; found {text}")
+    return value
 
 
 def expression(text: str) -> re.Pattern:

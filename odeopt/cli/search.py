@@ -33,8 +33,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--meta-steps", type=arguments.positive, help="meta-steps per trial, in place of the "
                         "configuration's, with as many validations: for a quick look")  # fmt: skip
     arguments.add(parser, "data_dir markdown", device={"default": "cpu"})
-    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after so "
-                        "long; the same command continues")  # fmt: skip
+    parser.add_argument("--stop-after", type=arguments.seconds, metavar="SECONDS", help="stop at the next validation "
+                        "after so long; the same command continues")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
     parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 

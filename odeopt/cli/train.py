@@ -43,8 +43,8 @@ def add(commands: argparse._SubParsersAction) -> None:
                   "%(default)s); under torchrun, cuda is one GPU for each rank"})  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the rule's steps: a minute, then about twice "
                        "as fast (port-Hamiltonian rules)")  # fmt: skip
-    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop at the next validation after "
-                       "so long; the same command continues")  # fmt: skip
+    parser.add_argument("--stop-after", type=arguments.seconds, metavar="SECONDS", help="stop at the next validation "
+                       "after so long; the same command continues")  # fmt: skip
     parser.add_argument("--timeout", type=arguments.positive, default=1800, metavar="SECONDS", help="how long a rank "
                        "waits for the others before it counts them as lost (default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")

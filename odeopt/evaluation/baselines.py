@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from odeopt._version import __version__
-from odeopt.checks import require
+from odeopt.checks import check_class, require, require_counts
 from odeopt.evaluation.compare import run
 from odeopt.evaluation.result import Score, scores_of
 from odeopt.files import write_json
@@ -119,9 +119,13 @@ def tune(
         The best settings and all that were tried.
 
     Raises:
+        TypeError: If ``family`` or ``task`` is of another class.
         ValueError: If an argument is out of range.
         RuntimeError: If no setting kept every run finite.
     """
+    check_class("family", family, Family)
+    check_class("task", task, Task)
+    require_counts(n_tasks=n_tasks)
     tried: list[tuple[dict[str, float], float]] = []
 
     def trial(**settings: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from odeopt.artifacts import find_pretrained
-from odeopt.checks import require
+from odeopt.checks import check_class, require, require_counts
 from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
 from odeopt.meta.unroll import unroll
 from odeopt.modes import outside_inference_mode
@@ -63,7 +63,7 @@ def compare(
 
     Raises:
         TypeError: If ``rules`` is no mapping, one of them is neither a rule nor a name, or returns something else than
-            :meth:`odeopt.UpdateRule.forward` should.
+            :meth:`odeopt.UpdateRule.forward` should; or if ``task`` is not a task.
         ValueError: If an argument is out of range or names nothing, or a rule mixes tasks.
     """
     if not isinstance(rules, Mapping):
@@ -71,9 +71,10 @@ def compare(
             'Parameter `rules` should be a dictionary, such as {"mine": rule, "general": "port-hamiltonian"}. '
             f"Found {rules!r}."
         )
+    check_class("task", task, Task)
     rules = {name: _as_rule(rule, f"rules[{name!r}]") for name, rule in rules.items()}
     require(len(rules) > 0, "rules", rules, "at least one rule by name")
-    require(n_runs >= 1, "n_runs", n_runs, "at least 1")
+    require_counts(n_runs=n_runs)
     wanted = f"{BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}"
     require(reference in (BEST_HAND_DESIGNED, *rules), "reference", reference, wanted)
     check_score(score)
@@ -145,9 +146,10 @@ def run(
         Losses, float64 on the CPU, shape ``(n_steps + 1, n_runs)``; and accuracies ``(n_runs,)``, or None.
 
     Raises:
-        ValueError: If ``runs_per_batch`` is not positive.
+        ValueError: If ``n_runs`` or ``runs_per_batch`` is not a positive integer.
     """
-    require(runs_per_batch is None or runs_per_batch >= 1, "runs_per_batch", runs_per_batch, "positive")
+    require_counts(n_runs=n_runs)
+    require_counts(runs_per_batch=runs_per_batch, or_none=True)
     losses, accuracies = [], []
     for indices in torch.arange(n_runs).split(runs_per_batch or fast_batch(rule, task)):
         trajectory = unroll(rule, task, indices=indices, n_steps=n_steps, seed=seed, total_steps=n_steps)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from odeopt._version import __version__
 from odeopt.artifacts import fingerprint
-from odeopt.checks import n_of, require
+from odeopt.checks import n_of, require, require_counts
 from odeopt.evaluation.baselines import Family, tune
 from odeopt.evaluation.compare import run
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
@@ -269,8 +269,7 @@ def evaluate_matrix(
     Raises:
         ValueError: If an argument is out of range, or a file is of another rule, version or settings.
     """
-    require(n_runs >= 1, "n_runs", n_runs, "at least 1")
-    require(n_tuning_runs >= 1, "n_tuning_runs", n_tuning_runs, "at least 1")
+    require_counts(n_runs=n_runs, n_tuning_runs=n_tuning_runs)
     settings = {"library_version": __version__, "score": _SCORE, "runs": n_runs, "tuning_runs": n_tuning_runs}
     settings |= {"evaluation_seed": EVALUATION_SEED, "tuning_seed": TUNING_SEED}
     header = {"rule": {"name": name, "sha256": fingerprint(rule)}, **settings}

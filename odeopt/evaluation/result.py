@@ -110,8 +110,9 @@ class Comparison:
     @property
     def score_meaning(self) -> str:
         """The score in words."""
-        n_last = "ten" if self.n_steps >= 10 else str(self.n_steps)
-        return SCORES[self.score].replace("last ten", f"last {n_last}")
+        n_last = "ten losses" if self.n_steps >= 10 else f"{self.n_steps} losses" if self.n_steps > 1 else "loss"
+        meaning = SCORES[self.score].replace("last ten losses", f"last {n_last}")
+        return meaning.removeprefix("the mean of ") if self.n_steps == 1 else meaning
 
     @property
     def _any(self) -> RuleResult:
@@ -152,8 +153,9 @@ class Comparison:
         return f"{draw_table(headers, rows, markdown=markdown)}\n\n{caption}"
 
     def plot(self, path: str | os.PathLike, *, title: str | None = None) -> Path:
-        """Draw the mean loss against the step with its 95 % interval, on a logarithmic axis, and save it.
+        """Draw the mean loss against the step with its 95 % interval, and save it.
 
+        The axis of losses is logarithmic, unless some are negative.
         Where minibatches make single losses jump, each run's is averaged over the last twentieth of the steps so far.
 
         Args:
@@ -188,7 +190,8 @@ def _columns(comparison: Comparison) -> list[tuple[str, str, Callable[[str], str
         columns.append(("median", unit, lambda name: _median(comparison.scores(name))))
     else:
         n_last = min(10, comparison.n_steps)
-        columns.append((f"last {n_last} losses", unit, lambda name: number_text(comparison.scores(name).mean())))
+        title = f"last {n_last} losses" if n_last > 1 else "last loss"
+        columns.append((title, unit, lambda name: number_text(comparison.scores(name).mean())))
     columns.append(("all losses", unit, lambda name: number_text(results[name].losses[:-1].mean())))
     if comparison._any.accuracies is not None:
         columns.append(("accuracy", "%", lambda name: number_text(100 * results[name].accuracies.mean(), 1)))

@@ -21,7 +21,7 @@ def plot_losses(
     xlabel: str,
     ylabel: str,
 ) -> Path:
-    """Draw a loss with its interval against the step, on a logarithmic axis, and save it.
+    """Draw a loss with its interval against the step, on a logarithmic axis unless losses are negative, and save it.
 
     Args:
         bands: Mean and bounds of the loss by rule, each of shape ``(3, n_steps + 1)``.
@@ -40,15 +40,22 @@ def plot_losses(
         finite = torch.cat([mean[mean.isfinite()] for mean, _, _ in bands.values()])
         first = torch.stack([mean[0] for mean, _, _ in bands.values()])
         # a rule that diverges leaves the axis and may not squeeze the others
-        bottom, top = 0.9 * finite.min().item(), 1.5 * first.max().item()
+        has_logarithm = bool((finite >= 0).all() and (finite > 0).any())
+        if has_logarithm:
+            bottom, top = 0.9 * finite[finite > 0].min().item(), 1.5 * first.max().item()
+        else:
+            margin = 0.05 * (first.max() - finite.min()).item() or 1.0
+            bottom, top = finite.min().item() - margin, first.max().item() + margin
         for name, (mean, low, high) in bands.items():
             steps = torch.arange(len(mean))
             axes.plot(steps, mean, **styles[name])
             axes.fill_between(steps, low, high, where=mean < top, color=styles[name]["color"], alpha=0.16, linewidth=0)
         last = max(len(mean) for mean, _, _ in bands.values()) - 1
-        axes.set(yscale="log", xlim=(0, last), ylim=(bottom, top), xlabel=xlabel, ylabel=ylabel, title=title)
+        scale = "log" if has_logarithm else "linear"
+        axes.set(yscale=scale, xlim=(0, last), ylim=(bottom, top), xlabel=xlabel, ylabel=ylabel, title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        use_plain_numbers(axes.yaxis)
+        if has_logarithm:
+            use_plain_numbers(axes.yaxis)
         label_ends(figure, axes, {name: mean[-1].item() for name, (mean, _, _) in bands.items()}, styles)
         return save_figure(figure, path)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require
+from odeopt.checks import is_list, is_number, require, require_flags, require_non_negative
 from odeopt.rules.base import UpdateRule, per_coordinate, per_tensor
 
 
@@ -40,9 +40,9 @@ class SGDUpdate(UpdateRule):
     starts_at_zero = True
 
     def __init__(self, lr: float = 1e-2, *, momentum: float = 0.0, nesterov: bool = False) -> None:
-        require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
+        require_non_negative(lr=lr)
         require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        require(isinstance(nesterov, bool), "nesterov", nesterov, "True or False")
+        require_flags(nesterov=nesterov)
         require(momentum > 0 or not nesterov, "momentum", momentum, "positive where `nesterov` is set")
         super().__init__(lr=lr, momentum=momentum, nesterov=nesterov)
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
@@ -84,9 +84,8 @@ class RMSpropUpdate(UpdateRule):
     starts_at_zero = True
 
     def __init__(self, lr: float = 1e-2, *, alpha: float = 0.99, eps: float = 1e-8) -> None:
-        require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
+        require_non_negative(lr=lr, eps=eps)
         require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
-        require(is_number(eps) and eps >= 0, "eps", eps, "a non-negative number")
         super().__init__(lr=lr, alpha=alpha, eps=eps)
         self.lr, self.alpha, self.eps = lr, alpha, eps
 
@@ -137,12 +136,10 @@ class AdamUpdate(UpdateRule):
         eps: float = 1e-8,
         cosine: bool = False,
     ) -> None:
-        require(is_number(lr) and lr >= 0, "lr", lr, "a non-negative number")
-        require(
-            len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)"
-        )
-        require(is_number(eps) and eps >= 0, "eps", eps, "a non-negative number")
-        require(isinstance(cosine, bool), "cosine", cosine, "True or False")
+        require_non_negative(lr=lr, eps=eps)
+        are_decays = is_list(betas) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)
+        require(are_decays, "betas", betas, "two numbers in [0, 1)")
+        require_flags(cosine=cosine)
         super().__init__(lr=lr, betas=list(betas), eps=eps, cosine=cosine)
         self.lr, self.betas, self.eps, self.cosine = lr, tuple(betas), eps, cosine
 

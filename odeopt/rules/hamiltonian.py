@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_number, require
+from odeopt.checks import require_flags, require_positive
 from odeopt.rules.base import UpdateRule, per_coordinate
 from odeopt.rules.preprocessing import log_sign
 
@@ -49,9 +49,8 @@ class HamiltonianUpdate(UpdateRule):
     starts_at_zero = True
 
     def __init__(self, *, preprocess: bool = False, normalize: bool = False, output_scale: float = 0.1) -> None:
-        require(isinstance(preprocess, bool), "preprocess", preprocess, "True or False")
-        require(isinstance(normalize, bool), "normalize", normalize, "True or False")
-        require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
+        require_flags(preprocess=preprocess, normalize=normalize)
+        require_positive(output_scale=output_scale)
         super().__init__(preprocess=preprocess, normalize=normalize, output_scale=output_scale)
         self.preprocess, self.output_scale = preprocess, output_scale
         self.crosses_coordinates = self.normalize = normalize

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import require_counts, require_flags, require_positive
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.preprocessing import log_sign
 
@@ -55,9 +55,9 @@ class LSTMUpdate(UpdateRule):
     chunk_size = 2**13  # its temporaries are eighty numbers wide
 
     def __init__(self, *, preprocess: bool = False, hidden_size: int = 20, output_scale: float = 0.1) -> None:
-        require(isinstance(preprocess, bool), "preprocess", preprocess, "True or False")
-        require(is_integer(hidden_size) and hidden_size > 0, "hidden_size", hidden_size, "a positive integer")
-        require(is_number(output_scale) and output_scale > 0, "output_scale", output_scale, "a positive number")
+        require_flags(preprocess=preprocess)
+        require_counts(hidden_size=hidden_size)
+        require_positive(output_scale=output_scale)
         super().__init__(preprocess=preprocess, hidden_size=hidden_size, output_scale=output_scale)
         self.preprocess, self.hidden_size, self.output_scale = preprocess, hidden_size, output_scale
         self.cell1 = nn.LSTMCell(2 if preprocess else 1, hidden_size)

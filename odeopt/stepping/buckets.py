@@ -98,10 +98,12 @@ class Bucket:
         self.grad = self.theta = None  # of a packed bucket, from the first step on that needs them
 
     def has_moved(self) -> bool:
-        """Return True if a parameter has changed its device or dtype, or can no longer be stepped in place."""
+        """Return True if a parameter has changed its shape, device or dtype, or can no longer be stepped in place."""
         if not self.is_packed and not self.shards[0].local(self.params[0]).is_contiguous():
             return True
-        return any(param.device != self.device or param.dtype != self.param_dtype for param in self.params)
+        if any(param.device != self.device or param.dtype != self.param_dtype for param in self.params):
+            return True
+        return any(param.shape != shard.shape for param, shard in zip(self.params, self.shards, strict=True))
 
     def load(self) -> tuple[Tensor, Tensor, Tensor]:
         """Bring gradients and parameters into rows.

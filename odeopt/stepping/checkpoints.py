@@ -11,18 +11,23 @@ from torch.optim.optimizer import StateDict
 from odeopt.checks import require
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import state_template
-from odeopt.stepping.checks import parameter_names, warn_caller
+from odeopt.stepping.checks import check_options, parameter_names, warn_caller
 from odeopt.stepping.guard import SAVED_GUARD
 from odeopt.stepping.layout import Group, Layout, matched_state
 
 
 def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any]) -> None:
-    """Refuse the state of another kind of optimizer or of another rule; warn where the rule's digest was removed."""
+    """Refuse the state of another kind of optimizer or of another rule, or an option that is out of range.
+
+    Where the rule's digest was removed, warn.
+    """
     # loading leaves a default of torch's own behind, `differentiable`, which no group has
     options = defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD}
     missing = {name for group in state_dict.get("param_groups", [{}]) for name in options - group.keys()}
     lacks = f", with {', '.join(sorted(missing))} in each group"
     require(not missing, "state_dict", sorted(state_dict), f"the state of a LearnedOptimizer{lacks}")
+    for group in state_dict["param_groups"]:
+        check_options(group)
     digest, found = defaults["rule_digest"], {group.get("rule_digest") for group in state_dict["param_groups"]}
     if others := found - {None, digest}:
         raise ValueError(
@@ -33,6 +38,27 @@ def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any
         )
     if None in found:
         warn_caller("`state_dict` does not say by which rule it was made, so it may be another.", UserWarning)
+
+
+def in_order_of(groups: list[Group], state_dict: StateDict) -> StateDict:
+    """Bring the saved parameters into the order of these groups, where all names are the same and their order is not.
+
+    Where names differ, which a wrapper or a new layer may have done, parameters are told apart by their places.
+    """
+    own, saved = ([group.get("param_names", []) for group in some] for some in (groups, state_dict["param_groups"]))
+    places = {name: number for number, names in enumerate(saved) for name in names}
+    if own == saved or [*map(len, own)] != [*map(len, saved)] or {*places} != {name for names in own for name in names}:
+        return state_dict
+    ordered = []
+    for number, (names, found, group) in enumerate(zip(own, saved, state_dict["param_groups"], strict=True)):
+        for name in sorted({*names} - {*found}):
+            raise ValueError(
+                f"Parameter `state_dict` should have `{name}` in group {number}, as this optimizer does. Found it in "
+                f"group {places[name]}."
+            )
+        keys = dict(zip(found, group["params"], strict=True))
+        ordered.append({**group, "params": [keys[name] for name in names], "param_names": names} if names else group)
+    return {**state_dict, "param_groups": ordered}
 
 
 def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> dict[Tensor, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 import odeopt.checks
-from odeopt.checks import require
+from odeopt.checks import is_integer, require
+from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.stepping.shards import Shard, is_distributed
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of parameters, and of their state
 # Marks that others leave on tensors of which each process holds a piece, or which hold several tensors in a row:
 # sums across such a tensor would be sums over something else, and only ``DTensor`` says what over.
 _FOREIGN = {
@@ -43,20 +46,23 @@ def rule_obstacle(rule: UpdateRule) -> str | None:
     return None
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Raise a ValueError where an option of a parameter group is out of range."""
-    lr, decay, total_steps = options["lr"], options["weight_decay"], options["total_steps"]
-    if isinstance(lr, Tensor):
-        require(lr.numel() == 1, "lr", lr, "a number or a one-element tensor")
-    else:
-        require(isinstance(lr, Real), "lr", lr, "a number or a one-element tensor")
-    require(isinstance(decay, Real), "weight_decay", decay, "a number")
+def check_options(options: dict[str, Any], *, may_wait: bool = True) -> None:
+    """Raise a ValueError where an option of a parameter group is out of range.
+
+    A number that is kept on another device is read only where the check ``may_wait`` for it.
+    """
     for name in ("lr", "weight_decay"):
-        require(bool(options[name] >= 0), name, options[name], "non-negative")
-        require(bool(options[name] < float("inf")), name, options[name], "finite")
-        require(not isinstance(options[name], bool), name, options[name], "a number")
-    is_count = isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0
-    require(total_steps is None or is_count, "total_steps", total_steps, "a positive integer or None")
+        value = options[name]
+        if isinstance(value, Tensor):
+            is_number, is_read = value.numel() == 1 and not value.is_complex(), has_values(value)
+            is_read = is_read and (may_wait or value.device.type == "cpu")
+        else:  # Real alone takes ten times as long
+            is_number, is_read = isinstance(value, (float, int, Real)) and not isinstance(value, bool), True
+        require(is_number, name, value, "a number or a one-element tensor")
+        require(not is_read or bool(0 <= value < math.inf), name, value, "non-negative and finite")
+    total_steps = options["total_steps"]
+    is_length = total_steps is None or (is_integer(total_steps) and total_steps >= 1)
+    require(is_length, "total_steps", total_steps, "a positive integer or None")
     for name in ("maximize", "is_table", "is_stack"):
         require(isinstance(options[name], bool), name, options[name], "True or False")
 
@@ -89,8 +95,8 @@ def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor
 
 
 def is_supported(tensor: Tensor) -> bool:
-    """Return True for a parameter or a gradient that is dense, real and of a floating-point type."""
-    return tensor.layout == torch.strided and tensor.is_floating_point()
+    """Return True for a parameter or a gradient that is dense and of one of :data:`DTYPES`."""
+    return tensor.layout == torch.strided and tensor.dtype in DTYPES
 
 
 def check_sharding(param: Tensor, name: str) -> None:

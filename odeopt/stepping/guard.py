@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, astuple, dataclass, field, fields
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -378,7 +379,7 @@ class Sentry:
         if isinstance(loss, Tensor):
             require(loss.numel() == 1 and not loss.is_complex(), "loss", tuple(loss.shape), "one real number")
             loss = loss.detach()
-        elif not isinstance(loss, int | float) or isinstance(loss, bool):
+        elif not isinstance(loss, Real) or isinstance(loss, bool):
             raise TypeError(f"Parameter `loss` should be a number or a tensor of one. Found `loss = {loss!r}`.")
         if self._reported is not None and not self._may_replace:
             raise RuntimeError(
@@ -447,6 +448,15 @@ def check_unguarded(groups: list[dict[str, Any]]) -> None:
     if saved is not None:
         is_fallback = Watch(*torch.as_tensor(saved).tolist()[1:]).is_fallback
         require(not is_fallback, "guard", None, "the one that `state_dict` was saved with, whose fallback steps there")
+
+
+def drop_saved(groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Forget what the guard of another optimizer kept in its groups and in the state of its parameters."""
+    for group in groups:
+        for name in (SAVED_GUARD, _PEAK_LR):
+            group.pop(name, None)
+    for held in state.values():
+        held.pop(_SNAPSHOT, None)
 
 
 def take_snapshot(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:

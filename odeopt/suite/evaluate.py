@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import is_integer, require, require_counts
 from odeopt.files import locked, read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.suite.opponents import REFERENCE, Contender
@@ -71,8 +71,8 @@ def evaluate_suite(
     Raises:
         ValueError: If an argument is out of range, the reference is missing, or the file is damaged.
     """
-    require(n_runs >= 1, "n_runs", n_runs, "at least 1")
-    require(n_extensions >= 0, "n_extensions", n_extensions, "at least 0")
+    require_counts(n_runs=n_runs)
+    require(is_integer(n_extensions) and n_extensions >= 0, "n_extensions", n_extensions, "an integer of at least 0")
     require(REFERENCE in contenders, "contenders", [*contenders], f"contenders with {REFERENCE!r} among them")
     store = _Store(path, device)
     outcomes: dict[str, dict[str, Outcome]] = {}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import require
+from odeopt.checks import require, require_counts
 from odeopt.suite.networks import (
     CharacterGRU,
     CharacterTransformer,
@@ -183,7 +183,7 @@ class Images:
         n_examples: int | None = None,
     ) -> None:
         self._images, self._members = load_split(load_dataset(dataset, data_dir), "evaluation")
-        require(n_examples is None or n_examples >= 1, "n_examples", n_examples, "positive")
+        require_counts(n_examples=n_examples, or_none=True)
         self.n_examples = min(n_examples or len(self._members), len(self._members))
         self.batch_size, self.side = batch_size, self._images.image_shape[0]
         pixels = self._images.train_images[self._members].float()
@@ -359,7 +359,7 @@ def make_problem(
         ValueError: If there is no problem of this name, or the number of steps is not positive.
     """
     require(name in _KINDS, "name", name, f"one of {', '.join(_KINDS)}")
-    require(n_steps is None or n_steps >= 1, "n_steps", n_steps, "positive")
+    require_counts(n_steps=n_steps, or_none=True)
     kind = _KINDS[name]
     data = kind.make_data(dataset, data_dir)
     network = partial(kind.make_network, data)

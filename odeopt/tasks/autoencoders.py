@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import require, require_counts
+from odeopt.checks import require, require_counts, require_flags
 
 from .base import Batch
 from .datasets import ImageDataset
@@ -63,7 +63,7 @@ class Autoencoder(ImageTask):
         require_counts(n_latent=self.n_latent)
         wanted = f"one of {', '.join(LIKELIHOODS)}"
         require(self.likelihood in LIKELIHOODS, "likelihood", self.likelihood, wanted)
-        require(isinstance(self.is_variational, bool), "is_variational", self.is_variational, "True or False")
+        require_flags(is_variational=self.is_variational)
         super().__post_init__(dataset)
 
     def build(self) -> nn.Module:

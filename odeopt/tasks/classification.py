@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import is_integer, require, require_flags
 
 from .base import Batch, Params, Task
 from .datasets import ImageDataset, load_dataset
@@ -86,6 +86,7 @@ class MLPClassification(PerceptronTask):
     def __post_init__(self, dataset: ImageDataset | str) -> None:
         dataset, members = load_split(dataset, self.split)
         n_trained, is_own = count_of(self.n_examples, len(members)), self.has_own_examples
+        require_flags(has_own_examples=is_own)
         is_right = self.n_examples is not None or not is_own
         require(is_right, "has_own_examples", is_own, "False where `n_examples` is None")
         stream = f"classification/{self.split}"
@@ -143,8 +144,8 @@ class MLPClassification(PerceptronTask):
             ValueError: If ``n_images`` is not between 1 and the number of test images.
         """
         n_images = len(self.test_images) if n_images is None else n_images
-        is_there = 1 <= n_images <= len(self.test_images)
-        require(is_there, "n_images", n_images, f"between 1 and {len(self.test_images)}")
+        is_there = is_integer(n_images) and 1 <= n_images <= len(self.test_images)
+        require(is_there, "n_images", n_images, f"an integer between 1 and {len(self.test_images)}")
         return self._scores(params, self.test_images, self.test_labels, torch.arange(n_images, device=self.device))[1]
 
     def training_scores(self, params: Params) -> tuple[Tensor, Tensor]:

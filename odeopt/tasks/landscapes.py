@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import is_integer, require, require_flags, require_non_negative
 
 from .base import Batch, DeclaredTask, FixedBatchTask, Params
 from .random import normal, uniform
@@ -77,7 +77,7 @@ class Saddle(Landscape):
     offset: float = 1e-3
 
     def __post_init__(self) -> None:
-        require(self.offset >= 0, "offset", self.offset, "a number of at least 0")
+        require_non_negative(offset=self.offset)
         super().__post_init__()
 
     def init_params(self, indices: Tensor, seed: int) -> Params:
@@ -151,7 +151,8 @@ class HighDimSaddle(Saddle):
     rotated: bool = False
 
     def __post_init__(self) -> None:
-        require(self.dim >= 2, "dim", self.dim, "2 or more")
+        require(is_integer(self.dim) and self.dim >= 2, "dim", self.dim, "an integer of at least 2")
+        require_flags(rotated=self.rotated)
         super().__post_init__()
 
     def draw(self, indices: Tensor, seed: int) -> Batch:

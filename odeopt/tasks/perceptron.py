@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odeopt.checks import require, require_counts
+from odeopt.checks import is_integer, is_list, require, require_counts
 
 from .base import DeclaredTask, Params
 from .random import uniform
@@ -48,8 +48,9 @@ class PerceptronTask(DeclaredTask):
     def __post_init__(self, n_inputs: int, n_outputs: int, stream: str) -> None:
         """Take the numbers of inputs and outputs, and the name of the random numbers of the initialisations."""
         require_counts(batch_size=self.batch_size, n_inputs=n_inputs, n_outputs=n_outputs)
+        are_counts = is_list(self.widths) and all(is_integer(width) and width >= 1 for width in self.widths)
+        require(are_counts, "widths", self.widths, "a list of positive integers")
         widths = tuple(self.widths)
-        require(all(width >= 1 for width in widths), "widths", widths, "positive numbers")
         require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
         self.widths, self.sizes, self.stream = list(widths), (n_inputs, *widths, n_outputs), stream
         super().__post_init__()

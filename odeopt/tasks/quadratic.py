@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import is_number, require, require_counts
 
 from .base import Batch, DeclaredTask, FixedBatchTask, Params
 from .random import normal, uniform
@@ -20,7 +20,7 @@ class _Quadratic(DeclaredTask, FixedBatchTask):
     dim: int = 10
 
     def __post_init__(self) -> None:
-        require(self.dim >= 1, "dim", self.dim, "positive")
+        require_counts(dim=self.dim)
         super().__post_init__()
 
     def init_params(self, indices: Tensor, seed: int) -> Params:
@@ -97,7 +97,7 @@ class NoisyQuadratic(_Quadratic):
     def __post_init__(self) -> None:
         for name, least in (("condition", 1), ("noise", 0)):
             value = getattr(self, name)
-            require(least <= value < float("inf"), name, value, f"a finite number of at least {least}")
+            require(is_number(value) and value >= least, name, value, f"a finite number of at least {least}")
         super().__post_init__()
 
     def draw(self, indices: Tensor, seed: int) -> Batch:

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import require_counts, require_non_negative
 
 from .base import Batch, Params
 from .perceptron import ACTIVATIONS, PerceptronTask, perceptron, perceptron_shapes
@@ -50,8 +50,8 @@ class TeacherStudent(PerceptronTask):
     spread: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.teacher_width >= 1, "teacher_width", self.teacher_width, "positive")
-        require(0 <= self.spread < math.inf, "spread", self.spread, "a finite number of at least 0")
+        require_counts(teacher_width=self.teacher_width)
+        require_non_negative(spread=self.spread)
         super().__post_init__(self.n_inputs, self.n_outputs, "teacher-student/student")
         self.teacher_shapes = perceptron_shapes((self.n_inputs, self.teacher_width, self.n_outputs))
 

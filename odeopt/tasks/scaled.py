@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require, require_positive
+from odeopt.checks import check_class, require_non_negative, require_positive
 
 from .base import Batch, Params, Task
 from .random import uniform
@@ -40,8 +40,9 @@ class ScaledTask(Task):
     """
 
     def __init__(self, task: Task, *, loss_scale: float = 1.0, init_scale: float = 1.0, log_range: float = 0.0) -> None:
+        check_class("task", task, Task)
         require_positive(loss_scale=loss_scale, init_scale=init_scale)
-        require(is_number(log_range) and log_range >= 0, "log_range", log_range, "a number of at least 0")
+        require_non_negative(log_range=log_range)
         config = {"loss_scale": loss_scale, "init_scale": init_scale, "log_range": log_range}
         super().__init__(device=task.device, dtype=task.dtype, **config, of=task.describe())
         self.task, self.loss_scale, self.init_scale, self.log_range = task, loss_scale, init_scale, log_range

@@ -77,9 +77,12 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     is_count = is_integer(interval) and 1 <= interval <= _LARGEST_INTERVAL
     check("matrix_interval", is_count, f"an integer between 1 and {_LARGEST_INTERVAL}")
     check("decay", is_number(decay) and 0 <= decay < 1, "in [0, 1)")
-    check("hidden", all(is_integer(w) and w > 0 for w in given["hidden"]), "positive widths")
-    scales = given["time_scales"]
-    check("time_scales", len(scales) > 0 and all(is_number(s) and s > 0 for s in scales), "positive numbers")
+    widths, scales = given["hidden"], given["time_scales"]
+    are_positive = is_list(widths) and all(is_integer(w) and w > 0 for w in widths)
+    check("hidden", are_positive, "a list of positive widths")
+    are_positive = is_list(scales) and len(scales) > 0 and all(is_number(s) and s > 0 for s in scales)
+    check("time_scales", are_positive, "a list of positive numbers")
+    check("solver", isinstance(given["solver"], str), "the name of a method")
     for name in ("ratio_floor", "row_power"):
         check(name, is_number(given[name]) and 0 <= given[name] <= 1, "a number in [0, 1]")
     for name in ("coordinatewise", "uses_progress"):
