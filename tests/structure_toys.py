@@ -67,6 +67,6 @@ def exact_end(system, x0, u, end):
     return torch.cat(integrate(system, x0, t, method="dopri8", rtol=1e-12, atol=1e-13, u=u).states, -1)[-1]
 
 
-def observed_order(system, method, *, u=None, counts=(8, 16), end=0.5):
+def observed_order(system, method, *, u=None, counts=(4, 8), end=0.25):
     coarse, fine = (error_at_end(system, method, n, u=u, end=end) for n in counts)
     return math.log2(coarse / fine) / math.log2(counts[1] / counts[0])

@@ -161,7 +161,7 @@ def test_first_and_second_derivatives_are_those_of_the_root(method, has_mass_net
         with swapped:
             return step_of(system, method, dt, u=u)(y)
 
-    y = joined(make_state(n=2))
+    y = joined(make_state(n=1))
     arguments = [y, weights[name], torch.full((1,), 0.4, dtype=F64), torch.tensor(0.3, dtype=F64)]
     arguments = [value.requires_grad_() for value in arguments]
     assert torch.autograd.gradcheck(step, arguments)

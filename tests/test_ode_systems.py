@@ -58,7 +58,7 @@ def test_every_method_sees_the_jumps_of_a_held_input(method):
     else:
         options = {"step_size": 0.004} if is_fixed_step(method) and method != "fixed_adams" else None
     t = [0.0, 0.5, 1.1, 2.0]
-    rtol = 1e-5 if method == "adaptive_heun" else 1e-6  # of second order: three times as many steps for each digit
+    rtol = 1e-4 if method == "adaptive_heun" else 1e-6  # of second order: three times as many steps for each digit
     solution = integrate(SPRING, X0, t, method=method, options=options, u=ZeroOrderHold(KNOTS, SAMPLES), rtol=rtol,
                          atol=1e-2 * rtol)  # fmt: skip
     found = torch.cat(solution.states, -1)

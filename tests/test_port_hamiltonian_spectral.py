@@ -389,7 +389,7 @@ def held_flow(rule, shape, seed):
         return (kappas * gain * velocities).sum(0), -friction * p - gain * slope(theta) / divisor
 
     with torch.no_grad():
-        solution = integrate(field, (theta, state.p), torch.linspace(0, 2, 21, dtype=f64), options={"step_size": 0.02})
+        solution = integrate(field, (theta, state.p), torch.linspace(0, 1, 11, dtype=f64), options={"step_size": 0.02})
         thetas, momenta = solution.states
         stored = sum(kappas[k] * divisor * velocity_and_energy(k, momenta[:, k])[1] for k in range(rule.modes))
         return loss(thetas) + stored

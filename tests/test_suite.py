@@ -39,7 +39,8 @@ def tiny(name, n_steps=3):
 def test_problems_are_learned_from_equal_starts_and_batches(name):
     """The same seed gives the same run to the bit, another seed another one; each problem can be fitted."""
     problem = tiny(name, 12)
-    first, again, other = (run(problem, adam, seed) for seed in (0, 0, 1))
+    first, again = (run(problem, adam, 0) for _ in range(2))
+    other = run(tiny(name, 1), adam, 1)
     assert torch.equal(first.losses, again.losses)
     assert first.held_out == again.held_out
     assert first.losses[0] != other.losses[0]
@@ -150,7 +151,7 @@ def test_opponents_move_every_parameter_and_learn(name, problem):
         models.append(model)
         return found[name].make(model, n_steps, found[name].rates[-1])
 
-    problem = tiny(problem, 10)
+    problem = tiny(problem, 4)
     result = run(problem, make, 0)
     start = problem.make_model(0)
     assert result.losses[-1].isfinite()

@@ -21,7 +21,7 @@ def states_of(mechanism, n=16):
 @pytest.mark.parametrize("name", NAMES)
 def test_energy_is_conserved_without_friction_and_inputs(name):
     mechanism = MECHANISMS[name](friction=0.0)
-    motions = simulate(mechanism, mechanism.first_observations(8, seed=0), 40)
+    motions = simulate(mechanism, mechanism.first_observations(8, seed=0), 20)
     H = mechanism.model.energy(motions.x)
     assert (H - H[0]).abs().max() < 1e-6 * H.abs().max()  # of rk4 at a tenth of the interval
     assert motions.x.diff(dim=0).abs().amax(0).min() > 0  # and something moves
@@ -30,7 +30,7 @@ def test_energy_is_conserved_without_friction_and_inputs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_friction_takes_energy_and_the_power_balances(name):
     mechanism = MECHANISMS[name]()
-    motions = simulate(mechanism, mechanism.first_observations(8, seed=0), 40)
+    motions = simulate(mechanism, mechanism.first_observations(8, seed=0), 20)
     H = mechanism.model.energy(motions.x)
     assert (H.diff(dim=0) <= 1e-9).all()
     assert (H[-1] < H[0] - 1e-4).all()
@@ -124,12 +124,12 @@ def test_coordinates_refuse_other_letters(kinds):
 
 def test_data_are_those_of_the_seed():
     mechanism = pendulum()
-    one, same, other = (make_data(mechanism, n=8, noise=0.01, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (make_data(mechanism, n=8, n_times=6, noise=0.01, seed=seed) for seed in (0, 0, 1))
     for a, b in zip(one[:3], same[:3], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(one.train.x, other.train.x)
-    assert one.train.x.shape == one.test.x.shape == (20, 5 * 4, 2)
-    assert one.prediction.x.shape == (40, 4, 2)
+    assert one.train.x.shape == one.test.x.shape == (6, 5 * 4, 2)
+    assert one.prediction.x.shape == (12, 4, 2)
     assert one.prediction.u.abs().max() == 0
     assert sorted(one.train.u.unique().tolist()) == [-2, -1, 0, 1, 2]
     # each first observation under each input, and none of training's among those of testing
@@ -139,7 +139,7 @@ def test_data_are_those_of_the_seed():
 
 def test_noise_has_the_level_asked_for():
     mechanism = MECHANISMS["cart-pole"]()
-    clean, noisy = (make_data(mechanism, n=64, noise=noise) for noise in (0.0, 0.01))
+    clean, noisy = (make_data(mechanism, n=256, n_times=5, noise=noise) for noise in (0.0, 0.01))
     assert torch.equal(clean.test.x, noisy.test.x)
     added = (noisy.train.x - clean.train.x).flatten(0, 1)
     deviation = clean.train.x.flatten(0, 1).std(0)

@@ -62,7 +62,8 @@ def measured(args: argparse.Namespace) -> list[str]:
     quadratic, estimator = odeopt.load_pretrained("port-hamiltonian-quadratic"), Backpropagation(truncation=20)
     task, indices = RandomQuadratic(), torch.arange(128)
     meta_step = seconds(
-        lambda: list(estimator.gradients(quadratic, task, MetaObjective(), indices=indices, horizon=20, seed=0)), 10
+        lambda: list(estimator.gradients(quadratic, task, MetaObjective(), indices=indices, horizon=20, seed=0)),
+        min(args.repeats, 10),
     )
 
     traffic = sum(x.nbytes for x in sums)

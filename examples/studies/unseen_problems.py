@@ -124,17 +124,28 @@ class Adapted(nn.Module):
         return self.layer(x) + x @ self.down.T @ self.up.T
 
 
-def adapted(images: Tensor, labels: Tensor) -> Network:
-    """A network that knows the digits below five, with adapters."""
-    network, images, labels = perceptron(images.shape[1], 128, 128, 10), images[labels < 5], labels[labels < 5]
+def adapted(images: Tensor, labels: Tensor, trained: dict[bytes, dict[str, Tensor]]) -> Network:
+    """A network that knows the digits below five, with adapters.
+
+    Its weights are kept in ``trained`` under the state of the random numbers that it starts from: contenders of one
+    seed share the training.
+    """
+    start, network = torch.get_rng_state().numpy().tobytes(), perceptron(images.shape[1], 128, 128, 10)
+    if start not in trained:
+        _train(network, images[labels < 5], labels[labels < 5])
+        trained[start] = {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(trained[start])
+    layers = [Adapted(layer) if isinstance(layer, nn.Linear) else layer for layer in network.body]
+    return Network(nn.Sequential(*layers), Adapted(network.head))
+
+
+def _train(network: nn.Module, images: Tensor, labels: Tensor) -> None:
     optimizer = torch.optim.Adam(network.parameters())
     for step in range(200):
         rows = slice(64 * step % (len(images) - 64), None)
         optimizer.zero_grad()
         F.cross_entropy(network(images[rows][:64]), labels[rows][:64]).backward()
         optimizer.step()
-    layers = [Adapted(layer) if isinstance(layer, nn.Linear) else layer for layer in network.body]
-    return Network(nn.Sequential(*layers), Adapted(network.head))
 
 
 class GraphNetwork(nn.Module):
@@ -353,7 +364,7 @@ def problems(images: Tensor, labels: Tensor, name: str) -> dict[str, Problem]:
         ("poisson", "Poisson's equation", 1000, Poisson, of_square, F.mse_loss),
         ("regression", "regression, condition 1e4", 500, linear, of_regression, F.mse_loss),
         ("factors", "matrix of rank six", 1500, Factors, of_matrix, F.mse_loss),
-        ("adapters", "adapters, new classes", 300, partial(adapted, images, labels),
+        ("adapters", "adapters, new classes", 300, partial(adapted, images, labels, {}),
          partial(of_images, images, labels), F.cross_entropy),
         ("graph", "graph, 100 labels", 300, lambda: GraphNetwork(_graph()[0]), of_graph, F.cross_entropy),
         ("contrasts", "contrastive", 400, lambda: perceptron(images.shape[1], 128, 128, 32), partial(of_pairs, images),
