@@ -52,6 +52,9 @@ VECTORS, LARGE = [(), (5,), (1030,)], [(150_001,), (3,)]
 SHAPES = [(3, 2), (40, 50), *VECTORS]
 BFLOAT16 = torch.bfloat16
 
+needs_bfloat16 = pytest.mark.skipif(
+    not isinstance(library(), str) and not library().has_bfloat16, reason="this processor has no AMX"
+)
 over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -162,10 +165,13 @@ def test_shipped_rules_take_the_native_step_for_all_but_matrices(name):
     assert is_native(optimizers[1])
 
 
+@pytest.mark.parametrize("products", ["full", pytest.param("bfloat16", marks=needs_bfloat16)])
 @pytest.mark.parametrize("is_table", [False, True])
-def test_only_matrices_whose_shorter_side_is_large_take_the_eager_step(is_table, monkeypatch):
-    monkeypatch.setattr(plans, "_LARGEST_SIDE", 4)
-    rule = odeopt.load_pretrained("port-hamiltonian-spectral")
+def test_only_matrices_whose_shorter_side_is_large_take_the_eager_step(is_table, products, monkeypatch):
+    limits = {"_LARGEST_SIDE": 4, "_LARGEST_SIDE_IN_BFLOAT16": 99}
+    for name, limit in (limits if products == "full" else dict(zip(limits, (1, 4), strict=True))).items():
+        monkeypatch.setattr(plans, name, limit)
+    rule = odeopt.load_pretrained("port-hamiltonian-spectral").with_options(matrix_products=products)
     params = [parameter(torch.ones(shape), torch.ones(shape)) for shape in [(5, 7), (9, 5), (8, 4), (3, 99), (30,)]]
     optimizer = LearnedOptimizer([{"params": params, "is_table": is_table}], rule, implementation="native")
     optimizer.step()
@@ -310,11 +316,6 @@ def test_every_instruction_set_takes_the_same_step_of_matrices(kinetic, instruct
     chosen = library()._replace(instructions=instructions)
     monkeypatch.setattr(plans, "library", lambda: chosen)
     assert_matrices_step_alike(pair(port_hamiltonian(kinetic=kinetic), MATRICES))
-
-
-needs_bfloat16 = pytest.mark.skipif(
-    not isinstance(library(), str) and not library().has_bfloat16, reason="this processor has no AMX"
-)
 
 
 def moved_by(shape, products, implementation, *, seed=0, grad=None):

@@ -38,8 +38,8 @@ _PROCESS = os.getpid()
 # Coordinates for each thread, at least: waking one takes as long as stepping a few thousand.
 _PER_THREAD = 2**15
 # The shorter side of the matrices whose products are taken in C, at most. They take half as long as torch's on one
-# thread; but one matrix is stepped on one thread, and each thread needs room for the largest.
-_LARGEST_SIDE = 1024
+# thread, in bfloat16 less than that; but one matrix is stepped on one thread, and each thread needs room for the largest.
+_LARGEST_SIDE, _LARGEST_SIDE_IN_BFLOAT16 = 1024, 4096
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
@@ -52,10 +52,12 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
         return obstacle
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
-    if bucket.is_whole and _short_side(bucket.shapes[0]) > _LARGEST_SIDE:
-        return "products of large matrices are left to torch"
-    if bucket.is_whole and rule.matrix_products == "bfloat16" and not found.has_bfloat16:
-        return "there are no units for products in bfloat16 (AMX)"
+    if bucket.is_whole:
+        in_bfloat16 = rule.matrix_products == "bfloat16"
+        if _short_side(bucket.shapes[0]) > (_LARGEST_SIDE_IN_BFLOAT16 if in_bfloat16 else _LARGEST_SIDE):
+            return "products of large matrices are left to torch"
+        if in_bfloat16 and not found.has_bfloat16:
+            return "there are no units for products in bfloat16 (AMX)"
     is_on_host = bucket.is_on_host and has_values(bucket.n_skipped)
     if bucket.is_shared or not is_on_host or any(type(x) not in (Tensor, nn.Parameter) for x in bucket.params):
         return "the parameters are not plain tensors on a CPU"
