@@ -211,7 +211,7 @@ def trained(tmp_path_factory):
         "import runpy\n\nfor script in ('ddp.py', 'fsdp.py'):\n    runpy.run_path(script, run_name='__main__')\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
 
