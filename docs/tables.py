@@ -36,6 +36,7 @@ from depth import table as losses_over_rates  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 from laws import table as losses_without_laws  # noqa: E402
+from seeds import OTHERS  # noqa: E402
 
 FIGS = ROOT / "figs"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of the table -->", re.DOTALL)
@@ -310,6 +311,12 @@ def laws() -> str:
     return NO_SUITE if found is None else losses_without_laws(found, markdown=True)
 
 
+def seeds() -> str:
+    """Losses of the default rule from other meta-seeds over those of the rule that ships."""
+    found = read_suite("seeds")
+    return NO_SUITE if found is None else losses_without_laws(found, OTHERS, markdown=True)
+
+
 def cheaper() -> str:
     """Losses of the default rule with cheaper steps of matrices over those of the rule as it is."""
     found = read_suite("cheaper")
@@ -349,13 +356,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
     "robustness": robustness,
     "scale": lambda: suite("scale", "python examples/studies/scale.py"),
-    "widest": lambda: suite("widest", "python examples/studies/widest.py"),
+    "seeds": seeds,
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
     "suite": lambda: suite(in_full=True),
     "suite_in_short": suite_in_short,
     "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
+    "widest": lambda: suite("widest", "python examples/studies/widest.py"),
 }
 
 if __name__ == "__main__":

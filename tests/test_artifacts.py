@@ -433,7 +433,7 @@ def test_shipped_rule_loads_and_moves_a_parameter_by_a_finite_update(name):
 
 
 ROOT = Path(odeopt.__file__).parents[1]
-FILES = sorted([*ROOT.glob("odeopt/pretrained/*.safetensors"), *ROOT.glob("examples/studies/meta_seeds/*.safetensors")])
+FILES = sorted([*ROOT.glob("odeopt/pretrained/*.safetensors"), *ROOT.glob("examples/studies/*/*.safetensors")])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -52,6 +52,7 @@ TINY = {
     "cheaper": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
     "laws": ["--dataset", "digits", "--steps", "2", "--problems", "convnet", "coordinates", "few-examples"],
     "scale": ["--dataset", "digits", "--steps", "1", "--problems", "perceptron-64", "transformer-64", "long-convnet"],
+    "seeds": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
     "widest": ["--dataset", "digits", "--steps", "1", "--runs", "1", "--problems", "perceptron-2048"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],

@@ -7,7 +7,9 @@ The default rule that moves matrices at every k-th step only, and with products 
 
 from __future__ import annotations
 
-from laws import WHOLE, compare
+from functools import partial
+
+from laws import WHOLE, compare, varied
 
 WAYS = {
     WHOLE: {},
@@ -19,7 +21,7 @@ WAYS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rule with itself in each way."""
-    compare(argv, "cheaper", __doc__, "Cheaper steps of matrices", WAYS)
+    compare(argv, "cheaper", __doc__, "Cheaper steps of matrices", partial(varied, WAYS))
 
 
 if __name__ == "__main__":

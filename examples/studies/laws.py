@@ -7,7 +7,7 @@ are done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from unseen import RULE, chosen, parse
 
 import odeopt
 from odeopt.report import draw_table
+from odeopt.rules import UpdateRule
 from odeopt.suite import Suite, evaluate_suite, learned, networks, opponents
 from odeopt.suite.opponents import REFERENCE
 from odeopt.suite.problems import Characters, Images, Picture, Pixels, Problem, evidence_bound, next_character
@@ -75,22 +76,29 @@ def table(found: Suite, variants: Iterable[str] = LAWS, *, markdown: bool = Fals
     return draw_table([(title, "") for title in ("problem", *names)], rows, markdown=markdown)
 
 
-def compare(argv: list[str] | None, name: str, description: str, title: str, variants: Mapping[str, dict]) -> None:
-    """Run the rule with the options of each variant, print the table and draw the figure."""
-    args = parse(argv, name, description, NAMES)
+def varied(variants: Mapping[str, dict]) -> dict[str, UpdateRule]:
+    """Make the default rule with the options of each variant."""
     rule = odeopt.load_pretrained(RULE)
+    return {name: rule.with_options(**options) for name, options in variants.items()}
+
+
+def compare(
+    argv: list[str] | None, name: str, description: str, title: str, make: Callable[[], Mapping[str, UpdateRule]]
+) -> None:
+    """Run each of the rules that are made, print the table and draw the figure."""
+    args, rules = parse(argv, name, description, NAMES), make()
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
-    contenders |= {key: learned(rule.with_options(**options), key) for key, options in variants.items()}
+    contenders |= {key: learned(rule, key) for key, rule in rules.items()}
     path = args.out / f"{name}.json"
     every = chosen(problems(args.dataset, args.data_dir), args)
     found = evaluate_suite(every, contenders, path=path, n_runs=args.runs, device=args.device)
-    print(table(found, variants, markdown=args.markdown))
+    print(table(found, rules, markdown=args.markdown))
     print(f"\nsaved {path} and {found.plot(path.with_suffix('.png'), title=title)}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rule with itself without each law."""
-    compare(argv, "laws", __doc__, "Laws of the default rule", LAWS)
+    compare(argv, "laws", __doc__, "Laws of the default rule", partial(varied, LAWS))
 
 
 if __name__ == "__main__":
