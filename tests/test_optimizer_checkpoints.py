@@ -218,6 +218,18 @@ def test_parameters_of_other_names_are_told_apart_by_their_places():
     assert all(torch.equal(again[key]["exp_avg"], saved["state"][key]["exp_avg"]) for key in range(3))
 
 
+def test_a_name_of_two_parameters_tells_none_apart():
+    """As where the parameters of two models are put into one group: no state is lost."""
+    _, optimizer = named("abc")
+    optimizer.param_groups[0]["param_names"] = ["w", "w", "b"]
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.param_groups[0]["param_names"] = ["w", "b", "w"]
+    optimizer.load_state_dict(saved)
+    again = optimizer.state_dict()["state"]
+    assert all(torch.equal(again[key]["exp_avg"], saved["state"][key]["exp_avg"]) for key in range(3))
+
+
 @pytest.mark.parametrize("option", ["n_skipped", "is_table", "total_steps", "lr"])
 def test_group_without_an_option_is_refused_by_its_name(option):
     optimizer = LearnedOptimizer([parameter([1.0], [1.0])], LeakySum())

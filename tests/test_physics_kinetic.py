@@ -563,6 +563,7 @@ MATRIX, NUMBER = torch.ones(2, 3, 4), torch.ones(2)
         (lambda: newton_schulz(MATRIX, NUMBER, (1.0, 2.0, 3.0)), "`coefficients` should be triples"),
         (lambda: newton_schulz(MATRIX, NUMBER, torch.ones(3)), "`coefficients` should be triples"),
         (lambda: newton_schulz(MATRIX, dtype=torch.int32), "`dtype` should be a floating-point type, or None. Found"),
+        (lambda: newton_schulz(MATRIX, dtype="bfloat16"), "`dtype` should be a floating-point type, or None. Found"),
         (lambda: frobenius_norm(torch.ones(3)), "`x` should be a floating-point tensor"),
         (lambda: SpectralEnergy().energy(torch.ones(3), torch.ones(())), "`p` should be a floating-point tensor"),
         (lambda: SpectralEnergy().energy(MATRIX, torch.ones(2, 1)), r"Found `norm.shape = \(2, 1\)`"),

@@ -46,6 +46,26 @@ def test_rule_says_truly_whether_it_starts_at_zero(name):
     assert rule.starts_at_zero == all(torch.equal(x, torch.zeros_like(x)) for x in state)
 
 
+class Warming:
+    """The same as a mixin, which is no rule itself."""
+
+    def init_state(self, param):
+        state = super().init_state(param)
+        return state._replace(momentum_buffer=state.momentum_buffer + 2 * param)
+
+
+class Mixed(Warming, SGDUpdate):
+    """A rule whose ``init_state`` is that of a mixin."""
+
+
+def test_rule_with_the_init_state_of_a_mixin_is_not_taken_to_start_at_zero():
+    assert not Mixed.starts_at_zero
+    param = nn.Parameter(torch.full((5,), 3.0))
+    param.grad = torch.zeros(5)
+    LearnedOptimizer([param], Mixed(0.1, momentum=0.9)).step()
+    torch.testing.assert_close(param.detach(), torch.full((5,), 3.0 - 0.1 * 0.9 * 6.0))
+
+
 def test_state_that_does_not_start_at_zero_arrives_in_the_optimizer():
     assert SGDUpdate.starts_at_zero
     assert not Warmed.starts_at_zero

@@ -1,7 +1,7 @@
 """Does the default rule keep its place on the widest networks of ``scale.py``?
 
 A perceptron of width 2,048 and a transformer of width 512. Products of matrices are in bfloat16, which costs nothing in
-loss (``cheaper.py``), and without which a run takes up to an hour on a CPU.
+loss that three runs of smaller networks show (``cheaper.py``), and without which a run takes up to an hour on a CPU.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def newton_schulz(
     _check_matrices("x", x)
     _check_coefficients(coefficients)
     own_dtype, dtype = x.dtype, x.dtype if dtype is None else dtype
-    require(dtype.is_floating_point, "dtype", dtype, "a floating-point type, or None")
+    is_type = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require(is_type, "dtype", dtype, "a floating-point type, or None")
     if norm is None:
         x, _, norm = _scale_and_norm(x)
         x = x / norm

@@ -58,7 +58,9 @@ class UpdateRule(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         UpdateRule.registry[cls.__name__] = cls
-        if "init_state" in vars(cls) and "starts_at_zero" not in vars(cls):
+        # the class that `init_state` comes from, of a mixin, too, is the one that has to say so
+        said = next(vars(base) for base in cls.__mro__ if {"init_state", "starts_at_zero"} & vars(base).keys())
+        if "starts_at_zero" not in said:
             cls.starts_at_zero = False
         if "__init__" in vars(cls):
             cls.__init__ = _checked(cls.__init__)

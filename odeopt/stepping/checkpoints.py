@@ -43,11 +43,13 @@ def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any
 def in_order_of(groups: list[Group], state_dict: StateDict) -> StateDict:
     """Bring the saved parameters into the order of these groups, where all names are the same and their order is not.
 
-    Where names differ, which a wrapper or a new layer may have done, parameters are told apart by their places.
+    Where names differ, which a wrapper or a new layer may have done, or one stands for two parameters, these are told
+    apart by their places.
     """
     own, saved = ([group.get("param_names", []) for group in some] for some in (groups, state_dict["param_groups"]))
     places = {name: number for number, names in enumerate(saved) for name in names}
-    if own == saved or [*map(len, own)] != [*map(len, saved)] or {*places} != {name for names in own for name in names}:
+    are_same = [*map(len, own)] == [*map(len, saved)] and {*places} == {name for names in own for name in names}
+    if own == saved or not are_same or len(places) < sum(map(len, saved)):
         return state_dict
     ordered = []
     for number, (names, found, group) in enumerate(zip(own, saved, state_dict["param_groups"], strict=True)):
