@@ -110,7 +110,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form.
             It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices
             stepped by their singular values are left to torch, also under ``"native"``, on CUDA, and on a CPU if their
-            shorter side is above 1,024, or above 4,096 with products in bfloat16 (``matrix_products`` of the rule), or
+            shorter side is above 1,024, or above 2,048 with products in bfloat16 (``matrix_products`` of the rule), or
             the processor has no units for these.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.

@@ -39,7 +39,7 @@ _PROCESS = os.getpid()
 _PER_THREAD = 2**15
 # The shorter side of the matrices whose products are taken in C, at most. They take half as long as torch's on one
 # thread, in bfloat16 less; but one matrix is stepped on one thread, and each thread needs room for the largest.
-_LARGEST_SIDE, _LARGEST_SIDE_IN_BFLOAT16 = 1024, 4096
+_LARGEST_SIDE, _LARGEST_SIDE_IN_BFLOAT16 = 1024, 2048
 
 
 def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
