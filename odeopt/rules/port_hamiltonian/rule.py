@@ -209,9 +209,9 @@ class PortHamiltonianUpdate(StagedRule):
             move further. 0 is none.
         matrix_products: Precision of the products that orthogonalise a matrix, with spectral energies: ``"full"``, that
             of the momenta; ``"bfloat16"``, with sums in float32, as in Muon; or ``"auto"``, bfloat16 for float32
-            momenta on CUDA and full precision elsewhere, in meta-training, too. Large matrices are stepped several times
-            as quickly in bfloat16 where the processor has units for it (CPUs with AMX, GPUs since Ampere), and more
-            slowly elsewhere. :meth:`energy` and :meth:`power_balance` account for velocities in full precision.
+            momenta on CUDA and full precision elsewhere, in meta-training, too. Large matrices are stepped several
+            times as quickly in bfloat16 where the processor has units for it (CPUs with AMX, GPUs since Ampere), and
+            more slowly elsewhere. :meth:`energy` and :meth:`power_balance` account for velocities in full precision.
         matrix_interval: Number k of steps from one move of a matrix that spectral energies step to the next. The
             matrix moves with every k-th gradient that it takes, by k times the step of velocity and decay; bounds of a
             step (``trust_ratio``, that of the decay) are bounds of the k-fold one. Momenta, scales, memory and the
