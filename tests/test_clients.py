@@ -201,19 +201,11 @@ def script_of(page):
     return script
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Folder in which two ranks ran both scripts, one after the other, each as a program of its own would."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for page in ("ddp", "fsdp"):
-        (folder / f"{page}.py").write_text(script_of(page))
-    (folder / "both.py").write_text(
-        "import runpy\n\nfor script in ('ddp.py', 'fsdp.py'):\n    runpy.run_path(script, run_name='__main__')\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+def launch(script, folder):
+    (folder / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 def unexplained(weights):
@@ -225,8 +217,9 @@ def unexplained(weights):
     return (nn.functional.mse_loss(model(x), y) / y.var()).item()
 
 
-def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_one_process(trained):
-    saved = torch.load(trained / "ddp.pt")
+def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_one_process(tmp_path):
+    launch(script_of("ddp"), tmp_path)
+    saved = torch.load(tmp_path / "ddp.pt")
     assert unexplained(saved["model"]) < 0.2
     model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
     optimizer = odeopt.LearnedOptimizer(odeopt.param_groups(model), total_steps=320)
@@ -234,6 +227,7 @@ def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_
     assert optimizer.n_steps == 320
 
 
-def test_script_of_fsdp2_learns_and_its_checkpoint_holds_whole_tensors(trained, tmp_path):
-    dcp_to_torch_save(trained / "fsdp", tmp_path / "whole.pt")
+def test_script_of_fsdp2_learns_and_its_checkpoint_holds_whole_tensors(tmp_path):
+    launch(script_of("fsdp"), tmp_path)
+    dcp_to_torch_save(tmp_path / "fsdp", tmp_path / "whole.pt")
     assert unexplained(torch.load(tmp_path / "whole.pt", weights_only=False)["model"]) < 0.2

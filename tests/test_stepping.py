@@ -294,8 +294,11 @@ def test_progress_and_steps_are_counted_on_the_device_where_a_graph_captures_the
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"state_dtype": torch.int8}, r"`state_dtype` should be a floating-point dtype or None.*torch\.int8"),
-        ({"state_dtype": "bf16"}, r"`state_dtype` should be a floating-point dtype or None.*'bf16'"),
+        (
+            {"state_dtype": torch.int8},
+            r"`state_dtype` should be a floating-point dtype of 16 to 64 bits or None.*int8",
+        ),
+        ({"state_dtype": "bf16"}, r"`state_dtype` should be a floating-point dtype of 16 to 64 bits or None.*'bf16'"),
         ({"capturable": None}, r"`capturable` should be True or False"),
     ],
 )

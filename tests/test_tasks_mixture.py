@@ -243,7 +243,7 @@ def test_task_in_use_is_kept_and_a_forgotten_one_is_built_again():
         (lambda: TaskFamily(RandomQuadratic, name=3), "`name` should be a string. Found `name = 3`"),
         (
             lambda: ScaledTask(RandomQuadratic(), log_range="x"),
-            "`log_range` should be a number of at least 0. Found `log_range = 'x'`",
+            "`log_range` should be a non-negative number. Found `log_range = 'x'`",
         ),
         (
             lambda: TaskFamily(RandomQuadratic, choices={"dim": 3}),
@@ -256,10 +256,10 @@ def test_task_in_use_is_kept_and_a_forgotten_one_is_built_again():
         (lambda: TaskFamily(RandomQuadratic, share=0.0), "`share` should be a positive number. Found `share = 0.0`"),
         (lambda: NoisyQuadratic(condition=0.5), "`condition` should be a finite number of at least 1. Found .* 0.5"),
         (lambda: TeacherStudent(n_inputs=0), "`n_inputs` should be a positive integer. Found `n_inputs = 0`"),
-        (lambda: TeacherStudent(spread=-1.0), "`spread` should be a finite number of at least 0. Found .* -1.0"),
+        (lambda: TeacherStudent(spread=-1.0), "`spread` should be a non-negative number. Found .* -1.0"),
         (
             lambda: ScaledTask(RandomQuadratic(), log_range=-0.5),
-            "`log_range` should be a number of at least 0. Found .* -0.5`",
+            "`log_range` should be a non-negative number. Found .* -0.5`",
         ),
         (
             lambda: load_dataset("digits/3"),

@@ -35,6 +35,10 @@
 #define HAS_THREADS 0
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define HAS_X86 1
 #else
@@ -935,6 +939,22 @@ static void *room(char **next, size_t size)
     return found;
 }
 
+/* Memory for one step, in large pages if there are any: the system clears it anew for each step, and small page by small
+   page that takes a good part of a step. */
+static void *memory_of(size_t size)
+{
+#if defined(MADV_HUGEPAGE)
+    const size_t page = (size_t)1 << 21, whole = (size + page - 1) / page * page;
+    if (size >= page) {
+        void *found = aligned_alloc(page, whole);
+        if (found != NULL)
+            madvise(found, whole, MADV_HUGEPAGE);
+        return found;
+    }
+#endif
+    return malloc(size);
+}
+
 /* Whether threads share a tensor. */
 static int is_split(const Tensor *t)
 {
@@ -982,7 +1002,7 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
     for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++)
         total += sizes[k] + 64;
     char *next = calloc(1, total);
-    void *memory = workspace > 0 ? malloc(workspace * (has_threads ? options->n_threads : 1) + 64) : NULL;
+    void *memory = workspace > 0 ? memory_of(workspace * (has_threads ? options->n_threads : 1) + 64) : NULL;
     if (next == NULL || (workspace > 0 && memory == NULL)) {
         free(next);
         free(memory);
