@@ -120,7 +120,7 @@ class MuonAndAdamW:
         self._views = [(p, [nn.Parameter(x) for x in self._matrices(p, p.detach())]) for p in hidden]
         views = [view for _, some in self._views for view in some]
         parts = [torch.optim.Muon(views, lr=lr, weight_decay=_DECAY)] if hidden else []
-        parts.append(torch.optim.AdamW(others, lr=_LR_BESIDE_MUON, weight_decay=_DECAY))
+        parts += [torch.optim.AdamW(others, lr=_LR_BESIDE_MUON, weight_decay=_DECAY)] if others else []
         self._parts = [_scheduled(part, n_steps) for part in parts]
 
     def zero_grad(self) -> None:
