@@ -40,7 +40,6 @@ from odeopt.stepping.guard import (
     take_snapshot,
 )
 from odeopt.stepping.layout import Layout, is_within
-from odeopt.stepping.shards import Shard
 from odeopt.stepping.traced import register, trace_step
 
 # Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
@@ -74,7 +73,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     The tensors of a stack (``is_stack`` in its group) are stepped as if each were a parameter, and in the number of
     matrices they count once. Their state has the shape of the stack, or its first axis in front of what a tensor holds
     once. One whose gradient is zero throughout, such as that of an expert that no input was sent to, is left alone.
-    A gradient that is not finite is skipped for that tensor alone. Stacks may be replicated, but not sharded.
+    A gradient that is not finite is skipped for that tensor alone.
+
+    Of sharded parameters each process holds its pieces of the state too. What a rule steps as a whole is gathered for
+    its step, one parameter after the other. Stacks may be replicated, but not sharded.
 
     The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
     do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.
@@ -407,7 +409,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: If an option is out of range or misspelt, or a parameter is complex, sparse, there already,
-                sharded otherwise than as a ``DTensor``, or sharded where it is a stack or the rule steps it as a whole.
+                sharded otherwise than as a ``DTensor``, or sharded where it is a stack.
         """
         if isinstance(param_group, dict):
             check_spelling(param_group)
@@ -426,7 +428,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._place_counters()
         try:
             check_options(group)
-            rule = self.rule.for_tables() if group["is_table"] else self.rule
             names = parameter_names(self.param_groups, len(self.param_groups) - 1)
             for param in group["params"]:
                 check_sharding(param, names[param])
@@ -435,17 +436,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 if not is_supported(param):
                     self._raise_unsupported(
                         param, param, "be dense, real and of a floating-point type of 16 to 64 bits"
-                    )
-                if self.rule.crosses_coordinates and not self.rule.is_staged and Shard.of(param).n_shards > 1:
-                    raise ValueError(
-                        f"Parameter `rule` should look across a tensor by sums only (StagedRule), or not at all, where "
-                        f"parameters are sharded. Found `rule = {type(self.rule).__name__}`."
-                    )
-                if rule.is_whole(param.shape) and Shard.of(param).n_shards > 1:
-                    raise ValueError(
-                        f"Parameter `{names[param]}` should be whole on each process, because the rule steps "
-                        "matrices by their singular values: replicate it (`DistributedDataParallel`), or step it by "
-                        f"coordinates (`is_table=True` in its group). Found `placements = {param.placements}`."
                     )
         except ValueError:
             self.param_groups.pop()

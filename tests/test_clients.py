@@ -1,6 +1,7 @@
 """In the trainers that people use a learned optimizer takes the very steps that it takes in a plain loop."""
 
 import copy
+import itertools
 import re
 import subprocess
 import sys
@@ -208,9 +209,13 @@ def launch(script, folder):
     assert done.returncode == 0, done.stderr
 
 
-def unexplained(weights):
-    """Share of the target's variance, on points of its own, that the network of both scripts leaves unexplained."""
-    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
+def perceptron(*widths):
+    layers = [layer for n, m in itertools.pairwise(widths) for layer in (nn.Linear(n, m), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+def unexplained(model, weights):
+    """Share of the target's variance, on points of its own, that a network of the scripts leaves unexplained."""
     model.load_state_dict(weights)
     x = torch.rand(2000, 2, generator=torch.Generator().manual_seed(7))
     y = (3 * x).sin().sum(1, keepdim=True)
@@ -220,8 +225,8 @@ def unexplained(weights):
 def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_one_process(tmp_path):
     launch(script_of("ddp"), tmp_path)
     saved = torch.load(tmp_path / "ddp.pt")
-    assert unexplained(saved["model"]) < 0.2
-    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1))
+    model = perceptron(2, 32, 1)
+    assert unexplained(model, saved["model"]) < 0.2
     optimizer = odeopt.LearnedOptimizer(odeopt.param_groups(model), total_steps=320)
     optimizer.load_state_dict(saved["optimizer"])
     assert optimizer.n_steps == 320
@@ -230,4 +235,5 @@ def test_script_of_distributed_data_parallel_learns_and_its_checkpoint_loads_in_
 def test_script_of_fsdp2_learns_and_its_checkpoint_holds_whole_tensors(tmp_path):
     launch(script_of("fsdp"), tmp_path)
     dcp_to_torch_save(tmp_path / "fsdp", tmp_path / "whole.pt")
-    assert unexplained(torch.load(tmp_path / "whole.pt", weights_only=False)["model"]) < 0.2
+    weights = torch.load(tmp_path / "whole.pt", weights_only=False)["model"]
+    assert unexplained(perceptron(2, 32, 32, 1), weights) < 0.2

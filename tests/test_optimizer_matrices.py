@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from rule_toys import draws, port_hamiltonian
 from torch import nn
 
@@ -420,35 +419,3 @@ def test_what_a_group_says_of_tables_counts_from_the_next_step_on(is_table):
 def test_is_table_is_true_or_false(is_table):
     with pytest.raises(ValueError, match=r"`is_table` should be True or False. Found `is_table = "):
         LearnedOptimizer([{"params": [parameter(2, 3)], "is_table": is_table}], AdamUpdate())
-
-
-# -------------------- shards
-
-
-@pytest.fixture
-def mesh():
-    """Of two processes, the other one of which is not there."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh("cpu", (2,))
-    dist.destroy_process_group()
-
-
-def test_sharded_matrix_is_refused_by_name_with_a_way_out(mesh):
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    def distributed(placement, *shape):
-        return nn.Parameter(DTensor.from_local(draws(*shape), mesh, [placement], run_check=False))
-
-    rule, shard = spectral("spectral"), distributed(Shard(0), 2, 4)
-    message = r"`weight` should be whole on each process.*`is_table=True` in its group\). Found `placements = \(Shard"
-    with pytest.raises(ValueError, match=message):
-        LearnedOptimizer([("weight", shard)], rule)
-    optimizer = LearnedOptimizer([("copy", distributed(Replicate(), 4, 4)), ("bias", distributed(Shard(0), 2))], rule)
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [("weight", shard)]})
-    assert len(optimizer.param_groups) == 1
-    optimizer.add_param_group({"params": [("weight", shard)], "is_table": True})
-    LearnedOptimizer([("weight", shard)], port_hamiltonian())

@@ -191,8 +191,8 @@ class StagedRule(UpdateRule):
     they must contribute zero to every sum and keep a zero state.
 
     A tensor that sums are not enough for (:meth:`UpdateRule.is_whole`: a matrix that is stepped by its singular values)
-    never comes to these methods, and may not be sharded; :meth:`UpdateRule.for_tables` is the rule to take for the
-    tensors that a caller knows to be lookup tables, here too.
+    never comes to these methods; :meth:`UpdateRule.for_tables` is the rule to take for the tensors that a caller knows
+    to be lookup tables, here too.
 
     In the methods below ``features`` and the fields of ``shared`` have one row per tensor, ``(*batch, k)``. Of
     ``state``, :meth:`coefficients` may read the fields that a tensor holds once, :meth:`statistics` and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -33,12 +33,15 @@ class Bucket:
         rule: The rule, on the device of the parameters.
         params: Parameters of one device, dtype and mesh.
         dtype: Of the state per coordinate; None for float32 or better.
-        is_whole: Whether the rule steps each tensor as a whole; all have one shape then, and a row each.
+        is_whole: Whether the rule steps each tensor as a whole; all have one shape then, and a row each, unless each
+            process holds a piece of them: then the bucket holds the pieces, and :meth:`wholes` gathers one after the
+            other.
         is_stack: Whether each parameter is a stack, of at least one tensor.
 
     Attributes:
         params: The parameters.
         shards: Placement of each of them.
+        is_gathered: Whether they are stepped as wholes, and each process holds pieces.
         counts: Number of tensors of each parameter: one, but for stacks.
         shapes: Shape of each tensor, across all processes.
         tensors: Of each tensor its parameter, and its number there.
@@ -62,6 +65,8 @@ class Bucket:
     ) -> None:
         self.params, self.is_whole, self.is_stack = list(params), is_whole, is_stack
         self.shards = [Shard.of(param) for param in self.params]
+        self.is_gathered = is_whole and self.shards[0].n_shards > 1
+        self._kept_dtype = dtype
         local = self._local_params()
         self.device, self.param_dtype, self.dtype = local[0].device, local[0].dtype, state_dtype(local[0].dtype)
         self.has_values = has_values(local[0])
@@ -76,7 +81,7 @@ class Bucket:
         self.shapes = [shape for shape, n in zip(shapes, self.counts, strict=True) for _ in range(n)]
         self.tensors = [(x, k) for x, n in zip(self.params, self.counts, strict=True) for k in range(n)]
         sizes = [param.numel() // n for param, n in zip(local, self.counts, strict=True) for _ in range(n)]
-        has_rows = self.is_packed and not is_whole
+        has_rows = self.is_packed and (not is_whole or self.is_gathered)
         n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if has_rows else sizes[0]
         n_rows = [max(1, -(-n // n_columns)) for n in sizes] if has_rows else [1] * len(sizes)
         starts, first = [0, *accumulate(n_rows)], [0, *accumulate(self.counts)]
@@ -141,6 +146,25 @@ class Bucket:
         """Bring the parameters back out of the rows, rounded once."""
         if self.is_packed:
             torch._foreach_copy_(self._local_params(), self._thetas)
+
+    def wholes(self, rule: UpdateRule) -> Iterator[Bucket]:
+        """Gather one parameter that has a gradient after the other, with its state, into a bucket to be stepped.
+
+        All processes that share the parameters take the same step, and keep their pieces of what came of it.
+        """
+        along = {name: axis for name, axis in self._axes.items() if axis is not None}
+        for index, (shard, param) in enumerate(zip(self.shards, self.params, strict=True)):
+            if param.grad is None:
+                continue
+            pieces = [(shard.local(x).detach(), 0) for x in (param, param.grad)]
+            pieces += [(self._view(self._storage[name], index, axis), axis) for name, axis in along.items()]
+            theta, theta.grad, *state = shard.gathered(pieces)
+            bucket = Bucket(rule, [theta], dtype=self._kept_dtype, is_whole=True)
+            bucket.set_state(0, self.views(index) | dict(zip(along, state, strict=True)))
+            yield bucket
+            pieces[0][0].copy_(shard.local(theta))
+            self.set_state(index, bucket.views(0))
+            self.n_skipped[index] += bucket.n_skipped[0]
 
     def add_up(self, sums: Tensor) -> Tensor:
         """All-reduce over the processes that share the parameters."""

@@ -74,6 +74,10 @@ def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, kernels:
         options: The step's factors.
         kernels: Kernels of this rule and bucket; without any the step is taken in tensor operations.
     """
+    if bucket.is_gathered:
+        for whole in bucket.wholes(rule):
+            step_bucket(rule, whole, options)
+        return
     grad, theta, has_grad = bucket.load()
     is_staged = rule.is_staged and not bucket.is_whole
     piece = Piece(bucket.rows, grad, theta, bucket.state, bucket.columns, bucket.shapes[0], is_staged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,22 @@ class Shard(NamedTuple):
         if tuple(tensor.placements) != placements:
             tensor = tensor.redistribute(self.mesh, placements)
         return tensor.to_local()
+
+    def gathered(self, pieces: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """Wholes of tensors of which this process holds pieces, in one exchange of all processes that share them.
+
+        Args:
+            pieces: Each with the first one of its axes that are the parameter's.
+        """
+        n = len(self.shape)
+        last = tuple(range(-n, 0))
+        lasts = [x.movedim(tuple(range(axis, axis + n)), last) for x, axis in pieces]
+        flat = [x.reshape(x.shape[: x.ndim - n].numel(), *x.shape[x.ndim - n :]) for x in lasts]
+        wholes = self.whole(torch.cat(flat), 1).full_tensor().split([len(x) for x in flat])
+        return [
+            whole.reshape(*x.shape[: x.ndim - n], *self.shape).movedim(last, tuple(range(axis, axis + n))).to(x.dtype)
+            for whole, x, (_, axis) in zip(wholes, lasts, pieces, strict=True)
+        ]
 
     def whole(self, local: Tensor, axis: int) -> Tensor:
         """Wrap this process's piece of a state whose axes from ``axis`` on are those of the parameter."""
