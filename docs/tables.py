@@ -340,6 +340,7 @@ def tensor(values: Sequence[float | None]) -> torch.Tensor:
 
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
+    "blind": lambda: suite("blind", "python examples/studies/blind.py"),
     "cheaper": cheaper,
     "coordinate_check": coordinate_check,
     "depth": depth,

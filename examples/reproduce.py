@@ -49,6 +49,7 @@ STAGES = (
     ("rule", 1, "-m odeopt show port-hamiltonian-spectral --out {out}", ""),
     ("guard", 4, "studies/guard.py --out {out}", "--dataset digits --runs 1 --steps 40"),
     ("unseen", 25, "studies/unseen.py --out {out}", "--dataset digits --steps 5 --problems regression graph"),
+    ("blind", 40, "studies/blind.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems painting process"),
     ("laws", 25, "studies/laws.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("cheaper", 20, "studies/cheaper.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("seeds", 15, "studies/seeds.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),

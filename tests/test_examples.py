@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import blind
+import blind_problems
 import pytest
 import torch
 from variants import validate
@@ -56,6 +58,7 @@ TINY = {
     "widest": ["--dataset", "digits", "--steps", "1", "--runs", "1", "--problems", "perceptron-2048"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],
+    "blind": ["--dataset", "digits", "--steps", "2", "--runs", "1", "--problems", "painting", "process"],
     "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",
                 "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "dopri5"],
 }  # fmt: skip
@@ -412,6 +415,24 @@ def test_physics_continues_and_judges_parts_and_circles(tiny_run, capsys, monkey
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == kept
     with pytest.raises(SystemExit, match=r"hold a fit of the same settings.*which differs in n_passes; choose another"):
         run("physics", *options, "--steps", "2")
+
+
+@pytest.mark.parametrize("name", blind.NAMES)
+def test_blind_problems_reach_every_parameter_and_fall(name):
+    draws = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(300, 64, generator=draws), torch.randint(10, (300,), generator=draws)
+    problem = blind_problems.problems(images, labels, "noise")[name]
+    model, batch = problem.make_model(0), problem.batch(0, 0)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = problem.loss(model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in model.parameters())
+    assert losses[-1] < losses[0]
+    assert problem.held_out_loss(model, 0, "cpu") > 0
 
 
 def test_physics_refuses_an_odd_number(capsys):

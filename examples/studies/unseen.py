@@ -9,10 +9,11 @@ laws of alignment and trust were chosen with a look at problems like these; the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from unseen_problems import problems
 
 import odeopt
@@ -27,11 +28,22 @@ NAMES = tuple(problems(torch.empty(0, 1), torch.empty(0), ""))  # whatever the i
 
 def main(argv: list[str] | None = None) -> None:
     """Run the rule and its opponents, print tables and draw the figure."""
-    args = parse(argv, "unseen", __doc__, NAMES)
+    study("unseen", "Kinds of problems that no training had", __doc__, problems, NAMES, argv)
+
+
+def study(
+    name: str,
+    title: str,
+    description: str,
+    make_problems: Callable[[Tensor, Tensor, str], dict[str, Problem]],
+    names: Iterable[str],
+    argv: list[str] | None,
+) -> None:
+    """Read the command line and run the rule and its opponents on problems of these names, some of images."""
+    args = parse(argv, name, description, names)
     dataset = arguments.dataset(args)
     images = dataset.train_images.flatten(1).float() / 255
-    found = problems(images, dataset.train_labels, dataset.name)
-    compare("unseen", "Kinds of problems that no training had", found, OPPONENTS, args)
+    compare(name, title, make_problems(images, dataset.train_labels, dataset.name), OPPONENTS, args)
 
 
 def compare(
