@@ -102,6 +102,14 @@ def test_a_rule_compared_with_itself_differs_by_exactly_zero(task):
     assert comparison.difference("a", "b") == (0.0, 0.0, 0.0)
 
 
+def test_rules_that_are_not_there_are_refused_by_name():
+    comparison = quiet({"a": LSTMUpdate(hidden_size=2)}, RandomQuadratic(5), n_steps=3, n_runs=4)
+    with pytest.raises(ValueError, match=r"`name` should be one of a\. Found `name = 'b'`"):
+        comparison.difference("b", "a")
+    with pytest.raises(ValueError, match=r"`reference` should be one of a, as none is hand-designed"):
+        comparison.difference("a")
+
+
 def test_all_rules_see_the_tasks_and_batches_that_unroll_draws():
     task = MLPClassification("digits", (4,), split="evaluation")
     rules = {"sgd": SGDUpdate(0.1), "learned": PortHamiltonianUpdate()}

@@ -120,6 +120,7 @@ class Comparison:
 
     def scores(self, name: str) -> Tensor:
         """Score of each run of a rule, shape ``(n_runs,)``; see :func:`scores_of`."""
+        require(name in self.results, "name", name, f"one of {', '.join(self.results)}")
         return scores_of(self.results[name].losses, self.score)
 
     def difference(self, name: str, reference: str | None = None) -> Interval:
@@ -133,9 +134,11 @@ class Comparison:
             NaN where a run of either did not stay finite.
 
         Raises:
-            KeyError: If there is no such rule.
+            ValueError: If there is no such rule, or no reference.
         """
-        return student_interval(self.scores(name) - self.scores(reference or self.reference))
+        reference = self.reference if reference is None else reference
+        require(reference is not None, "reference", None, f"one of {', '.join(self.results)}, as none is hand-designed")
+        return student_interval(self.scores(name) - self.scores(reference))
 
     def table(self, *, markdown: bool = False) -> str:
         """One line per rule, units in the header, followed by a caption.
