@@ -124,7 +124,8 @@ class NativeStep:
         self._disjoint_at: list[int | None] = []
         self._lock = threading.Lock()
         states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
-        for tensor, (bucket, index, shape), number, state in zip(self._tensors, tensors, numbers, states, strict=True):
+        zipped = zip(self._tensors, tensors, numbers, self._work, states, strict=True)
+        for tensor, (bucket, index, shape), number, work, state in zipped:
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
@@ -136,7 +137,7 @@ class NativeStep:
                 bucket.rows.features[index].data_ptr(),
                 bucket.n_skipped[index].data_ptr(),
             )
-            tensor.n, tensor.mode_stride = shape.numel(), state["p"].stride(0)
+            tensor.n, tensor.mode_stride, tensor.work = shape.numel(), state["p"].stride(0), work
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
             tensor.skips_zeros, tensor.group = bucket.is_stack, number
 

@@ -52,7 +52,7 @@
 #define HAS_AMX 0
 #endif
 
-#define VERSION 8    /* of the structures below */
+#define VERSION 9    /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -124,6 +124,7 @@ typedef struct {
     const float *features;
     int64_t *n_skipped;
     int64_t n, mode_stride;
+    int64_t work;   /* how much there is to do, in coordinates */
     int64_t n_rows; /* of a matrix that is stepped by its singular values; 0 for other tensors */
     float operator_scale;
     int32_t param_type, state_type;
@@ -626,8 +627,7 @@ static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, do
 
 /* ---------- one step, in pieces of work */
 
-/* A chunk of a tensor that threads share; or, where `chunk` is negative, all of a smaller one, and how much there is to
-   do, in coordinates. */
+/* A chunk of a tensor that threads share; or, where `chunk` is negative, all of a smaller one, with its work. */
 typedef struct {
     int64_t tensor, chunk, work;
 } Piece;
@@ -961,12 +961,6 @@ static int is_split(const Tensor *t)
     return t->n >= SPLIT && t->n_rows == 0;
 }
 
-/* What there is to do for a tensor; orthogonalising a matrix takes that much longer than stepping its coordinates. */
-static int64_t work_of(const Tensor *t)
-{
-    return t->n_rows > 0 ? t->n * (1 + short_side(t) / 32) : t->n;
-}
-
 static int has_more_work(const void *a, const void *b)
 {
     const int64_t x = ((const Piece *)a)->work, y = ((const Piece *)b)->work;
@@ -1035,9 +1029,9 @@ static Job *make_job(const Rule *rule, const Tensor *tensors, int64_t n_tensors,
             continue;
         if (has_threads && is_split(tensors + i))
             for (int64_t k = 0; k < n_chunks_of(tensors + i); k++)
-                job->pieces[chunk++] = (Piece){i, k, CHUNK};
+                job->pieces[chunk++] = (Piece){.tensor = i, .chunk = k};
         else
-            job->pieces[whole++] = (Piece){i, -1, work_of(tensors + i)};
+            job->pieces[whole++] = (Piece){i, -1, tensors[i].work};
     }
     if (has_threads) /* so that no thread begins the largest as the others end */
         qsort(job->pieces + n_chunks, n_wholes, sizeof(Piece), has_more_work);
