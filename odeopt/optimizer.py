@@ -76,7 +76,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     A gradient that is not finite is skipped for that tensor alone.
 
     Of sharded parameters each process holds its pieces of the state too. What a rule steps as a whole is gathered for
-    its step, one parameter after the other. Stacks may be replicated, but not sharded.
+    its step, one parameter after the other. Stacks may be sharded along their first axis, with a tensor for each
+    process: each steps its own, and counts the gradients that it skips.
 
     The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
     do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.
@@ -136,8 +137,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         TypeError: If ``params`` is a module, or ``rule`` neither a name nor an instance of
             :class:`odeopt.rules.base.UpdateRule`.
         ValueError: If there is no rule of that name, an option is out of range, that of a group is misspelt, or a
-            parameter is complex, sparse, a stack that is sharded, or sharded otherwise than as a ``DTensor``: by
-            ``FullyShardedDataParallel``, for instance.
+            parameter is complex, sparse, a stack that is sharded otherwise than along its first axis, or sharded
+            otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for instance.
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
@@ -409,7 +410,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: If an option is out of range or misspelt, or a parameter is complex, sparse, there already,
-                sharded otherwise than as a ``DTensor``, or sharded where it is a stack.
+                sharded otherwise than as a ``DTensor``, or, where it is a stack, than along its first axis.
         """
         if isinstance(param_group, dict):
             check_spelling(param_group)

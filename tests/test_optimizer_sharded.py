@@ -1,6 +1,7 @@
 """LearnedOptimizer on two gloo processes: DistributedDataParallel, and parameters of which each holds a part."""
 
 import contextlib
+import functools
 import warnings
 
 import pytest
@@ -57,6 +58,7 @@ RUNS = {name: {"rule": name} for name in RULES} | {
     "matrices, clipped": {"rule": "matrices", "clip": 0.1},
     "matrices, not a number": {"rule": "matrices", "hurt": True},
 }
+STACK_RULES = ("matrices", "port-hamiltonian", "adam", "lstm")
 N_STEPS = 5
 # Rounding: float64, rules included. Sums in another order differ by 1e-16 of them, and a few steps make no more of it.
 SAME = {"rtol": 1e-9, "atol": 1e-12}
@@ -213,6 +215,47 @@ def data_parallel(rank, folder):
     return snapshot(model, optimizer) | {"exchanged": shapes}
 
 
+class Experts(nn.Module):
+    """Five experts of which one never has a gradient, and a layer of their own kind."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        draws = torch.Generator().manual_seed(seed)
+        self.experts = nn.Parameter(torch.randn(5, 6, 4, generator=draws, dtype=torch.float64))
+        self.rows = nn.Parameter(torch.randn(5, 3, generator=draws, dtype=torch.float64))
+
+    def forward(self, x):
+        outputs = torch.einsum("eoi,bi->beo", self.experts, x).tanh().sum(2) + self.rows.sum(1)
+        return outputs[:, [0, 1, 3, 4]].sum(1, keepdim=True)
+
+
+def train_experts(model, rule, n_steps=N_STEPS, rank=None, between=None):
+    optimizer = LearnedOptimizer([{"params": list(model.named_parameters()), "is_stack": True}], make_rule(rule))
+    if between is not None:
+        between(model, optimizer)
+    train(model, optimizer, range(n_steps), rank)
+    return model, optimizer
+
+
+def stacks(rank, folder):
+    """Stacks of which each rank holds some tensors: a run, and one that goes on from its checkpoint."""
+    mesh, out = init_device_mesh("cpu", (2,)), {}
+
+    def split(seed=0):
+        return fully_shard(Experts(seed), mesh=mesh)
+
+    for name in STACK_RULES:
+        with exchanges() as shapes:
+            pair = train_experts(split(), name, rank=rank)
+        out[name] = snapshot(*pair) | {"exchanged": shapes}
+        path = folder / f"stacks-{name}"
+        save(*train_experts(split(), name, 2, rank), path)
+        model, optimizer = train_experts(split(seed=9), name, 0, rank, functools.partial(load, path=path))
+        train(model, optimizer, range(2, N_STEPS), rank)
+        out[f"{name}, resumed"] = snapshot(model, optimizer)
+    return out
+
+
 def checkpoints(rank, folder):
     """Save in the middle of a run, and go on in other objects; what they make of it beside the run itself."""
     model = shard(Model())
@@ -273,7 +316,7 @@ def load(model, optimizer, path):
 def work(rank, folder):
     """All that two ranks are asked for, in one go: starting processes takes longer than what they do."""
     out = {name: run(rank, folder, **options) for name, options in RUNS.items()}
-    for other in (data_parallel, checkpoints):
+    for other in (data_parallel, stacks, checkpoints):
         out[other.__name__] = other(rank, folder)
     return out
 
@@ -330,6 +373,15 @@ def test_data_parallel_training_is_training_on_the_whole_batch(ranks):
         assert_same(rank["data_parallel"], reference(), **SAME)
         assert rank["data_parallel"]["exchanged"] == []
     assert_same(ranks[0]["data_parallel"], ranks[1]["data_parallel"])
+
+
+@pytest.mark.parametrize("name", STACK_RULES)
+def test_stacks_are_stepped_where_their_tensors_lie(ranks, name):
+    wanted = snapshot(*train_experts(Experts(), name))
+    for rank in ranks:
+        assert_same(rank["stacks"][name], wanted, **SAME)
+        assert rank["stacks"][name]["exchanged"] == []
+        assert_same(rank["stacks"][f"{name}, resumed"], rank["stacks"][name])
 
 
 def test_state_lies_as_its_parameter_does(ranks):

@@ -393,12 +393,14 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("axis", "n"), [(1, 2), (0, 1)], ids=["pieces of tensors", "none for one process"])
 @pytest.mark.parametrize("rule", [AdamUpdate(), PortHamiltonianUpdate(kinetic="spectral")], ids=["adam", "spectral"])
-def test_a_sharded_stack_is_refused_by_name_with_a_way_out(mesh, rule, axis):
+def test_a_stack_that_is_sharded_otherwise_is_refused_by_name_with_a_way_out(mesh, rule, axis, n):
     from torch.distributed.tensor import DTensor, Shard
 
-    shard = nn.Parameter(DTensor.from_local(draws(2, 4, 4), mesh, [Shard(axis)], run_check=False))
+    local, shape = draws(n, 4, 4), torch.Size((n, 4 * (1 + axis), 4))
+    where = {"run_check": False, "shape": shape, "stride": draws(*shape).stride()}
+    shard = nn.Parameter(DTensor.from_local(local, mesh, [Shard(axis)], **where))
     message = r"`experts` should hold .* and be whole on each.*`is_table=True` in place of.*`placements = \(Shard"
     with pytest.raises(ValueError, match=message):
         LearnedOptimizer([{"params": [("experts", shard)], "is_stack": True}], rule)

@@ -36,7 +36,7 @@ class Bucket:
         is_whole: Whether the rule steps each tensor as a whole; all have one shape then, and a row each, unless each
             process holds a piece of them: then the bucket holds the pieces, and :meth:`wholes` gathers one after the
             other.
-        is_stack: Whether each parameter is a stack, of at least one tensor.
+        is_stack: Whether each parameter is a stack, of which this process holds at least one tensor.
 
     Attributes:
         params: The parameters.
@@ -65,7 +65,7 @@ class Bucket:
     ) -> None:
         self.params, self.is_whole, self.is_stack = list(params), is_whole, is_stack
         self.shards = [Shard.of(param) for param in self.params]
-        self.is_gathered = is_whole and self.shards[0].n_shards > 1
+        self.is_gathered = is_whole and not is_stack and self.shards[0].n_shards > 1
         self._kept_dtype = dtype
         local = self._local_params()
         self.device, self.param_dtype, self.dtype = local[0].device, local[0].dtype, state_dtype(local[0].dtype)
@@ -167,8 +167,8 @@ class Bucket:
             self.n_skipped[index] += bucket.n_skipped[0]
 
     def add_up(self, sums: Tensor) -> Tensor:
-        """All-reduce over the processes that share the parameters."""
-        return self.shards[0].add_up(sums)
+        """All-reduce over the processes that share the parameters; each tensor of a stack belongs to one of them."""
+        return sums if self.is_stack else self.shards[0].add_up(sums)
 
     def views(self, index: int) -> dict[str, Tensor]:
         """State of one parameter under the rule's names, in the shape of the parameter; it changes with each step."""
@@ -176,7 +176,7 @@ class Bucket:
         for name, axis in self._axes.items():
             if axis is None:
                 held = self._rows_of(self._storage[name], index)[:, 0]
-                views[name] = held if self.is_stack else held[0]
+                views[name] = self.shards[index].whole(held, 0, 1) if self.is_stack else held[0]
             else:
                 views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
         return views
@@ -204,8 +204,8 @@ class Bucket:
         for name, axis in self._axes.items():
             value = state[name].detach()
             if axis is None:
-                value = value.to(self.device)
-                self._rows_of(self._storage[name], index).copy_(value.unsqueeze(1) if self.is_stack else value)
+                value = self.shards[index].local(value).unsqueeze(1) if self.is_stack else value
+                self._rows_of(self._storage[name], index).copy_(value.to(self.device))
             else:
                 self._view(self._storage[name], index, axis).copy_(self.shards[index].local(value, axis))
 
@@ -223,7 +223,7 @@ class Bucket:
                 piece = like.reshape((*like.shape[:axis], *local.shape, *like.shape[axis + 2 :]))
                 state[name] = self.shards[index].whole(piece, axis)
             elif self.is_stack:
-                state[name] = torch.stack([getattr(own, name) for own in states])
+                state[name] = self.shards[index].whole(torch.stack([getattr(own, name) for own in states]), 0, 1)
             else:
                 state[name] = getattr(states[0], name)
         self.set_state(index, state)

@@ -114,14 +114,17 @@ def check_sharding(param: Tensor, name: str) -> None:
 
 def check_stack(param: Tensor, name: str) -> None:
     """Raise a ValueError where a parameter cannot be a stack, whose tensors are stepped one by one."""
-    found = f"shape {tuple(param.shape)}" if param.ndim == 0 else None
-    if Shard.of(param).n_shards > 1:
-        found = f"`placements = {param.placements}`"
+    found = None
+    if param.ndim == 0:
+        found = f"shape {tuple(param.shape)}"
+    elif not Shard.of(param).holds_tensors:
+        found = f"shape {tuple(param.shape)}, `placements = {param.placements}`"
     if found is not None:
         raise ValueError(
-            f"Parameter `{name}` should hold several tensors along its first axis and be whole on each process, as "
-            "its group is one of stacks (`is_stack=True`): replicate it (`DistributedDataParallel`), or step it by "
-            f"coordinates (`is_table=True` in place of `is_stack`). Found {found}."
+            f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "
+            "sharded along that axis with a tensor for each process, as its group is one of stacks (`is_stack=True`): "
+            "shard it so, replicate it (`DistributedDataParallel`), or step it by coordinates (`is_table=True` in "
+            f"place of `is_stack`). Found {found}."
         )
 
 

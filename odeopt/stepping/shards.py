@@ -41,6 +41,14 @@ class Shard(NamedTuple):
         return torch.Size(self.mesh.size(axis) for axis, divides in enumerate(self._divides) if divides).numel()
 
     @property
+    def holds_tensors(self) -> bool:
+        """Whether this process, as each, holds some of the tensors along the first axis, and the whole of them."""
+        pieces = [placement for placement in self.placements if not placement.is_replicate()]
+        n, n_shards = self.shape[:1].numel(), self.n_shards
+        # the first processes take as many as they can, all alike
+        return not pieces or (len(pieces) == 1 and pieces[0].is_shard(0) and -(-n // n_shards) * (n_shards - 1) < n)
+
+    @property
     def _divides(self) -> tuple[bool, ...]:
         """For each axis of the mesh, True if the processes along it hold pieces, and not copies."""
         # not `is_shard`, which is False of the pieces of pieces that fully_shard makes after tensor parallelism
@@ -87,13 +95,14 @@ class Shard(NamedTuple):
             for whole, x, (_, axis) in zip(wholes, lasts, pieces, strict=True)
         ]
 
-    def whole(self, local: Tensor, axis: int) -> Tensor:
-        """Wrap this process's piece of a state whose axes from ``axis`` on are those of the parameter."""
+    def whole(self, local: Tensor, axis: int, n_axes: int | None = None) -> Tensor:
+        """Wrap this process's piece of a state whose axes from ``axis`` on are those of the parameter, or the first."""
         if self.mesh is None:
             return local
         from torch.distributed.tensor import DTensor
 
-        shape = torch.Size((*local.shape[:axis], *self.shape, *local.shape[axis + len(self.shape) :]))
+        axes = self.shape[:n_axes]
+        shape = torch.Size((*local.shape[:axis], *axes, *local.shape[axis + len(axes) :]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             local, self.mesh, self.piece_placements(axis), run_check=False, shape=shape, stride=stride
