@@ -15,7 +15,7 @@ import odeopt
 from odeopt.rules import UpdateRule
 
 FOLDER = Path(__file__).with_suffix("")
-OTHERS = {f"meta-seed {seed}": FOLDER / f"{RULE}-seed{seed}.safetensors" for seed in (1,)}
+OTHERS = {f"meta-seed {seed}": FOLDER / f"{RULE}-seed{seed}.safetensors" for seed in (1, 2)}
 
 
 def rules() -> dict[str, UpdateRule]:
