@@ -76,8 +76,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     A gradient that is not finite is skipped for that tensor alone.
 
     Of sharded parameters each process holds its pieces of the state too. What a rule steps as a whole is gathered for
-    its step, one parameter after the other. Stacks may be sharded along their first axis, with a tensor for each
-    process: each steps its own, and counts the gradients that it skips.
+    its step, one parameter after the other. Stacks may be sharded along their first axis, if no process is left without
+    a tensor: each steps its own, and counts the gradients that it skips.
 
     The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
     do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,11 +19,27 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from odeopt import stepping
 from odeopt.optimizer import LearnedOptimizer
-from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate, RMSpropUpdate, SGDUpdate
+from odeopt.rules import AdamUpdate, HamiltonianUpdate, LSTMUpdate, RMSpropUpdate, SGDUpdate, UpdateRule
 from odeopt.stepping import layout
+
+
+class Paced(UpdateRule):
+    """A toy whose state begins with the norm of the whole parameter."""
+
+    def init_state(self, param):
+        return PacedState(param.norm(dim=-1, keepdim=True))
+
+    def forward(self, grad, state, *, param=None, shape=None, progress=None):
+        return -0.01 * state.pace * grad, state
+
+
+class PacedState(NamedTuple):
+    pace: torch.Tensor
+
 
 MATRICES = {"initial_coherence": 1.0, "initial_decay": 0.1, "trust_ratio": 0.1, "row_power": 0.5, "depth_power": 0.5}
 RULES = {
@@ -36,6 +53,7 @@ RULES = {
     "hamiltonian": lambda: HamiltonianUpdate(preprocess=True),
     # what is gathered, because sums are not enough
     "hamiltonian, normalized": lambda: HamiltonianUpdate(normalize=True),
+    "paced": Paced,
     "matrices": lambda: port_hamiltonian(kinetic=("spectral", "quadratic"), uses_progress=True, **MATRICES),
 }
 # what differs from: all tensors in one bucket, each of two processes with its rows
@@ -253,6 +271,25 @@ def stacks(rank, folder):
         model, optimizer = train_experts(split(seed=9), name, 0, rank, functools.partial(load, path=path))
         train(model, optimizer, range(2, N_STEPS), rank)
         out[f"{name}, resumed"] = snapshot(model, optimizer)
+    local(model.experts.grad)[-1, 0, 0] = float("nan")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        optimizer.step()
+    return out | {"warned": str(caught[0].message)}
+
+
+def averages(rank, folder):
+    """Averaged weights of a run, and of one that takes up its own state as whole tensors half way."""
+    out = {}
+    for is_loaded in (False, True):
+        model = shard(Model())
+        optimizer = optimizer_of(model, averaging=4)
+        train(model, optimizer, range(3), rank)
+        if is_loaded:
+            optimizer.load_state_dict(tree_map(whole, optimizer.state_dict()))
+        train(model, optimizer, range(3, N_STEPS), rank)
+        optimizer.eval()
+        out[is_loaded] = snapshot(model, optimizer)
     return out
 
 
@@ -316,7 +353,7 @@ def load(model, optimizer, path):
 def work(rank, folder):
     """All that two ranks are asked for, in one go: starting processes takes longer than what they do."""
     out = {name: run(rank, folder, **options) for name, options in RUNS.items()}
-    for other in (data_parallel, stacks, checkpoints):
+    for other in (data_parallel, stacks, averages, checkpoints):
         out[other.__name__] = other(rank, folder)
     return out
 
@@ -384,6 +421,11 @@ def test_stacks_are_stepped_where_their_tensors_lie(ranks, name):
         assert_same(rank["stacks"][f"{name}, resumed"], rank["stacks"][name])
 
 
+def test_gradient_of_a_stack_that_is_skipped_is_named_by_its_place_in_the_whole(ranks):
+    for rank, number in zip(ranks, (2, 4), strict=True):
+        assert f"`experts[{number}]`" in rank["stacks"]["warned"]
+
+
 def test_state_lies_as_its_parameter_does(ranks):
     for number, rank in enumerate(ranks):
         rows = [3 * (1 - number), 1 - number]  # of the weight and the bias that have six and one
@@ -436,6 +478,11 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(ranks, name):
 def test_two_ranks_go_on_from_a_checkpoint_of_one_process(ranks, name):
     for rank in ranks:
         assert_same(rank["checkpoints"][name], rank["checkpoints"]["uninterrupted"], **SAME)
+
+
+def test_averages_of_a_checkpoint_of_whole_tensors_are_sharded_again(ranks):
+    for rank in ranks:
+        assert_same(rank["averages"][True], rank["averages"][False])
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")

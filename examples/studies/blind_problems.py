@@ -194,7 +194,7 @@ class Grid(Headless):
 
 
 class StateSpace(nn.Module):
-    """Two diagonal linear recurrences with gates (Gu et al. 2022), of complex poles held as two vectors."""
+    """Two diagonal linear recurrences with real decays and gates (after Gu et al. 2022)."""
 
     def __init__(self, n_tokens: int = 12, width: int = 48) -> None:
         super().__init__()

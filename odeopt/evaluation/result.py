@@ -119,7 +119,11 @@ class Comparison:
         return next(iter(self.results.values()))
 
     def scores(self, name: str) -> Tensor:
-        """Score of each run of a rule, shape ``(n_runs,)``; see :func:`scores_of`."""
+        """Score of each run of a rule, shape ``(n_runs,)``; see :func:`scores_of`.
+
+        Raises:
+            ValueError: If there is no such rule.
+        """
         require(name in self.results, "name", name, f"one of {', '.join(self.results)}")
         return scores_of(self.results[name].losses, self.score)
 

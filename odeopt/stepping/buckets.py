@@ -37,6 +37,7 @@ class Bucket:
             process holds a piece of them: then the bucket holds the pieces, and :meth:`wholes` gathers one after the
             other.
         is_stack: Whether each parameter is a stack, of which this process holds at least one tensor.
+        features: Of the tensors, as :meth:`odeopt.rules.base.StagedRule.features` gives them, if they are at hand.
 
     Attributes:
         params: The parameters.
@@ -62,6 +63,7 @@ class Bucket:
         dtype: torch.dtype | None = None,
         is_whole: bool = False,
         is_stack: bool = False,
+        features: Tensor | None = None,
     ) -> None:
         self.params, self.is_whole, self.is_stack = list(params), is_whole, is_stack
         self.shards = [Shard.of(param) for param in self.params]
@@ -79,7 +81,9 @@ class Bucket:
         self._shapes = [param.shape for param in local]
         shapes = [shard.shape[1:] if is_stack else shard.shape for shard in self.shards]
         self.shapes = [shape for shape, n in zip(shapes, self.counts, strict=True) for _ in range(n)]
-        self.tensors = [(x, k) for x, n in zip(self.params, self.counts, strict=True) for k in range(n)]
+        starts = [shard.first_tensor if is_stack else 0 for shard in self.shards]
+        places = zip(self.params, starts, self.counts, strict=True)
+        self.tensors = [(param, start + k) for param, start, n in places for k in range(n)]
         sizes = [param.numel() // n for param, n in zip(local, self.counts, strict=True) for _ in range(n)]
         has_rows = self.is_packed and (not is_whole or self.is_gathered)
         n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if has_rows else sizes[0]
@@ -87,7 +91,8 @@ class Bucket:
         starts, first = [0, *accumulate(n_rows)], [0, *accumulate(self.counts)]
         self._starts = [starts[index] for index in first]  # of the parameters
         self.shape = (starts[-1], n_columns)
-        self.rows = self._make_rows(rule, n_rows, is_padded=has_rows)
+        features = self._make_features(rule) if features is None else features
+        self.rows = Rows.packed(features, n_rows) if has_rows else Rows(features)
         self.n_skipped = torch.zeros((len(sizes), 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
@@ -159,12 +164,14 @@ class Bucket:
             pieces = [(shard.local(x).detach(), 0) for x in (param, param.grad)]
             pieces += [(self._view(self._storage[name], index, axis), axis) for name, axis in along.items()]
             theta, theta.grad, *state = shard.gathered(pieces)
-            bucket = Bucket(rule, [theta], dtype=self._kept_dtype, is_whole=True)
+            features = self.rows.features[index : index + 1]
+            bucket = Bucket(rule, [theta], dtype=self._kept_dtype, is_whole=True, features=features)
             bucket.set_state(0, self.views(index) | dict(zip(along, state, strict=True)))
             yield bucket
             pieces[0][0].copy_(shard.local(theta))
             self.set_state(index, bucket.views(0))
             self.n_skipped[index] += bucket.n_skipped[0]
+            del theta, state, bucket  # before the next ones are gathered
 
     def add_up(self, sums: Tensor) -> Tensor:
         """All-reduce over the processes that share the parameters; each tensor of a stack belongs to one of them."""
@@ -176,7 +183,7 @@ class Bucket:
         for name, axis in self._axes.items():
             if axis is None:
                 held = self._rows_of(self._storage[name], index)[:, 0]
-                views[name] = self.shards[index].whole(held, 0, 1) if self.is_stack else held[0]
+                views[name] = self.shards[index].per_tensor.whole(held, 0) if self.is_stack else held[0]
             else:
                 views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
         return views
@@ -204,7 +211,7 @@ class Bucket:
         for name, axis in self._axes.items():
             value = state[name].detach()
             if axis is None:
-                value = self.shards[index].local(value).unsqueeze(1) if self.is_stack else value
+                value = self.shards[index].per_tensor.local(value).unsqueeze(1) if self.is_stack else value
                 self._rows_of(self._storage[name], index).copy_(value.to(self.device))
             else:
                 self._view(self._storage[name], index, axis).copy_(self.shards[index].local(value, axis))
@@ -213,17 +220,20 @@ class Bucket:
         """Set the state of one parameter to the initial one."""
         if rule.starts_at_zero:  # as the storage does
             return
-        local = self.shards[index].local(self.params[index]).detach()
-        tensors = local.reshape(self.counts[index], -1).to(self.dtype)
+        shard = self.shards[index]
+        param = shard.local(self.params[index]).detach()
+        if self.is_gathered:  # pieces of what a rule makes of the whole
+            param, shard = shard.gathered([(param, 0)])[0], Shard(shard.shape)
+        tensors = param.reshape(self.counts[index], -1).to(self.dtype)
         states, state = [rule.init_state(tensor) for tensor in tensors], {}
         for name, axis in self._axes.items():
             if axis is not None:
                 parts = [getattr(own, name) for own in states]
                 like = torch.stack(parts, axis) if len(parts) > 1 else parts[0].unsqueeze(axis)
-                piece = like.reshape((*like.shape[:axis], *local.shape, *like.shape[axis + 2 :]))
-                state[name] = self.shards[index].whole(piece, axis)
+                piece = like.reshape((*like.shape[:axis], *param.shape, *like.shape[axis + 2 :]))
+                state[name] = shard.whole(piece, axis)
             elif self.is_stack:
-                state[name] = self.shards[index].whole(torch.stack([getattr(own, name) for own in states]), 0, 1)
+                state[name] = shard.per_tensor.whole(torch.stack([getattr(own, name) for own in states]), 0)
             else:
                 state[name] = getattr(states[0], name)
         self.set_state(index, state)
@@ -232,10 +242,9 @@ class Bucket:
         """This process's pieces of the parameters."""
         return [shard.local(param).detach() for shard, param in zip(self.shards, self.params, strict=True)]
 
-    def _make_rows(self, rule: UpdateRule, n_rows: list[int], *, is_padded: bool) -> Rows:
+    def _make_features(self, rule: UpdateRule) -> Tensor:
         features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
-        features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
-        return Rows.packed(features, n_rows) if is_padded else Rows(features)
+        return torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
 
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
         """Coordinates of one parameter in its own shape; ``axis`` is that of the rows, columns follow."""
@@ -251,7 +260,10 @@ class Bucket:
     def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
         if has_grad not in self._masks:
             of_tensors = [has for has, n in zip(has_grad, self.counts, strict=True) for _ in range(n)]
-            self._masks[has_grad] = torch.tensor(of_tensors, device="cpu").to(self.device).unsqueeze(-1)
+            if all(of_tensors):  # on the device itself, without a host synchronisation
+                self._masks[has_grad] = torch.ones((len(of_tensors), 1), dtype=torch.bool, device=self.device)
+            else:
+                self._masks[has_grad] = torch.tensor(of_tensors, device="cpu").to(self.device).unsqueeze(-1)
         return self._masks[has_grad]
 
 

@@ -14,6 +14,7 @@ from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checks import check_options, parameter_names, warn_caller
 from odeopt.stepping.guard import SAVED_GUARD
 from odeopt.stepping.layout import Group, Layout, matched_state
+from odeopt.stepping.shards import Shard
 
 
 def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any]) -> None:
@@ -84,10 +85,18 @@ def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> d
                 is_stack = saved_group["is_stack"]
                 fields = state_template(rule, param, dtype, is_stack=is_stack)
                 others = {name: x for name, x in saved.items() if name not in fields}
-                restored[param] = {name: x.to(param.device) if torch.is_tensor(x) else x for name, x in others.items()}
+                restored[param] = {name: _beside(x, param) for name, x in others.items()}
                 if len(others) < len(saved) or "rule_digest" not in saved_group:
                     restored[param] |= matched_state(rule, param, saved, dtype, name=names[param], is_stack=is_stack)
     return restored
+
+
+def _beside(value: Any, param: Tensor) -> Any:
+    """An entry of a parameter's state where the parameter lies, sharded as it is if it has its shape."""
+    if not torch.is_tensor(value):
+        return value
+    shard, value = Shard.of(param), value.to(param.device)
+    return shard.whole(shard.local(value), 0) if value.shape == shard.shape else value
 
 
 def warn_of_other_length(given: list[int | None], groups: list[Group]) -> None:

@@ -122,9 +122,9 @@ def check_stack(param: Tensor, name: str) -> None:
     if found is not None:
         raise ValueError(
             f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "
-            "sharded along that axis with a tensor for each process, as its group is one of stacks (`is_stack=True`): "
-            "shard it so, replicate it (`DistributedDataParallel`), or step it by coordinates (`is_table=True` in "
-            f"place of `is_stack`). Found {found}."
+            "sharded along that axis, by one axis of the mesh, with some for each process, as its group is one of "
+            "stacks (`is_stack=True`): shard it so, replicate it (`DistributedDataParallel`), or step it by "
+            f"coordinates (`is_table=True` in place of `is_stack`). Found {found}."
         )
 
 

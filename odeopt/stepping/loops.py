@@ -77,6 +77,7 @@ def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, kernels:
     if bucket.is_gathered:
         for whole in bucket.wholes(rule):
             step_bucket(rule, whole, options)
+            del whole  # which is large
         return
     grad, theta, has_grad = bucket.load()
     is_staged = rule.is_staged and not bucket.is_whole

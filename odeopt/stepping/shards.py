@@ -43,10 +43,30 @@ class Shard(NamedTuple):
     @property
     def holds_tensors(self) -> bool:
         """Whether this process, as each, holds some of the tensors along the first axis, and the whole of them."""
-        pieces = [placement for placement in self.placements if not placement.is_replicate()]
-        n, n_shards = self.shape[:1].numel(), self.n_shards
-        # the first processes take as many as they can, all alike
-        return not pieces or (len(pieces) == 1 and pieces[0].is_shard(0) and -(-n // n_shards) * (n_shards - 1) < n)
+        axes = self._axes
+        return not axes or (
+            len(axes) == 1 and self.placements[axes[0]].is_shard(0) and self._most * (self.n_shards - 1) < self.shape[0]
+        )
+
+    @property
+    def first_tensor(self) -> int:
+        """Number of the first one that it holds."""
+        return self._most * self.mesh.get_local_rank(self._axes[0]) if self._axes else 0
+
+    @property
+    def per_tensor(self) -> Shard:
+        """Where what each of them has once lies, of shape ``(n, k)``."""
+        return Shard(self.shape[:1], self.mesh, self.placements) if self._axes else Shard(self.shape[:1])
+
+    @property
+    def _axes(self) -> list[int]:
+        """Axes of the mesh along which several processes hold pieces."""
+        return [axis for axis, divides in enumerate(self._divides) if divides and self.mesh.size(axis) > 1]
+
+    @property
+    def _most(self) -> int:
+        """Tensors along the first axis that a process holds at most: the first processes take as many, all alike."""
+        return -(-self.shape[0] // self.n_shards)
 
     @property
     def _divides(self) -> tuple[bool, ...]:
@@ -80,29 +100,33 @@ class Shard(NamedTuple):
         return tensor.to_local()
 
     def gathered(self, pieces: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-        """Wholes of tensors of which this process holds pieces, in one exchange of all processes that share them.
+        """Wholes of tensors of which this process holds pieces, those of one dtype in one exchange.
+
+        All processes that share them have to ask for them.
 
         Args:
             pieces: Each with the first one of its axes that are the parameter's.
         """
-        n = len(self.shape)
+        n, wholes = len(self.shape), {}
         last = tuple(range(-n, 0))
         lasts = [x.movedim(tuple(range(axis, axis + n)), last) for x, axis in pieces]
-        flat = [x.reshape(x.shape[: x.ndim - n].numel(), *x.shape[x.ndim - n :]) for x in lasts]
-        wholes = self.whole(torch.cat(flat), 1).full_tensor().split([len(x) for x in flat])
+        for dtype in dict.fromkeys(x.dtype for x in lasts):
+            alike = [k for k, x in enumerate(lasts) if x.dtype == dtype]
+            flat = [lasts[k].reshape(lasts[k].shape[:-n].numel(), *lasts[k].shape[-n:]) for k in alike]
+            found = self.whole(torch.cat(flat), 1).full_tensor().split([len(x) for x in flat])
+            wholes |= dict(zip(alike, found, strict=True))
         return [
-            whole.reshape(*x.shape[: x.ndim - n], *self.shape).movedim(last, tuple(range(axis, axis + n))).to(x.dtype)
-            for whole, x, (_, axis) in zip(wholes, lasts, pieces, strict=True)
+            wholes[k].reshape(*lasts[k].shape[:-n], *self.shape).movedim(last, tuple(range(axis, axis + n)))
+            for k, (_, axis) in enumerate(pieces)
         ]
 
-    def whole(self, local: Tensor, axis: int, n_axes: int | None = None) -> Tensor:
-        """Wrap this process's piece of a state whose axes from ``axis`` on are those of the parameter, or the first."""
+    def whole(self, local: Tensor, axis: int) -> Tensor:
+        """Wrap this process's piece of a state whose axes from ``axis`` on are those of the parameter."""
         if self.mesh is None:
             return local
         from torch.distributed.tensor import DTensor
 
-        axes = self.shape[:n_axes]
-        shape = torch.Size((*local.shape[:axis], *axes, *local.shape[axis + len(axes) :]))
+        shape = torch.Size((*local.shape[:axis], *self.shape, *local.shape[axis + len(self.shape) :]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             local, self.mesh, self.piece_placements(axis), run_check=False, shape=shape, stride=stride
