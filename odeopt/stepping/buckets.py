@@ -111,9 +111,10 @@ class Bucket:
         """Return True if a parameter has changed its shape, device or dtype, or can no longer be stepped in place."""
         if not self.is_packed and not self.shards[0].local(self.params[0]).is_contiguous():
             return True
-        if any(param.device != self.device or param.dtype != self.param_dtype for param in self.params):
-            return True
-        return any(param.shape != shard.shape for param, shard in zip(self.params, self.shards, strict=True))
+        for param, shard in zip(self.params, self.shards, strict=True):
+            if param.device != self.device or param.dtype != self.param_dtype or param.shape != shard.shape:
+                return True
+        return False
 
     def load(self) -> tuple[Tensor, Tensor, Tensor]:
         """Bring gradients and parameters into rows.

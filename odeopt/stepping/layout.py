@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import ExitStack
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -167,13 +167,12 @@ class Layout:
         decay = scalar(group["weight_decay"]) * within if group["weight_decay"] != 0 else None
         return StepOptions(scalar(self.lr(group)), decay, progress, group["maximize"])
 
-    @contextmanager
-    def without_autocast(self) -> Iterator[None]:
+    def without_autocast(self) -> ExitStack:
         """Compute in the dtypes of rule and state: what autocast narrows in a model it would narrow in a rule, too."""
-        with ExitStack() as stack:
-            for kind in filter(torch.is_autocast_enabled, self._autocast_kinds):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
+        stack = ExitStack()
+        for kind in filter(torch.is_autocast_enabled, self._autocast_kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     def _forget(self) -> None:
         """Let the next update place all parameters anew, with the state that it is given."""
