@@ -1,7 +1,6 @@
 """LearnedOptimizer on two gloo processes: DistributedDataParallel, and parameters of which each holds a part."""
 
 import contextlib
-import functools
 import warnings
 from typing import NamedTuple
 
@@ -234,7 +233,7 @@ def data_parallel(rank, folder):
 
 
 class Experts(nn.Module):
-    """Five experts of which one never has a gradient, and a layer of their own kind."""
+    """Five experts, one of which no input is sent to, and a row for each."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -247,12 +246,8 @@ class Experts(nn.Module):
         return outputs[:, [0, 1, 3, 4]].sum(1, keepdim=True)
 
 
-def train_experts(model, rule, n_steps=N_STEPS, rank=None, between=None):
-    optimizer = LearnedOptimizer([{"params": list(model.named_parameters()), "is_stack": True}], make_rule(rule))
-    if between is not None:
-        between(model, optimizer)
-    train(model, optimizer, range(n_steps), rank)
-    return model, optimizer
+def with_optimizer_of_stacks(model, rule):
+    return model, LearnedOptimizer([{"params": [*model.named_parameters()], "is_stack": True}], make_rule(rule))
 
 
 def stacks(rank, folder):
@@ -263,12 +258,14 @@ def stacks(rank, folder):
         return fully_shard(Experts(seed), mesh=mesh)
 
     for name in STACK_RULES:
+        model, optimizer = with_optimizer_of_stacks(split(), name)
         with exchanges() as shapes:
-            pair = train_experts(split(), name, rank=rank)
-        out[name] = snapshot(*pair) | {"exchanged": shapes}
-        path = folder / f"stacks-{name}"
-        save(*train_experts(split(), name, 2, rank), path)
-        model, optimizer = train_experts(split(seed=9), name, 0, rank, functools.partial(load, path=path))
+            train(model, optimizer, range(2), rank)
+            save(model, optimizer, folder / f"stacks-{name}")
+            train(model, optimizer, range(2, N_STEPS), rank)
+        out[name] = snapshot(model, optimizer) | {"exchanged": shapes}
+        model, optimizer = with_optimizer_of_stacks(split(seed=9), name)
+        load(model, optimizer, folder / f"stacks-{name}")
         train(model, optimizer, range(2, N_STEPS), rank)
         out[f"{name}, resumed"] = snapshot(model, optimizer)
     local(model.experts.grad)[-1, 0, 0] = float("nan")
@@ -414,7 +411,9 @@ def test_data_parallel_training_is_training_on_the_whole_batch(ranks):
 
 @pytest.mark.parametrize("name", STACK_RULES)
 def test_stacks_are_stepped_where_their_tensors_lie(ranks, name):
-    wanted = snapshot(*train_experts(Experts(), name))
+    model, optimizer = with_optimizer_of_stacks(Experts(), name)
+    train(model, optimizer, range(N_STEPS))
+    wanted = snapshot(model, optimizer)
     for rank in ranks:
         assert_same(rank["stacks"][name], wanted, **SAME)
         assert rank["stacks"][name]["exchanged"] == []

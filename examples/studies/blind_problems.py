@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from unseen_problems import Drawn, of_images, of_picture, perceptron, rows_of
+from unseen_problems import as_problems, as_squares, of_images, of_picture, perceptron, rows_of
 
 from odeopt.suite.problems import Problem
 
@@ -137,8 +137,7 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the classes."""
-        side = math.isqrt(x.shape[1])
-        x = self.patches(x.view(-1, 1, side, side)).flatten(2).mT
+        x = self.patches(as_squares(x)).flatten(2).mT
         for k, (across, within) in enumerate(zip(self.across, self.within, strict=True)):
             x = x + across(self.norms[2 * k](x).mT).mT
             x = x + within(self.norms[2 * k + 1](x))
@@ -159,7 +158,7 @@ class Process(Headless):
         kernel = (2 * self.log_scale - (z[:, None] - z).square().sum(-1) / 2).exp()
         noise = (2 * self.log_noise).exp() + 1e-4
         return -torch.distributions.MultivariateNormal(
-            self.mean.expand(len(y)), kernel + noise * torch.eye(len(y))
+            self.mean.expand(len(y)), kernel + noise * torch.eye(len(y), device=y.device)
         ).log_prob(y) / len(y)
 
 
@@ -175,7 +174,7 @@ class Reversal(nn.Module):
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Logits of the tokens that follow."""
         a, b = (self.tokens(x) + self.places[: x.shape[1]] for x in (source, target))
-        mask = nn.Transformer.generate_square_subsequent_mask(b.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(b.shape[1], device=b.device)
         return self.head(self.transformer(a, b, tgt_mask=mask, tgt_is_causal=True)).mT
 
 
@@ -207,7 +206,7 @@ class StateSpace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the next token."""
         x = self.tokens(x)
-        ages = torch.arange(x.shape[1])
+        ages = torch.arange(x.shape[1], device=x.device)
         ages = (ages[:, None] - ages).clamp(min=-1)
         for decay, put, out, norm in zip(self.decays, self.inputs, self.outputs, self.norms, strict=True):
             u, gate = put(norm(x)).chunk(2, -1)
@@ -230,8 +229,7 @@ def of_moons(generator: torch.Generator, is_held_out: bool) -> tuple[Tensor, Ten
 def of_clutter(images: Tensor, generator: torch.Generator, is_held_out: bool) -> tuple[Tensor, Tensor]:
     """Images under noise and bars, and which pixels are bright in the image itself."""
     rows = rows_of(generator, len(images), 32, is_held_out=is_held_out)
-    side = math.isqrt(images.shape[1])
-    x = F.interpolate(images[rows].view(-1, 1, side, side), size=16, mode="area")
+    x = F.interpolate(as_squares(images[rows]), size=16, mode="area")
     bars = (torch.rand(len(x), 1, 1, 16, generator=generator) < 0.15).float()
     return x + 0.5 * bars + 0.4 * torch.randn(x.shape, generator=generator), (x > 0.4).float()
 
@@ -347,7 +345,4 @@ def problems(images: Tensor, labels: Tensor, name: str) -> dict[str, Problem]:
          mixture_likelihood),
         ("chains", "copies, state space", 500, StateSpace, of_chains, F.cross_entropy),
     ]  # fmt: skip
-    return {
-        key: Problem(key, title, n_steps, make, Drawn(sample, f"{key}, {name}"), criterion)
-        for key, title, n_steps, make, sample, criterion in rows
-    }
+    return as_problems(rows, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -285,6 +285,11 @@ def of_graph(generator: torch.Generator, is_held_out: bool) -> tuple[tuple[Tenso
     return (features, nodes), label[nodes]
 
 
+def as_squares(images: Tensor) -> Tensor:
+    """Images of one channel, shape ``(n, 1, side, side)``, from shape ``(n, pixels)``."""
+    return images.unflatten(1, (1, math.isqrt(images.shape[1]), -1))
+
+
 def of_images(images: Tensor, labels: Tensor, generator: torch.Generator, is_held_out: bool) -> tuple[Tensor, Tensor]:
     """Images and their labels."""
     rows = rows_of(generator, len(images), 64, is_held_out=is_held_out)
@@ -306,8 +311,7 @@ def contrast(outputs: Tensor, target: Tensor) -> Tensor:
 def of_noise(images: Tensor, generator: torch.Generator, is_held_out: bool) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Noisy images, the level of the noise, and the noise."""
     x = images[rows_of(generator, len(images), 32, is_held_out=is_held_out)]
-    side = math.isqrt(x.shape[1])
-    x = 2 * F.interpolate(x.view(-1, 1, side, side), size=14, mode="area") - 1
+    x = 2 * F.interpolate(as_squares(x), size=14, mode="area") - 1
     level, noise = torch.rand(len(x), generator=generator), torch.randn(x.shape, generator=generator)
     kept = torch.cos(level * math.pi / 2)[:, None, None, None]
     return (kept * x + (1 - kept.square()).clamp(min=0).sqrt() * noise, level), noise
@@ -374,6 +378,16 @@ def problems(images: Tensor, labels: Tensor, name: str) -> dict[str, Problem]:
         ("experts", "sixteen experts", 800, Experts, of_clusters, F.mse_loss),
         ("quantiles", "quantiles, heavy tails", 500, lambda: perceptron(8, 64, 64, 3), of_heavy_tails, quantile_loss),
     ]  # fmt: skip
+    return as_problems(rows, name)
+
+
+def as_problems(rows: Iterable[tuple], name: str) -> dict[str, Problem]:
+    """Problems by their keys, from rows of key, title, number of steps, network, sample and criterion.
+
+    Args:
+        rows: The rows.
+        name: Of the images.
+    """
     return {
         key: Problem(key, title, n_steps, make, Drawn(sample, f"{key}, {name}"), criterion)
         for key, title, n_steps, make, sample, criterion in rows

@@ -159,6 +159,7 @@ class Bucket:
         All processes that share the parameters take the same step, and keep their pieces of what came of it.
         """
         along = {name: axis for name, axis in self._axes.items() if axis is not None}
+        once = self._axes.keys() - along
         for index, (shard, param) in enumerate(zip(self.shards, self.params, strict=True)):
             if param.grad is None:
                 continue
@@ -167,7 +168,7 @@ class Bucket:
             theta, theta.grad, *state = shard.gathered(pieces)
             features = self.rows.features[index : index + 1]
             bucket = Bucket(rule, [theta], dtype=self._kept_dtype, is_whole=True, features=features)
-            bucket.set_state(0, self.views(index) | dict(zip(along, state, strict=True)))
+            bucket.set_state(0, {name: self._once(name, index) for name in once} | dict(zip(along, state, strict=True)))
             yield bucket
             pieces[0][0].copy_(shard.local(theta))
             self.set_state(index, bucket.views(0))
@@ -183,8 +184,7 @@ class Bucket:
         views = {}
         for name, axis in self._axes.items():
             if axis is None:
-                held = self._rows_of(self._storage[name], index)[:, 0]
-                views[name] = self.shards[index].per_tensor.whole(held, 0) if self.is_stack else held[0]
+                views[name] = self._once(name, index)
             else:
                 views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
         return views
@@ -246,6 +246,11 @@ class Bucket:
     def _make_features(self, rule: UpdateRule) -> Tensor:
         features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
         return torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
+
+    def _once(self, name: str, index: int) -> Tensor:
+        """Field of the state that each tensor of one parameter holds once, as the parameter's state has it."""
+        held = self._rows_of(self._storage[name], index)[:, 0]
+        return self.shards[index].per_tensor.whole(held, 0) if self.is_stack else held[0]
 
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
         """Coordinates of one parameter in its own shape; ``axis`` is that of the rows, columns follow."""

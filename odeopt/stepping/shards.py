@@ -38,7 +38,7 @@ class Shard(NamedTuple):
     @property
     def n_shards(self) -> int:
         """Number of pieces."""
-        return torch.Size(self.mesh.size(axis) for axis, divides in enumerate(self._divides) if divides).numel()
+        return torch.Size(self.mesh.size(axis) for axis in self._axes).numel()
 
     @property
     def holds_tensors(self) -> bool:
@@ -76,9 +76,8 @@ class Shard(NamedTuple):
 
     def add_up(self, sums: Tensor) -> Tensor:
         """All-reduce over the processes that hold the pieces, in place: the one thing that they tell each other."""
-        for axis, divides in enumerate(self._divides):
-            if divides:
-                torch.distributed.all_reduce(sums, group=self.mesh.get_group(axis))
+        for axis in self._axes:
+            torch.distributed.all_reduce(sums, group=self.mesh.get_group(axis))
         return sums
 
     def local(self, tensor: Tensor, axis: int = 0) -> Tensor:
