@@ -141,6 +141,34 @@ def test_scripts_say_how_to_go_on(tmp_path, script, message, begin):
     assert "Traceback" not in output
 
 
+REPLACED = """
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:  # as torch.asarray does
+    raise ValueError("could not determine the shape") from None
+"""
+
+
+def test_an_interrupt_that_a_library_made_an_error_of_ends_a_script_alike(tmp_path):
+    (tmp_path / "script.py").write_text(
+        f"import os, signal, time\nfrom odeopt.cli import arguments\narguments.parser('', '').parse_args()\n{REPLACED}"
+    )
+    with (tmp_path / "output").open("w") as output:
+        assert Forked(["script.py"], tmp_path, output).wait(120) == 130
+    assert (tmp_path / "output").read_text() == f"\nscript.py: {arguments.BEGINS_ANEW}\n"
+
+
+def test_an_interrupt_that_a_library_made_an_error_of_ends_a_command_alike(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(
+        "odeopt.cli.rules.run_rules", lambda args: exec(REPLACED, {"os": os, "signal": signal, "time": time})
+    )
+    assert main(["rules"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m odeopt rules: {arguments.BEGINS_ANEW}"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_other_errors_keep_their_traceback(tmp_path):
     (tmp_path / "script.py").write_text(
         "from odeopt.cli import arguments\narguments.parser('', '').parse_args()\nraise ZeroDivisionError('of it')"

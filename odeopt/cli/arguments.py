@@ -6,7 +6,9 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,31 @@ RESUMES = "interrupted; what is done is kept, and the same command continues fro
 BEGINS_ANEW = "interrupted; nothing was kept, and the same command begins anew"
 
 
+class Interrupts:
+    """Raises KeyboardInterrupt at Ctrl-C and remembers it: torch and safetensors turn some into errors of their own."""
+
+    def __init__(self):
+        self.came = False
+        self._before = signal.getsignal(signal.SIGINT)
+        in_main = threading.current_thread() is threading.main_thread()
+        self._hears = in_main and self._before is signal.default_int_handler
+        if self._hears:
+            signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number, frame):
+        self.came = True
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> Interrupts:
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self._hears:
+            signal.signal(signal.SIGINT, self._before)
+        if self.came and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
+
+
 class Parser(argparse.ArgumentParser):
     """Parser of a script, after which Ctrl-C ends the script with a line on how to go on in place of a traceback."""
 
@@ -120,13 +147,14 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Read the arguments; where they are those of the command line, Ctrl-C is a line from now on."""
         if args is None:  # a script reads its command line; a test or a notebook passes a list, and keeps its hooks
-            before = sys.excepthook
+            before, interrupts = sys.excepthook, Interrupts()
 
             def hook(kind, error, traceback):
-                if issubclass(kind, KeyboardInterrupt):
-                    sys.stderr.write(f"\n{self.prog}: {self.on_interrupt}\n")
-                else:
-                    before(kind, error, traceback)
+                if not (interrupts.came or issubclass(kind, KeyboardInterrupt)):
+                    return before(kind, error, traceback)
+                sys.stderr.write(f"\n{self.prog}: {self.on_interrupt}\n")
+                if not issubclass(kind, KeyboardInterrupt):  # of which Python makes the status itself
+                    sys.exit(128 + signal.SIGINT)
 
             sys.excepthook = hook
         return super().parse_args(args, namespace)

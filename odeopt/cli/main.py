@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.add(each, "threads")
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        with arguments.Interrupts():
+            return args.run(args)
     except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable, MissingOptunaError) as error:
         status, message = 2, error
     except LostRankError as error:
