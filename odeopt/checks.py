@@ -58,6 +58,10 @@ def n_of(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+class MissingExtraError(ImportError):
+    """A package that an extra installs, and that the rest of the library does without, is not there."""
+
+
 def install_command(extra: str) -> str:
     """The command that installs an extra: a bare ``odeopt`` on the package index is another project."""
     return f'pip install -c constraints.txt -e ".[{extra}]"'

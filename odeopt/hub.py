@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from odeopt import artifacts
 from odeopt._version import __version__
-from odeopt.checks import install_command, require
+from odeopt.checks import MissingExtraError, install_command, require
 from odeopt.rules.base import UpdateRule
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _api() -> HfApi:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise ImportError(f"Rules on the Hub need huggingface_hub: {install_command('hub')}") from error
+        raise MissingExtraError(f"Rules on the Hub need huggingface_hub: {install_command('hub')}") from error
     return HfApi(library_name="odeopt", library_version=__version__)
 
 

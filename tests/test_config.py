@@ -93,6 +93,11 @@ def test_image_task_is_built_on_the_split_asked_for(tmp_path):
 
 BROKEN = {
     "not TOML": ('class = "port-hamiltonian"', "class = port", "tiny.toml is not valid TOML: .*line 3"),
+    "missing argument": (
+        'class = "RandomQuadratic"\ndim = 3',
+        'class = "MLPClassification"',
+        r"\[task\] of class MLPClassification should hold `dataset`, too",
+    ),
     "missing section": (
         '[task]\nclass = "RandomQuadratic"\ndim = 3\n',
         "",

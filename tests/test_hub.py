@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -191,3 +192,9 @@ def test_without_the_extra_its_name_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r'pip install -c constraints.txt -e "\.\[hub\]"'):
         odeopt.load("hf://me/my-rule")
+
+
+def test_the_command_line_names_the_missing_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["show", "hf://me/rule"]) == 2
+    assert "Rules on the Hub need huggingface_hub: pip install" in capsys.readouterr().err

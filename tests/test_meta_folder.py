@@ -1,13 +1,22 @@
 """Folders of meta-training: continued by the same run, however its task was built, and by no other."""
 
 import functools
+from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from rule_toys import flat_weights
 from torch import nn
 
-from odeopt.meta import Backpropagation, EvolutionStrategies, MetaConfig, meta_train
+from odeopt.meta import (
+    Backpropagation,
+    DampedBackpropagation,
+    EvolutionStrategies,
+    MetaConfig,
+    MetaObjective,
+    meta_train,
+)
 from odeopt.meta.outliers import Outliers
 from odeopt.rules import PortHamiltonianUpdate
 from odeopt.tasks import Mixture, ModuleTask, RandomQuadratic, ScaledTask, TaskFamily
@@ -183,9 +192,11 @@ def test_task_that_is_not_a_function_of_step_and_seed_is_told_of(tmp_path):
     def draw(indices, step, seed):
         return tuple(torch.rand(len(indices), 4, n) for n in (2, 1))
 
+    with pytest.warns(RuntimeWarning, match="`data` gives something else each time for the same index and seed"):
+        task = line(data=draw)
     with pytest.warns(RuntimeWarning, match=r"Task ModuleTask\(.*\) gives other losses for the same indices"):
-        train(line(data=draw), tmp_path)
-    train(line(data=draw), None)  # nothing to be resumed
+        train(task, tmp_path)
+    train(task, None)  # nothing to be resumed
 
 
 def test_checkpoint_of_the_format_before_is_refused(tmp_path):
@@ -297,3 +308,18 @@ def test_training_draws_from_no_stream_that_is_kept_for_a_measurement(seed, name
     with pytest.raises(ValueError, match=rf"`seed` should be another one than that of the tasks of {name}\. "):
         MetaConfig(seed=seed)
     assert MetaConfig(seed=seed + 1).seed == seed + 1
+
+
+NUMPY = {
+    "lr": {"lr": numpy.float64(1e-3)},
+    "objective": {"objective": MetaObjective(eps=numpy.float64(0.1))},
+    "estimator": {"estimator": DampedBackpropagation(dampings=list(numpy.array([1.0, 0.9])))},
+}
+
+
+@pytest.mark.parametrize("which", NUMPY)
+def test_numbers_of_numpy_are_numbers(which, tmp_path):
+    config = replace(CONFIG, **NUMPY[which])
+    wanted = meta_train(rule(), line(), config, progress_bar=False).meta_losses
+    meta_train(rule(), line(), config, folder=tmp_path, progress_bar=False, stop_after=0)
+    assert meta_train(rule(), line(), config, folder=tmp_path, progress_bar=False).meta_losses == wanted

@@ -25,7 +25,7 @@ from odeopt.meta import (
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.files import make_config
 from odeopt.rules import HamiltonianUpdate, PortHamiltonianUpdate, SGDUpdate
-from odeopt.tasks import RandomQuadratic
+from odeopt.tasks import Mixture, MonkeySaddle, RandomQuadratic, TaskFamily
 
 TASK = RandomQuadratic(3)
 CONFIG = {"n_tasks": 3, "horizon": 5, "validate_every": 4, "n_validation_tasks": 4, "lr": 1e-2}
@@ -473,3 +473,26 @@ def test_training_does_not_depend_on_torchs_random_state_and_leaves_it_alone():
         assert torch.equal(torch.get_rng_state(), before)
         weights.append(flat_weights(rule))
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("objective", "match"),
+    [
+        (
+            MetaObjective(),
+            r"Parameter `log` should be False where losses are negative, here -[\d.]+. Found `log = True`",
+        ),
+        (MetaObjective(log=False, relative=True), r"Parameter `relative` should be False where losses are negative"),
+    ],
+)
+def test_negative_losses_are_refused_where_their_sign_would_turn(objective, match):
+    config = MetaConfig(n_meta_steps=2, n_tasks=4, horizon=4, n_validation_tasks=2, objective=objective)
+    with pytest.raises(ValueError, match=match):
+        meta_train(tiny_rule(), MonkeySaddle(offset=1.0), config, progress_bar=False)
+
+
+def test_a_mixture_with_negative_losses_is_refused():
+    config = MetaConfig(n_meta_steps=2, n_tasks=2, objective=MetaObjective(log=False))
+    mixture = Mixture([TaskFamily(MonkeySaddle, {"offset": 1.0})], horizons=(4, 4))
+    with pytest.raises(ValueError, match="`task` should be a mixture of tasks with losses above zero"):
+        meta_train(tiny_rule(), mixture, config, progress_bar=False)

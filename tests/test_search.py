@@ -17,10 +17,11 @@ from search_toys import RANGES, write, written
 
 import odeopt
 from odeopt.__main__ import main
+from odeopt.checks import MissingExtraError
 from odeopt.meta import meta_train
 from odeopt.meta import trainer as trainer_module
 from odeopt.meta.search import search
-from odeopt.meta.search_files import MissingOptunaError, load_search
+from odeopt.meta.search_files import load_search
 from odeopt.tasks import RandomQuadratic
 
 # the extra that searches need; where it is not installed, the other tests can still be collected
@@ -433,7 +434,7 @@ def test_values_that_do_not_go_together_are_a_row_with_the_reason(tmp_path):
 def test_missing_optuna_is_said_with_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     config = write(tmp_path)
-    with pytest.raises(MissingOptunaError, match=r'Optuna: pip install -c constraints.txt -e "\.\[search\]"'):
+    with pytest.raises(MissingExtraError, match=r'Optuna: pip install -c constraints.txt -e "\.\[search\]"'):
         go(load_search(config), tmp_path / "study")
     assert main(["search", "--config", str(config), "--folder", str(tmp_path / "f"), "--out", str(tmp_path / "o")]) == 2
     said = 'python -m odeopt search: Searching needs Optuna: pip install -c constraints.txt -e ".[search]"'

@@ -382,3 +382,12 @@ def test_tasks_refuse_sizes_without_a_problem():
         HighDimSaddle(rotated="no")
     with pytest.raises(TypeError, match=r"`task` should be of class Task. Found one of class int"):
         ScaledTask(5)
+
+
+def test_a_batch_remembered_in_inference_mode_serves_a_training():
+    task, indices = RandomQuadratic(3), torch.arange(2)
+    with torch.inference_mode():
+        task.sample_batch(indices, 0, 0)
+    params = {name: param.requires_grad_() for name, param in task.init_params(indices, 0).items()}
+    task.loss(params, task.sample_batch(indices, 0, 0)).sum().backward()
+    assert all(param.grad is not None for param in params.values())

@@ -1,5 +1,7 @@
 """Tasks from modules: equal to a loop over modules, and clear about what vmap cannot take."""
 
+import random
+
 import pytest
 import torch
 from scipy import stats
@@ -177,15 +179,13 @@ def test_module_that_changes_its_buffers_is_refused_by_their_names(how):
 
 @pytest.mark.parametrize("how", sorted(CHANGES.keys() - {"frozen_in_place"}))
 def test_module_that_changes_its_buffers_later_is_refused_then_and_nothing_stays_of_it(how):
-    sizes = iter([4, 4, 4, 9, 4, 4])
-    x = lambda indices, step, seed: (torch.ones(len(indices), next(sizes), 1, dtype=f64),)  # noqa: E731
+    x = lambda indices, step, seed: (torch.ones(len(indices), 9 if step else 4, 1, dtype=f64),)  # noqa: E731
     task = ModuleTask(lambda: Changing(how, after=5), x, loss_fn=lambda output: output.square().mean())
     params, batch = draw_problems(task, torch.arange(3))
     before = task.loss(params, batch)
     kept = {name: (value, value.clone()) for name, value in task.module.named_buffers()}
-    task.sample_batch(torch.arange(3), 0, 0)
     with pytest.raises(ValueError, match=f"which changes {CHANGES[how]};"):
-        task.loss(params, task.sample_batch(torch.arange(3), 0, 0))
+        task.loss(params, task.sample_batch(torch.arange(3), 1, 0))
     now = dict(task.module.named_buffers())
     assert now.keys() == kept.keys()
     assert all(now[name] is value and torch.equal(value, copy) for name, (value, copy) in kept.items())
@@ -283,6 +283,8 @@ class FunctionalDropout(nn.Linear):
         (lambda: FunctionalDropout(4, 1), "Found `FunctionalDropout`, where it fails: .*random"),
         (lambda: nn.Linear(4, 1, device="meta"), "on the CPU.*Found `weight` on meta"),
         (nn.Flatten, "should build a module with parameters. Found `Flatten"),
+        (lambda: nn.Embedding(4, 2, sparse=True), "Found `Embedding`: `sparse` has no second"),
+        (lambda: nn.Sequential(nn.EmbeddingBag(4, 2, max_norm=1.0)), "Found `0 = EmbeddingBag`: `max_norm` has no"),
     ],
 )
 def test_module_task_refuses_what_vmap_cannot_take(make_module, match):
@@ -351,3 +353,45 @@ def test_module_task_refuses(kwargs, error, match):
 def test_module_task_refuses_data(data, error, match):
     with pytest.raises(error, match=match):
         ModuleTask(lambda: nn.Linear(1, 1), data, loss_fn=mean_squared)
+
+
+def test_module_drawn_by_another_generator_is_told_of():
+    def network():
+        network = nn.Linear(1, 1)
+        nn.init.constant_(network.weight, random.random())
+        return network
+
+    with pytest.warns(RuntimeWarning, match="`make_module` gives something else .* by torch's own generator alone"):
+        ModuleTask(network, (torch.ones(4, 1), torch.ones(4, 1)), loss_fn=nn.functional.mse_loss)
+
+
+@pytest.mark.parametrize("n_examples", [30, 0.75])
+def test_examples_are_held_out(n_examples):
+    numbers = torch.arange(40.0).unsqueeze(1)
+    task = ModuleTask(lambda: nn.Linear(1, 1), (numbers,), loss_fn=torch.mean, batch_size=20, n_examples=n_examples)
+    assert task.describe()["n_examples"] == n_examples
+    indices = torch.tensor([7, 2])
+
+    def drawn(sample):
+        return [
+            set(torch.cat([sample(indices, step, 5)[0][k] for step in range(30)]).flatten().tolist()) for k in (0, 1)
+        ]
+
+    trained, held_out = drawn(task.sample_batch), drawn(task.sample_held_out)
+    for own, others in zip(trained, held_out, strict=True):
+        assert (len(own), len(others), len(own | others)) == (30, 10, 40)
+    assert trained[0] != trained[1]
+    assert sum(abs(a - b) == 1 for a in held_out[0] for b in held_out[0]) < 14  # in another order than the data's
+
+
+def test_without_examples_to_hold_out_there_is_no_held_out_loss():
+    task = line_task()
+    with pytest.raises(ValueError, match=r"`n_examples` should be fewer than all \d+ examples of the data, so that"):
+        task.sample_held_out(torch.arange(2), 0, 0)
+    with pytest.raises(ValueError, match=r"`n_examples` should be None where `data` is a function"):
+        ModuleTask(lambda: nn.Linear(1, 1), lambda *_: (torch.ones(2, 1),), loss_fn=torch.mean, n_examples=3)
+
+
+def test_no_problems_are_refused():
+    with pytest.raises(ValueError, match="`indices` should be the number of at least one problem"):
+        unroll(SGDUpdate(0.1), line_task(), indices=torch.arange(0), n_steps=1)

@@ -12,9 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
+from odeopt.checks import MissingExtraError
 from odeopt.cli import arguments, matrix, rules, search, solvers, suite, train, tune
 from odeopt.meta.distributed import LostRankError
-from odeopt.meta.search_files import MissingOptunaError
 from odeopt.tasks import DatasetCorrupt, DatasetUnavailable
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with arguments.Interrupts():
             return args.run(args)
-    except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable, MissingOptunaError) as error:
+    except (ValueError, OSError, DatasetCorrupt, DatasetUnavailable, MissingExtraError) as error:
         status, message = 2, error
     except LostRankError as error:
         status, message = 1, error

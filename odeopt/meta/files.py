@@ -299,7 +299,11 @@ def _check_class(
     parameters = inspect.signature(found).parameters
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         given = {key: value for key, value in options.items() if key != "class"}
-        check_keys(path, section, given, set(parameters) - {"device", "dtype", "split"})
+        own = {"device", "dtype", "split"}
+        check_keys(path, section, given, set(parameters) - own)
+        needed = (name for name, parameter in parameters.items() if parameter.default is parameter.empty)
+        if missing := [name for name in needed if name not in given.keys() | own]:
+            raise ValueError(f"{path}: [{section}] of class {name} should hold `{missing[0]}`, too.")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Collect what decides the result of a run, the initial weights aside, in values that a checkpoint can hold."""
     fingerprint = task.fingerprint()
-    return {
+    identity = {
         "config": _deciding(config.describe()),
         "rule class": type(rule).__name__,
         "rule config": rule.config,
@@ -27,6 +28,7 @@ def identity_of(
         "task": fingerprint,
         "validation task": fingerprint if validation_task is task else validation_task.fingerprint(),
     }
+    return json.loads(json.dumps(identity))  # a number of NumPy's is a float, and cannot be read back
 
 
 def _deciding(table: dict[str, Any]) -> dict[str, Any]:

@@ -23,9 +23,10 @@ class MetaObjective:
     Args:
         weights: ``"uniform"``, ``"linear"`` (``w_t`` proportional to ``t``), ``"late"`` (half linear, half uniform over
             the last tenth) or ``"last"``.
-        log: Whether losses pass through a logarithm first, so that each task counts alike.
+        log: Whether losses pass through a logarithm first, so that each task counts alike; for losses above zero.
         eps: Added to the losses inside the logarithm, in units of the loss.
-        relative: Whether losses are divided by the first loss of their run, and count at most ten then.
+        relative: Whether losses are divided by the first loss of their run, and count at most ten then; for losses that
+            begin above zero.
         held_out: Share of the loss on batches that the run does not train on in each loss.
 
     Raises:
@@ -61,6 +62,9 @@ class MetaObjective:
 
         Returns:
             Meta-loss of each task, shape ``(n_tasks,)``.
+
+        Raises:
+            ValueError: If a loss is negative where it may not be: ``log`` and ``relative`` would turn its sign.
         """
         t = torch.arange(1, horizon + 1, dtype=losses.dtype, device=losses.device)
         is_late = (t > horizon - max(1, horizon // 10)).to(t.dtype)
@@ -71,8 +75,18 @@ class MetaObjective:
             "last": (t == horizon).to(t.dtype),
         }[self.weights]
         if self.relative:
+            require_above_zero(first, "relative", True, "False")
             losses = losses / first
             losses = torch.where(losses <= _CEILING, losses, _CEILING)  # NaN is not below anything
         weights = (weights / weights.sum())[start : start + len(losses)]
-        values = (losses + self.eps).log() if self.log else losses
-        return (weights.unsqueeze(-1) * values).sum(0)
+        if self.log:
+            require_above_zero(losses + self.eps, "log", True, "False")
+            losses = (losses + self.eps).log()
+        return (weights.unsqueeze(-1) * losses).sum(0)
+
+
+def require_above_zero(losses: Tensor, name: str, value: object, wanted: str) -> None:
+    """Refuse negative losses, which a parameter does not suit; one that is not a number has failed in other ways."""
+    if is_negative := (losses < 0).any():
+        least = losses.detach().min().item()
+        require(not is_negative, name, value, f"{wanted} where losses are negative, here {least:.4g}")

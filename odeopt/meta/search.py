@@ -144,7 +144,7 @@ def search(
         The result, also when stopped early.
 
     Raises:
-        MissingOptunaError: If Optuna is not installed.
+        MissingExtraError: If Optuna is not installed.
         ValueError: If a value does not fit the tasks; if ``folder`` holds the study of another search, one that cannot
             be read, or one that another process is working on; if ``stop_after`` is no number, or gradients are
             disabled.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from odeopt.checks import install_command, is_integer, is_number, require
+from odeopt.checks import MissingExtraError, install_command, is_integer, is_number, require
 from odeopt.meta.config import MetaConfig
 from odeopt.meta.files import SECTIONS, START, USE, Config, check_keys, check_table, make_config, read_toml
 
@@ -27,16 +27,12 @@ _DEFAULTS = {"pruner": "median", "startup_trials": 5, "warmup_steps": 1, "seed":
 _READ_BY = {"startup_trials": {"tpe", "median"}, "warmup_steps": {"median"}, "seed": {"random", "tpe"}}
 
 
-class MissingOptunaError(ImportError):
-    """Optuna, which searches need and nothing else does, is not installed."""
-
-
 def import_optuna() -> ModuleType:
-    """Import Optuna, or raise :class:`MissingOptunaError`."""
+    """Import Optuna, or raise :class:`~odeopt.checks.MissingExtraError`."""
     try:
         import optuna
     except ImportError as error:
-        raise MissingOptunaError(f"Searching needs Optuna: {install_command('search')} ({error}).") from error
+        raise MissingExtraError(f"Searching needs Optuna: {install_command('search')} ({error}).") from error
     return optuna
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from odeopt.modes import outside_inference_mode
+
 from .fingerprint import are_alike, digest
 from .random import check_dtype, normal
 
@@ -85,8 +87,8 @@ class Task(ABC):
     def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw data that no step of a run trains on, for a held-out loss.
 
-        By default a batch of a step that no run reaches: held out where batches never repeat. A task with finitely many
-        examples draws from those that the problem does not train on.
+        By default a batch of a step that no run reaches: held out where batches never repeat, and the same as ever
+        where they always do. A task with finitely many examples draws from those that the problem does not train on.
 
         Args:
             indices: Global numbers of the problems, int64, shape ``(n_tasks,)``.
@@ -210,6 +212,7 @@ class FixedBatchTask(Task):
     def draw(self, indices: Tensor, seed: int) -> Batch:
         """Draw the data of each problem; as :meth:`Task.sample_batch`, for all steps."""
 
+    @outside_inference_mode  # what is remembered serves later runs too
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Return the data of each problem, whatever the step; see :meth:`Task.sample_batch`."""
         if self._last is not None:

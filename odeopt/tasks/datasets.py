@@ -95,7 +95,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
         DatasetUnavailable: If the files are missing and cannot be downloaded, or may not be.
         DatasetCorrupt: If a file is truncated or damaged.
     """
-    name, _, factor = name.partition("/")
+    name, _, factor = name.partition("/") if isinstance(name, str) else (name, "", "")
     require(name in DATASETS, "name", name, f"one of {', '.join(DATASETS)}")
     if factor:
         return _pooled(load_dataset(name, data_dir, download=download), factor)

@@ -32,7 +32,7 @@ class TaskFamily:
     """Tasks of one class.
 
     Attributes:
-        make: Builds a task from keyword arguments.
+        make: Builds a task from keyword arguments, of which ``device`` is always one.
         fixed: Arguments that all tasks have in common.
         choices: Arguments that differ: for each a list of values, which are equally likely and drawn independently.
         share: Weight of the family in the mixture.

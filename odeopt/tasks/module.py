@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from odeopt.checks import require, require_counts
 
 from .base import Batch, Params, Task, declared
-from .random import integers, random_bits
+from .examples import Examples, count_of
+from .random import random_bits
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -40,6 +43,8 @@ class ModuleTask(Task):
             tensors of a step, with a leading axis of problems.
         loss_fn: Maps ``(module output, *targets)`` of one problem to a 0-d tensor.
         batch_size: Examples per step; not used where ``data`` is a function.
+        n_examples: Number of the examples in ``data``, or fraction of them, that each problem trains on: a draw of its
+            own. The others are for held-out losses, which there are none of by default.
         name: What :meth:`describe` calls the task; the module's class by default.
         device: See :class:`Task`.
 
@@ -48,7 +53,11 @@ class ModuleTask(Task):
         ValueError: If the module is one that ``vmap`` cannot take (running statistics, torch's recurrent
             kernels, active dropout), changes its buffers in ``forward`` (at any later evaluation too), has parameters
             of several dtypes, or is not built on the CPU; if data or loss do not have these shapes; if the same
-            problem has another loss at its second evaluation.
+            problem has another loss at its second evaluation; if ``n_examples`` is out of range, or given where
+            ``data`` is a function.
+
+    Warns:
+        RuntimeWarning: If ``make_module`` or ``data`` gives something else when it is asked for the same once more.
 
     Example:
         >>> x = torch.linspace(-1, 1, 256).unsqueeze(1)
@@ -65,11 +74,19 @@ class ModuleTask(Task):
         *,
         loss_fn: Callable[..., Tensor],
         batch_size: int = 128,
+        n_examples: float | None = None,
         name: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not callable(data):
+        if callable(data):
+            require(n_examples is None, "n_examples", n_examples, "None where `data` is a function")
+        else:
             _check_data(data)
+            n_all = len(data[0])
+            self.examples = Examples(n_all, count_of(n_examples, n_all), "module")
+            # neighbours, of which a problem gets many, are often alike
+            shuffled = random_bits(torch.zeros(1, dtype=torch.int64), n_all, seed=0, stream="module/order")[0].argsort()
+            self.members = torch.arange(n_all) if n_examples is None else shuffled
         for parameter, value in (("make_module", make_module), ("loss_fn", loss_fn)):
             if not callable(value) or (parameter == "make_module" and isinstance(value, nn.Module)):
                 raise TypeError(f"Parameter `{parameter}` should be a function. Found `{parameter} = {value!r}`.")
@@ -91,6 +108,7 @@ class ModuleTask(Task):
             dtype=next(iter(trained.values())).dtype,
             name=type(module).__name__ if name is None else name,
             batch_size=None if callable(data) else batch_size,
+            **({} if n_examples is None else {"n_examples": n_examples}),
         )
         self.module, self.data, self.loss_fn, self.batch_size = module, data, loss_fn, batch_size
         self.tables = _tables(module)
@@ -100,17 +118,34 @@ class ModuleTask(Task):
     def init_params(self, indices: Tensor, seed: int) -> Params:
         """Build one module per problem, leaving torch's generator as it was; see :meth:`Task.init_params`."""
         seeds = random_bits(self._indices(indices), 1, seed=seed, stream="module/init")[:, 0]
+        require(len(seeds) > 0, "indices", indices, "the number of at least one problem")
         draws = [_trained(self._build(s)) for s in seeds.tolist()]
         return {name: torch.stack([draw[name] for draw in draws]).to(self.device) for name in draws[0]}
 
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw the examples of a step, each ``(n_tasks, batch_size, ...)``; see :meth:`Task.sample_batch`."""
+        return self._draw(indices, step, seed)
+
+    def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
+        """Draw examples that a problem does not train on; see :meth:`Task.sample_held_out`.
+
+        Raises:
+            ValueError: If each problem trains on all examples.
+        """
+        if callable(self.data):
+            return super().sample_held_out(indices, step, seed)
+        n_trained, n_all = self.examples.n_trained, self.examples.n_all
+        wanted = f"fewer than all {n_all} examples of the data, so that some are held out"
+        require(n_trained < n_all, "n_examples", n_trained, wanted)
+        return self._draw(indices, step, seed, held_out=True)
+
+    def _draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         indices = self._indices(indices)
         if callable(self.data):
             return tuple(self.data(indices, step, seed))
-        n, shape, stream = len(self.data[0]), (self.batch_size,), "module/minibatch"
-        members = integers(indices, shape, n, seed=seed, stream=stream, step=step)
-        return tuple(part.index_select(0, members.flatten()).unflatten(0, members.shape) for part in self.data)
+        places = self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
+        chosen = self.members[places]
+        return tuple(part.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) for part in self.data)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Loss of each problem, shape ``(n_tasks,)``; see :meth:`Task.loss`."""
@@ -152,6 +187,20 @@ class ModuleTask(Task):
                 "Parameters `make_module` and `loss_fn` should give a loss that depends on parameters and batch alone. "
                 f"Found {losses.tolist()}, and {again.tolist()} when evaluated again."
             )
+        both = (
+            ("make_module", params, self.init_params(indices, 0)),
+            ("data", batch, self.sample_batch(indices, 0, 0)),
+        )
+        for name, first, second in both:
+            pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+            if not all(x.shape == y.shape and torch.allclose(x, y, equal_nan=True) for x, y in pairs):
+                source = "torch's own generator" if name == "make_module" else "`indices`, `step` and `seed`"
+                warnings.warn(
+                    f"`{name}` gives something else each time for the same index and seed, so rules are compared on "
+                    f"unlike problems and runs cannot be resumed exactly. Draw its random numbers by {source} alone.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -233,6 +282,10 @@ def _refusal(module: nn.Module) -> str | None:
     """Why vmap cannot take a module itself, its children aside; None if it can."""
     if isinstance(module, nn.RNNBase | nn.LSTMCell):
         return "torch's recurrent kernels have no batching rule; write the recurrence with linear layers"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        for name in ("sparse", "max_norm"):
+            if getattr(module, name):
+                return f"`{name}` has no second derivatives, or writes into the weights of all problems; leave it out"
     if not module.training:
         return None
     if getattr(module, "running_mean", None) is not None:
