@@ -313,9 +313,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     "of `optimizer.param_groups`.",
                     UserWarning,
                 )
-            for param in group["params"]:
-                if param.grad is not None and not is_supported(param.grad):
-                    self._raise_unsupported(param.grad, param, "have a dense, real gradient")
+        self._check_gradients()
         sentry = self._sentry
         is_told = sentry is not None and sentry.expects_step(any(float(group["lr"]) for group in self.param_groups))
         self._layout.update(self.param_groups, self.state)
@@ -379,7 +377,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             have its first axis in front.
 
         Raises:
-            ValueError: If a parameter is sharded.
+            ValueError: If a parameter is sharded, or a gradient sparse or complex.
 
         Example:
             >>> weight = torch.nn.Parameter(torch.ones(3, 2))
@@ -388,6 +386,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             >>> sorted(optimizer.diagnostics()["weight"])[:3]
             ['dissipated', 'energy', 'energy_rate']
         """
+        self._check_gradients()
         self._layout.update(self.param_groups, self.state)
         return diagnose(self._layout, self.param_groups)
 
@@ -548,6 +547,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 group["n_steps"] = torch.as_tensor(group["n_steps"], dtype=torch.float32, device=device)
             else:
                 group["n_steps"] = int(group["n_steps"])
+
+    def _check_gradients(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and not is_supported(param.grad):
+                    self._raise_unsupported(param.grad, param, "have a dense, real gradient")
 
     def _raise_unsupported(self, tensor: Tensor, param: Tensor, wanted: str) -> None:
         raise ValueError(

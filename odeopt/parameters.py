@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -21,11 +22,11 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     Lookup tables are stepped coordinate by coordinate: their rows are vectors of their own. They are the weights of
     ``nn.Embedding`` and ``nn.EmbeddingBag``, also where a head shares them, and learned positions: parameters of shape
     ``(1, ..., length, n)``, and those of two axes whose name ends like ``pos_embed``, ``positions`` or
-    ``position_bias_table``. So are gains of several axes (of a ``nn.LayerNorm`` over images, or of shape
-    ``(n, 1, 1)``). Stacks, tensors of three or more axes that belong neither to a convolution nor to a ``nn.Bilinear``,
-    such as the weights of experts, ``(experts, out, in)``, are stepped matrix by matrix (``is_stack``), and so are
-    parameters of two axes, ``(experts, out)``, that the same module holds beside them. Matrices, convolutions and
-    stacks are decayed, where that is asked for; tables, gains and vectors are not.
+    ``position_bias_table``. So are gains of several axes (of a ``nn.LayerNorm`` over images, of weight normalisation,
+    or of shape ``(n, 1, 1)``). Stacks, tensors of three or more axes that belong neither to a convolution nor to a
+    ``nn.Bilinear``, such as the weights of experts, ``(experts, out, in)``, are stepped matrix by matrix
+    (``is_stack``), and so are parameters of two axes, ``(experts, out)``, that the same module holds beside them.
+    Matrices, convolutions and stacks are decayed, where that is asked for; tables, gains and vectors are not.
 
     Two things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
     ``nn.Conv2d``, or give it a group of its own, without ``is_stack``, to have it stepped as a matrix. So does a grid
@@ -58,7 +59,8 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     require(is_right, "weight_decay", weight_decay, "a non-negative number or None")
     tables = _held_by(module, nn.Embedding, nn.EmbeddingBag)
     tables |= {key: param for key, param in _held_by(module, nn.LayerNorm, nn.RMSNorm).items() if param.ndim > 1}
-    kernels = _held_by(module, _ConvNd, nn.Bilinear)
+    tables |= _gains(module)
+    kernels = {key: param for key, param in _held_by(module, _ConvNd, nn.Bilinear).items() if key not in tables}
     stacks = _stacks(module, kernels)
     matrices, vectors, by_coordinates, stacked, stacked_vectors = [], [], [], [], []
     for name, param in module.named_parameters():
@@ -103,6 +105,20 @@ def _stacks(module: nn.Module, kernels: Collection[int]) -> set[int]:
         stacks = [x for x in own if x.ndim > 2 and x.shape[0] > 1 and not _is_row(x)]
         lengths = {x.shape[0] for x in stacks}
         found.update(map(id, stacks), (id(x) for x in own if x.ndim == 2 and x.shape[0] in lengths))
+    return found
+
+
+def _gains(module: nn.Module) -> dict[int, nn.Parameter]:
+    """Gains of several axes that weight normalisation gives to linear layers and convolutions, by their identity."""
+    found = {}
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            size = part.in_features * part.out_features
+        elif isinstance(part, _ConvNd):
+            size = part.in_channels * part.out_channels // part.groups * math.prod(part.kernel_size)
+        else:
+            continue
+        found |= {id(x): x for x in part.parameters() if x.ndim > 1 and _is_row(x) and x.numel() < size}
     return found
 
 

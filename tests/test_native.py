@@ -697,6 +697,20 @@ def test_parameters_that_overlap_are_stepped_one_after_the_other(size, monkeypat
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("rule", ["port-hamiltonian", AdamUpdate(0.1)], ids=["port-hamiltonian", "adam"])
+def test_no_update_is_lost_where_small_parameters_are_one_tensor(rule):
+    weights, moves = torch.zeros(12), []
+    for which in ((0, 1), (0,), (1,)):
+        weights.zero_()
+        params = [nn.Parameter(weights[4 * k : 4 * k + 8]) for k in which]
+        optimizer = LearnedOptimizer(params, rule, implementation="eager")
+        for param, k in zip(params, which, strict=True):
+            param.grad = torch.full((8,), 1.0 + k)
+        optimizer.step()
+        moves.append(weights.clone())
+    torch.testing.assert_close(moves[0], moves[1] + moves[2], rtol=0.02, atol=0)
+
+
 def test_parts_of_one_tensor_that_do_not_overlap_share_threads(monkeypatch):
     flat, grad = torch.zeros(300_000), torch.cos(torch.arange(300_000.0))
     params = [nn.Parameter(x) for x in flat.split(100_000)]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
 from odeopt.optimizer import LearnedOptimizer
-from odeopt.rules import AdamUpdate
+from odeopt.rules import AdamUpdate, UpdateRule
 
 POWER = 3
 
@@ -147,7 +148,7 @@ def test_nothing_is_averaged_unless_asked_for():
     optimizer.eval()
     assert all(map(torch.equal, values(model), before))
     step(model, optimizer, 1)  # nothing is shown, so that nothing is refused
-    assert not any("average" in held for held in optimizer.state.values())
+    assert not any("averaging_average" in held for held in optimizer.state.values())
 
 
 @pytest.mark.parametrize("is_shown", [False, True])
@@ -170,9 +171,11 @@ def test_averages_of_another_optimizer_are_not_shown_where_none_are_kept(is_show
 def test_callers_averages_are_not_shown_where_none_are_kept():
     param = parameter([1.0], [1.0])
     optimizer = LearnedOptimizer([param], AdamUpdate(0.1))
-    optimizer.state[param]["average"] = torch.zeros(1)
+    optimizer.state[param]["average"] = optimizer.state[param]["weights"] = torch.zeros(1)
+    optimizer.step()
+    moved = param.item()
     optimizer.eval()
-    assert param.item() == 1.0
+    assert param.item() == moved
 
 
 def test_fake_tensors_are_averaged():
@@ -215,3 +218,66 @@ def test_callers_entries_under_names_are_no_averages(entry):
     optimizer.train()
     assert optimizer.state["note"] is entry
     assert_same(model, run(3)[0])
+
+
+class Means(NamedTuple):
+    average: torch.Tensor
+    weights: torch.Tensor
+
+
+class NamedAlike(UpdateRule):
+    """A rule whose state has the names that averages might have."""
+
+    crosses_coordinates = False
+
+    def __init__(self):
+        super().__init__()
+
+    def init_state(self, param):
+        return Means(torch.zeros_like(param), torch.zeros_like(param))
+
+    def forward(self, grad, state, *, param=None, shape=None, progress=None):
+        return -0.1 * grad, Means(state.average + grad, state.weights)
+
+
+@pytest.mark.parametrize("power", [None, POWER])
+def test_fields_of_a_rule_are_its_own(power):
+    param = parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([param], NamedAlike(), averaging=power)
+    for number in (1, 2):
+        optimizer.step()
+        assert optimizer.state[param]["average"].item() == number
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_averages_follow_the_dtype_of_the_model(before, after):
+    model, optimizer = run(3, before)
+    model.to(after)
+    expected = copy.deepcopy(model)
+    step(model, optimizer, 3)
+    other = LearnedOptimizer(expected.parameters(), AdamUpdate(0.1), averaging=POWER)
+    other.load_state_dict(run(3, before)[1].state_dict())
+    step(expected, other, 3)
+    optimizer.eval()
+    other.eval()
+    assert all(x.dtype == after for x in model.parameters())
+    for ours, theirs in zip(values(model), values(expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("is_shown", [False, True])
+def test_a_dictionary_that_was_loaded_does_not_change_with_later_steps(is_shown):
+    model, optimizer = run(3)
+    if is_shown:
+        optimizer.eval()
+    saved = optimizer.state_dict()
+    kept = copy.deepcopy(saved)
+    for _ in range(2):
+        other = copy.deepcopy(model)
+        resumed = averaging(other)
+        resumed.load_state_dict(saved)
+        resumed.train()
+        for number in (3, 4):
+            step(other, resumed, number)
+        for key, held in kept["state"].items():
+            assert all(torch.equal(saved["state"][key][name], value) for name, value in held.items())

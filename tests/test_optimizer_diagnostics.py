@@ -229,3 +229,18 @@ def test_a_figure_of_nothing_and_steps_of_another_number_are_refused(tmp_path):
         ValueError, match=r"Parameter `steps` should be as many as `history`, 1. Found `steps = \[1, 2\]"
     ):
         plot_diagnostics([{}], tmp_path / "run.png", steps=[1, 2])
+
+
+def test_a_step_that_is_skipped_is_told_as_one():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = odeopt.LearnedOptimizer([param])
+    param.grad = torch.tensor([1.0, float("nan"), 1.0])
+    assert next(iter(optimizer.diagnostics().values()))["update_to_weight"] == 0
+
+
+def test_a_sparse_gradient_is_refused_by_the_name_of_its_parameter():
+    table = nn.Embedding(4, 2, sparse=True)
+    optimizer = odeopt.LearnedOptimizer(table.named_parameters())
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="`weight` should have a dense, real gradient"):
+        optimizer.diagnostics()

@@ -1,5 +1,6 @@
 """Parameter groups that fit a module."""
 
+import copy
 import math
 
 import pytest
@@ -84,10 +85,10 @@ class Stacks(nn.Module):
 def test_stacks_of_matrices_are_told_from_kernels_and_stepped_one_by_one_and_decayed():
     groups = param_groups(Stacks(), weight_decay=0.1)
     matrices, vectors, tables, stacks, stacked_vectors = names(groups)
-    scaled = [f"scaled.parametrizations.weight.original{k}" for k in range(2)]
-    assert sorted(matrices) == sorted(["bilinear.weight", "embed_projection", "lazy.weight", "up.weight", *scaled])
+    gain, direction = (f"scaled.parametrizations.weight.original{k}" for k in range(2))
+    assert sorted(matrices) == sorted(["bilinear.weight", "embed_projection", "lazy.weight", "up.weight", direction])
     assert vectors == ["class_token"]
-    assert sorted(tables) == ["gain", "norm.bias", "norm.weight", "pos_embed", "positions"]
+    assert sorted(tables) == ["gain", "norm.bias", "norm.weight", "pos_embed", "positions", gain]
     assert sorted(stacks) == ["ensemble", "experts"]
     assert stacked_vectors == ["biases"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.1, 0.0]
@@ -159,3 +160,13 @@ def test_what_is_no_module_is_refused(module):
 def test_wrong_decays_are_refused(decay):
     with pytest.raises(ValueError, match=r"`weight_decay` should be a non-negative number or None\. Found"):
         param_groups(nn.Linear(2, 2), weight_decay=decay)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 4), nn.Conv2d(3, 4, 2, groups=1), nn.ConvTranspose1d(3, 4, 2)], ids=str)
+@pytest.mark.parametrize("normalised", [weight_norm, pytest.param(None, id="none")])
+def test_gains_of_weight_normalisation_are_not_decayed(layer, normalised):
+    module = normalised(copy.deepcopy(layer)) if normalised else nn.Sequential(nn.Linear(3, 1), nn.Conv1d(1, 4, 1))
+    groups = param_groups(module, weight_decay=0.1)
+    gains = [name for group in groups if group.get("is_table") for name, _ in group["params"]]
+    assert gains == (["parametrizations.weight.original0"] if normalised else [])
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0][: len(groups)]

@@ -675,6 +675,8 @@ def test_artefact_keeps_the_options(variant, tmp_path):
         ({"schedule": "cosine"}, "`schedule` should be 'none' or 'power'. Found `schedule = 'cosine'`"),
         ({"kinetic": "spectral", "matrix_scale": 1.0}, "`matrix_scale` should be 'transfer' or 'muon'. .* = 1.0`"),
         ({"kinetic": "spectral", "matrix_normalization": "row"}, "`matrix_normalization` should be 'coordinate' or"),
+        ({"kinetic": "spectral", "matrix_normalization": "coordinate", "normalization": "tensor"},
+         "`matrix_normalization` should be 'tensor' where `normalization = 'tensor'`, which keeps no squares"),
         ({"kinetic": "spectral", "initial_matrix_kappa": 0.0}, "`initial_matrix_kappa` should be a positive number"),
         ({"kinetic": "spectral", "initial_lookahead": -1}, "`initial_lookahead` should be a positive number. .* = -1`"),
         ({"kinetic": "spectral", "initial_decay": math.nan}, "`initial_decay` should be a non-negative number"),

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from rule_toys import draws, randomised
+from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
+from odeopt import LearnedOptimizer
 from odeopt.rules import LSTMUpdate, lstm
 
 f32, f64 = torch.float32, torch.float64
@@ -135,3 +137,27 @@ def test_long_tensors_keep_their_inputs_only():
 def test_weights_have_the_names_of_the_cells():
     names = [f"cell{k}.{kind}_{where}" for k in (1, 2) for kind in ("weight", "bias") for where in ("ih", "hh")]
     assert sorted(LSTMUpdate().state_dict()) == sorted([*names, "output.weight", "output.bias"])
+
+
+DTYPES = [torch.bfloat16, torch.float16, f32, f64]
+
+
+@pytest.mark.parametrize("kept", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, f32, f64], ids=str)
+@pytest.mark.parametrize("weights", DTYPES, ids=str)
+def test_every_dtype_of_weights_parameters_and_state_goes_together(weights, dtype, kept):
+    param = nn.Parameter(torch.ones(3, dtype=dtype))
+    torch.manual_seed(0)
+    optimizer = LearnedOptimizer([param], LSTMUpdate().to(weights), state_dtype=kept)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    reference = nn.Parameter(torch.ones(3, dtype=f64))
+    torch.manual_seed(0)
+    wanted = LearnedOptimizer([reference], LSTMUpdate().to(f64))
+    for _ in range(2):
+        reference.grad = torch.ones_like(reference)
+        wanted.step()
+    change, expected = (1 - x.detach().double() for x in (param, reference))
+    coarsest = max(torch.finfo(x).eps for x in (weights, dtype, kept or dtype))
+    torch.testing.assert_close(change, expected, rtol=0, atol=4 * coarsest)

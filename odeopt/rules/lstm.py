@@ -72,14 +72,15 @@ class LSTMUpdate(UpdateRule):
 
     def forward(self, grad, state, *, param=None, shape=None, progress=None):
         x = log_sign(grad) if self.preprocess else grad.unsqueeze(-1)
-        x = x.reshape(-1, x.shape[-1]).to(state.h1.dtype)
-        rows = (x, *(s.reshape(-1, self.hidden_size) for s in state))
+        rows = (x.reshape(-1, x.shape[-1]), *(s.reshape(-1, self.hidden_size) for s in state))
+        rows = [row.to(self.output.weight.dtype) for row in rows]
         weights = (*self._stacked(self.cell1), *self._stacked(self.cell2))
         # the compiler chunks and recomputes by itself; the gates of one chunk are not worth computing twice
         is_plain = torch.compiler.is_compiling() or len(x) <= _CHUNK
         h1, c1, h2, c2 = (_cells if is_plain else _Cells.apply)(*rows, *weights)
         update = self.output_scale * self.output(h2).reshape(grad.shape).to(grad.dtype)
-        return update, LSTMState(*(s.reshape(*grad.shape, self.hidden_size) for s in (h1, c1, h2, c2)))
+        states = (s.reshape(*grad.shape, self.hidden_size).to(state.h1.dtype) for s in (h1, c1, h2, c2))
+        return update, LSTMState(*states)
 
     def _stacked(self, cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
         """One matrix (4h, in + h) and one bias (4h,) for all gates i, f, g, o of a cell.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odeopt.rules.base import state_dtype
 
-_AVERAGE, _WEIGHTS = "average", "weights"  # names in the state of a parameter
+_AVERAGE, _WEIGHTS = "averaging_average", "averaging_weights"  # names in the state of a parameter
 
 
 def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], weight: float | Tensor) -> None:
@@ -27,6 +27,7 @@ def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], wei
             held[_AVERAGE] = param.detach().to(dtype, copy=True)
         else:
             weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+            held[_AVERAGE] = held[_AVERAGE].to(param.device, dtype)  # the model may have been moved
             held[_AVERAGE].lerp_(param.detach().to(dtype), weight)
 
 

@@ -12,6 +12,7 @@ from odeopt.checks import require
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checks import check_options, parameter_names, warn_caller
+from odeopt.stepping.copies import copied
 from odeopt.stepping.guard import SAVED_GUARD
 from odeopt.stepping.layout import Group, Layout, matched_state
 from odeopt.stepping.shards import Shard
@@ -92,10 +93,10 @@ def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> d
 
 
 def _beside(value: Any, param: Tensor) -> Any:
-    """An entry of a parameter's state where the parameter lies, sharded as it is if it has its shape."""
+    """A copy of an entry of a parameter's state where the parameter lies, sharded as it is if it has its shape."""
     if not torch.is_tensor(value):
-        return value
-    shard, value = Shard.of(param), value.to(param.device)
+        return copied(value)
+    shard, value = Shard.of(param), value.to(param.device, copy=True)
     return shard.whole(shard.local(value), 0) if value.shape == shard.shape else value
 
 

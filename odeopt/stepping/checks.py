@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
@@ -97,6 +98,12 @@ def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor
 def is_supported(tensor: Tensor) -> bool:
     """Return True for a parameter or a gradient that is dense and of one of :data:`DTYPES`."""
     return tensor.layout == torch.strided and tensor.dtype in DTYPES
+
+
+def overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Return True where pieces of memory have a byte in common, given by their addresses and their sizes in bytes."""
+    pieces = sorted((start, start + size) for start, size in zip(starts, sizes, strict=True) if size > 0)
+    return any(end > start for (_, end), (start, _) in itertools.pairwise(pieces))
 
 
 def check_sharding(param: Tensor, name: str) -> None:

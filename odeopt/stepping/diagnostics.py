@@ -38,6 +38,7 @@ def _diagnosed(layout: Layout, placed: Placed, index: int) -> dict[str, Tensor]:
     if not bucket.is_stack:
         return found[0]
     total = {name: torch.stack([own[name] for own in found]) for name in found[0]}
+    # what has no gradient stays
     total["update_to_weight"] = torch.where(are_driven(param.grad, len(found)), total["update_to_weight"], 0.0)
     return total
 
@@ -52,4 +53,5 @@ def _of_tensor(
     change = options.lr * rule(grad, state, **signals)[0]
     if options.decay is not None:
         change = change - options.lr * options.decay * theta
-    return {"update_to_weight": change.norm() / theta.norm()} | rule.account(grad, state, **signals)
+    moved = torch.where(grad.isfinite().all(), change.norm() / theta.norm(), 0.0)  # else the step is skipped
+    return {"update_to_weight": moved} | rule.account(grad, state, **signals)

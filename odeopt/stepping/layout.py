@@ -16,7 +16,7 @@ from odeopt.checks import require
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import Bucket, state_template
-from odeopt.stepping.checks import check_sharding, check_stack, parameter_names, warn_caller
+from odeopt.stepping.checks import check_sharding, check_stack, overlap, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import GroupOptions, NativeStep, native_obstacle
@@ -187,6 +187,8 @@ class Layout:
     ) -> list[Placed]:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
+        local = [Shard.of(param).local(param) for param in params if has_values(param)]
+        are_apart = not overlap([x.data_ptr() for x in local], [x.numel() * x.itemsize for x in local])
         for param in params:
             check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
             if is_stack:
@@ -202,6 +204,7 @@ class Layout:
                 threshold = max(threshold, _EXCHANGES_ALONE)
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
             alone = param if is_alone or is_large else None
+            alone = alone if are_apart else param  # what overlaps is stepped one after the other
             alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
         for (rule, *_, is_alone, stacked), together in alike.items():
             if stacked is not None:  # one for all matrices, which go through one call then

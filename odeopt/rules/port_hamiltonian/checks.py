@@ -106,6 +106,9 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     if not is_linear(given):
         wanted = "'quadratic' where the momenta are not stepped in closed form"
         check("kinetic", set(names) == {"quadratic"}, f"{wanted} (networks of q, `backend`, `solver`)")
+    if given["normalization"] == "tensor":
+        is_right = given["matrix_normalization"] == "tensor"
+        check("matrix_normalization", is_right, "'tensor' where `normalization = 'tensor'`, which keeps no squares")
     if given["output"] == "spectral":
         is_right = set(names) == {"quadratic"} and is_linear(given)
         check("kinetic", is_right, "'quadratic' where `output = 'spectral'`")
