@@ -62,6 +62,7 @@ setup(
     ext_modules=[step],
     cmdclass={"build_ext": BuildStep},
     packages=find_packages(include=["odeopt", "odeopt.*"]),
+    package_dir={"": "."},  # so that an editable install is on the path, and is found from the parent folder too
     package_data={
         "odeopt": ["pretrained/*.safetensors", "pretrained/*.json", "configs/*.toml", "configs/search/*.toml"],
         "odeopt.stepping.native": ["*.c", "*.h"],
