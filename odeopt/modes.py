@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P, T = ParamSpec("P"), TypeVar("T")
@@ -28,8 +29,16 @@ def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def is_traced() -> bool:
-    """Return True while a computation is compiled or mapped (``torch.func``): then no value may decide what it does."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Return True while a computation is compiled, mapped (``torch.func``) or differentiated in forward mode.
+
+    Then no value may decide what it does, and a tensor does not say what depends on it.
+    """
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_forward_mode()
+
+
+def is_in_forward_mode() -> bool:
+    """Return True where tensors may carry tangents, which ``torch.no_grad`` does not stop."""
+    return forward_ad._current_level >= 0
 
 
 def is_watched() -> bool:

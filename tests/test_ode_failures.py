@@ -1,5 +1,7 @@
 """Failures of the solver room are results; wrong parameters are errors that name the value found."""
 
+import copy
+import pickle
 import warnings
 from typing import NamedTuple
 
@@ -7,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from odeopt.ode import ORDER, Solution, Status, available_methods, integrate, integrate_unit, is_fixed_step
+from odeopt.ode import (
+    ORDER,
+    IntegrationError,
+    Solution,
+    Status,
+    available_methods,
+    integrate,
+    integrate_unit,
+    is_fixed_step,
+)
 
 METHODS = available_methods()
 ADAPTIVE = [method for method in ORDER if not is_fixed_step(method)]
@@ -296,3 +307,11 @@ def test_arguments_of_another_kind_are_refused(change, match):
     arguments = {"field": lambda t, x: -x, "x0": torch.ones(2), "t": [0.0, 1.0]} | change
     with pytest.raises(ValueError, match=match):
         integrate(**arguments)
+
+
+def test_errors_of_integrations_are_passed_between_processes():
+    with pytest.raises(IntegrationError) as caught:
+        integrate(nan_after_07, X0, times(0, 1, 11), method="rk4", throw=True)
+    for copied in (pickle.loads(pickle.dumps(caught.value)), copy.copy(caught.value)):
+        assert str(copied) == str(caught.value)
+        torch.testing.assert_close(copied.solution.states, caught.value.solution.states, equal_nan=True)

@@ -299,3 +299,19 @@ def test_equations_after_the_state_is_lost_are_not_counted():
     solution = integrate(wall, x0, torch.arange(6.0) / 2, method="implicit_midpoint", options={"step_size": 0.1})
     assert solution.status is Status.NON_FINITE_STATE
     assert "did not converge in 1 of 25 steps" in solution.message
+
+
+@pytest.mark.parametrize("backend", ["odeopt", "torchdiffeq"])
+@pytest.mark.parametrize("is_system", [False, True])
+def test_callbacks_get_tensors_from_both_backends(backend, is_system):
+    seen = []
+
+    class Decay(torch.nn.Module):
+        def forward(self, t, x):
+            return -x
+
+    field = PortHamiltonianSystem(1, dissipation=0.1) if is_system else Decay()
+    field.callback_step = lambda t, x, dt: seen.append((t.item(), dt.item()))
+    x0 = PhaseState(torch.zeros(1), torch.ones(1)) if is_system else torch.ones(2)
+    integrate(field, x0, [0.0, 0.5, 1.0], method="rk4", backend=backend)
+    assert seen == [(0.0, 0.5), (0.5, 0.5)]

@@ -124,3 +124,12 @@ def test_integrations_that_fail_leave_no_verdict():
 def test_wrong_arguments_of_the_diagnosis_are_named(change, match):
     with pytest.raises(ValueError, match=match):
         diagnose_damping(SPRING, X0, torch.linspace(0, 1, 3), **({"method": "rk4"} | change))
+
+
+def test_knots_that_are_outputs_to_rounding_are_outputs():
+    t = torch.linspace(0, 1, 11)
+    u = ZeroOrderHold([0.0, 0.3, 0.6], torch.tensor([[1.0], [-1.0], [0.5]]))
+    x0 = PhaseState(torch.ones(1), torch.zeros(1))
+    system = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1), dissipation=0.3)
+    ledger = energy_ledger(system, integrate(system, x0, t, method="rk4", u=u), u=u)
+    assert ledger.residual.abs().max() < 1e-6

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_toys import F64, drive, error_at_end, make_state, make_system, observed_order, shared_system
+from torch.autograd import forward_ad
 
 from odeopt.ode import STRUCTURE_METHODS, STRUCTURE_ORDER, Newton, discrete_gradient, integrate, structure_step
 from odeopt.ode.implicit import solve_implicit
@@ -353,3 +354,40 @@ def test_errors_fall_with_the_step_for_a_batch_of_systems_at_rest_and_in_motion(
     x0 = PhaseState(*(torch.cat([x, torch.zeros(1, 2, dtype=F64)]) for x in make_state()))
     errors = [error_at_end(system, "discrete_gradient", n, x0=x0) for n in (8, 16, 32)]
     assert all(a > 3.5 * b for a, b in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-4), (F64, 1e-10), (torch.float32, 1e-12)], ids=str)
+@pytest.mark.parametrize("method", ["discrete_gradient", "implicit_midpoint"])
+def test_small_states_are_solved_as_exactly_as_large_ones(method, dtype, size):
+    system = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1))
+    x0 = PhaseState(torch.tensor([size], dtype=dtype), torch.zeros(1, dtype=dtype))
+    with torch.no_grad():
+        solution = integrate(system, x0, torch.linspace(0, 20, 201, dtype=F64), method=method)
+    solution.raise_for_status()
+    energy = system.energy(PhaseState(*(x.double() for x in solution.states)))
+    torch.testing.assert_close(energy / energy[0], torch.ones_like(energy), rtol=0, atol=200 * torch.finfo(dtype).eps)
+
+
+def test_a_system_at_rest_under_large_forces_is_solved():
+    system = PortHamiltonianSystem(1, potential=lambda q: (1e4 * (q + 0.1).cosh() - 1e4 * math.sinh(0.1) * q).sum(-1))
+    rest = PhaseState(torch.zeros(1), torch.zeros(1))
+    solution = integrate(system, rest, [0.0, 1e-3, 2e-3], method="discrete_gradient")
+    solution.raise_for_status()
+    assert max(x.abs().max() for x in solution.states) < 1e-3
+
+
+# torch's own forward mode compiles a few formulas with torch.jit.script, and warns of itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("method", ["rk4", *STRUCTURE_METHODS])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_forward_mode_gives_the_derivative_of_reverse_mode(method, enabled):
+    system = PortHamiltonianSystem(1, potential=lambda q: 1 - q[..., 0].cos(), dissipation=0.02)
+    q, p = torch.tensor([1.0], dtype=F64), torch.zeros(1, dtype=F64)
+
+    def end(q):
+        return integrate(system, PhaseState(q, p), [0.0, 0.1, 0.2], method=method).states.q[-1, 0]
+
+    (wanted,) = torch.autograd.grad(end(leaf := q.clone().requires_grad_()), leaf)
+    with torch.set_grad_enabled(enabled), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(end(forward_ad.make_dual(q, torch.ones(1, dtype=F64)))).tangent
+    torch.testing.assert_close(found, wanted[0])

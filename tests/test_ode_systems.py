@@ -429,3 +429,38 @@ def test_adjoint_of_a_system_finds_its_weights():
         torch.cat(solution.states, -1)[-1].square().sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in system.parameters() if p.grad is not None]))
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "strang"])
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (2, 1), (4, 4)])
+def test_positions_and_momenta_of_wrong_sizes_are_refused(method, sizes):
+    system = PortHamiltonianSystem(2, potential=lambda q: q.square().sum(-1) / 2)
+    with pytest.raises(ValueError, match=r"Parameter `x\.[qp]` should have"):
+        integrate(system, PhaseState(*map(torch.ones, sizes)), [0.0, 1.0], method=method)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "strang"])
+def test_an_effort_that_is_no_tensor_is_refused(method):
+    with pytest.raises(ValueError, match=r"`u` should be a tensor, or a function that gives one.* Found `u = 0.5`"):
+        integrate(SPRING, X0, [0.0, 1.0], method=method, u=lambda t: 0.5)
+
+
+@pytest.mark.parametrize(
+    ("t", "match"),
+    [
+        (torch.arange(3), "`t` should be a tensor or a sequence of at least two floating-point numbers"),
+        ([0.0], "`t` should be a tensor or a sequence of at least two"),
+        ([0.0, 0.0, 1.0], "`t` should be finite and strictly increasing or decreasing"),
+        ([0.0, 1.0, 0.5], "`t` should be finite and strictly increasing or decreasing"),
+        ([0.0, math.nan], "`t` should be finite and strictly increasing or decreasing"),
+    ],
+    ids=str,
+)
+def test_wrong_times_are_refused_under_vmap_too(t, match):
+    with pytest.raises(ValueError, match=match):
+        torch.func.vmap(lambda x: integrate(lambda t, x: -x, x, t, method="rk4").states)(torch.ones(2, 3))
+
+
+def test_integers_are_refused_under_vmap_too():
+    with pytest.raises(ValueError, match=r"`x0.dtype` should be floating point"):
+        torch.func.vmap(lambda x: integrate(lambda t, x: -x, x, [0.0, 1.0], method="rk4").states)(torch.arange(2))

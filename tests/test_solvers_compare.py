@@ -368,6 +368,9 @@ def test_work_is_interpolated_between_the_runs_around_the_target():
     assert found.curve(["p"], "m", dtype="float64") == points
     with pytest.raises(ValueError, match=r"Parameter `unit` should be one of n_evals, seconds. Found `unit = 'hours'`"):
         found.work("p", "m", unit="hours")
+    for wrong in ({"problem": "q"}, {"method": "n"}, {"dtype": "float32"}, {"measure": "err"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` should be one of "):
+            found.work(**{"problem": "p", "method": "m"} | wrong)
 
 
 def test_failures_count_as_infinite_in_medians():
@@ -539,3 +542,17 @@ def test_default_accuracy_is_one_that_half_of_the_methods_reach():
     assert found(1e-9, 4e-4, 0.2) == 1e-3
     assert found(1e-9, 1e-8, 0.2) == 1e-6  # no need for more
     assert found(1e-9, None, None) == 1.0
+
+
+def test_two_things_of_one_name_are_refused():
+    twins = [Method("dopri5", "dopri5", "adaptive"), Method("dopri5", "dopri5", "adaptive", options={"safety": 0.5})]
+    with pytest.raises(ValueError, match="`methods` should be things with names of their own"):
+        compare_solvers(["pendulum"], twins, tolerances=(1e-4,), progress_bar=False)
+
+
+def test_times_may_fall():
+    t = torch.linspace(4, 0, 5, dtype=F64)
+    back = Problem("decay", "mine", torch.ones(1, dtype=F64), t, field=lambda t, x: -x)
+    found = compare_solvers([back], ["rk4"], n_steps=(4, 8), with_orders=False, progress_bar=False)
+    assert [run.is_success for run in found.runs] == [True, True]
+    assert observed_order(back, METHODS["rk4"]).is_kept

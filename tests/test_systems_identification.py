@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from portraits import portray
+from torch import nn
 
 from odeopt import systems
 from odeopt.ode import Status
-from odeopt.physics import GivenMatrix, PhaseState, PortHamiltonianSystem
+from odeopt.physics import GivenMatrix, PhaseState, PortHamiltonianSystem, PositiveDefinite
 from odeopt.systems import (
     MODELS,
     FitConfig,
@@ -699,3 +700,26 @@ def test_a_model_moves_in_inference_mode_too(kind):
         with mode():
             found.append(model.rollout(torch.tensor([[1.0, 0.0, 0.5]]), [0.0, 0.1, 0.2], torch.ones(1, 1)).states)
     assert torch.equal(*found)
+
+
+class Stretched(nn.Module):
+    """A spring whose gradient is NaN where it has no length."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, q):
+        return self.k * (q.norm(dim=-1) - 0.5).square()
+
+
+def test_a_gradient_that_is_not_finite_ends_a_fit_with_the_weights_before_it():
+    torch.manual_seed(0)
+    x = torch.cat((torch.zeros(8, 1, 4), 0.1 * torch.randn(8, 3, 4)), 1)
+    system = PortHamiltonianSystem(2, potential=Stretched(), inverse_mass=PositiveDefinite(2))
+    model = PortHamiltonianModel(system, "RR", observes="velocity")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.warns(RuntimeWarning, match="A gradient was nan in pass 1 of 2"):
+        result = fit(model, Trajectories(0.1 * torch.arange(8.0), x), FitConfig(n_passes=2, n_batches=1))
+    assert result.status is Status.NON_FINITE_STATE
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from odeopt.checks import require
+
+if TYPE_CHECKING:
+    from odeopt.ode.grid import Times
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -75,8 +79,11 @@ def check_options(name: str, options: dict[str, Any] | None, method: str, accept
     require(is_right, name, step_size, "positive")
 
 
-def check_state(x0: State) -> None:
-    """Check that a state is made of finite floating-point (or complex) tensors of one dtype on one device."""
+def check_state(x0: State, *, has_numbers: bool = True) -> None:
+    """Check that a state is made of finite floating-point (or complex) tensors of one dtype on one device.
+
+    Without ``has_numbers`` the host may not look at whether they are finite.
+    """
     tensors = tensors_of(x0)
     is_state = not isinstance(x0, list) and len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
     require(is_state, "x0", x0, "a tensor or a tuple of tensors")
@@ -84,7 +91,8 @@ def check_state(x0: State) -> None:
         require(x.is_floating_point() or x.is_complex(), "x0.dtype", x.dtype, "floating point")
         kinds = [f"{part.dtype} on {part.device}" for part in (tensors[0], x)]
         require(kinds[0] == kinds[1], "x0", kinds, "of one dtype on one device")
-        check_finite("x0", x)
+        if has_numbers:
+            check_finite("x0", x)
 
 
 def check_finite(name: str, x: Tensor, where: str = "") -> None:
@@ -93,6 +101,15 @@ def check_finite(name: str, x: Tensor, where: str = "") -> None:
     if not is_finite.all():
         bad, shape = x[~is_finite][0].item(), tuple(x.shape)
         raise ValueError(f"Parameter `{name}` should be finite{where}. Found `{bad}` in a tensor of shape {shape}.")
+
+
+def check_numbers(t: Any, times: Times | None) -> None:
+    """Check output times by their numbers, which the host knows also where a computation is traced."""
+    numbers = [] if times is None else times.numbers
+    require(len(numbers) >= 2, "t", t, "a tensor or a sequence of at least two floating-point numbers")
+    steps = [end - start for start, end in itertools.pairwise(numbers)]
+    is_right = all(map(math.isfinite, steps)) and (all(x > 0 for x in steps) or all(x < 0 for x in steps))
+    require(is_right, "t", numbers, "finite and strictly increasing or decreasing")
 
 
 def check_times(t: Tensor | Sequence[float], like: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def explicit_steps(
     flat, vector_field = _flattened(recorder, x0) if is_tuple else (own(x0), recorder)
     has_versions = not is_traced() and not torch.is_inference_mode_enabled()
 
-    def callback(start: Tensor, x: Tensor, dt: Tensor | float) -> None:
+    def callback(start: Tensor, x: Tensor, dt: Tensor) -> None:
         recorder.callback_step(start, _unflattened(x, x0, 0) if is_tuple else x, dt)
 
     def step(start: Tensor, x: Tensor, dt: Tensor | float) -> Tensor:
@@ -214,7 +214,7 @@ def _marched(
         dt, starts = _steps_of(part, times, clock, x)
         for start in starts:
             if callback is not None:
-                callback(start, x, dt)
+                callback(start, x, dt if isinstance(dt, Tensor) else torch.full_like(start, dt))
             x = step(start, x, dt)
         if part.ends_at_output:
             states.append(x)

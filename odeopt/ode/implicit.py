@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
-from odeopt.modes import is_traced
+from odeopt.modes import is_in_forward_mode, is_traced
 
 Residual = Callable[[Tensor], Tensor]
 
@@ -17,6 +17,8 @@ Residual = Callable[[Tensor], Tensor]
 # captured), of which the last ones change nothing, and at most these elsewhere. From an Euler predictor Newton's method
 # needs three to five, and what it has not solved by then has run away.
 _N_WHOLE = 8
+# Iterations that an equation takes at least, unless the residual is small beside the state itself.
+_N_AT_LEAST = 2
 # A step of the second try that makes the residual larger is halved at most so often.
 _N_HALVINGS = 8
 # An iterate may be larger than the guess by this factor; beyond, its size no longer excuses a residual.
@@ -27,8 +29,9 @@ class Newton(NamedTuple):
     """Settings of the Newton iterations that solve implicit equations.
 
     Attributes:
-        tol: Largest entry of the residual that counts as zero, in units of one plus the largest entry of the state;
-            None for the three quarters power of the dtype's rounding, 2e-12 in double and 6e-6 in single precision.
+        tol: Largest entry of the residual that counts as zero, in units of one plus the largest entry of the state, or,
+            before two iterations were taken, of that entry alone; None for the three quarters power of the dtype's
+            rounding, 2e-12 in double and 6e-6 in single precision.
         max_iters: Iterations at most of each try: of the first one, in whole steps, None for 8; of the second one, in
             halved steps, None for 20.
     """
@@ -95,10 +98,10 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
         root = _iterated(residual, guess.detach(), tol, n_whole, synchronises=not is_masked)
         if not is_masked and not root.is_converged.all():
             start = torch.where(root.is_converged.unsqueeze(-1), root.x, guess.detach())
-            again = _iterated(residual, start, tol, newton.max_iters or 20, n_halvings=_N_HALVINGS)
+            again = _iterated(residual, start, tol, newton.max_iters or 20, n_least=0, n_halvings=_N_HALVINGS)
             root = again._replace(n_iters=root.n_iters + again.n_iters, n_evals=root.n_evals + again.n_evals)
         x = root.x.detach()
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_in_forward_mode():
         attached = residual(x)
         if attached.requires_grad or is_masked:  # under transforms a tensor does not say what it depends on
             with torch.no_grad():
@@ -109,13 +112,23 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
 
 
 def _iterated(
-    residual: Residual, x: Tensor, tol: float, max_iters: int, *, synchronises: bool = True, n_halvings: int = 0
+    residual: Residual,
+    x: Tensor,
+    tol: float,
+    max_iters: int,
+    *,
+    synchronises: bool = True,
+    n_least: int = _N_AT_LEAST,
+    n_halvings: int = 0,
 ) -> Root:
     """Take steps of Newton's method, until all samples have converged or diverged if the host may wait for them."""
     r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    n_evals, limit = 1, _GROWTH * (1 + x.abs().amax(-1))
+    size = x.abs().amax(-1)
+    n_evals, limit = 1, _GROWTH * (1 + size)
     for _ in range(max_iters):
-        is_open = ~_is_small(r, x, tol, limit)
+        # what is small beside one may be large beside a small state: the predictor itself, where no iteration follows
+        is_done = (n_iters >= n_least) | (r.abs().amax(-1) <= tol * torch.maximum(size, x.abs().amax(-1)))
+        is_open = ~(_is_small(r, x, tol, limit) & is_done)
         if synchronises and not (is_open & x.isfinite().all(-1)).any():
             break
         step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)

@@ -16,6 +16,7 @@ from odeopt.checks import require
 from odeopt.ode.checks import (
     State,
     check_choice,
+    check_numbers,
     check_options,
     check_state,
     check_times,
@@ -94,7 +95,9 @@ def integrate(
     Outputs between the steps of torchdiffeq are interpolated: by the fixed-step methods linearly unless
     ``options={"interp": "cubic"}``, by the adaptive ones with a quartic (dopri8, at the default tolerances,
     is off by 1e-5 there and by 1e-10 at its steps); ``options={"step_t": t}`` ends steps at the outputs. Where ``t``
-    requires grad, and at the knots of an input, the adaptive ones always end steps.
+    requires grad, the adaptive ones always end steps. A system is solved anew from each output, or knot of its input,
+    to the next: nothing is interpolated, and multistep methods never leave their first steps (pass
+    ``lambda t, x: system.vector_field(PhaseState(*x))`` to have them go on).
     ``explicit_adams`` climbs to order 11 by default and is then unstable at steps where rk4 is at home:
     give it ``options={"max_order": 5}``.
 
@@ -181,10 +184,12 @@ def integrate(
     tensors = tensors_of(x0)
     is_given = len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)
     is_checked = not (is_ours and is_given and must_not_synchronise(tensors[0]))
+    check_state(x0, has_numbers=is_checked)
     if is_checked:
-        check_state(x0)
         check_tolerances(rtol=rtol, atol=atol, adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol)
         t = check_times(t, tensors_of(x0)[0])
+    else:
+        check_numbers(t, times)
     if is_ours:
         solution = _own_steps(field, x0, t, times, method, options, u, z)
     else:
@@ -234,6 +239,7 @@ def _check_problem(field: Field | PortHamiltonianSystem, x0: State, u: Any, z: A
     is_state = isinstance(x0, tuple) and len(x0) == 2 and all(isinstance(x, Tensor) for x in x0)
     require(is_state, "x0", x0, "a `PhaseState` of tensors q and p")
     checked_input(u)
+    field._check_state(PhaseState(*x0))
     return PhaseState(*x0)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
 from odeopt.ode.checks import clock_dtype, time_dtype
+from odeopt.ode.grid import times_of
 from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
 from odeopt.ode.integrate import integrate
 from odeopt.ode.solution import Solution
@@ -93,7 +94,9 @@ def energy_ledger(
     checked_input(u)
     times, states = solution.t.tolist(), PhaseState(*states)
     low, high = min(times), max(times)
-    between = [knot for knot in knots_of(u) if low < knot < high and knot not in times]
+    rounding = times_of(solution.t).rounding  # within which a knot is an output
+    inner = (knot for knot in knots_of(u) if low < knot < high)
+    between = [knot for knot in inner if min(abs(knot - time) for time in times) > rounding]
     require(not between, "solution.t", between, "such that each knot of `u` is one of them")
     is_discrete = solution.method == "discrete_gradient"
     is_right = not is_discrete or solution.n_steps == len(times) - 1

@@ -49,6 +49,9 @@ class IntegrationError(RuntimeError):
         super().__init__(solution.message)
         self.solution = solution
 
+    def __reduce__(self):  # by what it is made of, which is not its message
+        return type(self), (self.solution,)
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:

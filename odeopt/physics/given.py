@@ -25,8 +25,9 @@ class GivenMatrix(MatrixPart):
     gives a diagonal.
 
     Args:
-        value: A number (a multiple of the identity), a 1-d tensor (a diagonal), a 2-d tensor (a matrix), or a
-            function, called as ``value(q)`` without and as ``value(q, z)`` with a modulating signal.
+        value: A number (a multiple of the identity, in torch's default dtype: a 0-d tensor keeps its own), a 1-d tensor
+            (a diagonal), a 2-d tensor (a matrix), or a function, called as ``value(q)`` without and as
+            ``value(q, z)`` with a modulating signal.
         diagonal: Whether the function gives the diagonal, shape ``(*batch, dof)``, of its matrix. A tensor
             says so by its number of axes.
 

@@ -356,6 +356,9 @@ class PortHamiltonianSystem(nn.Module):
         self._check_state(x)
         if u is None:
             return
+        require(
+            isinstance(u, Tensor), "u", u, f"a tensor, or a function that gives one, of shape (*batch, {self.n_inputs})"
+        )
         batch = x[1].shape[:-1]
         is_right = u.shape == (*batch, self.n_inputs)
         if not is_right and u.shape[-1:] == (self.n_inputs,) and u.dim() <= len(batch) + 1:

@@ -69,7 +69,7 @@ class Problem:
     @property
     def spacing(self) -> float:
         """Time between two outputs."""
-        return (self.t[1] - self.t[0]).item()
+        return (self.t[1] - self.t[0]).abs().item()
 
     def to(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Problem:
         """Return the problem in another precision or on another device.

@@ -16,6 +16,7 @@ from odeopt.ode.solution import Status
 
 NOT_APPLICABLE, OVER_BUDGET, RAISED = "not applicable", "over the budget", "error"
 WORKS = {"n_evals": "evaluations", "seconds": "seconds"}
+_MEASURES = ("error", "energy_error", "gradient_error")
 LOST_ORDER = 0.3  # by which an observed order may lie under the nominal one
 
 
@@ -134,6 +135,10 @@ class Runs:
             found.setdefault(run.method, []).append(run)
         return found
 
+    @functools.cached_property
+    def _known(self) -> Mapping[str, list[str]]:
+        return {name: self.distinct(name) for name in ("problem", "method", "dtype")}
+
     def distinct(self, name: str, **wanted: Any) -> list[str]:
         """Values of an attribute over the runs of :meth:`select`, each once, in their order."""
         return list(dict.fromkeys(getattr(run, name) for run in self.select(**wanted)))
@@ -183,9 +188,17 @@ class Runs:
 
         Returns:
             The work; infinite if no run reaches the accuracy.
+
+        Raises:
+            ValueError: If there is no run of such a problem, method or dtype, or no such unit or measure.
         """
         require(unit in WORKS, "unit", unit, f"one of {', '.join(WORKS)}")
-        runs = self.select(problem=problem, method=method, dtype=dtype)
+        require(measure in _MEASURES, "measure", measure, f"one of {', '.join(_MEASURES)}")
+        wanted = {"problem": problem, "method": method, "dtype": dtype}
+        for name, value in wanted.items():
+            known = self._known[name]
+            require(value in known, name, value, f"one of {', '.join(known)}")
+        runs = self.select(**wanted)
         points = [(getattr(run, unit), getattr(run, measure)) for run in runs]
         points = [(work, error) for work, error in points if error is not None]
         best = min((work for work, error in points if error <= target), default=math.inf)

@@ -24,7 +24,7 @@ def select(parameter: str, wanted: Iterable[str | T] | str | T | None, known: Ma
         The things, one of each name.
 
     Raises:
-        ValueError: If there is no thing or group of a name, or nothing is wanted.
+        ValueError: If there is no thing or group of a name, two things have one name, or nothing is wanted.
     """
     if wanted is None:
         return list(known.values())
@@ -33,9 +33,12 @@ def select(parameter: str, wanted: Iterable[str | T] | str | T | None, known: Ma
     found: dict[str, T] = {}
     for item in [wanted] if isinstance(wanted, str | kind) else wanted:
         if isinstance(item, kind):
-            found[item.name] = item
+            items = [item]
         else:
             check_choice(parameter, item, {*known, *groups})
-            found |= {name: thing for name, thing in known.items() if item in (name, getattr(thing, group))}
+            items = [thing for name, thing in known.items() if item in (name, getattr(thing, group))]
+        for thing in items:
+            is_known = found.setdefault(thing.name, thing) is thing
+            require(is_known, parameter, thing, "things with names of their own: another one has this name")
     require(len(found) > 0, parameter, [], "at least one")
     return list(found.values())

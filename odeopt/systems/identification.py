@@ -60,7 +60,8 @@ class FitResult(NamedTuple):
 
     Attributes:
         losses: Mean squared error of the observations predicted, by pass; see :meth:`ObservedSystem.residual`.
-        status: ``Status.NON_FINITE_STATE`` if a loss was not finite: the fit ended there, with the weights before it.
+        status: ``Status.NON_FINITE_STATE`` if a loss or its gradient was not finite: the fit ended there, with the
+            weights before it.
         message: What happened, where it did not go well.
         seconds: Wall-clock seconds.
     """
@@ -123,18 +124,21 @@ def fit(
             target = x[:, batch]
             predicted = model.roll(model.encode(target[0]), steps, u[:, batch], n_substeps=config.n_substeps)
             loss = model.residual(predicted, target)[1:].square().mean()
-            if not loss.isfinite():
+            optimizer.zero_grad()
+            length = loss.detach()
+            if loss.isfinite():
+                loss.backward()
+                length = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            if not length.isfinite():
                 bar.close()
                 advice = "lower `lr`"
                 if not losses:  # no pass has gone well
                     advice = "bring `t` and `x` to units in which the motions are numbers of about one"
                     advice += ", or lower `lr`" if optimizer.state else ""
-                message = f"A loss was {loss.item()} in pass {i + 1} of {config.n_passes}: {advice}."
+                what = "gradient" if loss.isfinite() else "loss"
+                message = f"A {what} was {length.item()} in pass {i + 1} of {config.n_passes}: {advice}."
                 warnings.warn(message, RuntimeWarning, stacklevel=3)  # past the decorator
                 return FitResult(losses, Status.NON_FINITE_STATE, message, time.perf_counter() - began)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(batch) / n

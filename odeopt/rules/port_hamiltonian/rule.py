@@ -188,7 +188,7 @@ class PortHamiltonianUpdate(StagedRule):
             per step falls too: :math:`(T / T_0)^{-\text{power}}` times, but at least .7, with the steps so far for T
             where the length is not told. The longer a run, the more it would decay its matrices. 0 is none.
         depth_power: With spectral energies, how fast steps of matrices fall with the number N of matrices in the
-            network, which :meth:`for_depth` tells: :math:`(4 / (N - 1))^{\text{power}}`, with N between 1.25 and 5.
+            network, which :meth:`for_depth` tells: :math:`(4 / (N - 1))^{\text{power}}`, N held between 1.25 and 5.
             Layers that follow each other add up their changes of the output, so that each may make a part of it;
             networks of more than five matrices are residual as a rule, and want no smaller steps.
         alignment_rate: How fast the step size of a tensor follows the alignment of effort and momenta, their cosine a:
