@@ -241,14 +241,19 @@ def suite_in_short() -> str:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     names = [learned[0], *(name for name in found.contenders if name not in (*learned, REFERENCE))]
-    rows = [[p, *_with_least_in_bold(found, p, names)] for p in found.problems]
+    rows = []
+    for p, results in found.outcomes.items():
+        times = [results[name].seconds.mean().item() for name in (learned[0], REFERENCE)]
+        rows.append([p, *_with_least_in_bold(found, p, names), f"{times[0] / times[1]:.1f}"])
     caption = (
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
         f"{found.n_runs} paired runs; below one is better, the best in bold. The learned rule is used as it is, at\n"
-        "`lr=1`; learning rates are chosen by grid for each network, but for Adam's and Prodigy's (`python -m\n"
-        f"odeopt suite --runs {found.n_runs} --out figs`; intervals and all numbers: [Results](docs/results.md))."
+        "`lr=1`; learning rates are chosen by grid for each network, but for Adam's and Prodigy's: by training loss,\n"
+        "on few-examples by held-out loss (a larger rate brings AdamW's training loss there near the rule's). Time:\n"
+        f"of the rule's runs over AdamW's, on a CPU (`python -m odeopt suite --runs {found.n_runs} --out figs`;\n"
+        "intervals and all numbers: [Results](docs/results.md))."
     )
-    return f"{caption}\n\n{table(['network', *(found.contenders[name].title for name in names)], rows)}"
+    return f"{caption}\n\n{table(['network', *(found.contenders[name].title for name in names), 'time'], rows)}"
 
 
 def both(found: Suite, problem: str, name: str) -> str:

@@ -330,6 +330,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     "`cycle_momentum=False` does the same without a warning.",
                     UserWarning,
                 )
+            if "initial_lr" in group and not self.capturable:
+                self._warn_of_second_schedule(group)
             if self.averaging is not None:
                 weight = (self.averaging + 1) / (group["n_steps"] + self.averaging)
                 averages.follow(filter(self._layout.params.__contains__, group["params"]), self.state, weight)
@@ -547,6 +549,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 group["n_steps"] = torch.as_tensor(group["n_steps"], dtype=torch.float32, device=device)
             else:
                 group["n_steps"] = int(group["n_steps"])
+
+    def _warn_of_second_schedule(self, group: dict[str, Any]) -> None:
+        """Warn where a scheduler has halved the learning rate by the second half of a run, as the rule does, too."""
+        total_steps, lr = group["total_steps"], group["lr"]
+        if total_steps is None or 2 * group["n_steps"] < total_steps or self.rule.config.get("schedule") != "power":
+            return
+        if not isinstance(lr, Tensor) and lr < 0.5 * group["initial_lr"] and self._is_first("schedule"):
+            warn_caller(
+                f"A scheduler has brought `lr` from {group['initial_lr']:g} to {lr:g}, on top of the rule's own schedule, "
+                f"which `total_steps = {total_steps}` begins: step sizes fall twice. Leave the scheduler out.",
+                UserWarning,
+            )
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:

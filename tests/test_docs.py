@@ -214,7 +214,10 @@ def test_table_of_the_readme_is_that_of_the_suite(tables, tiny_suite):
         train, held_out = (tiny_suite.ratio(problem, "sgd", of).mean for of in ("train", "held_out"))
         row = next(line for line in readme.splitlines() if line.startswith(f"| {problem} | "))
         assert row.replace("**", "").startswith(f"| {problem} | {train:.2f} / {held_out:.2f} | ")
-        for of in zip(*(cell.split(" / ") for cell in row.strip("| ").split(" | ")[1:]), strict=True):
+        *cells, time = row.strip("| ").split(" | ")[1:]
+        seconds = [tiny_suite.outcomes[problem][name].seconds.mean() for name in ("sgd", "adamw")]
+        assert float(time) == pytest.approx((seconds[0] / seconds[1]).item(), abs=0.06, rel=0.01)
+        for of in zip(*(cell.split(" / ") for cell in cells), strict=True):
             numbers = [float(x.strip("*")) for x in of]
             assert [x.startswith("**") for x in of] == [x == min(numbers) for x in numbers]
     assert tiny_suite.summary("sgd").split(";")[0] in tables.suite()

@@ -353,6 +353,24 @@ def test_schedulers_do_to_the_factor_what_they_do_to_the_lr_of_torch_optim(name)
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_a_schedule_on_top_of_the_rules_own_is_warned_of_once():
+    def run(n_steps, rule="port-hamiltonian-spectral", total_steps=10):
+        optimizer = LearnedOptimizer([parameter([1.0], [1.0])], rule, total_steps=total_steps)
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        for _ in range(n_steps):
+            optimizer.step()
+            scheduler.step()
+
+    for quiet in ({"n_steps": 5}, {"n_steps": 9, "rule": "port-hamiltonian"}, {"n_steps": 9, "total_steps": None}):
+        run(**quiet)  # warnings are errors here
+    with pytest.warns(
+        UserWarning, match="A scheduler has brought `lr` from 1 to 0.34.* on top of the rule's"
+    ) as record:
+        run(9)
+    assert len(record) == 1
+    assert record[0].filename == __file__
+
+
 def test_reduce_on_plateau_lowers_the_factor():
     optimizer = LearnedOptimizer([parameter([1.0], [1.0])], LeakySum(), lr=1.0)
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)

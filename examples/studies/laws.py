@@ -7,6 +7,7 @@ are done.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -89,6 +90,7 @@ def compare(
     args, rules = parse(argv, name, description, NAMES), make()
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
     contenders |= {key: learned(rule, key) for key, rule in rules.items()}
+    contenders[WHOLE] = dataclasses.replace(contenders[WHOLE], title=RULE)  # drawn as in the other figures
     path = args.out / f"{name}.json"
     every = chosen(problems(args.dataset, args.data_dir), args)
     found = evaluate_suite(every, contenders, path=path, n_runs=args.runs, device=args.device)

@@ -41,6 +41,7 @@ def plot_ratios(
                 for column, (value, ratio) in enumerate(fields):
                     axes.add_patch(Rectangle((column, row), 0.97, 0.94, color=colours.to_rgba(ratio), linewidth=0))
                     number = f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}" if ratio < float("inf") else "diverged"
+                    number = "<0.01" if ratio < 0.005 else number
                     ink = "black" if sum(colours.to_rgba(ratio)[:3]) > 1.5 else "white"
                     at = {"ha": "center", "va": "center", "color": ink}
                     axes.text(column + 0.485, row + 0.3, "\n".join(textwrap.wrap(value, 21)), fontsize=6, **at)

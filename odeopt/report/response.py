@@ -40,9 +40,9 @@ def plot_response(
     with style():
         figure, (left, middle, right) = new_figure(11.0, 3.4, n_columns=3)
         for (name, values), colour in zip(update.items(), PALETTE, strict=False):
-            left.plot(gradient, values, color=colour, label=name)
+            left.plot(gradient, values, color=colour, label=f"after {name}")
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
-        left.legend(title="gradients before", frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.0, **below)
+        left.legend(frameon=False, fontsize=7, handlelength=1.0, columnspacing=0.8, **below)
         left.set(title="vectors", xlabel="gradient over its mean magnitude", ylabel="update")
         for (name, values), colour in zip(step_size.items(), PALETTE, strict=False):
             middle.plot(step, values, color=colour, label=name)

@@ -94,7 +94,7 @@ def _draw_ratios(
     styles: Mapping[str, Mapping[str, object]],
     marks: Mapping[str, str],
 ) -> None:
-    """Draw a mark and an interval per problem and optimizer, on a logarithmic axis; what lies beyond is at its edge."""
+    """Draw a mark and an interval per problem and optimizer, on a logarithmic axis; beyond it a number at its edge."""
     finite = [mean for ratios in by_problem.values() for mean, _, _ in ratios.values() if 0 < mean < math.inf]
     reach = min(_WIDEST, 1.15 * max(max(ratio, 1 / ratio) for ratio in [1.05, *finite]))
     axes.set(xscale="log", xlim=(1 / reach, reach), ylim=(-len(by_problem) + 0.5, 0.5))
@@ -105,6 +105,13 @@ def _draw_ratios(
             bounds = [min(max(x, 1 / reach), reach) for x in (low, mean, high)]
             axes.hlines(height, bounds[0], bounds[2], color=styles[name]["color"], linewidth=1.2)
             axes.plot(bounds[1], height, marks[name], color=styles[name]["color"], markersize=4, clip_on=False)
+            if not 1 / reach < mean < reach:
+                is_above = mean > 1
+                text = f"{mean:,.{0 if mean >= 100 else 1}f} →" if is_above else f"← {mean:.2g}"
+                place = {"xytext": (-5 if is_above else 5, 0), "ha": "right" if is_above else "left", "va": "center"}
+                look = {"fontsize": 6, "color": styles[name]["color"], "zorder": 4}
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                axes.annotate(text, (bounds[1], height), textcoords="offset points", **place, **look, bbox=box)
         axes.axhline(-row - 0.5, color="#DDDDDD", linewidth=0.5)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)

@@ -151,13 +151,14 @@ class Suite:
         """
         titles = {name: contender.title for name, contender in self.contenders.items()}
         curves = {
-            problem.title: {titles[c]: (o.steps, o.curves) for c, o in self.outcomes[name].items()}
+            "\n".join(dict.fromkeys((name, problem.title))): {
+                titles[c]: (o.steps, o.curves) for c, o in self.outcomes[name].items()
+            }
             for name, problem in self.problems.items()
         }
         ratios = {
             f"{words} over tuned AdamW's": {
-                problem.title: {titles[c]: self.ratio(name, c, of) for c in titles if c != REFERENCE}
-                for name, problem in self.problems.items()
+                name: {titles[c]: self.ratio(name, c, of) for c in titles if c != REFERENCE} for name in self.problems
             }
             for of, words in _TITLES.items()
         }
