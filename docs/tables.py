@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from odeopt.artifacts import load_pretrained
 from odeopt.evaluation.matrix import ratio_interval, ratio_text
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.report import draw_table
@@ -300,6 +301,31 @@ def filled(page: str) -> str:
     return MARKED.sub(fill, page)
 
 
+_LAWS = {
+    "initial_matrix_kappa": "operator norm of a step of a square matrix, about",
+    "initial_kappa": "step of a coordinate at a fan-in of one; falls with the fourth root of the fan-in",
+    "depth_power": "how fast steps of matrices fall with their number in the network, up to five",
+    "horizon_power": "how fast steps fall with the length of the run",
+    "initial_coherence": "power of the coherence of gradients in a step: short steps where they are mostly noise",
+    "initial_lookahead": "steps ahead at which the velocity is taken, as Nesterov does",
+    "alignment_rate": "how fast step sizes follow the cosine of gradients and momenta",
+    "alignment_horizon": "step from which on that growth goes back",
+    "trust_ratio": "largest step of a matrix over its entries, in the mean square",
+    "row_power": "how fast the gain of a row falls with its momentum",
+    "narrow": "most rows or columns of a matrix that is stepped by coordinates",
+    "initial_decay": "decay of matrices, per step and unit of the step size",
+    "decay_growth": "bound of its growth where gradients vanish",
+    "decay_onset": "fall of the gradients up to which it grows by half at most",
+    "decay_horizon": "length of a run from which on the decay per step falls",
+}
+
+
+def laws_of_the_rule() -> str:
+    """What is built into the default rule, with the values that it ships with."""
+    config = load_pretrained("port-hamiltonian-spectral").config
+    return table(["argument", "value"], [[f"`{name}`: {text}", f"{config[name]:,g}"] for name, text in _LAWS.items()])
+
+
 def coordinate_check() -> str:
     """Changes of each layer's output over the width of a perceptron."""
     return changes_of_outputs(read("coordinate_check"), markdown=True)
@@ -353,6 +379,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guard": guard,
     "kinetic": energies,
     "laws": laws,
+    "laws_of_the_rule": laws_of_the_rule,
     "matrix": matrix,
     "meta_seeds": meta_seeds,
     "optimizers_view": optimizers_view,

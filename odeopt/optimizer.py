@@ -557,8 +557,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return
         if not isinstance(lr, Tensor) and lr < 0.5 * group["initial_lr"] and self._is_first("schedule"):
             warn_caller(
-                f"A scheduler has brought `lr` from {group['initial_lr']:g} to {lr:g}, on top of the rule's own schedule, "
-                f"which `total_steps = {total_steps}` begins: step sizes fall twice. Leave the scheduler out.",
+                f"A scheduler has brought `lr` from {group['initial_lr']:g} to {lr:g}, on top of the rule's own "
+                f"schedule, which `total_steps = {total_steps}` begins: step sizes fall twice. Leave it out.",
                 UserWarning,
             )
 

@@ -34,7 +34,7 @@ class EnergyLedger(NamedTuple):
         t: Output times, shape ``(n_times,)``.
         energy: H at them, shape ``(n_times, *batch)``.
         change: What H gains from one to the next, shape ``(n_times - 1, *batch)``.
-        dissipated: What friction takes, at least zero, of the same shape.
+        dissipated: What friction takes, of the same shape; at least zero where times rise.
         supplied: What the ports bring in, of the same shape.
         residual: ``change + dissipated - supplied``: what the solver made out of nothing, of the same shape.
     """
