@@ -29,11 +29,8 @@ def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def is_traced() -> bool:
-    """Return True while a computation is compiled, mapped (``torch.func``) or differentiated in forward mode.
-
-    Then no value may decide what it does, and a tensor does not say what depends on it.
-    """
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_in_forward_mode()
+    """Return True while a computation is compiled or mapped (``torch.func``): then no value may decide what it does."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def is_in_forward_mode() -> bool:

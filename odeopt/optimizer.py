@@ -555,7 +555,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps, lr = group["total_steps"], group["lr"]
         if total_steps is None or 2 * group["n_steps"] < total_steps or self.rule.config.get("schedule") != "power":
             return
-        if not isinstance(lr, Tensor) and lr < 0.5 * group["initial_lr"] and self._is_first("schedule"):
+        if not isinstance(lr, Tensor) and 0 < lr < 0.5 * group["initial_lr"] and self._is_first("schedule"):
             warn_caller(
                 f"A scheduler has brought `lr` from {group['initial_lr']:g} to {lr:g}, on top of the rule's own "
                 f"schedule, which `total_steps = {total_steps}` begins: step sizes fall twice. Leave it out.",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from odeopt.checks import is_number, require, shown
 from odeopt.rules.port_hamiltonian.kinetic import is_matrix
@@ -109,17 +111,14 @@ def _stacks(module: nn.Module, kernels: Collection[int]) -> set[int]:
 
 
 def _gains(module: nn.Module) -> dict[int, nn.Parameter]:
-    """Gains of several axes that weight normalisation gives to linear layers and convolutions, by their identity."""
-    found = {}
+    """Gains of several axes that weight normalisation gives to layers, by their identity."""
+    found = []
     for part in module.modules():
-        if isinstance(part, nn.Linear):
-            size = part.in_features * part.out_features
-        elif isinstance(part, _ConvNd):
-            size = part.in_channels * part.out_channels // part.groups * math.prod(part.kernel_size)
-        else:
-            continue
-        found |= {id(x): x for x in part.parameters() if x.ndim > 1 and _is_row(x) and x.numel() < size}
-    return found
+        if isinstance(part, ParametrizationList) and isinstance(part[0], _WeightNorm):
+            found.append(part.original0)
+        hooks = (hook for hook in part._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
+        found += [getattr(part, f"{hook.name}_g") for hook in hooks]
+    return {id(gain): gain for gain in found if gain.ndim > 1}
 
 
 def _held_by(module: nn.Module, *kinds: type[nn.Module]) -> dict[int, nn.Parameter]:

@@ -683,3 +683,13 @@ def test_file_that_is_no_text_is_named(tmp_path):
     path.write_bytes(b'class = "\xff"')
     with pytest.raises(ValueError, match=r"tiny.toml is not valid TOML: .*utf-8"):
         load_config(path)
+
+
+class Sized(RandomQuadratic):
+    def __init__(self, *sizes):
+        super().__init__(3)
+
+
+def test_a_class_may_take_any_number_of_arguments(tmp_path):
+    text = QUADRATIC.replace('class = "RandomQuadratic"\ndim = 3', f'class = "{__name__}:Sized"')
+    assert isinstance(load_config(write(tmp_path, text)).build_task(), RandomQuadratic)

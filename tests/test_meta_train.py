@@ -494,5 +494,5 @@ def test_negative_losses_are_refused_where_their_sign_would_turn(objective, matc
 def test_a_mixture_with_negative_losses_is_refused():
     config = MetaConfig(n_meta_steps=2, n_tasks=2, objective=MetaObjective(log=False))
     mixture = Mixture([TaskFamily(MonkeySaddle, {"offset": 1.0})], horizons=(4, 4))
-    with pytest.raises(ValueError, match="`task` should be a mixture of tasks with losses above zero"):
+    with pytest.raises(ValueError, match="`task` should have losses above zero: validation of a mixture"):
         meta_train(tiny_rule(), mixture, config, progress_bar=False)

@@ -697,17 +697,27 @@ def test_parameters_that_overlap_are_stepped_one_after_the_other(size, monkeypat
     assert torch.equal(found, wanted)
 
 
+PARTS = {
+    "the same": lambda flat: (flat, flat),
+    "neighbours": lambda flat: (flat[:8], flat[4:]),
+    "strided": lambda flat: (flat[::3], flat[5:11]),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("rule", ["port-hamiltonian", AdamUpdate(0.1)], ids=["port-hamiltonian", "adam"])
-def test_no_update_is_lost_where_small_parameters_are_one_tensor(rule):
-    weights, moves = torch.zeros(12), []
+def test_no_update_is_lost_where_small_parameters_overlap(rule, parts):
+    flat, moves = torch.zeros(12), []
     for which in ((0, 1), (0,), (1,)):
-        weights.zero_()
-        params = [nn.Parameter(weights[4 * k : 4 * k + 8]) for k in which]
-        optimizer = LearnedOptimizer(params, rule, implementation="eager")
+        flat.zero_()
+        params = [nn.Parameter(PARTS[parts](flat)[k]) for k in which]
+        others = [parameter(torch.ones(3), torch.ones(3)) for _ in range(3)]
+        optimizer = LearnedOptimizer([*others, *params], rule, implementation="eager")
         for param, k in zip(params, which, strict=True):
-            param.grad = torch.full((8,), 1.0 + k)
+            param.grad = torch.full_like(param, 1.0 + k)
         optimizer.step()
-        moves.append(weights.clone())
+        moves.append(flat.clone())
+        assert len(optimizer._layout.placed) == len(which)  # what overlaps nothing stays together
     torch.testing.assert_close(moves[0], moves[1] + moves[2], rtol=0.02, atol=0)
 
 

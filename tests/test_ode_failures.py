@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from odeopt.ode import (
     ORDER,
@@ -315,3 +316,11 @@ def test_errors_of_integrations_are_passed_between_processes():
     for copied in (pickle.loads(pickle.dumps(caught.value)), copy.copy(caught.value)):
         assert str(copied) == str(caught.value)
         torch.testing.assert_close(copied.solution.states, caught.value.solution.states, equal_nan=True)
+
+
+def test_failures_are_told_in_forward_mode_too():
+    with forward_ad.dual_level():
+        assert integrate(waving, X0, times(0, 1, 3), method="rk4", throw=True).is_success
+        assert integrate(nan_after_07, X0, times(0, 1, 11), method="rk4").status is Status.NON_FINITE_STATE
+        with pytest.raises(ValueError, match="`x0` should be finite"):
+            integrate(waving, X0 * torch.nan, times(0, 1, 3), method="rk4")

@@ -359,13 +359,18 @@ def test_errors_fall_with_the_step_for_a_batch_of_systems_at_rest_and_in_motion(
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-4), (F64, 1e-10), (torch.float32, 1e-12)], ids=str)
 @pytest.mark.parametrize("method", ["discrete_gradient", "implicit_midpoint"])
 def test_small_states_are_solved_as_exactly_as_large_ones(method, dtype, size):
-    system = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1))
+    spring = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1))
+    bent = PortHamiltonianSystem(1, potential=lambda q: size**2 * ((q / size).cosh() - 1).sum(-1))
     x0 = PhaseState(torch.tensor([size], dtype=dtype), torch.zeros(1, dtype=dtype))
-    with torch.no_grad():
-        solution = integrate(system, x0, torch.linspace(0, 20, 201, dtype=F64), method=method)
-    solution.raise_for_status()
-    energy = system.energy(PhaseState(*(x.double() for x in solution.states)))
-    torch.testing.assert_close(energy / energy[0], torch.ones_like(energy), rtol=0, atol=200 * torch.finfo(dtype).eps)
+    for system in (spring, bent):
+        with torch.no_grad():
+            solution = integrate(system, x0, torch.linspace(0, 20, 201, dtype=F64), method=method)
+        solution.raise_for_status()
+        energy = system.energy(PhaseState(*(x.double() for x in solution.states)))
+        # the midpoint keeps quadratic energies alone; others come back once a period
+        drift = (energy / energy[0] - 1).abs()
+        exact = 400 * torch.finfo(dtype).eps
+        assert drift.max() < (exact if system is spring or method == "discrete_gradient" else 2e-3)
 
 
 def test_a_system_at_rest_under_large_forces_is_solved():

@@ -162,11 +162,24 @@ def test_wrong_decays_are_refused(decay):
         param_groups(nn.Linear(2, 2), weight_decay=decay)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(3, 4), nn.Conv2d(3, 4, 2, groups=1), nn.ConvTranspose1d(3, 4, 2)], ids=str)
-@pytest.mark.parametrize("normalised", [weight_norm, pytest.param(None, id="none")])
+LAYERS = [nn.Linear(3, 4), nn.Linear(1, 4), nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 1, groups=4), nn.Bilinear(2, 3, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("layer", [*LAYERS, nn.ConvTranspose1d(3, 4, 2)], ids=str)
+@pytest.mark.parametrize("normalised", [weight_norm, nn.utils.weight_norm])
 def test_gains_of_weight_normalisation_are_not_decayed(layer, normalised):
-    module = normalised(copy.deepcopy(layer)) if normalised else nn.Sequential(nn.Linear(3, 1), nn.Conv1d(1, 4, 1))
-    groups = param_groups(module, weight_decay=0.1)
-    gains = [name for group in groups if group.get("is_table") for name, _ in group["params"]]
-    assert gains == (["parametrizations.weight.original0"] if normalised else [])
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0][: len(groups)]
+    groups = param_groups(normalised(copy.deepcopy(layer)), weight_decay=0.1)
+    (gain,) = (name for group in groups if group.get("is_table") for name, _ in group["params"])
+    assert gain in ("parametrizations.weight.original0", "weight_g")
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
+
+
+def test_matrices_of_one_row_or_column_are_no_gains():
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 4)
+            self.lora_A, self.lora_B = nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.ones(4, 1))
+
+    matrices, _ = names(param_groups(Adapted()))
+    assert sorted(matrices) == ["lora_A", "lora_B", "weight"]

@@ -388,6 +388,18 @@ def test_a_batch_remembered_in_inference_mode_serves_a_training():
     task, indices = RandomQuadratic(3), torch.arange(2)
     with torch.inference_mode():
         task.sample_batch(indices, 0, 0)
+        assert not torch.is_grad_enabled()
     params = {name: param.requires_grad_() for name, param in task.init_params(indices, 0).items()}
     task.loss(params, task.sample_batch(indices, 0, 0)).sum().backward()
     assert all(param.grad is not None for param in params.values())
+
+
+def test_a_batch_that_weights_draw_has_no_graph_where_gradients_are_off():
+    class Taught(RandomQuadratic):
+        def draw(self, indices, seed):
+            batch = super().draw(indices, seed)
+            return tuple(part * teacher for part in batch)
+
+    teacher = torch.ones((), requires_grad=True)
+    with torch.no_grad():
+        assert not any(part.requires_grad for part in Taught(3).sample_batch(torch.arange(2), 0, 0))

@@ -139,6 +139,12 @@ class Interrupts:
             raise KeyboardInterrupt from error
 
 
+def after(error: BaseException | None) -> str:
+    """Words on what came after an interrupt, or in its place; nothing where it is the interrupt itself."""
+    is_other = error is not None and not isinstance(error, KeyboardInterrupt)
+    return f" (then {type(error).__name__}: {error})" if is_other else ""
+
+
 class Parser(argparse.ArgumentParser):
     """Parser of a script, after which Ctrl-C ends the script with a line on how to go on in place of a traceback."""
 
@@ -152,7 +158,7 @@ class Parser(argparse.ArgumentParser):
             def hook(kind, error, traceback):
                 if not (interrupts.came or issubclass(kind, KeyboardInterrupt)):
                     return before(kind, error, traceback)
-                sys.stderr.write(f"\n{self.prog}: {self.on_interrupt}\n")
+                sys.stderr.write(f"\n{self.prog}: {self.on_interrupt}{after(error)}\n")
                 if not issubclass(kind, KeyboardInterrupt):  # of which Python makes the status itself
                     sys.exit(128 + signal.SIGINT)
 

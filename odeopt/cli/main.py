@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 2, error
     except LostRankError as error:
         status, message = 1, error
-    except KeyboardInterrupt:
-        status, message = 128 + signal.SIGINT, args.on_interrupt
+    except KeyboardInterrupt as error:
+        status, message = 128 + signal.SIGINT, args.on_interrupt + arguments.after(error.__cause__)
         print(file=sys.stderr)  # below a progress bar
     except train.Terminated as error:
         status, message = 128 + signal.SIGTERM, error

@@ -301,7 +301,8 @@ def _check_class(
         given = {key: value for key, value in options.items() if key != "class"}
         own = {"device", "dtype", "split"}
         check_keys(path, section, given, set(parameters) - own)
-        needed = (name for name, parameter in parameters.items() if parameter.default is parameter.empty)
+        has_default = {name for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+        needed = (name for name, x in parameters.items() if name not in has_default and x.kind is not x.VAR_POSITIONAL)
         if missing := [name for name in needed if name not in given.keys() | own]:
             raise ValueError(f"{path}: [{section}] of class {name} should hold `{missing[0]}`, too.")
     return found

@@ -75,18 +75,18 @@ class MetaObjective:
             "last": (t == horizon).to(t.dtype),
         }[self.weights]
         if self.relative:
-            require_above_zero(first, "relative", True, "False")
+            _refuse_negative(first, "relative")
             losses = losses / first
             losses = torch.where(losses <= _CEILING, losses, _CEILING)  # NaN is not below anything
         weights = (weights / weights.sum())[start : start + len(losses)]
         if self.log:
-            require_above_zero(losses + self.eps, "log", True, "False")
+            _refuse_negative(losses + self.eps, "log")
             losses = (losses + self.eps).log()
         return (weights.unsqueeze(-1) * losses).sum(0)
 
 
-def require_above_zero(losses: Tensor, name: str, value: object, wanted: str) -> None:
-    """Refuse negative losses, which a parameter does not suit; one that is not a number has failed in other ways."""
+def _refuse_negative(losses: Tensor, name: str) -> None:
+    """Refuse negative losses, which an option does not suit; one that is not a number has failed in other ways."""
     if is_negative := (losses < 0).any():
         least = losses.detach().min().item()
-        require(not is_negative, name, value, f"{wanted} where losses are negative, here {least:.4g}")
+        require(not is_negative, name, True, f"False where losses are negative, here {least:.4g}")

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from odeopt.meta.distributed import ALONE, World
-from odeopt.meta.objective import require_above_zero
 from odeopt.meta.unroll import unroll
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import Mixture, Task
@@ -51,9 +50,13 @@ def _mixture_score(
         options = {"n_steps": horizon, "seed": seed, "total_steps": horizon, "held_out": held_out}
         losses = unroll(rule, task, indices=problems, **options).losses
         last = losses[-max(1, horizon // 10) :].mean(0)
-        wanted = "a mixture of tasks with losses above zero, whose logarithms are compared,"
-        require_above_zero(torch.stack((losses[0], last)), "task", task.describe(), wanted)
-        scores.append((last / losses[0] + _LEAST).log().mean().double())
+        ratio = last / losses[0] + _LEAST
+        if (torch.stack((losses[0], ratio)) < 0).any():
+            raise ValueError(
+                "Parameter `task` should have losses above zero: validation of a mixture compares their logarithms. "
+                f"Found {losses[0].tolist()} at the start and {last.tolist()} at the end, of {task!r}."
+            )
+        scores.append(ratio.log().mean().double())
     scores = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64, device=mixture.device)
     score = world.gather(scores).mean().item()
     return score if score == score else float("inf")

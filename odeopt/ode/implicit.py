@@ -18,7 +18,7 @@ Residual = Callable[[Tensor], Tensor]
 # needs three to five, and what it has not solved by then has run away.
 _N_WHOLE = 8
 # Iterations that an equation takes at least, unless the residual is small beside the state itself.
-_N_AT_LEAST = 2
+_N_AT_LEAST = 3
 # A step of the second try that makes the residual larger is halved at most so often.
 _N_HALVINGS = 8
 # An iterate may be larger than the guess by this factor; beyond, its size no longer excuses a residual.
@@ -30,7 +30,7 @@ class Newton(NamedTuple):
 
     Attributes:
         tol: Largest entry of the residual that counts as zero, in units of one plus the largest entry of the state, or,
-            before two iterations were taken, of that entry alone; None for the three quarters power of the dtype's
+            before three iterations were taken, of that entry alone; None for the three quarters power of the dtype's
             rounding, 2e-12 in double and 6e-6 in single precision.
         max_iters: Iterations at most of each try: of the first one, in whole steps, None for 8; of the second one, in
             halved steps, None for 20.
@@ -103,7 +103,8 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
         x = root.x.detach()
     if torch.is_grad_enabled() or is_in_forward_mode():
         attached = residual(x)
-        if attached.requires_grad or is_masked:  # under transforms a tensor does not say what it depends on
+        # under transforms a tensor does not say what it depends on
+        if attached.requires_grad or is_masked or is_in_forward_mode():
             with torch.no_grad():
                 held = jacobian(residual, x).detach()
             x = x - _solved(held, attached)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeopt.checks import require
-from odeopt.modes import is_traced
+from odeopt.modes import is_in_forward_mode, is_traced
 from odeopt.physics.given import Part, as_matrix, evaluate
 from odeopt.physics.structure import apply, check_activation, check_count, mlp
 
@@ -144,7 +144,7 @@ class Hamiltonian(nn.Module):
             return PhaseState(None, self.velocity(x))
         q, p = x
         # torch.autograd can be neither mapped nor compiled; torch.func can, and costs half as much again
-        if is_traced():
+        if is_traced() or is_in_forward_mode():  # which reaches nothing that is detached
 
             def energy(q: Tensor) -> tuple[Tensor, Tensor]:
                 v = self.velocity(PhaseState(q, p))

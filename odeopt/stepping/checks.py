@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
@@ -100,10 +99,14 @@ def is_supported(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.dtype in DTYPES
 
 
-def overlap(starts: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Return True where pieces of memory have a byte in common, given by their addresses and their sizes in bytes."""
-    pieces = sorted((start, start + size) for start, size in zip(starts, sizes, strict=True) if size > 0)
-    return any(end > start for (_, end), (start, _) in itertools.pairwise(pieces))
+def overlapping(pieces: Iterable[tuple[int, int]]) -> set[int]:
+    """Return the numbers of pieces of memory that may share a byte with one before, by addresses and sizes in bytes."""
+    found, reached = set(), 0
+    for start, size, number in sorted((start, size, number) for number, (start, size) in enumerate(pieces) if size > 0):
+        if start < reached:
+            found.add(number)
+        reached = max(reached, start + size)
+    return found
 
 
 def check_sharding(param: Tensor, name: str) -> None:

@@ -16,7 +16,7 @@ from odeopt.checks import require
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import Bucket, state_template
-from odeopt.stepping.checks import check_sharding, check_stack, overlap, parameter_names, warn_caller
+from odeopt.stepping.checks import check_sharding, check_stack, overlapping, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import GroupOptions, NativeStep, native_obstacle
@@ -187,9 +187,8 @@ class Layout:
     ) -> list[Placed]:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
-        local = [Shard.of(param).local(param) for param in params if has_values(param)]
-        are_apart = not overlap([x.data_ptr() for x in local], [x.numel() * x.itemsize for x in local])
-        for param in params:
+        shared = overlapping(map(_extent, params))  # each of which is stepped after those before it
+        for number, param in enumerate(params):
             check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
             if is_stack:
                 check_stack(param, names[param])
@@ -203,8 +202,7 @@ class Layout:
             if shard.n_shards > 1:
                 threshold = max(threshold, _EXCHANGES_ALONE)
             is_large = size >= threshold and (shard.mesh is not None or param.is_contiguous())
-            alone = param if is_alone or is_large else None
-            alone = alone if are_apart else param  # what overlaps is stepped one after the other
+            alone = param if is_alone or is_large or number in shared else None
             alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
         for (rule, *_, is_alone, stacked), together in alike.items():
             if stacked is not None:  # one for all matrices, which go through one call then
@@ -283,6 +281,15 @@ def _native_plan(placed: list[Placed]) -> Plan:
     numbers = {id(group): number for number, group in enumerate(groups)}
     native = NativeStep(placed[0].rule, [x.bucket for x in placed], [numbers[id(x.group)] for x in placed])
     return Plan(native, placed, groups)
+
+
+def _extent(param: Tensor) -> tuple[int, int]:
+    """Address of a parameter's first byte, and the number of bytes up to its last one; none without a memory."""
+    local = Shard.of(param).local(param)
+    if not has_values(param) or local.numel() == 0 or local.data_ptr() == 0:
+        return 0, 0
+    reach = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
+    return local.data_ptr(), (1 + reach) * local.itemsize
 
 
 def tensor_shape(param: Tensor, group: Group) -> torch.Size:

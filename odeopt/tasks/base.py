@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from odeopt.modes import outside_inference_mode
+
 from .fingerprint import are_alike, digest
 from .random import check_dtype, normal
 
@@ -210,7 +212,7 @@ class FixedBatchTask(Task):
     def draw(self, indices: Tensor, seed: int) -> Batch:
         """Draw the data of each problem; as :meth:`Task.sample_batch`, for all steps."""
 
-    @torch.inference_mode(False)  # what is remembered serves later runs, too
+    @outside_inference_mode  # what is remembered serves later runs, too
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Return the data of each problem, whatever the step; see :meth:`Task.sample_batch`."""
         if self._last is not None:

@@ -82,11 +82,10 @@ class ModuleTask(Task):
             require(n_examples is None, "n_examples", n_examples, "None where `data` is a function")
         else:
             _check_data(data)
-            n_all = len(data[0])
-            self.examples = Examples(n_all, count_of(n_examples, n_all), "module")
-            # neighbours, of which a problem gets many, are often alike
-            shuffled = random_bits(torch.zeros(1, dtype=torch.int64), n_all, seed=0, stream="module/order")[0].argsort()
-            self.members = torch.arange(n_all) if n_examples is None else shuffled
+            self.n_trained = count_of(n_examples, len(data[0]))
+            if n_examples is not None:  # neighbours, of which a problem gets many, are often alike
+                first = torch.zeros(1, dtype=torch.int64)
+                self.order = random_bits(first, len(data[0]), seed=0, stream="module/order")[0].argsort()
         for parameter, value in (("make_module", make_module), ("loss_fn", loss_fn)):
             if not callable(value) or (parameter == "make_module" and isinstance(value, nn.Module)):
                 raise TypeError(f"Parameter `{parameter}` should be a function. Found `{parameter} = {value!r}`.")
@@ -129,22 +128,25 @@ class ModuleTask(Task):
     def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw examples that a problem does not train on; see :meth:`Task.sample_held_out`.
 
+        A subclass that changes what :meth:`sample_batch` gives has to change this, too.
+
         Raises:
             ValueError: If each problem trains on all examples.
         """
         if callable(self.data):
             return super().sample_held_out(indices, step, seed)
-        n_trained, n_all = self.examples.n_trained, self.examples.n_all
+        n_all = len(self.data[0])
         wanted = f"fewer than all {n_all} examples of the data, so that some are held out"
-        require(n_trained < n_all, "n_examples", n_trained, wanted)
+        require(self.n_trained < n_all, "n_examples", self.n_trained, wanted)
         return self._draw(indices, step, seed, held_out=True)
 
     def _draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
         indices = self._indices(indices)
         if callable(self.data):
             return tuple(self.data(indices, step, seed))
-        places = self.examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
-        chosen = self.members[places]
+        examples = Examples(len(self.data[0]), self.n_trained, "module")
+        chosen = examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
+        chosen = self.order[chosen] if self.n_trained < len(self.data[0]) else chosen
         return tuple(part.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) for part in self.data)
 
     def loss(self, params: Params, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
-from odeopt.stepping.checks import overlap, rule_obstacle
+from odeopt.stepping.checks import overlapping, rule_obstacle
 from odeopt.stepping.native.library import Group, Options, Rule, TensorState, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -223,8 +223,7 @@ class NativeStep:
             n_threads = min(n_threads, n_useful)
         if n_threads <= 1 or pointers == self._disjoint_at:
             return max(1, n_threads)
-        there = [(at, size) for at, size in zip(pointers, self._n_bytes, strict=True) if at is not None]
-        if overlap(*zip(*there, strict=True)):
+        if overlapping((at, n) for at, n in zip(pointers, self._n_bytes, strict=True) if at is not None):
             return 1
         self._disjoint_at = pointers
         return n_threads
