@@ -62,7 +62,7 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     tables = _held_by(module, nn.Embedding, nn.EmbeddingBag)
     tables |= {key: param for key, param in _held_by(module, nn.LayerNorm, nn.RMSNorm).items() if param.ndim > 1}
     tables |= _gains(module)
-    kernels = {key: param for key, param in _held_by(module, _ConvNd, nn.Bilinear).items() if key not in tables}
+    kernels = _held_by(module, _ConvNd, nn.Bilinear)
     stacks = _stacks(module, kernels)
     matrices, vectors, by_coordinates, stacked, stacked_vectors = [], [], [], [], []
     for name, param in module.named_parameters():

@@ -301,10 +301,10 @@ def _check_class(
         given = {key: value for key, value in options.items() if key != "class"}
         own = {"device", "dtype", "split"}
         check_keys(path, section, given, set(parameters) - own)
-        has_default = {name for name, parameter in parameters.items() if parameter.default is not parameter.empty}
-        needed = (name for name, x in parameters.items() if name not in has_default and x.kind is not x.VAR_POSITIONAL)
-        if missing := [name for name in needed if name not in given.keys() | own]:
-            raise ValueError(f"{path}: [{section}] of class {name} should hold `{missing[0]}`, too.")
+        for key, parameter in parameters.items():
+            is_needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+            if is_needed and key not in given.keys() | own:
+                raise ValueError(f"{path}: [{section}] of class {name} should hold `{key}`, too.")
     return found
 
 

@@ -87,6 +87,6 @@ class MetaObjective:
 
 def _refuse_negative(losses: Tensor, name: str) -> None:
     """Refuse negative losses, which an option does not suit; one that is not a number has failed in other ways."""
-    if is_negative := (losses < 0).any():
+    if (losses < 0).any():
         least = losses.detach().min().item()
-        require(not is_negative, name, True, f"False where losses are negative, here {least:.4g}")
+        require(False, name, True, f"False where losses are negative, here {least:.4g}")

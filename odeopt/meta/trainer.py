@@ -218,11 +218,12 @@ class _Run:
         dtypes = sorted({str(value.dtype) for value in rule.state_dict().values() if value.is_floating_point()})
         require(len(dtypes) <= 1, "rule", " and ".join(dtypes), "one with weights of one dtype")
         check_tasks_apart(rule)
-        self.meta_optimizer = torch.optim.Adam(self.parameters, lr=float(config.lr), betas=(0.9, float(config.beta2)))
+        lr, beta2 = float(config.lr), float(config.beta2)  # a checkpoint with a number of NumPy's cannot be read back
+        self.meta_optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, beta2))
         self.scheduler = None
         if config.schedule == "one-cycle":
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                self.meta_optimizer, float(config.lr), total_steps=max(config.n_meta_steps, 2), cycle_momentum=False
+                self.meta_optimizer, lr, total_steps=max(config.n_meta_steps, 2), cycle_momentum=False
             )
         self.result = MetaResult(rule, n_tasks_per_step=config.n_tasks * self.world.size)
         self.best_weights = _copy(rule.state_dict())

@@ -101,10 +101,10 @@ def solve_implicit(residual: Residual, guess: Tensor, newton: Newton = Newton())
             again = _iterated(residual, start, tol, newton.max_iters or 20, n_least=0, n_halvings=_N_HALVINGS)
             root = again._replace(n_iters=root.n_iters + again.n_iters, n_evals=root.n_evals + again.n_evals)
         x = root.x.detach()
-    if torch.is_grad_enabled() or is_in_forward_mode():
+    has_tangents = is_in_forward_mode()
+    if torch.is_grad_enabled() or has_tangents:
         attached = residual(x)
-        # under transforms a tensor does not say what it depends on
-        if attached.requires_grad or is_masked or is_in_forward_mode():
+        if attached.requires_grad or is_masked or has_tangents:  # then a tensor does not say what it depends on
             with torch.no_grad():
                 held = jacobian(residual, x).detach()
             x = x - _solved(held, attached)
@@ -124,12 +124,9 @@ def _iterated(
 ) -> Root:
     """Take steps of Newton's method, until all samples have converged or diverged if the host may wait for them."""
     r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    size = x.abs().amax(-1)
-    n_evals, limit = 1, _GROWTH * (1 + size)
+    n_evals, start = 1, x.abs().amax(-1)
     for _ in range(max_iters):
-        # what is small beside one may be large beside a small state: the predictor itself, where no iteration follows
-        is_done = (n_iters >= n_least) | (r.abs().amax(-1) <= tol * torch.maximum(size, x.abs().amax(-1)))
-        is_open = ~(_is_small(r, x, tol, limit) & is_done)
+        is_open = ~_is_small(r, x, tol, start, is_early=n_iters < n_least)
         if synchronises and not (is_open & x.isfinite().all(-1)).any():
             break
         step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)
@@ -141,7 +138,7 @@ def _iterated(
             step = torch.where(is_worse.unsqueeze(-1), step / 2, step)
             new, n_evals = residual(x - step), n_evals + 1
         x, r, n_iters = x - step, new, n_iters + is_open
-    return Root(x, n_iters, _is_small(r, x, tol, limit), n_evals)
+    return Root(x, n_iters, _is_small(r, x, tol, start), n_evals)
 
 
 def jacobian(function: Residual, x: Tensor) -> Tensor:
@@ -157,9 +154,14 @@ def must_not_synchronise(x: Tensor) -> bool:
     return is_traced() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _is_small(r: Tensor, x: Tensor, tol: float, limit: Tensor) -> Tensor:
+def _is_small(r: Tensor, x: Tensor, tol: float, start: Tensor, *, is_early: Tensor | None = None) -> Tensor:
+    """Compare residuals with the size of an iterate, and of the guess; of early iterates, with these alone."""
     size = x.abs().amax(-1)  # NaN is not below anything, but inf is below inf
-    return (r.abs().amax(-1) <= tol * (1 + torch.minimum(size, limit))) & size.isfinite()
+    scale = 1 + torch.minimum(size, _GROWTH * (1 + start))
+    if is_early is not None:
+        # what is small beside one may be large beside a small state: the predictor itself, where no iteration follows
+        scale = torch.where(is_early, torch.minimum(scale, torch.maximum(start, size)), scale)
+    return (r.abs().amax(-1) <= tol * scale) & size.isfinite()
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from odeopt.checks import is_integer, is_number, require
 from odeopt.ode.checks import clock_dtype, time_dtype
-from odeopt.ode.grid import times_of
+from odeopt.ode.grid import subintervals, times_of
 from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
 from odeopt.ode.integrate import integrate
 from odeopt.ode.solution import Solution
@@ -92,11 +92,9 @@ def energy_ledger(
     is_pair = isinstance(states, tuple) and len(states) == 2
     require(is_pair, "solution.states", type(states).__name__, "a `PhaseState` of q and p")
     checked_input(u)
-    times, states = solution.t.tolist(), PhaseState(*states)
-    low, high = min(times), max(times)
-    rounding = times_of(solution.t).rounding  # within which a knot is an output
-    inner = (knot for knot in knots_of(u) if low < knot < high)
-    between = [knot for knot in inner if min(abs(knot - time) for time in times) > rounding]
+    outputs, states = times_of(solution.t), PhaseState(*states)
+    times = outputs.numbers
+    between = [part.end for part in subintervals(outputs, None, knots_of(u)) if not part.ends_at_output]
     require(not between, "solution.t", between, "such that each knot of `u` is one of them")
     is_discrete = solution.method == "discrete_gradient"
     is_right = not is_discrete or solution.n_steps == len(times) - 1
@@ -105,6 +103,7 @@ def energy_ledger(
     energy = system.energy(states)
     powers = _of_discrete_gradients if is_discrete else _along_cubics
     step = min(abs(end - start) for start, end in itertools.pairwise(times))
+    low, high = min(times), max(times)
     clock = clock_dtype(states.p, max(abs(low), abs(high)), step, high - low)
     rows = []
     for k, (start, end) in enumerate(itertools.pairwise(times)):

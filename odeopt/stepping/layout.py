@@ -187,12 +187,14 @@ class Layout:
     ) -> list[Placed]:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
-        shared = overlapping(map(_extent, params))  # each of which is stepped after those before it
-        for number, param in enumerate(params):
+        for param in params:
             check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
             if is_stack:
                 check_stack(param, names[param])
-            shard, rule = Shard.of(param), self.rule_for(param, group["is_table"])
+        shards = [Shard.of(param) for param in params]
+        shared = overlapping(map(_extent, shards, params))  # each of which is stepped after those before it
+        for number, (shard, param) in enumerate(zip(shards, params, strict=True)):
+            rule = self.rule_for(param, group["is_table"])
             is_alone = rule.crosses_coordinates and not rule.is_staged
             shape = tensor_shape(param, group)
             stacked = shape if not is_alone and rule.is_whole(shape) else None
@@ -283,9 +285,9 @@ def _native_plan(placed: list[Placed]) -> Plan:
     return Plan(native, placed, groups)
 
 
-def _extent(param: Tensor) -> tuple[int, int]:
+def _extent(shard: Shard, param: Tensor) -> tuple[int, int]:
     """Address of a parameter's first byte, and the number of bytes up to its last one; none without a memory."""
-    local = Shard.of(param).local(param)
+    local = shard.local(param)
     if not has_values(param) or local.numel() == 0 or local.data_ptr() == 0:
         return 0, 0
     reach = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))

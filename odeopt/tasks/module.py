@@ -123,6 +123,8 @@ class ModuleTask(Task):
 
     def sample_batch(self, indices: Tensor, step: int, seed: int) -> Batch:
         """Draw the examples of a step, each ``(n_tasks, batch_size, ...)``; see :meth:`Task.sample_batch`."""
+        if callable(self.data):
+            return tuple(self.data(self._indices(indices), step, seed))
         return self._draw(indices, step, seed)
 
     def sample_held_out(self, indices: Tensor, step: int, seed: int) -> Batch:
@@ -141,11 +143,8 @@ class ModuleTask(Task):
         return self._draw(indices, step, seed, held_out=True)
 
     def _draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:
-        indices = self._indices(indices)
-        if callable(self.data):
-            return tuple(self.data(indices, step, seed))
         examples = Examples(len(self.data[0]), self.n_trained, "module")
-        chosen = examples.draw(indices, self.batch_size, step=step, seed=seed, held_out=held_out)
+        chosen = examples.draw(self._indices(indices), self.batch_size, step=step, seed=seed, held_out=held_out)
         chosen = self.order[chosen] if self.n_trained < len(self.data[0]) else chosen
         return tuple(part.index_select(0, chosen.flatten()).unflatten(0, chosen.shape) for part in self.data)
 
@@ -190,13 +189,12 @@ class ModuleTask(Task):
                 f"Found {losses.tolist()}, and {again.tolist()} when evaluated again."
             )
         both = (
-            ("make_module", params, self.init_params(indices, 0)),
-            ("data", batch, self.sample_batch(indices, 0, 0)),
+            ("make_module", "torch's own generator", params, self.init_params(indices, 0)),
+            ("data", "`indices`, `step` and `seed`", batch, self.sample_batch(indices, 0, 0)),
         )
-        for name, first, second in both:
+        for name, source, first, second in both:
             pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
             if not all(x.shape == y.shape and torch.allclose(x, y, equal_nan=True) for x, y in pairs):
-                source = "torch's own generator" if name == "make_module" else "`indices`, `step` and `seed`"
                 warnings.warn(
                     f"`{name}` gives something else each time for the same index and seed, so rules are compared on "
                     f"unlike problems and runs cannot be resumed exactly. Draw its random numbers by {source} alone.",
