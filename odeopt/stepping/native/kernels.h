@@ -1,7 +1,8 @@
 /* Loops over the coordinates of one tensor. Included once per instruction set, with
 
      ISA(name)  the name of a function for this instruction set,
-     TARGET     the attribute that lets the compiler use it.
+     TARGET     the attribute that lets the compiler use it,
+     TILE       rows of a product of matrices whose sums are in registers at once: as many as keep its units busy.
 
    Every loop runs over a block that stays in the first cache, in float32; state, gradients and parameters in bfloat16
    are widened on the way in and rounded on the way out. `omp simd` allows sums to be taken in vectors, in any order
@@ -471,3 +472,4 @@ static const Kernels ISA(kernels) = {ISA(magnitude), ISA(statistics), ISA(advanc
 
 #undef ISA
 #undef TARGET
+#undef TILE

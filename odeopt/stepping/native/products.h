@@ -13,7 +13,11 @@ TARGET static ALWAYS_INLINE void IN(tile)(const REAL *restrict a, const REAL *re
                                           int64_t stride, int adds)
 {
     REAL sums[TILE][COLUMNS];
-    memset(sums, 0, sizeof sums);
+    UNROLL
+    for (int i = 0; i < TILE; i++)
+#pragma omp simd
+        for (int j = 0; j < COLUMNS; j++)
+            sums[i][j] = 0;
     for (int k = 0; k < n; k++) {
         UNROLL
         for (int i = 0; i < TILE; i++) {
@@ -58,16 +62,17 @@ TARGET static void IN(add_products)(const REAL *a, const REAL *b, int m, int n, 
    the compiler transposes in registers. */
 TARGET static void IN(pack)(const float *x, int m, int64_t n, int width, REAL factor, REAL *panel)
 {
-    for (int i = 0; i < m; i += TILE)
-        for (int k = 0; k < width; k += TILE) {
-            const int n_rows = m - i < TILE ? m - i : TILE, n_columns = width - k < TILE ? width - k : TILE;
+    enum { SIDE = 4 };
+    for (int i = 0; i < m; i += SIDE)
+        for (int k = 0; k < width; k += SIDE) {
+            const int n_rows = m - i < SIDE ? m - i : SIDE, n_columns = width - k < SIDE ? width - k : SIDE;
             const float *from = x + i * n + k;
-            REAL *to = panel + (size_t)(i / COLUMNS) * COLUMNS * PANEL + k * COLUMNS + i % COLUMNS, block[TILE][TILE];
-            if (n_rows == TILE && n_columns == TILE) {
-                for (int r = 0; r < TILE; r++)
-                    for (int s = 0; s < TILE; s++)
+            REAL *to = panel + (size_t)(i / COLUMNS) * COLUMNS * PANEL + k * COLUMNS + i % COLUMNS, block[SIDE][SIDE];
+            if (n_rows == SIDE && n_columns == SIDE) {
+                for (int r = 0; r < SIDE; r++)
+                    for (int s = 0; s < SIDE; s++)
                         block[s][r] = factor * from[r * n + s];
-                for (int s = 0; s < TILE; s++)
+                for (int s = 0; s < SIDE; s++)
                     memcpy(to + s * COLUMNS, block[s], sizeof block[s]);
             } else {
                 for (int r = 0; r < n_rows; r++)

@@ -24,7 +24,7 @@
 #else
 #define EXPORT __attribute__((visibility("default")))
 #define ALWAYS_INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 4")
+#define UNROLL _Pragma("GCC unroll 8")
 #endif
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -60,8 +60,7 @@
 
 #define N_LOOKS 2000 /* at a pass that others finish, before a thread sleeps: some 50 microseconds */
 
-#define TILE 4       /* rows of a product that are computed at once, in registers */
-#define STRIP 16     /* and its columns in single precision; half as many in double precision */
+#define STRIP 16     /* columns of a product that are computed at once, in single precision; half as many in double */
 #define PANEL 128    /* columns of a wide matrix that are packed at once: for its Gram matrix, for products with it */
 #define N_TERMS 32   /* of a sum of products, before it is added to others */
 
@@ -235,11 +234,13 @@ static ALWAYS_INLINE float horner(const float *coefficients, const int n, float 
 
 #define ISA(name) name##_any
 #define TARGET
+#define TILE 4
 #include "kernels.h"
 
 #if HAS_X86
 #define ISA(name) name##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
+#define TILE 4
 #include "kernels.h"
 #define ISA(name) name##_avx512
 #if defined(__clang__)
@@ -247,6 +248,7 @@ static ALWAYS_INLINE float horner(const float *coefficients, const int n, float 
 #else
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
 #endif
+#define TILE 8
 #include "kernels.h"
 #endif
 
