@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from odeopt.artifacts import load_pretrained
-from odeopt.evaluation.matrix import ratio_interval, ratio_text
+from odeopt.evaluation import ratio_interval, ratio_text
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.report import draw_table
 from odeopt.solvers import SolverComparison
@@ -28,16 +28,19 @@ from odeopt.suite.opponents import OPPONENTS, REFERENCE
 from odeopt.suite.result import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "studies"))
+sys.path[:0] = [str(ROOT / "examples" / folder) for folder in ("studies", "benchmarks")]
 
-# of studies, which the package does not hold
+# of studies and benchmarks, which the package does not hold
 from cheaper import WAYS  # noqa: E402
 from coordinate_check import table as changes_of_outputs  # noqa: E402
 from depth import table as losses_over_rates  # noqa: E402
+from equal_loss import table as at_equal_loss  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 from laws import table as losses_without_laws  # noqa: E402
+from reporting import ratio_table  # noqa: E402
 from seeds import OTHERS  # noqa: E402
+from unseen import RULE  # noqa: E402
 
 FIGS = ROOT / "figs"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of the table -->", re.DOTALL)
@@ -206,11 +209,9 @@ def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
     return Outcome(lr, is_edge, *numbers, curves, steps_of(records[0]["settings"]["n_steps"]))
 
 
-def suite(
-    name: str = "suite", command: str = "python -m odeopt suite", names: Collection[str] = (), *, in_full: bool = False
-) -> str:
+def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_full: bool = False) -> str:
     """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them; and all else."""
-    found = read_suite(name, names)
+    found = read_suite(name)
     if found is None:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
@@ -220,19 +221,34 @@ def suite(
     rows = [
         [
             problem,
-            *(ratio_text(found.ratio(problem, name, of)) for name in learned for of in ("train", "held_out")),
+            *(_with_spread(found, problem, name, of) for name in learned for of in ("train", "held_out")),
             *(f"{found.ratio(problem, name).mean:.3f}" for name in others),
         ]
         for problem in found.problems
     ]
+    spread = "[95 % Student interval]" if found.n_runs > 2 else "(those of each)"
+    untuned = " and ".join(
+        f"{OPPONENTS[name].title.split(',')[0]}'s" for name in others if len(OPPONENTS[name].rates) == 1
+    )
     caption = (
         f"Losses over those of tuned AdamW with warm-up and cosine decay: geometric means of {found.n_runs} paired\n"
-        "runs [95 % Student interval], below one is better; of the opponents the training loss. Learned rules are\n"
-        "used as they are, the opponents' learning rates chosen by grid for each problem, but for Adam's and\n"
-        f"Prodigy's (`{command} --runs {found.n_runs} --out figs`)."
+        f"runs {spread}, below one is better{'; of the opponents the training loss' if others else ''}. Losses below\n"
+        "1.2e-7 count as 1.2e-7. Learned rules are used as they are; the other learning rates\n"
+        f"{f'(except {untuned}) ' if untuned else ''}are chosen by grid for each problem\n"
+        f"(`{command} --runs {found.n_runs} --out figs`)."
     )
-    rest = ["All numbers:", found.table(markdown=True)] if in_full else []
-    return "\n\n".join([caption, table(titles, rows), *map(found.summary, learned), *rest])
+    rest = ["All numbers:", found.table(markdown=True)] if in_full else [*map(found.summary, learned)]
+    return "\n\n".join([caption, table(titles, rows), *rest])
+
+
+def _with_spread(found: Suite, problem: str, name: str, of: str) -> str:
+    """A ratio to tuned AdamW with its interval, or with both ratios of two runs, of which an interval says nothing."""
+    ratio, outcomes = found.ratio(problem, name, of), found.outcomes[problem]
+    if found.n_runs != 2 or not math.isfinite(ratio.mean):
+        return ratio_text(ratio)
+    each = (ratio_interval(getattr(outcomes[name], of)[k : k + 1], getattr(outcomes[REFERENCE], of)[k : k + 1]).mean
+            for k in range(2))  # fmt: skip
+    return f"{ratio_text(ratio).split(' ')[0]} ({', '.join(_briefly(x) for x in sorted(each))})"
 
 
 def suite_in_short() -> str:
@@ -242,19 +258,23 @@ def suite_in_short() -> str:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     names = [learned[0], *(name for name in found.contenders if name not in (*learned, REFERENCE))]
+    untrained = [name for name in learned if name == f"{learned[0]}, untrained"]
     rows = []
     for p, results in found.outcomes.items():
-        times = [results[name].seconds.mean().item() for name in (learned[0], REFERENCE)]
-        rows.append([p, *_with_least_in_bold(found, p, names), f"{times[0] / times[1]:.1f}"])
+        times = [results[name].seconds.median().item() for name in (learned[0], REFERENCE)]
+        mine, *others = _with_least_in_bold(found, p, names)
+        rows.append([p, mine, *(both(found, p, name) for name in untrained), *others, f"{times[0] / times[1]:.1f}"])
     caption = (
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
         f"{found.n_runs} paired runs; below one is better, the best in bold. The learned rule is used as it is, at\n"
-        "`lr=1`; learning rates are chosen by grid for each network, but for Adam's and Prodigy's: by training loss,\n"
-        "on few-examples by held-out loss (a larger rate brings AdamW's training loss there near the rule's). Time:\n"
-        f"of the rule's runs over AdamW's, on a CPU (`python -m odeopt suite --runs {found.n_runs} --out figs`;\n"
-        "intervals and all numbers: [Results](docs/results.md))."
+        "`lr=1`; untrained: the same before meta-training. The other learning rates (except Adam's and Prodigy's)\n"
+        "are chosen by grid for each network, by training loss (few-examples: by held-out loss; a larger rate brings\n"
+        "AdamW's training loss there near the rule's). Time: of the rule's runs over AdamW's, medians, on one thread\n"
+        f"of a CPU (`python -m odeopt suite --runs {found.n_runs} --out figs`; intervals and all numbers:\n"
+        "[Results](docs/results.md))."
     )
-    return f"{caption}\n\n{table(['network', *(found.contenders[name].title for name in names), 'time'], rows)}"
+    titles = [learned[0], *("untrained" for _ in untrained), *(found.contenders[name].title for name in names[1:])]
+    return f"{caption}\n\n{table(['network', *titles, 'time'], rows)}"
 
 
 def both(found: Suite, problem: str, name: str) -> str:
@@ -287,8 +307,25 @@ def energies() -> str:
 
 def orthogonalised() -> str:
     """The default rule beside the orthogonalised updates of another one, on all problems of the suite."""
-    names = (REFERENCE, "port-hamiltonian-spectral", "port-hamiltonian, orthogonalised")
-    return suite("kinetic", "python examples/kinetic.py", names)
+    names = (REFERENCE, RULE, "port-hamiltonian, orthogonalised")
+    found = read_suite("kinetic", names)
+    if found is None:
+        return NO_SUITE
+    rows = [
+        [p, *(both(found, p, name) for name in names[1:])]
+        + [
+            ratio_text(ratio_interval(*(getattr(of[name], kind) for name in names[1:])))
+            for kind in ("train", "held_out")
+        ]
+        for p, of in found.outcomes.items()
+    ]
+    caption = (
+        f"Training / held-out loss over that of tuned AdamW, geometric means of {found.n_runs} paired runs; and\n"
+        "losses of the default rule over those of the other [95 % Student interval].\n"
+        "Losses below 1.2e-7 count as 1.2e-7."
+    )
+    titles = ["problem", *names[1:], "training, one over the other", "held out, one over the other"]
+    return f"{caption}\n\n{table(titles, rows)}"
 
 
 def filled(page: str) -> str:
@@ -322,7 +359,7 @@ _LAWS = {
 
 def laws_of_the_rule() -> str:
     """What is built into the default rule, with the values that it ships with."""
-    config = load_pretrained("port-hamiltonian-spectral").config
+    config = load_pretrained(RULE).config
     return table(["argument", "value"], [[f"`{name}`: {text}", f"{config[name]:,g}"] for name, text in _LAWS.items()])
 
 
@@ -354,6 +391,17 @@ def cheaper() -> str:
     return NO_SUITE if found is None else losses_without_laws(found, WAYS, markdown=True)
 
 
+def equal_loss() -> str:
+    """Held-out losses of the default rule over AdamW's, where its training loss is AdamW's."""
+    return at_equal_loss(read("equal_loss")["equal"], markdown=True)
+
+
+def step() -> str:
+    """Times of a step over that of Adam."""
+    content = read("step")
+    return f"{content['machine']}:\n\n{ratio_table(content['rows'])}"
+
+
 def guard() -> str:
     """Final losses of rules alone, of the fallback alone and under the guard."""
     return guarded_losses(read("guard"), markdown=True)
@@ -375,6 +423,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cheaper": cheaper,
     "coordinate_check": coordinate_check,
     "depth": depth,
+    "equal_loss": equal_loss,
     "generalisation": generalisation,
     "guard": guard,
     "kinetic": energies,
@@ -393,6 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
+    "step": step,
     "suite": lambda: suite(in_full=True),
     "suite_in_short": suite_in_short,
     "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),

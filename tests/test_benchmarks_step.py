@@ -124,9 +124,9 @@ def test_extra_memory_is_all_but_parameters_gradients_and_state(load):
 def test_the_script_prints_tables_and_saves_figure_and_numbers(load, tmp_path, capsys):
     step, workloads = load("step"), load("workloads")
     options = ["--dataset", "digits", "--repeats", "2", "--threads", str(torch.get_num_threads()), "--quick"]
-    step.main(["--sizes", "300", *options, "--out-dir", str(tmp_path), "--json", str(tmp_path / "rows.json")])
+    step.main(["--sizes", "300", *options, "--out-dir", str(tmp_path)])
     text = capsys.readouterr().out
-    results = json.loads((tmp_path / "rows.json").read_text())
+    results = json.loads((tmp_path / "step.json").read_text())
     names = [row["optimizer"] for row in results["rows"] if row["workload"] == "300"]
     assert names == list(workloads.contenders(CPU, has_lstm=True))
     table = text[text.index("300: 300 parameters") :].split("\n\n")[1].splitlines()[3:]
@@ -140,6 +140,15 @@ def test_the_script_prints_tables_and_saves_figure_and_numbers(load, tmp_path, c
     assert f"{workloads.LOOP} / {workloads.LSTM}, 300: " in text
     assert len(results["bfloat16"]["float32"]) == len(results["bfloat16"]["bfloat16"]) == 3
     assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_numbers_of_other_workloads_stay_where_they_are_of_this_machine(load, tmp_path):
+    joined, path = load("step").joined, tmp_path / "step.json"
+    rows = [{"workload": name, "n": n, "optimizer": "Adam", "ms": [1.0]} for name, n in (("resnet18", 9), ("1e1", 10))]
+    assert joined(rows[1:], path, "this one") == rows[1:]
+    path.write_text(json.dumps({"machine": "this one", "rows": [rows[0], {**rows[1], "ms": [2.0]}]}))
+    assert joined(rows[1:], path, "this one") == rows
+    assert joined(rows[1:], path, "another") == rows[1:]
 
 
 def test_memory_is_printed_for_the_parent_process(load, monkeypatch, capsys):

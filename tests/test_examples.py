@@ -52,6 +52,7 @@ TINY = {
     "physics": ["--quick", "--steps", "1", "--runs", "4", "--systems", "pendulum", "cart-pole", "--rows", "Ham|naive"],
     "quadratic": ["--steps", "2", "--runs", "3"],
     "cheaper": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
+    "equal_loss": ["--dataset", "digits", "--steps", "16", "--runs", "2", "--problems", "recurrent"],
     "laws": ["--dataset", "digits", "--steps", "2", "--problems", "convnet", "coordinates", "few-examples"],
     "scale": ["--dataset", "digits", "--steps", "1", "--problems", "perceptron-64", "transformer-64", "long-convnet"],
     "seeds": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
@@ -300,6 +301,35 @@ def test_rules_that_learned_from_held_out_losses_are_validated_on_them_anew():
     with torch.no_grad():
         scores = [validation_score(rule, task, held_out=share, **options) for share in (0.0, 0.5)]
     assert validate(rule, 2) == scores[1] != scores[0]
+
+
+def test_losses_are_read_where_a_run_comes_down_to_the_level():
+    program = runpy.run_path(str(SCRIPTS["equal_loss"]))
+    shares = torch.tensor(program["SHARES"], dtype=torch.float64)
+    # training losses that fall in proportion to the steps, held-out ones as their square root; the last run stays above
+    train = shares.reciprocal().unsqueeze(1) * torch.tensor([1.0, 1.0, 1.0, 1000.0], dtype=torch.float64)
+    level = torch.tensor([3.0, 20.0, 0.9, 50.0], dtype=torch.float64)
+    share, at_train, held_out = (x.exp() for x in program["crossing"](train, train.sqrt(), level))
+    wanted = torch.tensor([3.0, 16.0, 1.0, 1000.0], dtype=torch.float64)  # of the shortest, or the longest, at the ends
+    torch.testing.assert_close(at_train, wanted)
+    torch.testing.assert_close(held_out, wanted.sqrt())
+    torch.testing.assert_close(share, torch.tensor([1 / 3, 1 / 16, 1.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*Path(odeopt.__file__).parent.glob("pretrained/*.safetensors"), *FOLDER.rglob("*.safetensors")]),
+    ids=lambda path: path.stem,
+)
+def test_artefacts_say_what_their_configuration_trains_today(path):
+    rule = odeopt.load(path)
+    found = rule.trained_for
+    config = load_config(found["config"]).with_seed(found["training"]["seed"])
+    wanted = {"task": config.task, "training": config.training.describe(), "use": config.use or None}
+    wanted["start"] = None if config.start is None else config.start.describe()
+    wanted = json.loads(json.dumps(wanted))
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert rule.config == config.in_use(config.build_rule()).config
 
 
 def test_a_corrupt_file_is_named(tmp_path):

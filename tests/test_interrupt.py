@@ -129,7 +129,7 @@ def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py
     ("script", "message", "begin"),
     [
         ("saddle.py", arguments.BEGINS_ANEW, real),
-        ("kinetic.py", arguments.RESUMES, Forked),
+        ("studies/kinetic.py", arguments.RESUMES, Forked),
         ("reproduce.py", arguments.RESUMES, Forked),
     ],
 )

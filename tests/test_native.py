@@ -10,6 +10,7 @@ import torch
 from optimizer_toys import parameter, port_hamiltonian
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import odeopt
 from odeopt.ode import LINEAR_METHODS, linear_step
@@ -839,6 +840,32 @@ def test_step_of_fake_parameters_is_left_to_torch():
         optimizer = LearnedOptimizer([param], port_hamiltonian())
         optimizer.step()
     assert not is_native(optimizer)
+
+
+class Watching(TorchDispatchMode):
+    """A mode that lets each operation pass."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["mode of dispatch", "torch.func"])
+def test_step_that_something_watches_is_left_to_torch(kind, monkeypatch):
+    optimizers = pair(port_hamiltonian(), [(5,), (3, 2)])
+    for number in range(2):
+        give(optimizers, number)
+        optimizers[0].step()
+        if number == 0:
+            optimizers[1].step()
+    watched = library()._replace(step=lambda *_: pytest.fail("stepped in C"))
+    monkeypatch.setattr(plans, "library", lambda: watched)
+    if kind == "torch.func":
+        torch.func.vmap(lambda x: (optimizers[1].step(), x)[1])(torch.ones(1))
+    else:
+        with Watching():
+            optimizers[1].step()
+    for a, b in zip(*map(params_of, optimizers), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 class Subclass(torch.Tensor):

@@ -258,6 +258,37 @@ def test_the_descent_needs_the_gain_in_the_output(loss):
     assert (rises > 1e-3).sum() >= 4
 
 
+@pytest.mark.parametrize("loss", [quadratic, nonlinear])
+@pytest.mark.parametrize("kind", ["quadratic", "relativistic"])
+def test_with_decoupled_decay_the_sum_with_the_conjugate_never_rises_and_the_one_without_does(kind, loss):
+    """docs/theory.md, weight decay: convex energies K with their conjugates K*, in closed form."""
+    c, decay, s = 0.8, 0.4, 2.0
+    energy = QuadraticEnergy() if kind == "quadratic" else RelativisticEnergy(c)
+    conjugates = {
+        "quadratic": lambda Z: 0.5 * Z.square().sum((-2, -1)),
+        "relativistic": lambda Z: c * (c - (c**2 - Z.square()).sqrt()).sum((-2, -1)),
+    }
+    phi, kappa, g = (normal(12, 1, 1, seed=seed).abs() + 0.5 for seed in (3, 4, 5))
+    theta, P = 0.5 * normal(12, 3, 5, seed=1).tanh(), 0.3 * normal(12, 3, 5, seed=2)
+    gradient = torch.func.grad(lambda theta: loss(theta).sum())
+
+    def field(t, x):
+        theta, P = x
+        return kappa * (g * energy.velocity(P) - decay * theta), -phi * P - g / s * gradient(theta)
+
+    with torch.no_grad():
+        solution = integrate(field, (theta, P), torch.linspace(0, 4, 81), options={"step_size": 0.01})
+    thetas, momenta = solution.states
+    Z, stored = decay * thetas / g, energy.energy(momenta).sum((-2, -1))
+    gap = stored - (momenta * Z).sum((-2, -1)) + conjugates[kind](Z)
+    phi, kappa = phi.flatten(), kappa.flatten()
+    with_conjugate = loss(thetas) + s * phi / decay * conjugates[kind](Z) + kappa * s * gap
+    # rk4 at steps of .01 leaves a relative error far below the rounding of float32
+    assert (with_conjugate.diff(dim=0) <= 1e-9).all()
+    assert (with_conjugate[0] - with_conjugate[-1] > 1e-2).all()
+    assert ((loss(thetas) + kappa * s * stored).diff(dim=0) > 1e-4).any()
+
+
 # ---- the optimizers that they are ----
 
 

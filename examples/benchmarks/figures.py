@@ -101,7 +101,7 @@ def plot_step_cost(
         right.set_yticks(list(rows.values()), list(rows))
         right.set_xscale("log")
         right.set_xlabel(f"time of a step over that of {reference}")
-        right.legend(frameon=False, loc="upper left")
+        right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(ratios), columnspacing=1.0)
         for axis in (left.yaxis, right.xaxis):
             use_plain_numbers(axis, (1, 2, 5))
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)

@@ -7,7 +7,22 @@ from pathlib import Path
 
 import torch
 from figures import plot_step_cost
-from workloads import FOREACH, LEARNED, LOOP, LSTM, MODELS, REFERENCES
+from workloads import (
+    DEFAULT,
+    EAGER,
+    FAST,
+    FOREACH,
+    FUSED,
+    HALF,
+    LEARNED,
+    LOOP,
+    LSTM,
+    MODELS,
+    MUON,
+    NETWORK,
+    REFERENCES,
+    SELDOM,
+)
 
 from odeopt.report import draw_table
 
@@ -33,6 +48,17 @@ def timing_table(rows: list[dict]) -> str:
             cells += [f"{row['state_bytes'] / n:.2f}", extra, f"{row['first_s']:.2f}"]
             table.append([row["optimizer"], *cells])
     return draw_table(headers, table)
+
+
+def ratio_table(rows: list[dict]) -> str:
+    """Times over that of Adam on all workloads, as markdown."""
+    ms = {(row["workload"], row["optimizer"]): row["ms"] for row in rows}
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    table = [
+        [name, *(spread(ratio(ms[at, name], ms[at, FOREACH])) if (at, name) in ms else "" for at in workloads)]
+        for name in (FAST, EAGER, DEFAULT, HALF, SELDOM, MUON, FUSED, NETWORK)
+    ]
+    return draw_table([("", ""), *((at, "") for at in workloads)], table, markdown=True)
 
 
 def summary(rows: list[dict]) -> str:

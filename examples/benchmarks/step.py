@@ -36,6 +36,7 @@ from workloads import (
 
 from odeopt.cli import arguments
 from odeopt.evaluation import student_interval
+from odeopt.files import write_json
 from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, MLPClassification, load_dataset_or_digits
 from odeopt.timing import clock, interleaved
@@ -58,11 +59,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {n_parameters(name):,} parameters\n\n{timing_table(found)}\n", flush=True)
         rows += found
     print(f"{CAPTION}\n\n{summary(rows)}\n")
-    effect = narrowed(args)
-    path = draw(rows, args.out / "step.png", title=machine(args.device))
-    print(f"Figure: {path}")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args.device), "rows": rows, "bfloat16": effect}, indent=2))
+    content = {"machine": machine(args.device), "bfloat16": narrowed(args)}
+    content["rows"] = rows = joined(rows, args.out / "step.json", content["machine"])
+    write_json(args.out / "step.json", content, is_by_row=True)
+    print(f"Numbers and figure: {draw(rows, args.out / 'step.png', title=content['machine']).with_suffix('')}.*")
+
+
+def joined(rows: list[dict], path: Path, machine: str) -> list[dict]:
+    """Rows of this run and of other workloads that were timed before on this machine, from small to large."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": None}
+    is_new = {row["workload"] for row in rows}
+    others = earlier["rows"] if earlier["machine"] == machine else []
+    return sorted([*rows, *(row for row in others if row["workload"] not in is_new)], key=lambda row: row["n"])
 
 
 def timed(workload: str, args: argparse.Namespace) -> list[dict]:
@@ -151,8 +159,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", choices=DATASETS, default="mnist", help="images; scikit-learn's digits where they are not found")
     add("--data-dir", type=Path, help="folder of the images, as examples/mnist.py takes it")
     add("--memory", action="store_true", help="print the memory of the steps in bytes and nothing else")
-    add("--json", type=Path, help="file for all numbers")
-    add("--out", "--out-dir", type=arguments.folder, default="figs", help="folder of the figure")
+    add("--out", "--out-dir", type=arguments.folder, default="figs", help="folder of step.png and step.json, where "
+        "numbers of sizes not timed now stay if they are of this machine")  # fmt: skip
     args = parser.parse_args(argv)
     args.repeats = args.repeats or (5 if args.quick else 21)
     is_large = args.full or args.device.type == "cuda"

@@ -200,9 +200,8 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
         FOREACH: given(Adam, foreach=True, **capturable),
         FUSED: given(Adam, fused=True, **capturable),
         MOMENTUM: given(SGD, lr=1e-3, momentum=0.9, foreach=True),
+        MUON: MuonAndAdam,  # on CUDA without a graph: torch.optim.Muon cannot be captured
     }
-    if device.type == "cpu":  # torch.optim.Muon cannot be captured
-        makes[MUON] = MuonAndAdam
     if has_lstm:
         makes |= {LSTM: learned(rule=lstm), LOOP: given(CellLoop, rule=lstm)}
     return makes

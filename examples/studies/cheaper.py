@@ -7,9 +7,8 @@ The default rule that moves matrices at every k-th step only, and with products 
 
 from __future__ import annotations
 
-from functools import partial
-
-from laws import WHOLE, compare, varied
+from laws import NAMES, WHOLE, compare, varied
+from unseen import parse
 
 WAYS = {
     WHOLE: {},
@@ -21,7 +20,7 @@ WAYS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rule with itself in each way."""
-    compare(argv, "cheaper", __doc__, "Cheaper steps of matrices", partial(varied, WAYS))
+    compare(parse(argv, "cheaper", __doc__, NAMES), "cheaper", "Cheaper steps of matrices", varied(WAYS))
 
 
 if __name__ == "__main__":

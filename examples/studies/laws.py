@@ -7,8 +7,9 @@ are done.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch.nn.functional as F
@@ -83,11 +84,8 @@ def varied(variants: Mapping[str, dict]) -> dict[str, UpdateRule]:
     return {name: rule.with_options(**options) for name, options in variants.items()}
 
 
-def compare(
-    argv: list[str] | None, name: str, description: str, title: str, make: Callable[[], Mapping[str, UpdateRule]]
-) -> None:
-    """Run each of the rules that are made, print the table and draw the figure."""
-    args, rules = parse(argv, name, description, NAMES), make()
+def compare(args: argparse.Namespace, name: str, title: str, rules: Mapping[str, UpdateRule]) -> None:
+    """Run the rules, print the table and draw the figure."""
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
     contenders |= {key: learned(rule, key) for key, rule in rules.items()}
     contenders[WHOLE] = dataclasses.replace(contenders[WHOLE], title=RULE)  # drawn as in the other figures
@@ -100,7 +98,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rule with itself without each law."""
-    compare(argv, "laws", __doc__, "Laws of the default rule", partial(varied, LAWS))
+    compare(parse(argv, "laws", __doc__, NAMES), "laws", "Laws of the default rule", varied(LAWS))
 
 
 if __name__ == "__main__":

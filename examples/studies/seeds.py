@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laws import WHOLE, compare
-from unseen import RULE
+from laws import NAMES, WHOLE, compare
+from unseen import RULE, parse
 
 import odeopt
 from odeopt.rules import UpdateRule
@@ -25,7 +25,7 @@ def rules() -> dict[str, UpdateRule]:
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rule that ships with those of the other meta-seeds."""
-    compare(argv, "seeds", __doc__, "Meta-seeds of the default rule", rules)
+    compare(parse(argv, "seeds", __doc__, NAMES), "seeds", "Meta-seeds of the default rule", rules())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a rule answers gradients: its update against gradient and momentum, its step size over a run, its matrices."""
+"""Answers of a rule to gradients: its update against gradient and momentum, its step size over a run, its matrices."""
 
 from __future__ import annotations
 

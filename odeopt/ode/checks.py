@@ -82,7 +82,7 @@ def check_options(name: str, options: dict[str, Any] | None, method: str, accept
 def check_state(x0: State, *, has_numbers: bool = True) -> None:
     """Check that a state is made of finite floating-point (or complex) tensors of one dtype on one device.
 
-    Without ``has_numbers`` the host may not look at whether they are finite.
+    Without ``has_numbers`` whether they are finite would take a host synchronisation, and is left open.
     """
     tensors = tensors_of(x0)
     is_state = not isinstance(x0, list) and len(tensors) > 0 and all(isinstance(x, Tensor) for x in tensors)

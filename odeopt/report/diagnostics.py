@@ -1,4 +1,4 @@
-"""What an optimizer does to each tensor, as scalars of TensorBoard and as a figure."""
+"""The steps of an optimizer, tensor by tensor, as scalars of TensorBoard and as a figure."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def initial_state(rule: UpdateRule, param: Tensor) -> NamedTuple:
 
 
 def checked(rule: UpdateRule, grad: Tensor, step: Any) -> tuple[Tensor, NamedTuple]:
-    """What ``rule`` returned for ``grad``; raises where that is no update of the shape of ``grad`` and a state."""
+    """Return what ``rule`` made of ``grad``; refuse it unless it is an update of the shape of ``grad`` and a state."""
     name = f"`{type(rule).__name__}.forward`"
     if not (isinstance(step, tuple) and len(step) == 2 and torch.is_tensor(step[0]) and hasattr(step[1], "_fields")):
         parts = [type(x).__name__ for x in (step if isinstance(step, tuple) else (step,))]

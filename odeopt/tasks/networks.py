@@ -142,7 +142,7 @@ class ImageTask(NetworkTask):
         self.examples = Examples(len(members), n_trained, f"image-network/{self.split}")
         super().__post_init__()
         self.config["dataset"] = dataset.name
-        if self.n_examples is None:  # whole splits are described as they were before there were parts of them
+        if self.n_examples is None:  # a whole split is told by its name
             del self.config["n_examples"]
 
     def draw(self, indices: Tensor, step: int, seed: int, *, held_out: bool = False) -> Batch:

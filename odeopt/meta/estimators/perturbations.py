@@ -121,7 +121,7 @@ class _Methods(nn.Module):
 
 
 def differences_of_pairs(losses: Tensor, clip: float | None) -> Tensor:
-    """How the losses of runs ``2k`` and ``2k + 1``, shape ``(n_tasks, n_runs)``, differ, by ``clip`` at most."""
+    """Differences of the losses of runs ``2k`` and ``2k + 1``, shape ``(n_tasks, n_runs)``, ``clip`` at most."""
     differences = losses[:, 0::2] - losses[:, 1::2]
     return differences if clip is None else differences.clamp(-clip, clip)
 

@@ -35,7 +35,7 @@ class Shared(NamedTuple):
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
-        """What the state holds once per tensor after the step, in its order."""
+        """Numbers that the state holds once per tensor after the step, in its order."""
         return self.scale, self.slow_scale, self.step, self.memory
 
 

@@ -106,9 +106,9 @@ class PortHamiltonianUpdate(StagedRule):
     The momentum's equation is solved by ``solver``; the output has a quadrature of one node, at the lookahead point. A
     matrix is a tensor of two axes, or of more with several rows (out, rest), unless it is a lookup table; all other
     tensors have the quadratic energy in place of a spectral one. With ``matrix_normalization="tensor"``, s one number
-    per matrix, and ``matrix_interval=1`` the loss plus :math:`\sum_k (\kappa_k / s) K_k` never rises along the flow
-    while all that is held over a step is held, for any weights; :meth:`energy` and :meth:`power_balance` account for
-    it.
+    per matrix, ``matrix_interval=1`` and no decay the loss plus :math:`\sum_k (\kappa_k / s) K_k` never rises along the
+    flow while all that is held over a step is held, for any weights; :meth:`energy` and :meth:`power_balance` account
+    for it.
 
     Args:
         modes: Degrees of freedom of each coordinate's system.

@@ -49,7 +49,7 @@ class TensorState(ctypes.Structure):
 
 
 class Group(ctypes.Structure):
-    """What a group of tensors is stepped by, as step.c declares it."""
+    """Options of a group of tensors, as step.c declares them."""
 
     _fields_ = (
         *((name, c_float) for name in ("lr", "keep", "progress")),

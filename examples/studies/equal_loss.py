@@ -1,0 +1,104 @@
+"""Does the default rule generalise better than AdamW, or does it only fit better?
+
+On the networks of the suite the rule is told shorter and shorter runs, down to a sixteenth of the suite's, so that one
+ends at about the training loss that tuned AdamW ends with after a whole one. Held-out losses are compared there,
+linear in the logarithms between two lengths. AdamW's runs, and the rule's whole ones, are those of ``suite.json``; the
+others are kept as they are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from unseen import RULE, parse
+
+import odeopt
+from odeopt.evaluation import ratio_interval, ratio_text
+from odeopt.files import read_json, write_json
+from odeopt.progress import tqdm
+from odeopt.report import draw_table
+from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
+from odeopt.suite.opponents import REFERENCE
+from odeopt.suite.problems import Problem
+from odeopt.suite.run import run
+
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the steps of a run of the suite
+TITLES = ("network", "steps, of AdamW's", "training loss", "held-out loss")
+
+
+def crossing(train: Tensor, held_out: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Length of the run that comes down to a training loss, and its losses.
+
+    Args:
+        train: Training losses of runs of growing length, shape ``(n_lengths, n_runs)``.
+        held_out: Their held-out losses, of the same shape.
+        level: The training loss to come down to, shape ``(n_runs,)``.
+
+    Returns:
+        Logarithms of the share of steps, of the training and of the held-out loss, each ``(n_runs,)``: linear between
+        the last length above the level and the next; of the shortest or the longest run where there is none such.
+    """
+    is_below = train <= level
+    after = torch.where(is_below.any(0), is_below.int().argmax(0), len(train) - 1)
+    before = (after - 1).clamp_min(0)
+    shares = torch.tensor(SHARES, dtype=train.dtype).log().unsqueeze(1).expand_as(train)
+    rows = [x.gather(0, torch.stack((before, after))) for x in (shares, train.log(), held_out.log())]
+    weight = ((level.log() - rows[1][0]) / (rows[1][1] - rows[1][0])).nan_to_num(1.0).clamp(0, 1)
+    return tuple(torch.lerp(*row, weight) for row in rows)
+
+
+def shortened(problem: Problem, args: argparse.Namespace, content: dict, path: Path) -> Tensor:
+    """Training and held-out losses of the shorter runs, shape ``(2, n_lengths - 1, n_runs)``."""
+    make, runs, found = learned(odeopt.load_pretrained(RULE), RULE).make, content["runs"], []
+    for share in SHARES[:-1]:
+        of = replace(problem, n_steps=round(share * problem.n_steps))
+        keys = [f"{of.name} | {of.n_steps} steps | seed {seed}" for seed in range(args.runs)]
+        for seed, key in enumerate(keys):
+            if key not in runs:
+                result = run(of, lambda model, n_steps: make(model, n_steps, 1.0), seed, device=args.device)
+                runs[key] = [result.train, result.held_out]
+                write_json(path, content, is_by_row=True)
+        found.append([runs[key] for key in keys])
+    return torch.tensor(found, dtype=torch.float64).movedim(-1, 0)
+
+
+def table(found: Mapping[str, Mapping[str, list[float]]], *, markdown: bool = False) -> str:
+    """Share of AdamW's steps, and losses over AdamW's, where training losses are closest to equal."""
+    rows = []
+    for name, of in found.items():
+        mine, theirs = (torch.tensor(of[key], dtype=torch.float64) for key in ("rule", "adamw"))
+        share = torch.tensor(of["share"], dtype=torch.float64).log().mean().exp().item()
+        losses = (ratio_text(ratio_interval(a, b)) for a, b in zip(mine, theirs, strict=True))
+        rows.append([name, f"{share:.2f}", *losses])
+    return draw_table([(title, "") for title in TITLES], rows, markdown=markdown)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the rule for shorter times, print the table and keep the numbers."""
+    args = parse(argv, "equal_loss", __doc__, available_problems())
+    path, every = args.out / "equal_loss.json", {}
+    contenders = {REFERENCE: opponents()[0][REFERENCE], RULE: learned(odeopt.load_pretrained(RULE), RULE)}
+    content = {"dataset": args.dataset, **contenders[RULE].settings}
+    if path.exists():
+        content = read_json(path, dict, wanted="numbers of this study, of the same rule and images", header=content)
+    content.setdefault("runs", {})
+    for name in tqdm(args.problems or available_problems(), unit=" networks"):
+        problem = make_problem(name, dataset=args.dataset, data_dir=args.data_dir, n_steps=args.steps)
+        options = {"path": args.out / "suite.json", "n_runs": args.runs, "device": args.device}
+        whole = evaluate_suite({name: problem}, contenders, **options, progress_bar=False).outcomes[name]
+        shorter = shortened(problem, args, content, path)
+        longest = torch.stack((whole[RULE].train, whole[RULE].held_out)).unsqueeze(1)
+        share, *losses = (x.exp().tolist() for x in crossing(*torch.cat((shorter, longest), 1), whole[REFERENCE].train))
+        theirs = [whole[REFERENCE].train.tolist(), whole[REFERENCE].held_out.tolist()]
+        every[name] = {"share": share, "rule": losses, "adamw": theirs}
+    write_json(path, content | {"equal": every}, is_by_row=True)
+    print(f"\n{table(every, markdown=args.markdown)}\n\nsaved {path}")
+
+
+if __name__ == "__main__":
+    main()
