@@ -226,7 +226,7 @@ def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_fu
         ]
         for problem in found.problems
     ]
-    spread = "[95 % Student interval]" if found.n_runs > 2 else "(those of each)"
+    spread = "(those of each)" if found.n_runs == 2 else "[95 % Student interval]"
     untuned = " and ".join(
         f"{OPPONENTS[name].title.split(',')[0]}'s" for name in others if len(OPPONENTS[name].rates) == 1
     )
@@ -246,9 +246,9 @@ def _with_spread(found: Suite, problem: str, name: str, of: str) -> str:
     ratio, outcomes = found.ratio(problem, name, of), found.outcomes[problem]
     if found.n_runs != 2 or not math.isfinite(ratio.mean):
         return ratio_text(ratio)
-    each = (ratio_interval(getattr(outcomes[name], of)[k : k + 1], getattr(outcomes[REFERENCE], of)[k : k + 1]).mean
-            for k in range(2))  # fmt: skip
-    return f"{ratio_text(ratio).split(' ')[0]} ({', '.join(_briefly(x) for x in sorted(each))})"
+    pairs = [[getattr(outcomes[x], of)[k : k + 1] for x in (name, REFERENCE)] for k in range(2)]
+    each = (ratio_text(x).split(" ")[0] for x in sorted(ratio_interval(*pair) for pair in pairs))
+    return f"{ratio_text(ratio).split(' ')[0]} ({', '.join(each)})"
 
 
 def suite_in_short() -> str:

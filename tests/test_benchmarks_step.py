@@ -143,12 +143,15 @@ def test_the_script_prints_tables_and_saves_figure_and_numbers(load, tmp_path, c
 
 
 def test_numbers_of_other_workloads_stay_where_they_are_of_this_machine(load, tmp_path):
-    joined, path = load("step").joined, tmp_path / "step.json"
+    earlier, path = load("step").earlier, tmp_path / "step.json"
     rows = [{"workload": name, "n": n, "optimizer": "Adam", "ms": [1.0]} for name, n in (("resnet18", 9), ("1e1", 10))]
-    assert joined(rows[1:], path, "this one") == rows[1:]
-    path.write_text(json.dumps({"machine": "this one", "rows": [rows[0], {**rows[1], "ms": [2.0]}]}))
-    assert joined(rows[1:], path, "this one") == rows
-    assert joined(rows[1:], path, "another") == rows[1:]
+    assert earlier(path, "this one", ["1e1"]) == []
+    path.write_text(json.dumps({"machine": "this one", "rows": rows}))
+    assert earlier(path, "this one", ["1e1"]) == rows[:1]
+    assert earlier(path, "another", ["1e1"]) == []
+    path.write_text("{")
+    with pytest.raises(ValueError, match="numbers of this benchmark"):
+        earlier(path, "this one", ["1e1"])
 
 
 def test_memory_is_printed_for_the_parent_process(load, monkeypatch, capsys):

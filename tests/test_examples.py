@@ -314,6 +314,8 @@ def test_losses_are_read_where_a_run_comes_down_to_the_level():
     torch.testing.assert_close(at_train, wanted)
     torch.testing.assert_close(held_out, wanted.sqrt())
     torch.testing.assert_close(share, torch.tensor([1 / 3, 1 / 16, 1.0, 1.0], dtype=torch.float64))
+    train[-1, 3] = 2 * train[-2, 3]  # the longest run counts, whatever its loss
+    assert program["crossing"](train, train.sqrt(), level)[1][3].exp() == pytest.approx(train[-1, 3].item())
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from workloads import (
 
 from odeopt.cli import arguments
 from odeopt.evaluation import student_interval
-from odeopt.files import write_json
+from odeopt.files import read_json, write_json
 from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, MLPClassification, load_dataset_or_digits
 from odeopt.timing import clock, interleaved
@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.memory:
         return print(json.dumps(peak_memory(args)))
     print(machine(args.device), "", sep="\n", flush=True)
+    others = earlier(
+        args.out / "step.json", machine(args.device), args.sizes
+    )  # a damaged file shows now, not at the end
     memory, rows = measured_apart(sys.argv[1:] if argv is None else argv, args), []
     for name in args.sizes:
         found = timed(name, args)
@@ -60,17 +63,17 @@ def main(argv: list[str] | None = None) -> None:
         rows += found
     print(f"{CAPTION}\n\n{summary(rows)}\n")
     content = {"machine": machine(args.device), "bfloat16": narrowed(args)}
-    content["rows"] = rows = joined(rows, args.out / "step.json", content["machine"])
+    content["rows"] = rows = sorted([*rows, *others], key=lambda row: row["n"])
     write_json(args.out / "step.json", content, is_by_row=True)
     print(f"Numbers and figure: {draw(rows, args.out / 'step.png', title=content['machine']).with_suffix('')}.*")
 
 
-def joined(rows: list[dict], path: Path, machine: str) -> list[dict]:
-    """Rows of this run and of other workloads that were timed before on this machine, from small to large."""
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": None}
-    is_new = {row["workload"] for row in rows}
-    others = earlier["rows"] if earlier["machine"] == machine else []
-    return sorted([*rows, *(row for row in others if row["workload"] not in is_new)], key=lambda row: row["n"])
+def earlier(path: Path, machine: str, sizes: list[str]) -> list[dict]:
+    """Rows of other sizes that were timed before on this machine."""
+    if not path.exists():
+        return []
+    kept = read_json(path, lambda content: (content["machine"], content["rows"]), wanted="numbers of this benchmark")
+    return [row for row in kept[1] if row["workload"] not in sizes and kept[0] == machine]
 
 
 def timed(workload: str, args: argparse.Namespace) -> list[dict]:

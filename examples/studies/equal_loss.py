@@ -21,13 +21,14 @@ import odeopt
 from odeopt.evaluation import ratio_interval, ratio_text
 from odeopt.files import read_json, write_json
 from odeopt.progress import tqdm
-from odeopt.report import draw_table
+from odeopt.report import PALETTE, draw_table, new_figure, panel_grid, save_figure, style, use_plain_numbers
 from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
 from odeopt.suite.opponents import REFERENCE
 from odeopt.suite.problems import Problem
 from odeopt.suite.run import run
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the steps of a run of the suite
+_N_COLUMNS = 3  # of panels
 TITLES = ("network", "steps, of AdamW's", "training loss", "held-out loss")
 
 
@@ -41,7 +42,7 @@ def crossing(train: Tensor, held_out: Tensor, level: Tensor) -> tuple[Tensor, Te
 
     Returns:
         Logarithms of the share of steps, of the training and of the held-out loss, each ``(n_runs,)``: linear between
-        the last length above the level and the next; of the shortest or the longest run where there is none such.
+        the first length at or below the level and the one before; of the longest run where none comes down so far.
     """
     is_below = train <= level
     after = torch.where(is_below.any(0), is_below.int().argmax(0), len(train) - 1)
@@ -49,6 +50,7 @@ def crossing(train: Tensor, held_out: Tensor, level: Tensor) -> tuple[Tensor, Te
     shares = torch.tensor(SHARES, dtype=train.dtype).log().unsqueeze(1).expand_as(train)
     rows = [x.gather(0, torch.stack((before, after))) for x in (shares, train.log(), held_out.log())]
     weight = ((level.log() - rows[1][0]) / (rows[1][1] - rows[1][0])).nan_to_num(1.0).clamp(0, 1)
+    weight = torch.where(is_below.any(0), weight, 1.0)
     return tuple(torch.lerp(*row, weight) for row in rows)
 
 
@@ -78,6 +80,28 @@ def table(found: Mapping[str, Mapping[str, list[float]]], *, markdown: bool = Fa
     return draw_table([(title, "") for title in TITLES], rows, markdown=markdown)
 
 
+def plot(found: Mapping[str, Mapping[str, list]], path: Path) -> Path:
+    """Draw held-out over training losses of growing runs, geometric means, beside where AdamW ends."""
+    n_rows = -(-len(found) // _N_COLUMNS)
+    with style():
+        figure, _ = new_figure(9.6, 2.5 * n_rows + 0.8, n_columns=0)
+        for axes, (name, of) in zip(panel_grid(figure, len(found), _N_COLUMNS), found.items(), strict=True):
+            axes.plot(*of["means"], "o-", color=PALETTE[0], label="default rule, told a sixteenth to all of the steps")
+            ends = torch.tensor(of["adamw"], dtype=torch.float64).log().mean(-1).exp().unsqueeze(-1)
+            axes.plot(*ends, "D", color=PALETTE[1], label="tuned AdamW, after all steps")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_title(name)
+            axes.set_xlabel("training loss")
+            axes.set_ylabel("held-out loss")
+            for axis, losses in zip((axes.xaxis, axes.yaxis), of["means"], strict=True):
+                if max(losses) < 50 * min(losses):  # over more decades they would overlap
+                    use_plain_numbers(axis, (1, 2, 5))
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        return save_figure(figure, path)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the rule for shorter times, print the table and keep the numbers."""
     args = parse(argv, "equal_loss", __doc__, available_problems())
@@ -93,11 +117,12 @@ def main(argv: list[str] | None = None) -> None:
         whole = evaluate_suite({name: problem}, contenders, **options, progress_bar=False).outcomes[name]
         shorter = shortened(problem, args, content, path)
         longest = torch.stack((whole[RULE].train, whole[RULE].held_out)).unsqueeze(1)
-        share, *losses = (x.exp().tolist() for x in crossing(*torch.cat((shorter, longest), 1), whole[REFERENCE].train))
+        runs = torch.cat((shorter, longest), 1)
+        share, *losses = (x.exp().tolist() for x in crossing(*runs, whole[REFERENCE].train))
         theirs = [whole[REFERENCE].train.tolist(), whole[REFERENCE].held_out.tolist()]
-        every[name] = {"share": share, "rule": losses, "adamw": theirs}
-    write_json(path, content | {"equal": every}, is_by_row=True)
-    print(f"\n{table(every, markdown=args.markdown)}\n\nsaved {path}")
+        every[name] = {"share": share, "rule": losses, "adamw": theirs, "means": runs.log().mean(-1).exp().tolist()}
+    write_json(path, content | {"equal": content.get("equal", {}) | every}, is_by_row=True)
+    print(f"\n{table(every, markdown=args.markdown)}\n\nsaved {path} and {plot(every, path.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def plot_ablation(
         labels = list(words.values())
         if any(len(row.by_seed) > 1 for rows in columns.values() for row in rows.values()):
             handles += panels[0].plot([], [], color="#000000", **_RING)
-            labels.append("one meta-training (band: those of the reference)")
+            has_band = any(len(rows[_reference(reference, column)].by_seed) > 1 for column, rows in columns.items())
+            labels.append("one meta-training (band: those of the reference)" if has_band else "one meta-training")
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
         return save_figure(figure, path)
 

@@ -31,7 +31,7 @@ from odeopt.rules.base import UpdateRule, check_tasks_apart
 from odeopt.tasks import Draw, Mixture, Task
 from odeopt.tasks.random import VALIDATION_SEED
 
-_FORMAT = 1  # of checkpoints
+_FORMAT = 4  # of checkpoints
 _PATIENCE = 10.0  # seconds that a run which is interrupted waits for its last scalars
 
 
