@@ -137,7 +137,7 @@ def test_scripts_say_how_to_go_on(tmp_path, script, message, begin):
     out = tmp_path / "out"  # made once the arguments are read
     status, output = interrupted([str(EXAMPLES / script), "--out", str(out)], tmp_path, out.exists, begin)
     assert status in (130, -signal.SIGINT), output
-    assert output.splitlines()[-1] == f"{script}: {message}"
+    assert output.splitlines()[-1] == f"{Path(script).name}: {message}"
     assert "Traceback" not in output
 
 

@@ -85,7 +85,7 @@ def plot(found: Mapping[str, Mapping[str, list]], path: Path) -> Path:
     n_rows = -(-len(found) // _N_COLUMNS)
     with style():
         figure, _ = new_figure(9.6, 2.5 * n_rows + 0.8, n_columns=0)
-        for axes, (name, of) in zip(panel_grid(figure, len(found), _N_COLUMNS), found.items(), strict=True):
+        for axes, (name, of) in zip(panel_grid(figure, len(found), _N_COLUMNS), found.items(), strict=False):
             axes.plot(*of["means"], "o-", color=PALETTE[0], label="default rule, told a sixteenth to all of the steps")
             ends = torch.tensor(of["adamw"], dtype=torch.float64).log().mean(-1).exp().unsqueeze(-1)
             axes.plot(*ends, "D", color=PALETTE[1], label="tuned AdamW, after all steps")

@@ -75,7 +75,7 @@ def ratio_text(ratio: Interval) -> str:
     """Write a ratio and its bounds, e.g. ``"0.912 [0.874, 0.952]"``."""
     if ratio.mean == math.inf:
         return "diverged"
-    mean, low, high = (f"{bound:.3f}" if 0.01 <= bound < 1e4 else f"{bound:.2g}" for bound in ratio)
+    mean, low, high = (f"{x:.2e}" if x >= 1e4 else f"{x:.3f}" if x >= 0.01 else f"{x:.2g}" for x in ratio)
     return f"{mean} [{low}, {high}]" if ratio.high < math.inf else f"{mean} [one run]"
 
 
