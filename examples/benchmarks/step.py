@@ -50,10 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     if args.memory:
         return print(json.dumps(peak_memory(args)))
-    print(machine(args.device), "", sep="\n", flush=True)
-    others = earlier(
-        args.out / "step.json", machine(args.device), args.sizes
-    )  # a damaged file shows now, not at the end
+    path, content = args.out / "step.json", {"machine": machine(args.device)}
+    print(content["machine"], "", sep="\n", flush=True)
+    others = earlier(path, content["machine"], args.sizes)  # a damaged file shows now, not at the end
     memory, rows = measured_apart(sys.argv[1:] if argv is None else argv, args), []
     for name in args.sizes:
         found = timed(name, args)
@@ -62,10 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {n_parameters(name):,} parameters\n\n{timing_table(found)}\n", flush=True)
         rows += found
     print(f"{CAPTION}\n\n{summary(rows)}\n")
-    content = {"machine": machine(args.device), "bfloat16": narrowed(args)}
-    content["rows"] = rows = sorted([*rows, *others], key=lambda row: row["n"])
-    write_json(args.out / "step.json", content, is_by_row=True)
-    print(f"Numbers and figure: {draw(rows, args.out / 'step.png', title=content['machine']).with_suffix('')}.*")
+    rows = sorted([*rows, *others], key=lambda row: row["n"])
+    write_json(path, content | {"bfloat16": narrowed(args), "rows": rows}, is_by_row=True)
+    print(f"Numbers and figure: {draw(rows, path.with_suffix('.png'), title=content['machine']).with_suffix('')}.*")
 
 
 def earlier(path: Path, machine: str, sizes: list[str]) -> list[dict]:

@@ -23,7 +23,7 @@ from odeopt.files import read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.report import PALETTE, draw_table, new_figure, panel_grid, save_figure, style, use_plain_numbers
 from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
-from odeopt.suite.opponents import REFERENCE
+from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
 from odeopt.suite.run import run
 
@@ -54,15 +54,15 @@ def crossing(train: Tensor, held_out: Tensor, level: Tensor) -> tuple[Tensor, Te
     return tuple(torch.lerp(*row, weight) for row in rows)
 
 
-def shortened(problem: Problem, args: argparse.Namespace, content: dict, path: Path) -> Tensor:
+def shortened(problem: Problem, rule: Contender, args: argparse.Namespace, content: dict, path: Path) -> Tensor:
     """Training and held-out losses of the shorter runs, shape ``(2, n_lengths - 1, n_runs)``."""
-    make, runs, found = learned(odeopt.load_pretrained(RULE), RULE).make, content["runs"], []
+    runs, found = content["runs"], []
     for share in SHARES[:-1]:
         of = replace(problem, n_steps=round(share * problem.n_steps))
         keys = [f"{of.name} | {of.n_steps} steps | seed {seed}" for seed in range(args.runs)]
         for seed, key in enumerate(keys):
             if key not in runs:
-                result = run(of, lambda model, n_steps: make(model, n_steps, 1.0), seed, device=args.device)
+                result = run(of, lambda model, n_steps: rule.make(model, n_steps, 1.0), seed, device=args.device)
                 runs[key] = [result.train, result.held_out]
                 write_json(path, content, is_by_row=True)
         found.append([runs[key] for key in keys])
@@ -105,24 +105,25 @@ def plot(found: Mapping[str, Mapping[str, list]], path: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """Run the rule for shorter times, print the table and keep the numbers."""
     args = parse(argv, "equal_loss", __doc__, available_problems())
-    path, every = args.out / "equal_loss.json", {}
+    path = args.out / "equal_loss.json"
     contenders = {REFERENCE: opponents()[0][REFERENCE], RULE: learned(odeopt.load_pretrained(RULE), RULE)}
     content = {"dataset": args.dataset, **contenders[RULE].settings}
     if path.exists():
         content = read_json(path, dict, wanted="numbers of this study, of the same rule and images", header=content)
     content.setdefault("runs", {})
+    found = content.setdefault("equal", {})
     for name in tqdm(args.problems or available_problems(), unit=" networks"):
         problem = make_problem(name, dataset=args.dataset, data_dir=args.data_dir, n_steps=args.steps)
         options = {"path": args.out / "suite.json", "n_runs": args.runs, "device": args.device}
         whole = evaluate_suite({name: problem}, contenders, **options, progress_bar=False).outcomes[name]
-        shorter = shortened(problem, args, content, path)
+        shorter = shortened(problem, contenders[RULE], args, content, path)
         longest = torch.stack((whole[RULE].train, whole[RULE].held_out)).unsqueeze(1)
         runs = torch.cat((shorter, longest), 1)
         share, *losses = (x.exp().tolist() for x in crossing(*runs, whole[REFERENCE].train))
         theirs = [whole[REFERENCE].train.tolist(), whole[REFERENCE].held_out.tolist()]
-        every[name] = {"share": share, "rule": losses, "adamw": theirs, "means": runs.log().mean(-1).exp().tolist()}
-    write_json(path, content | {"equal": content.get("equal", {}) | every}, is_by_row=True)
-    print(f"\n{table(every, markdown=args.markdown)}\n\nsaved {path} and {plot(every, path.with_suffix('.png'))}")
+        found[name] = {"share": share, "rule": losses, "adamw": theirs, "means": runs.log().mean(-1).exp().tolist()}
+    write_json(path, content, is_by_row=True)
+    print(f"\n{table(found, markdown=args.markdown)}\n\nsaved {path} and {plot(found, path.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":
