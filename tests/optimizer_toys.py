@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from odeopt.rules import (
     AdamUpdate,
@@ -16,6 +17,17 @@ from odeopt.rules import (
     UpdateRule,
 )
 from odeopt.rules.base import state_dtype
+
+
+class Watching(TorchDispatchMode):
+    """A mode that lets each operation pass."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    """A tensor that is none of torch's own."""
 
 
 class LeakySumState(NamedTuple):

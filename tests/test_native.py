@@ -7,10 +7,9 @@ import threading
 
 import pytest
 import torch
-from optimizer_toys import parameter, port_hamiltonian
+from optimizer_toys import Subclass, Watching, parameter, port_hamiltonian
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import odeopt
 from odeopt.ode import LINEAR_METHODS, linear_step
@@ -842,13 +841,6 @@ def test_step_of_fake_parameters_is_left_to_torch():
     assert not is_native(optimizer)
 
 
-class Watching(TorchDispatchMode):
-    """A mode that lets each operation pass."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("kind", ["mode of dispatch", "torch.func"])
 def test_step_that_something_watches_is_left_to_torch(kind, monkeypatch):
     optimizers = pair(port_hamiltonian(), [(5,), (3, 2)])
@@ -866,10 +858,6 @@ def test_step_that_something_watches_is_left_to_torch(kind, monkeypatch):
             optimizers[1].step()
     for a, b in zip(*map(params_of, optimizers), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
-class Subclass(torch.Tensor):
-    """A tensor that is none of torch's own."""
 
 
 REFUSED = {

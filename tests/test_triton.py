@@ -13,10 +13,9 @@ from functools import partial
 import pytest
 import test_native
 import torch
-from optimizer_toys import parameter, port_hamiltonian
+from optimizer_toys import Subclass, Watching, parameter, port_hamiltonian
 from test_native import OPTIONS, SETTINGS, give, params_of
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import odeopt
 from odeopt.optimizer import LearnedOptimizer
@@ -255,17 +254,6 @@ def test_autograd_sees_that_parameters_have_changed(is_in_place, request):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-class Watching(TorchDispatchMode):
-    """A mode that lets each operation pass."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-class Subclass(torch.Tensor):
-    """A tensor that is none of torch's own."""
 
 
 @on_device
