@@ -441,6 +441,7 @@ def test_training_goes_on_from_the_rule_of_its_start(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), rule.parameters(), strict=True))
     assert found.trained_for["start"]["estimator"]["detach"]
     assert found.trained_for["validation_loss"] == second.best_score
+    assert found.trained_for["validations"] == [list(pair) for pair in second.validation]
     assert config.trained_for(first, second)["seconds"] == round(first.seconds + second.seconds, 1)
     without = config.build_rule()
     odeopt.meta_train(without, config.build_task(), config.training)

@@ -179,6 +179,16 @@ def test_only_matrices_whose_shorter_side_is_large_take_the_eager_step(is_table,
     assert [list(map(id, some)) for some in eager] == ([] if is_table else [[id(params[0])], [id(params[1])]])
 
 
+def test_matrices_of_learned_polynomials_take_the_eager_step():
+    rule = port_hamiltonian(kinetic="spectral", matrix_polynomial="learned")
+    optimizers = pair(rule, [(5, 7), (30,)])
+    assert_steps_alike(optimizers)
+    assert [(plan.native is None, plan.placed[0].bucket.is_whole) for plan in optimizers[1]._layout.plans] == [
+        (True, True),
+        (False, False),
+    ]
+
+
 # -------------------- parity of matrices that are stepped by their singular values
 
 MATRIX_OPTIONS = {

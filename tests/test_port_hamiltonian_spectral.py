@@ -31,6 +31,7 @@ VARIANTS = {
     "rows": {"kinetic": "spectral", "row_power": 0.5, "initial_coherence": 0.5},
     "rows beside relativistic": {"kinetic": ("relativistic", "spectral"), "row_power": 1.0, "speed_limit": 0.3},
     "output": {"output": "spectral", "initial_decay": 0.1, **TOLD},
+    "learned": {"kinetic": ("quadratic", "spectral"), "matrix_polynomial": "learned"},
 }
 WITH_ROWS, NO_EXTRAS = ["rows", "rows beside relativistic"], {"initial_decay": 0.0, "initial_coherence": 0.0}
 WITH_ENERGY = [name for name in VARIANTS if name != "output"]
@@ -126,12 +127,19 @@ def held(rule, grad, state, shape):
     return friction, gain, torch.stack(kappas), shared.divisor, shared.lookahead
 
 
-def velocity(kinetic, p, shape, norm):
+def factors_of(rule):
+    """Coefficients of k', of Muon unless they are learned."""
+    if rule.matrix_polynomial == "learned":
+        return rule.spectral_energy.coefficients
+    return [(3.4445, -4.7750, 2.0315)] * 5
+
+
+def velocity(rule, kinetic, p, shape, norm):
     if kinetic == "spectral":
         U, S, V = torch.linalg.svd(p.unflatten(-1, (shape[0], -1)), full_matrices=False)
         s = S / norm
-        for _ in range(5):
-            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        for a, b, c in factors_of(rule):
+            s = a * s + b * s**3 + c * s**5
         return (U * s @ V).flatten()
     return p if kinetic == "quadratic" else 0.3 * p / (p.square() + 0.09).sqrt()
 
@@ -153,10 +161,30 @@ def test_step_of_a_matrix_is_the_closed_formula(variant, shape):
         ahead = state.p[k] + lookahead * (p[k] - state.p[k])
         norm = max(x.norm() for x in (state.p[k], p[k], ahead))
         at = ahead if kinetic == "spectral" else p[k]
-        output = integral if kinetic == "quadratic" else velocity(kinetic, at, shape, norm)
+        output = integral if kinetic == "quadratic" else velocity(rule, kinetic, at, shape, norm)
         wanted = wanted + kappas[k] * gain[k] * output
     # singular values by another algorithm: a few hundred float64 roundings, times slopes of up to 3.4^5
     torch.testing.assert_close(update, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_learned_polynomials_begin_as_muons_are_trained_and_saved(tmp_path):
+    options = VARIANTS["spectral"] | {"initial_lookahead": 1.3}
+    learned, fixed = (PortHamiltonianUpdate(**options, matrix_polynomial=name) for name in ("learned", "muon"))
+    fixed.load_state_dict(learned.state_dict(), strict=False)
+    grads = draws(4, 15, seed=7).float()
+    torch.testing.assert_close(*(run(rule, grads, shape=(3, 5))[0] for rule in (learned, fixed)))
+    weights = learned.spectral_energy.raw
+    assert learned.n_parameters() == fixed.n_parameters() + weights.numel()
+    (update,) = torch.autograd.grad(run(learned, grads, shape=(3, 5))[0].square().sum(), weights)
+    assert (update != 0).all()
+    with torch.no_grad():
+        weights.add_(update)
+    moved = run(learned, grads, shape=(3, 5))[0]
+    assert not torch.allclose(moved, run(fixed, grads, shape=(3, 5))[0], rtol=0.01)
+    save(learned, tmp_path / "rule.safetensors", trained_for={"horizon": 4, "task": "none"})
+    assert torch.equal(run(load(tmp_path / "rule.safetensors"), grads, shape=(3, 5))[0], moved)
+    with pytest.raises(ValueError, match=r"`matrix_polynomial` should be 'muon' where no energy is spectral"):
+        PortHamiltonianUpdate(matrix_polynomial="learned")
 
 
 def test_gains_of_rows_fall_with_their_momenta_and_forget_those_at_rest():
@@ -370,7 +398,7 @@ def held_flow(rule, shape, seed):
     slope = torch.func.grad(loss)
     theta, state = draws(n, seed=seed + 2), some_state(rule, shape, seed=seed)
     friction, gain, kappas, divisor, _ = held(rule, slope(theta), state, shape)
-    energies = {"relativistic": RelativisticEnergy(0.3), "spectral": SpectralEnergy()}
+    energies = {"relativistic": RelativisticEnergy(0.3), "spectral": rule.spectral_energy}
     # bounds that the driven momenta keep
     norms = 10 * frobenius_norm((state.p.abs() + (slope(theta) / divisor).abs()).unflatten(-1, (rows, columns)))
 
@@ -396,7 +424,7 @@ def held_flow(rule, shape, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("variant", ["spectral", "with quadratic", "with relativistic", "all", *WITH_ROWS])
+@pytest.mark.parametrize("variant", ["spectral", "with quadratic", "with relativistic", "all", "learned", *WITH_ROWS])
 def test_loss_plus_stored_energy_never_rises_along_the_held_flow(variant, seed):
     options = {"speed_limit": 0.3} if "relativistic" in VARIANTS[variant]["kinetic"] else {}
     W = held_flow(spectral(variant, seed=seed, **options), (3, 5), 10 * seed)
@@ -837,7 +865,7 @@ class ProductTypes(TorchDispatchMode):
 def test_products_have_the_precision_that_is_asked_for(products, device, dtype, wanted, given):
     with FakeTensorMode(), ProductTypes() as types:  # no GPU is needed to see what it would be asked for
         x = torch.empty(2, 15, dtype=dtype, device=device)
-        found = energies.spectral_velocity(x, (3, 5), *((x, x) if given else ()), products=products)
+        found = energies.spectral_velocity(SpectralEnergy(), x, (3, 5), *((x, x) if given else ()), products=products)
     assert types.seen == {wanted}
     assert found.dtype == dtype
 

@@ -96,6 +96,7 @@ class Config:
             "seconds": round(sum(each.seconds for each in results), 1),
             "best_meta_step": result.best_step,
             "validation_loss": result.best_score,
+            "validations": result.validation,
         }
 
     def with_seed(self, seed: int) -> Config:

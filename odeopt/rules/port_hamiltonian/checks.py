@@ -18,6 +18,7 @@ _CHOICES = {
     "output": ("sum", "spectral"),
     "matrix_normalization": ("coordinate", "tensor"),
     "matrix_scale": ("transfer", "muon"),
+    "matrix_polynomial": ("muon", "learned"),
     "matrix_products": ("auto", "full", "bfloat16"),
     "schedule": ("none", "power"),
 }
@@ -25,6 +26,7 @@ _ENERGIES = ("quadratic", "relativistic", "spectral")
 _OF_MATRICES = (
     "matrix_normalization",
     "matrix_scale",
+    "matrix_polynomial",
     "initial_matrix_kappa",
     "initial_lookahead",
     "initial_coherence",

@@ -21,7 +21,6 @@ from odeopt.physics import (
 
 CoordinateEnergy = QuadraticEnergy | RelativisticEnergy
 
-_MUON = SpectralEnergy()
 _SMALL_ROW = 1e-4  # mean square of a row's momenta, over that of all, below which rows are not told apart
 
 
@@ -51,10 +50,13 @@ def step_rms(shape: tuple[int, ...], kind: str = "transfer") -> float:
     return operator_scale(shape, kind) * math.sqrt(min(out, rest) / (out * rest))
 
 
-def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor, products: str = "full") -> Tensor:
+def spectral_velocity(
+    energy: SpectralEnergy, x: Tensor, shape: tuple[int, ...], *others: Tensor, products: str = "full"
+) -> Tensor:
     """Velocity of a spectral energy at ``x``, flat as it comes.
 
     Args:
+        energy: The energy.
         x: Momenta, shape ``(*batch, n)``.
         shape: Shape of the parameter tensor.
         others: Further momenta of the step, which the held norm bounds as well; without any the norm is that of ``x``,
@@ -64,20 +66,27 @@ def spectral_velocity(x: Tensor, shape: tuple[int, ...], *others: Tensor, produc
     """
     matrix, norm = _as_matrix(x, shape), _held_norm(shape, x, *others) if others else None
     is_narrow = products == "bfloat16" or (products == "auto" and x.is_cuda and x.dtype == torch.float32)
-    return newton_schulz(matrix, norm, dtype=torch.bfloat16 if is_narrow else None).flatten(-2)
+    dtype = torch.bfloat16 if is_narrow else None
+    return newton_schulz(matrix, norm, energy.coefficients, dtype=dtype).flatten(-2)
 
 
-def spectral_energy(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+def stored_energy(energy: SpectralEnergy, p: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Spectral energy of momenta ``(*batch, n)`` in units of their own norm, shape ``(*batch,)``."""
-    return _MUON.energy(_as_matrix(p, shape), _held_norm(shape, p))
+    return energy.energy(_as_matrix(p, shape), _held_norm(shape, p))
 
 
 def spectral_balance(
-    p: Tensor, u: Tensor, friction: Tensor, gain: Tensor, shape: tuple[int, ...], *others: Tensor
+    energy: SpectralEnergy,
+    p: Tensor,
+    u: Tensor,
+    friction: Tensor,
+    gain: Tensor,
+    shape: tuple[int, ...],
+    *others: Tensor,
 ) -> PowerBalance:
     """Account of a spectral mode at the start of a step, as :func:`spectral_velocity`, each field ``(*batch,)``."""
     norm = _held_norm(shape, p, *others)
-    return spectral_power_balance(_as_matrix(p, shape), _as_matrix(u, shape), friction, gain, _MUON, norm)
+    return spectral_power_balance(_as_matrix(p, shape), _as_matrix(u, shape), friction, gain, energy, norm)
 
 
 def coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:

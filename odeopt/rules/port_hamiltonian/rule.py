@@ -13,7 +13,14 @@ from torch import Tensor
 
 from odeopt.modes import is_readable
 from odeopt.ode import integrate_unit, is_fixed_step, linear_step
-from odeopt.physics import PhaseState, PortHamiltonianSystem, PowerBalance, QuadraticEnergy, RelativisticEnergy
+from odeopt.physics import (
+    PhaseState,
+    PortHamiltonianSystem,
+    PowerBalance,
+    QuadraticEnergy,
+    RelativisticEnergy,
+    SpectralEnergy,
+)
 from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.port_hamiltonian import kinetic as energies
 from odeopt.rules.port_hamiltonian.checks import check_arguments, depends_on_q, is_linear, is_spectral
@@ -154,6 +161,10 @@ class PortHamiltonianUpdate(StagedRule):
             stored energy may rise.
         matrix_scale: Operator norm of a matrix's steps, by its shape: ``"transfer"``, sqrt(out / rest), for changes
             of a layer's output that are alike at any width; or ``"muon"``, sqrt(max(1, out / rest)).
+        matrix_polynomial: ``"muon"`` for the five factors of Muon as k' of all spectral modes (and of ``output``); or
+            ``"learned"``: their shapes are weights of the rule, which begin as these
+            (:class:`odeopt.physics.SpectralEnergy`). Passive for any weights, and of the same bound. On a CPU the
+            matrices are then stepped by tensor operations, not in C.
         initial_matrix_kappa: Step size of the untrained rule for square matrices under spectral energies: about the
             operator norm of a step, in units of the parameter.
         initial_lookahead: Point at which the untrained rule evaluates the velocity of a spectral mode, in steps from
@@ -268,6 +279,7 @@ class PortHamiltonianUpdate(StagedRule):
         output: str = "sum",
         matrix_normalization: str = "tensor",
         matrix_scale: str = "transfer",
+        matrix_polynomial: str = "muon",
         initial_matrix_kappa: float = 0.03,
         initial_lookahead: float = 1.0,
         initial_coherence: float = 0.0,
@@ -306,6 +318,7 @@ class PortHamiltonianUpdate(StagedRule):
         # because they have no weights and are no modules of the rule
         quadratic, relativistic = QuadraticEnergy(), RelativisticEnergy(self.speed_limit)
         self._energies = {"quadratic": quadratic, "relativistic": relativistic, "spectral": quadratic}
+        self.spectral_energy = SpectralEnergy(learned=matrix_polynomial == "learned") if self.is_spectral else None
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
         self.steps_tables, self.depth_factor = False, 1.0
@@ -415,11 +428,11 @@ class PortHamiltonianUpdate(StagedRule):
         kappa = shared.matrix_kappa * energies.operator_scale(shape, self.matrix_scale)
         if self.output == "spectral":
             outputs = (gain * integral).sum(-2)
-            update = kappa * energies.spectral_velocity(outputs, shape, products=self.matrix_products)
+            update = kappa * self._spectral_velocity(outputs, shape)
         else:
             before, after = p[..., spectral, :], new_p[..., spectral, :]
             ahead = self._ahead(before, after, shared)
-            velocity = energies.spectral_velocity(ahead, shape, before, after, products=self.matrix_products)
+            velocity = self._spectral_velocity(ahead, shape, before, after)
             rates = friction[..., spectral, :1], gain[..., spectral, :1]
             if self.initial_coherence > 0:
                 log_coherence = energies.coherence(after, efforts[..., spectral, :], *rates).log()
@@ -434,6 +447,9 @@ class PortHamiltonianUpdate(StagedRule):
             # at lr <= 1 no step goes beyond where velocity and decay balance, however large step sizes have grown
             update = (update - rate * param) / rate.clamp(min=1.0)
         return update if moves is None else torch.where(moves, update, 0.0), new_state
+
+    def _spectral_velocity(self, x: Tensor, shape: tuple[int, ...], *others: Tensor) -> Tensor:
+        return energies.spectral_velocity(self.spectral_energy, x, shape, *others, products=self.matrix_products)
 
     def _moves(self, shared: Shared) -> Tensor | None:
         """Whether a matrix moves at this step, bool, shape ``(*batch, 1)``; None where it does at every one."""
@@ -714,7 +730,8 @@ class PortHamiltonianUpdate(StagedRule):
             whole, shape ``(*batch, 1)``, the spectral ones in units of the momentum's Frobenius norm.
         """
         if self._has_spectral_balance(shape):
-            spectral = energies.spectral_energy(state.p[..., self.spectral_modes, :], tuple(shape)).sum(-1)
+            p = state.p[..., self.spectral_modes, :]
+            spectral = energies.stored_energy(self.spectral_energy, p, tuple(shape)).sum(-1)
             others = energies.coordinate_energy(state.p, self._energies_of(self._other_modes))
             return (spectral + others.sum(-1)).unsqueeze(-1)
         if "relativistic" in self.kinetic:
@@ -764,7 +781,8 @@ class PortHamiltonianUpdate(StagedRule):
         before = p[..., spectral, :]
         ahead = self._ahead(before, after, shared)
         rates = friction[..., spectral, 0], gain[..., spectral, 0]
-        total = energies.spectral_balance(before, efforts[..., spectral, :], *rates, tuple(shape), after, ahead)
+        driven = before, efforts[..., spectral, :], *rates
+        total = energies.spectral_balance(self.spectral_energy, *driven, tuple(shape), after, ahead)
         total = [x.sum(-1) for x in total]
         if self._other_modes:
             coordinates = energies.coordinate_balance(
