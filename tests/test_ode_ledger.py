@@ -13,7 +13,15 @@ from odeopt.ode import (
     energy_ledger,
     integrate,
 )
-from odeopt.physics import PhaseState, PortHamiltonianSystem
+from odeopt.physics import (
+    MUON_COEFFICIENTS,
+    MatrixEnergy,
+    PhaseState,
+    PortHamiltonianSystem,
+    QuadraticEnergy,
+    RelativisticEnergy,
+    SpectralEnergy,
+)
 
 SPRING = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1), dissipation=0.3).to(F64)
 FREE = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1)).to(F64)
@@ -47,6 +55,77 @@ def test_account_adds_up_and_its_residual_falls_with_the_step(method, u):
     else:
         orders = {"euler": 1, "symplectic_euler": 1, "heun3": 3, "rk4": 4, "dopri5": 4}
         assert math.log2(residuals[0] / residuals[1]) > orders.get(method, 2) - 0.5
+
+
+KINETIC = {
+    "relativistic": lambda: RelativisticEnergy(0.3, learned=True),
+    "spectral": lambda: MatrixEnergy((2, 3), 20.0, SpectralEnergy(MUON_COEFFICIENTS[:2])),
+    "learned spectral": lambda: MatrixEnergy((3, 2), 20.0, SpectralEnergy(MUON_COEFFICIENTS[:2], learned=True)),
+}
+
+
+def system_of(kinetic, **parts):
+    """Six degrees of freedom in a potential, of weights that are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    energy = KINETIC[kinetic]()
+    with torch.no_grad():
+        for weight in energy.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    parts = {"dissipation": 0.2, "port": torch.ones(6, 1)} | parts
+    potential = lambda q: 0.5 * q.square().sum(-1) + q.cos().sum(-1)  # noqa: E731
+    return PortHamiltonianSystem(6, potential=potential, kinetic=energy, **parts).to(F64)
+
+
+@pytest.mark.parametrize("u", [None, drive], ids=["free", "driven"])
+@pytest.mark.parametrize("method", ["rk4", "symplectic_euler", "implicit_midpoint", "discrete_gradient"])
+@pytest.mark.parametrize("kinetic", KINETIC)
+def test_account_adds_up_whatever_the_kinetic_energy(kinetic, method, u):
+    system, residuals = system_of(kinetic), []
+    x0 = PhaseState(*(torch.randn(2, 6, dtype=F64, generator=torch.Generator().manual_seed(k)) for k in (1, 2)))
+    for n in (4, 7):
+        ledger = energy_ledger(system, run(system, method, n=n, end=0.4, u=u, x0=x0), u=u)
+        assert (ledger.dissipated > 0).all()
+        assert u is not None or (ledger.change[:, 0] < 0).all()
+        residuals.append(ledger.residual.abs().sum(0).max().item())
+    if method == "discrete_gradient":
+        assert max(residuals) < 1e-9
+    else:
+        assert math.log2(residuals[0] / residuals[1]) > {"symplectic_euler": 1, "rk4": 4}.get(method, 2) - 0.5
+
+
+@pytest.mark.parametrize("kinetic", KINETIC)
+def test_power_balance_is_that_of_the_energy_along_the_field(kinetic):
+    """Of a spectral energy the derivative is taken through its singular values, and the powers by matrix products."""
+    system, generator = system_of(kinetic), torch.Generator().manual_seed(3)
+    x, u = PhaseState(*torch.randn(2, 5, 6, dtype=F64, generator=generator)), torch.randn(5, 1, dtype=F64)
+    slopes = torch.func.grad(lambda q, p: system.energy(PhaseState(q, p)).sum(), argnums=(0, 1))(*x)
+    rate = sum((slope * dx).sum(-1) for slope, dx in zip(slopes, system.vector_field(x, u), strict=True))
+    balance = system.power_balance(x, u)
+    torch.testing.assert_close(rate, balance.supplied - balance.dissipated)
+    torch.testing.assert_close(balance.residual, torch.zeros(5, dtype=F64))
+
+
+def test_a_quadratic_kinetic_energy_is_that_of_unit_mass():
+    plain, given = FREE, PortHamiltonianSystem(1, potential=FREE.hamiltonian.potential, kinetic=QuadraticEnergy())
+    assert torch.equal(plain.energy(X0), given.energy(X0))
+    assert all(torch.equal(a, b) for a, b in zip(plain.vector_field(X0), given.vector_field(X0), strict=True))
+
+
+def test_wrong_kinetic_energies_are_refused():
+    with pytest.raises(ValueError, match=r"`inverse_mass` should be None where `kinetic` is given"):
+        PortHamiltonianSystem(1, inverse_mass=2.0, kinetic=QuadraticEnergy())
+    with pytest.raises(TypeError, match=r"such as a `RelativisticEnergy` or a `MatrixEnergy`. Found `SpectralEnergy`"):
+        PortHamiltonianSystem(6, kinetic=SpectralEnergy())
+    with pytest.raises(ValueError, match=r"of 5 entries, the degrees of freedom. Found `kinetic.shape = \(2, 3\)`"):
+        PortHamiltonianSystem(5, kinetic=MatrixEnergy((2, 3), 1.0))
+    for shape, norm, name in (((2,), 1.0, "shape"), ((2, 0), 1.0, "shape"), ((2, 3), 0.0, "norm")):
+        with pytest.raises(ValueError, match=f"Parameter `{name}` should be"):
+            MatrixEnergy(shape, norm)
+    system = system_of("relativistic")
+    x0 = PhaseState(*torch.zeros(2, 6, dtype=F64))
+    with pytest.raises(ValueError, match=r"`method` should be another one with friction under a kinetic energy of its"):
+        run(system, "strang", x0=x0)
+    run(system_of("relativistic", dissipation=None), "strang", n=2, x0=x0)
 
 
 def test_damping_of_a_spring_is_accounted_for_as_it_is():

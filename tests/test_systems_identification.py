@@ -11,7 +11,7 @@ from torch import nn
 
 from odeopt import systems
 from odeopt.ode import Status
-from odeopt.physics import GivenMatrix, PhaseState, PortHamiltonianSystem, PositiveDefinite
+from odeopt.physics import GivenMatrix, PhaseState, PortHamiltonianSystem, PositiveDefinite, RelativisticEnergy
 from odeopt.systems import (
     MODELS,
     FitConfig,
@@ -69,6 +69,14 @@ def test_fitting_reduces_the_error(name, kind):
     assert len(result.losses) == 8
     assert result.losses[-1] < 0.9 * result.losses[0]
     assert trajectory_errors(model, data.train).mean < before.mean
+
+
+def test_kinetic_energies_other_than_that_of_a_mass_are_not_observed():
+    system = PortHamiltonianSystem(1, kinetic=RelativisticEnergy())
+    with pytest.raises(
+        ValueError, match=r"`system.hamiltonian.kinetic` should be None: momenta of observed"
+    ):
+        PortHamiltonianModel(system, "R", observes="velocity")
 
 
 @pytest.mark.parametrize(("name", "kind"), LEARNED)

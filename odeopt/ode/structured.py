@@ -165,6 +165,9 @@ def _damped(problem: _Problem, q: Tensor, p: Tensor, h: Tensor | float) -> Tenso
     friction, mass = problem.system.dissipation, problem.system.hamiltonian.inverse_mass
     if friction is None:
         return p
+    kinetic = problem.system.hamiltonian.kinetic
+    wanted = "another one with friction under a kinetic energy of its own: half steps of friction are solved for a mass"
+    require(kinetic is None, "method", "strang", wanted)
     if friction.is_diagonal and (mass is None or mass.is_diagonal):
         shape = (problem.system.dof,) * 2
         rate = evaluate(friction, q, problem.z, name="dissipation", shape=shape)

@@ -1,10 +1,12 @@
 """Port-Hamiltonian systems, of optimizers or of anything else: this room knows nothing of either."""
 
+from odeopt.physics.balance import PowerBalance
 from odeopt.physics.energy import GivenPotential, Hamiltonian, PhaseState, Potential
 from odeopt.physics.given import GivenMatrix
 from odeopt.physics.kinetic import (
     MUON_COEFFICIENTS,
     KineticEnergy,
+    MatrixEnergy,
     QuadraticEnergy,
     RelativisticEnergy,
     SpectralEnergy,
@@ -23,7 +25,7 @@ from odeopt.physics.structure import (
     mlp,
     symplectic_matrix,
 )
-from odeopt.physics.system import PortHamiltonianSystem, PowerBalance, StructureMatrices
+from odeopt.physics.system import PortHamiltonianSystem, StructureMatrices
 
 __all__ = [
     "MUON_COEFFICIENTS",
@@ -32,6 +34,7 @@ __all__ = [
     "Hamiltonian",
     "KineticEnergy",
     "LearnedMatrix",
+    "MatrixEnergy",
     "MatrixPart",
     "NonNegativeDiagonal",
     "PhaseState",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odeopt.checks import require
 from odeopt.modes import is_in_forward_mode, is_traced
 from odeopt.physics.given import Part, as_matrix, evaluate
+from odeopt.physics.kinetic import KineticEnergy, MatrixEnergy, SpectralEnergy
 from odeopt.physics.structure import apply, check_activation, check_count, mlp
 
 
@@ -79,20 +80,30 @@ class GivenPotential(nn.Module):
 
 
 class Hamiltonian(nn.Module):
-    r"""Energy :math:`H(q, p) = \tfrac12\, p^\top M^{-1}(q)\, p + V(q)` and its gradient.
+    r"""Energy :math:`H(q, p) = \tfrac12\, p^\top M^{-1}(q)\, p + V(q)`, or :math:`K(p) + V(q)`, and its gradient.
 
     Args:
         dof: Number of degrees of freedom.
         inverse_mass: :math:`M^{-1}`: a part of :mod:`odeopt.physics.structure`, a constant (number, diagonal
             or matrix, positive definite), or a function of ``q``; None for unit mass.
         potential: V: a :class:`Potential` or a function of ``q``; None for none.
+        kinetic: K: an energy of coordinates, such as :class:`RelativisticEnergy`, which counts for each of them, or a
+            :class:`MatrixEnergy`; None for that of the mass.
 
     Raises:
-        ValueError: If a part has the wrong shape, or a constant mass is not positive definite.
-        TypeError: If a part is neither a module, a tensor, a number nor callable.
+        ValueError: If a part has the wrong shape, a constant mass is not positive definite, or both ``kinetic`` and
+            ``inverse_mass`` are given.
+        TypeError: If a part is neither a module, a tensor, a number nor callable, or ``kinetic`` is no kinetic energy
+            of momenta ``(*batch, dof)``.
     """
 
-    def __init__(self, dof: int, inverse_mass: Part | None = None, potential: Part | None = None) -> None:
+    def __init__(
+        self,
+        dof: int,
+        inverse_mass: Part | None = None,
+        potential: Part | None = None,
+        kinetic: KineticEnergy | None = None,
+    ) -> None:
         super().__init__()
         check_count("dof", dof)
         self.dof = dof
@@ -100,6 +111,8 @@ class Hamiltonian(nn.Module):
         n_signals = 0 if self.inverse_mass is None else self.inverse_mass.n_signals
         require(n_signals == 0, "inverse_mass.n_signals", n_signals, "0, as z never enters the energy")
         self.potential = _as_potential(potential, dof)
+        require(kinetic is None or inverse_mass is None, "inverse_mass", inverse_mass, "None where `kinetic` is given")
+        self.kinetic = _checked_kinetic(kinetic, dof)
         self.mass_depends_on_q = self.inverse_mass is not None and self.inverse_mass.depends_on_q
 
     @property
@@ -117,12 +130,14 @@ class Hamiltonian(nn.Module):
             Energy of each state, shape ``(*batch,)``.
         """
         q, p = x
-        H = 0.5 * (p * self.velocity(x)).sum(-1)
+        H = 0.5 * (p * self.velocity(x)).sum(-1) if self.kinetic is None else self.kinetic.total(p)
         return H if self.potential is None else H + self._potential(q)
 
     def velocity(self, x: PhaseState) -> Tensor:
-        r""":math:`\partial H/\partial p = M^{-1}(q)\,p`, shape ``(*batch, dof)``; p at unit mass."""
+        r""":math:`\partial H/\partial p`: :math:`M^{-1}(q)\,p` or K', shape ``(*batch, dof)``; p at unit mass."""
         q, p = x
+        if self.kinetic is not None:
+            return self.kinetic.velocity(p)
         if self.inverse_mass is None:
             return p
         mass = evaluate(self.inverse_mass, q, None, name="inverse_mass", shape=(self.dof, self.dof))
@@ -183,6 +198,20 @@ class Hamiltonian(nn.Module):
                 f"Found an output of shape {tuple(V.shape)}."
             )
         return V
+
+
+def _checked_kinetic(value: KineticEnergy | None, dof: int) -> KineticEnergy | None:
+    if value is None:
+        return None
+    if not isinstance(value, KineticEnergy) or isinstance(value, SpectralEnergy):
+        raise TypeError(
+            "Parameter `kinetic` should be an energy of momenta (*batch, dof), such as a `RelativisticEnergy` or a "
+            f"`MatrixEnergy`. Found `{type(value).__name__}`."
+        )
+    if isinstance(value, MatrixEnergy):
+        m, n = value.shape
+        require(m * n == dof, "kinetic.shape", value.shape, f"of {dof} entries, the degrees of freedom")
+    return value
 
 
 def _as_potential(value: Part | None, dof: int) -> nn.Module | None:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_list, is_number, require
-from odeopt.physics.system import PowerBalance
+from odeopt.checks import is_integer, is_list, is_number, require
+from odeopt.physics.balance import PowerBalance
 
 MUON_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
 
@@ -128,6 +128,10 @@ class KineticEnergy(nn.Module, ABC):
     @abstractmethod
     def velocity(self, p: Tensor) -> Tensor:
         """Evaluate dK/dp, with the shape of ``p``."""
+
+    def total(self, p: Tensor) -> Tensor:
+        """Evaluate K of momenta ``(*batch, n)`` of one system, shape ``(*batch,)``."""
+        return self.energy(p).sum(-1)
 
 
 class QuadraticEnergy(KineticEnergy):
@@ -292,6 +296,46 @@ class SpectralEnergy(KineticEnergy):
 
     def extra_repr(self) -> str:
         return f"n_factors={len(self.start)}, learned={self.raw is not None}"
+
+
+class MatrixEnergy(KineticEnergy):
+    """Spectral energy of momenta that lie flat, under a norm that is held: a part of a system like any other.
+
+    Args:
+        shape: Shape (m, n) of the momenta as a matrix; the system has m n degrees of freedom.
+        norm: Bound of the singular values that the momenta will have, positive. Beyond it the energy is one still, but
+            may rise steeply.
+        spectral: The energy of the singular values; None for Muon's.
+
+    Raises:
+        ValueError: If the shape is not two positive integers, or the norm not positive.
+
+    Example:
+        >>> from odeopt.physics import PhaseState, PortHamiltonianSystem
+        >>> system = PortHamiltonianSystem(6, kinetic=MatrixEnergy((2, 3), norm=10.0), dissipation=0.1)
+        >>> system.power_balance(PhaseState(None, torch.tensor([3.0, 0.0, 0.0, 0.0, 4.0, 0.0]))).dissipated
+        tensor(0.2345)
+    """
+
+    def __init__(self, shape: tuple[int, int], norm: float, spectral: SpectralEnergy | None = None) -> None:
+        super().__init__()
+        is_shape = is_list(shape) and len(shape) == 2 and all(is_integer(n) and n > 0 for n in shape)
+        require(is_shape, "shape", shape, "two positive integers")
+        require(is_number(norm) and norm > 0, "norm", norm, "a positive number")
+        self.shape, self.norm = tuple(shape), float(norm)
+        self.spectral = SpectralEnergy() if spectral is None else spectral
+
+    def energy(self, p: Tensor) -> Tensor:
+        return self.spectral.energy(p.unflatten(-1, self.shape), p.new_full(p.shape[:-1], self.norm))
+
+    def velocity(self, p: Tensor) -> Tensor:
+        return self.spectral.velocity(p.unflatten(-1, self.shape), p.new_full(p.shape[:-1], self.norm)).flatten(-2)
+
+    def total(self, p: Tensor) -> Tensor:
+        return self.energy(p)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, norm={self.norm:.4g}"
 
 
 def spectral_power_balance(

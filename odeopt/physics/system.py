@@ -8,25 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.checks import require
+from odeopt.physics.balance import PowerBalance
 from odeopt.physics.energy import Hamiltonian, PhaseState
 from odeopt.physics.given import Part, as_matrix, evaluate, evaluate_full
+from odeopt.physics.kinetic import KineticEnergy
 from odeopt.physics.structure import apply, check_count, symplectic_matrix
-
-
-class PowerBalance(NamedTuple):
-    r"""Balance of the power: ``energy_rate = -dissipated + supplied`` up to rounding.
-
-    Attributes:
-        energy_rate: :math:`\nabla H \cdot \dot x`, energy per unit time, shape ``(*batch,)``.
-        dissipated: :math:`(\partial H/\partial p)^\top D\, \partial H/\partial p \ge 0`.
-        supplied: :math:`u^\top y`, the power that enters through the ports.
-        residual: ``energy_rate + dissipated - supplied``.
-    """
-
-    energy_rate: Tensor
-    dissipated: Tensor
-    supplied: Tensor
-    residual: Tensor
 
 
 class StructureMatrices(NamedTuple):
@@ -50,9 +36,9 @@ class PortHamiltonianSystem(nn.Module):
         \dot x = (J - R)\,\nabla H(x) + B\,u, \qquad y = B^\top \nabla H(x), \qquad
         H = \tfrac12\, p^\top M^{-1}(q)\, p + V(q)
 
-    with ``J = [[0, I], [-I, 0]]``, ``R = [[0, 0], [0, D]]``, ``B = [[0], [g]]``. Because D is semi-definite,
-    ``dH/dt <= u^T y`` holds for any weights; a signal ``z`` may modulate D and g without harm,
-    because g enters the effort and the output alike.
+    with ``J = [[0, I], [-I, 0]]``, ``R = [[0, 0], [0, D]]``, ``B = [[0], [g]]``; with another kinetic energy K
+    :math:`H = K(p) + V(q)`. Because D is semi-definite, ``dH/dt <= u^T y`` holds for any weights; a signal ``z`` may
+    modulate D and g without harm, because g enters the effort and the output alike.
 
     Each part is a module of this package (a network of q or a learnable constant), a constant, or a function.
     As a constant, a number stands for a multiple of the identity and a 1-d tensor for a diagonal. Functions
@@ -69,13 +55,14 @@ class PortHamiltonianSystem(nn.Module):
         inverse_mass: :math:`M^{-1}`, positive definite, shape ``(*batch, dof, dof)``; None for unit mass.
         potential: V, a :class:`Potential` or a function of q with values of shape ``(*batch,)``; None for
             none.
+        kinetic: K in place of :math:`\tfrac12 p^\top M^{-1} p`; None for that. See :class:`Hamiltonian`.
         dissipation: D, positive semi-definite, shape ``(*batch, dof, dof)``; None for none.
         port: g, shape ``(*batch, dof, n_inputs)``; None for ones where there is one input (it drives every
             degree of freedom) and for the identity where there is one input for each degree of freedom.
 
     Raises:
         ValueError: If a size is not positive, a part has the wrong shape or not the structure it should have,
-            or ``port`` is None and neither default applies.
+            ``port`` is None and neither default applies, or ``kinetic`` comes beside ``inverse_mass``.
         TypeError: If a part is neither a module, a tensor, a number nor callable.
 
     Example:
@@ -96,12 +83,13 @@ class PortHamiltonianSystem(nn.Module):
         n_inputs: int = 1,
         inverse_mass: Part | None = None,
         potential: Part | None = None,
+        kinetic: KineticEnergy | None = None,
         dissipation: Part | None = None,
         port: Part | None = None,
     ) -> None:
         super().__init__()
         check_count("n_inputs", n_inputs)
-        self.hamiltonian = Hamiltonian(dof, inverse_mass, potential)
+        self.hamiltonian = Hamiltonian(dof, inverse_mass, potential, kinetic)
         self.dof, self.n_inputs = dof, n_inputs
         self.dissipation = as_matrix(dissipation, name="dissipation", shape=(dof, dof), should="positive semi-definite")
         self.port = as_matrix(port, name="port", shape=(dof, n_inputs))

@@ -195,6 +195,9 @@ class PortHamiltonianModel(ObservedSystem):
         super().__init__(coordinates, observes=observes, n_inputs=system.n_inputs)
         wanted = f"a letter for each of {system.dof} degrees of freedom"
         require(self.dof == system.dof, "coordinates", coordinates, wanted)
+        kinetic = system.hamiltonian.kinetic
+        wanted = "None: momenta of observed velocities, and the comparison of parts, are those of a mass"
+        require(kinetic is None, "system.hamiltonian.kinetic", kinetic, wanted)
         self.system = system
 
     def _momentum(self, q: Tensor, v: Tensor) -> Tensor:
