@@ -230,8 +230,9 @@ def test_matplotlib_is_imported_inside_functions_only():
 
 def test_import_is_light():
     heavy = ["matplotlib", "torchvision", "tensorboard", "torch.utils.tensorboard", "sklearn", "pandas", "optuna"]
-    heavy += ["schedulefree", "prodigyopt"]
-    code = f"import sys, odeopt; print([name for name in {heavy} if name in sys.modules])"
+    heavy += ["schedulefree", "prodigyopt", "scipy", "torchdiffeq"]
+    use = "odeopt.LearnedOptimizer([torch.nn.Parameter(torch.ones(2, 3))])"
+    code = f"import sys, torch, odeopt; {use}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from odeopt.ode import (
-    ORDER,
     IntegrationError,
     Solution,
     Status,
@@ -19,10 +18,12 @@ from odeopt.ode import (
     integrate,
     integrate_unit,
     is_fixed_step,
+    nominal_order,
 )
 
 METHODS = available_methods()
-ADAPTIVE = [method for method in ORDER if not is_fixed_step(method)]
+ORDERED = [method for method in METHODS if nominal_order(method) is not None]
+ADAPTIVE = [method for method in ORDERED if not is_fixed_step(method)]
 F64 = torch.float64
 X0 = torch.tensor([[1.0, -0.5], [0.2, 0.7], [-1.3, 0.4]], dtype=F64)
 

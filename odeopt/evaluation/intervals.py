@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from odeopt.checks import is_number, require
@@ -50,6 +49,8 @@ def student_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
         return Interval(float("nan"), float("nan"), float("nan"))
     if n == 1:
         return Interval(mean, float("-inf"), float("inf"))
+    from scipy.special import stdtrit  # takes longer to import than this library
+
     half = float(stdtrit(n - 1, (1 + confidence) / 2)) * samples.std().item() / n**0.5
     return Interval(mean, mean - half, mean + half)
 

@@ -7,13 +7,12 @@ from odeopt.ode.ledger import DampingReport, EnergyLedger, diagnose_damping, ene
 from odeopt.ode.solution import IntegrationError, Solution, Status
 from odeopt.ode.steps import EXPLICIT_METHODS, LINEAR_METHODS, explicit_step, linear_step
 from odeopt.ode.structured import STRUCTURE_METHODS, STRUCTURE_ORDER, StructureStep, discrete_gradient, structure_step
-from odeopt.ode.torchdiffeq import ORDER, available_methods, is_fixed_step
+from odeopt.ode.torchdiffeq import available_methods, is_fixed_step, nominal_order
 
 __all__ = [
     "BACKENDS",
     "EXPLICIT_METHODS",
     "LINEAR_METHODS",
-    "ORDER",
     "STRUCTURE_METHODS",
     "STRUCTURE_ORDER",
     "DampingReport",
@@ -34,5 +33,6 @@ __all__ = [
     "integrate_unit",
     "is_fixed_step",
     "linear_step",
+    "nominal_order",
     "structure_step",
 ]

@@ -34,8 +34,8 @@ from odeopt.ode.structured import STRUCTURE_METHODS
 from odeopt.ode.torchdiffeq import (
     ATOL,
     RTOL,
-    SOLVERS,
     accepted_options,
+    available_methods,
     by_torchdiffeq,
     fill,
     message_of,
@@ -153,7 +153,7 @@ def integrate(
     """
     require(callable(field), "field", field, "a function of time and state")
     check_choice("backend", backend, BACKENDS)
-    check_choice("method", method, (*SOLVERS, *STRUCTURE_METHODS))
+    check_choice("method", method, (*available_methods(), *STRUCTURE_METHODS))
     for name, value in {"adjoint": adjoint, "throw": throw}.items():
         require(isinstance(value, bool), name, value, "True or False")
     system = field if isinstance(field, PortHamiltonianSystem) else None
@@ -167,7 +167,7 @@ def integrate(
     for name, value in for_adjoint.items():
         require(adjoint or value is None, name, value, "None with `adjoint = False`")
     if adjoint_method is not None:
-        check_choice("adjoint_method", adjoint_method, SOLVERS)
+        check_choice("adjoint_method", adjoint_method, available_methods())
     wanted = (
         "None, as the last time is the end: `torchdiffeq.odeint_event` takes the same field, and "
         "`odeopt.gradient_flow(..., until_norm=...)` ends where gradients are small"
@@ -230,7 +230,7 @@ def _trainable(values: Any) -> list[Tensor]:
 def _check_problem(field: Field | PortHamiltonianSystem, x0: State, u: Any, z: Any, method: str) -> State:
     """Check what only a system has: its state, its input, its methods."""
     if not isinstance(field, PortHamiltonianSystem):
-        takes_fields = method in SOLVERS or method not in STRUCTURE_METHODS
+        takes_fields = method in available_methods() or method not in STRUCTURE_METHODS
         wanted = f"a `PortHamiltonianSystem` with method {method!r}, which takes its energy and its matrices apart"
         require(takes_fields, "field", field, wanted)
         for name, value in (("u", u), ("z", z)):
@@ -250,7 +250,7 @@ def _is_ours(
     if method in STRUCTURE_METHODS and system is not None:
         is_ours = backend != "torchdiffeq" and not adjoint
         found = "backend = 'torchdiffeq'" if backend == "torchdiffeq" else "adjoint = True"
-        require(is_ours or method in SOLVERS, "method", method, f"one of torchdiffeq's with `{found}`")
+        require(is_ours or method in available_methods(), "method", method, f"one of torchdiffeq's with `{found}`")
         return is_ours
     if backend == "odeopt":
         check_explicit(method)

@@ -1,4 +1,7 @@
-"""The one door to torchdiffeq: its methods, what they accept, and what became of an attempt to solve."""
+"""The one door to torchdiffeq: its methods, what they accept, and what became of an attempt to solve.
+
+It is imported where it is first used: SciPy comes with it, and takes longer to import than the rest of this library.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq import odeint, odeint_adjoint, odeint_event
-from torchdiffeq._impl.odeint import SOLVERS
-from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver, FixedGridODESolver
 
 from odeopt.checks import require
 from odeopt.ode.checks import (
@@ -51,7 +51,13 @@ _SCIPY_STOPPED = "SciPy returned before the last time."
 
 def available_methods() -> tuple[str, ...]:
     """Return the names of the methods that the installed torchdiffeq offers."""
-    return tuple(SOLVERS)
+    return tuple(_solvers())
+
+
+def _solvers() -> dict[str, type]:
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    return SOLVERS
 
 
 def is_fixed_step(method: str) -> bool:
@@ -63,13 +69,20 @@ def is_fixed_step(method: str) -> bool:
     Raises:
         ValueError: If there is no such method.
     """
-    return issubclass(solver_class(method), FixedGridODESolver)
+    return _has_fixed_grid(solver_class(method))
+
+
+def _has_fixed_grid(solver: type) -> bool:
+    from torchdiffeq._impl.solvers import FixedGridODESolver
+
+    return issubclass(solver, FixedGridODESolver)
 
 
 def solver_class(method: str) -> type:
     """Return torchdiffeq's class of a method, or refuse the name."""
-    check_choice("method", method, SOLVERS)
-    return SOLVERS[method]
+    solvers = _solvers()
+    check_choice("method", method, solvers)
+    return solvers[method]
 
 
 @cache
@@ -86,12 +99,17 @@ def accepted_options(method: str) -> frozenset[str]:
     return frozenset(names - {"self", "func", "y0", "rtol", "atol", "implicit"})
 
 
-# Nominal orders of the Runge-Kutta methods; the Adams methods (known by `max_order`) have a variable one.
-ORDER: dict[str, int] = {
-    name: solver.order
-    for name, solver in SOLVERS.items()
-    if hasattr(solver, "order") and "max_order" not in accepted_options(name)
-}
+def nominal_order(method: str) -> int | None:
+    """Return the order of a method; None of one of variable order, as the Adams methods, or of SciPy's.
+
+    Args:
+        method: A name out of :func:`available_methods`.
+
+    Raises:
+        ValueError: If there is no such method.
+    """
+    order = getattr(solver_class(method), "order", None)
+    return None if "max_order" in accepted_options(method) else order
 
 
 def by_torchdiffeq(
@@ -110,6 +128,8 @@ def by_torchdiffeq(
         span: From the first time to the last one, where ``t`` is a subinterval between them.
         may_leave_out: Whether the field may depend on more than the parameters of the adjoint, as they were chosen.
     """
+    from torchdiffeq import odeint, odeint_adjoint
+
     method, options = keywords["method"], keywords["options"] or {}
     # what is interpolated has a coarse slope, and at a knot it spoils what follows
     is_adjoint = "adjoint_params" in keywords
@@ -127,7 +147,7 @@ def by_torchdiffeq(
         check_leaves = _refuse_gradients if is_external(method) else None
     solve = partial(odeint_adjoint if is_adjoint else odeint, **keywords)
     like = tensors_of(x0)[0]
-    numbers, callbacks = t.detach().tolist(), SOLVERS[method].valid_callbacks()
+    numbers, callbacks = t.detach().tolist(), _solvers()[method].valid_callbacks()
     interval = min(abs(end - start) for start, end in pairwise(numbers))
     step = min(interval, float(options.get("step_size") or interval))
     clock = clock_dtype(like, max(map(abs, numbers)), step, span or abs(numbers[-1] - numbers[0]))
@@ -317,7 +337,10 @@ def _held_warnings() -> Iterator[list[str]]:
 
 def is_external(method: str) -> bool:
     """Return whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
-    return not issubclass(SOLVERS[method], (FixedGridODESolver, AdaptiveStepsizeODESolver))
+    from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver
+
+    solver = _solvers()[method]
+    return not (_has_fixed_grid(solver) or issubclass(solver, AdaptiveStepsizeODESolver))
 
 
 def fill(x: Tensor, n_times: int) -> Tensor:
@@ -385,7 +408,9 @@ def unit_step(field: Field, x0: Tensor, t0: Tensor, t1: Tensor, method: str) -> 
         # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
         wanted = "one that passes gradients on where they are recorded; use `torch.no_grad`, or another method"
         require(False, "method", method, wanted)
-    if not issubclass(solver, FixedGridODESolver):
+    if not _has_fixed_grid(solver):
+        from torchdiffeq import odeint
+
         return odeint(field, x0, torch.stack((t0, t1)), rtol=RTOL, atol=ATOL, method=method)[-1]
 
     def stage(t: Tensor, x: Tensor, perturb: Any = None) -> Tensor:
@@ -424,6 +449,8 @@ def time_of_event(
     Returns:
         The time; ``start`` where the event has happened already, None where it does not happen before ``end``.
     """
+    from torchdiffeq import odeint_event
+
     like = tensors_of(x0)[0]
     origin = torch.tensor(start, dtype=time_dtype(like.device), device=like.device)
     event, field = (Timed(function, real_dtype(like)) for function in (event, field))

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from scipy.special import ellipj
 from torch import Tensor, nn
 
 from odeopt.solvers.initial_value import Problem
@@ -89,6 +88,8 @@ def _rigid_body(t: Tensor, y: Tensor) -> Tensor:
 
 
 def _exact_rigid_body(t: Tensor) -> Tensor:
+    from scipy.special import ellipj
+
     sn, cn, dn, _ = ellipj(t.numpy(), 0.51)
     return columns(*(torch.from_numpy(part) for part in (sn, cn, dn)))
 

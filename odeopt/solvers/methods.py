@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import scipy.integrate
-
 from odeopt.ode.structured import STRUCTURE_ORDER
-from odeopt.ode.torchdiffeq import ORDER, accepted_options, available_methods, is_external, is_fixed_step
+from odeopt.ode.torchdiffeq import accepted_options, available_methods, is_external, is_fixed_step, nominal_order
 from odeopt.solvers.selection import select
 
 
@@ -52,15 +50,17 @@ def comparable_methods() -> dict[str, Method]:
         elif is_fixed_step(name):
             options = {"max_order": 5} if name == "explicit_adams" else {}
             key = f"torchdiffeq-{name}" if name in STRUCTURE_ORDER else name  # theirs takes bare fields, ours systems
-            methods[key] = Method(key, name, "fixed", ORDER.get(name), options)
+            methods[key] = Method(key, name, "fixed", nominal_order(name), options)
         else:
-            methods[name] = Method(name, name, "adaptive", ORDER.get(name), {}, is_external(name))
+            methods[name] = Method(name, name, "adaptive", nominal_order(name), {}, is_external(name))
     for name, order in STRUCTURE_ORDER.items():
         methods[name] = Method(name, name, "structure", order)
     return methods
 
 
 def _scipy_solvers() -> list[str]:
+    import scipy.integrate
+
     base = scipy.integrate.OdeSolver
     return [
         name

@@ -137,7 +137,9 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         check("kinetic", not is_spectral(given), "without spectral energies where `coordinatewise = True`")
         for name in ("ratio_floor", "alignment_rate"):
             check(name, given[name] == 0, "0 where `coordinatewise = True`, which knows nothing of the tensor")
-    theirs = () if given["backend"] == "odeopt" else available_methods()
     ours = EXPLICIT_METHODS if depends_on_q(given) else LINEAR_METHODS
+    if given["backend"] != "torchdiffeq" and given["solver"] in ours:  # torchdiffeq need not be imported for it
+        return
+    theirs = () if given["backend"] == "odeopt" else available_methods()
     solvers = dict.fromkeys(theirs if given["backend"] == "torchdiffeq" else (*theirs, *ours))
     check("solver", given["solver"] in solvers, f"one of {', '.join(solvers)}")
