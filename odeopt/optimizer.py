@@ -318,7 +318,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         is_told = sentry is not None and sentry.expects_step(any(float(group["lr"]) for group in self.param_groups))
         self._layout.update(self.param_groups, self.state)
         if sentry is not None and not is_told:
-            take_snapshot(self._layout.params, self.state)
+            take_snapshot(self._begun_params(), self.state)
         # the gradients of a step that restores belong to the parameters that were given up
         is_restored = is_told and self._follow_guard(sentry)
         may_warn = not is_restored and self._layout.step()
@@ -334,14 +334,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._warn_of_second_schedule(group)
             if self.averaging is not None:
                 weight = (self.averaging + 1) / (group["n_steps"] + self.averaging)
-                averages.follow(filter(self._layout.params.__contains__, group["params"]), self.state, weight)
+                averages.follow(filter(self.state.get, group["params"]), self.state, weight)
         if may_warn:
             self._layout.count_skipped(self.param_groups, is_on_host=True)
         return loss
 
     def _follow_guard(self, sentry: Sentry) -> bool:
         """Let the guard decide who steps; return True where the parameters went back to the last good ones."""
-        decision, params = sentry.decide(self.param_groups), self._layout.params
+        decision, params = sentry.decide(self.param_groups), self._begun_params()
         if decision.restores:
             restore_snapshot(params, self.state)
             averages.restart(self.state)
@@ -355,6 +355,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._layout = self._new_layout(is_fallback=sentry.is_fallback)
             self._layout.update(self.param_groups, self.state)
         return decision.restores
+
+    def _begun_params(self) -> list[Tensor]:
+        """Parameters that have a state: those with a gradient now, and those that had one before they were frozen."""
+        return [param for group in self.param_groups for param in group["params"] if self.state.get(param)]
 
     def _new_layout(self, *, is_fallback: bool) -> Layout:
         """Layout in which all parameters are yet to be placed, for the rule or for the fallback of a guard."""

@@ -731,6 +731,38 @@ def test_no_update_is_lost_where_small_parameters_overlap(rule, parts):
     torch.testing.assert_close(moves[0], moves[1] + moves[2], rtol=0.02, atol=0)
 
 
+def test_gradients_that_fall_by_all_that_float32_has_leave_numbers_without_a_memory():
+    optimizers = pair(port_hamiltonian(decay=0.0), [(3,)])
+    for size in (1e18, 1e-2, 1e-20):
+        for optimizer in optimizers:
+            params_of(optimizer)[0].grad = torch.full((3,), size)
+            optimizer.step()
+    eager, native = (params_of(optimizer)[0] for optimizer in optimizers)
+    assert eager.isfinite().all()
+    torch.testing.assert_close(native, eager)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_no_update_is_lost_where_a_parameter_is_another_one_transposed(beside):
+    """It is copied for the step in C, and would undo the step of the other when it is copied back."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(3, 20, 30, generator=generator)
+    found = []
+    for implementation in ("eager", "native"):
+        whole = data[0].clone()
+        params = [nn.Parameter(whole), nn.Parameter(whole.t()), nn.Parameter(data[1].clone())]
+        params += [nn.Parameter(data[2].clone().t())] * beside  # copied, too, and nothing else
+        optimizer = LearnedOptimizer(params, port_hamiltonian(kinetic="spectral"), implementation=implementation)
+        for step in range(3):
+            for number, param in enumerate(params):
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + number))
+            optimizer.step()
+        found.append([*params])
+        assert (params[0] - data[0]).abs().max() > 1e-3
+    for eager, native in zip(*found, strict=True):
+        torch.testing.assert_close(native, eager, rtol=1e-4, atol=1e-6)
+
+
 def test_parts_of_one_tensor_that_do_not_overlap_share_threads(monkeypatch):
     flat, grad = torch.zeros(300_000), torch.cos(torch.arange(300_000.0))
     params = [nn.Parameter(x) for x in flat.split(100_000)]

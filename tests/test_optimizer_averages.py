@@ -281,3 +281,36 @@ def test_a_dictionary_that_was_loaded_does_not_change_with_later_steps(is_shown)
             step(other, resumed, number)
         for key, held in kept["state"].items():
             assert all(torch.equal(saved["state"][key][name], value) for name, value in held.items())
+
+
+@pytest.mark.parametrize("pause", ["frozen", "resumed"])
+def test_averages_go_on_for_parameters_without_a_gradient(pause):
+    """The weights that stand still are weights of the run: also after what makes the optimizer lay out anew."""
+
+    def go_on(params, optimizer):
+        for _ in range(40):
+            optimizer.zero_grad()
+            params[1].square().sum().backward()
+            optimizer.step()
+        optimizer.eval()
+        return params[0].detach().clone()
+
+    def made():
+        params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+        optimizer = LearnedOptimizer(params, AdamUpdate(0.1), averaging=2.0)
+        for _ in range(10):
+            optimizer.zero_grad()
+            sum(param.square().sum() for param in params).backward()
+            optimizer.step()
+        return params, optimizer
+
+    wanted = go_on(*made())
+    params, optimizer = made()
+    stuck = optimizer.state[params[0]]["averaging_average"].clone()
+    if pause == "frozen":
+        params[0].requires_grad_(False)
+    else:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    found = go_on(params, optimizer)
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, stuck, rtol=0.01)

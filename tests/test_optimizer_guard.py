@@ -731,3 +731,38 @@ def test_processes_decide_alike(tmp_path):
     assert status == other
     assert status["stepping"] == "fallback"
     assert all(map(torch.equal, weights, others))
+
+
+@pytest.mark.parametrize("pause", ["nothing", "frozen", "resumed"])
+@pytest.mark.parametrize("implementation", ["eager", "auto"])
+def test_parameters_without_a_gradient_at_the_moment_are_restored_and_handed_over_too(pause, implementation):
+    def made(values):
+        params = [torch.nn.Parameter(torch.full((3,), value)) for value in values]
+        options = {"guard": Guard(FALLBACK, window=4, patience=1), "implementation": implementation}
+        return params, LearnedOptimizer(params, rule, **options)
+
+    def step(some, loss=None):
+        now = sum(param.square().sum() for param in some)
+        optimizer.zero_grad()
+        now.backward()
+        optimizer.report(now.item() if loss is None else loss)
+        optimizer.step()
+
+    rule = PortHamiltonianUpdate()
+    params, optimizer = made([1.0, 1.0])
+    for _ in range(3):  # less than a window: what is kept are the first parameters
+        step(params)
+    if pause == "frozen":
+        params[0].requires_grad_(False)
+    elif pause == "resumed":
+        saved = copy.deepcopy(optimizer.state_dict())
+        params, optimizer = made([param[0].item() for param in params])
+        optimizer.load_state_dict(saved)
+    step(params[1:], math.nan)
+    assert optimizer.guard_status.stepping == "fallback"
+    assert all((param == 1).all() for param in params)
+    params[0].requires_grad_(True)
+    step(params)  # with a fresh state of the fallback
+    assert {"exp_avg", "exp_avg_sq"} <= optimizer.state[params[0]].keys()
+    assert "p" not in optimizer.state[params[0]]
+    made([1.0, 1.0])[1].load_state_dict(optimizer.state_dict())

@@ -99,6 +99,14 @@ def is_supported(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.dtype in DTYPES
 
 
+def extent_of(x: Tensor) -> tuple[int, int]:
+    """Address of a tensor's first byte, and the number of bytes up to its last one; none without a memory."""
+    if not has_values(x) or x.numel() == 0 or x.data_ptr() == 0:
+        return 0, 0
+    reach = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), (1 + reach) * x.itemsize
+
+
 def overlapping(pieces: Iterable[tuple[int, int]]) -> set[int]:
     """Return the numbers of pieces of memory that may share a byte with one before, by addresses and sizes in bytes."""
     found, reached = set(), 0

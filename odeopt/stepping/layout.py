@@ -16,7 +16,7 @@ from odeopt.checks import require
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import Bucket, state_template
-from odeopt.stepping.checks import check_sharding, check_stack, overlapping, parameter_names, warn_caller
+from odeopt.stepping.checks import check_sharding, check_stack, extent_of, overlapping, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import GroupOptions, NativeStep, native_obstacle
@@ -192,7 +192,8 @@ class Layout:
             if is_stack:
                 check_stack(param, names[param])
         shards = [Shard.of(param) for param in params]
-        shared = overlapping(map(_extent, shards, params))  # each of which is stepped after those before it
+        # each of which is stepped after those before it
+        shared = overlapping(extent_of(shard.local(param)) for shard, param in zip(shards, params, strict=True))
         for number, (shard, param) in enumerate(zip(shards, params, strict=True)):
             rule = self.rule_for(param, group["is_table"])
             is_alone = rule.crosses_coordinates and not rule.is_staged
@@ -283,15 +284,6 @@ def _native_plan(placed: list[Placed]) -> Plan:
     numbers = {id(group): number for number, group in enumerate(groups)}
     native = NativeStep(placed[0].rule, [x.bucket for x in placed], [numbers[id(x.group)] for x in placed])
     return Plan(native, placed, groups)
-
-
-def _extent(shard: Shard, param: Tensor) -> tuple[int, int]:
-    """Address of a parameter's first byte, and the number of bytes up to its last one; none without a memory."""
-    local = shard.local(param)
-    if not has_values(param) or local.numel() == 0 or local.data_ptr() == 0:
-        return 0, 0
-    reach = sum((n - 1) * stride for n, stride in zip(local.shape, local.stride(), strict=True))
-    return local.data_ptr(), (1 + reach) * local.itemsize
 
 
 def tensor_shape(param: Tensor, group: Group) -> torch.Size:

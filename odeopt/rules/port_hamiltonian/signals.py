@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+_LARGEST_RATIO = 1e18  # whose square is a number in float32; step.c has the same
+
 
 class Observation(NamedTuple):
     """One gradient, normalised, each field of shape ``(*batch, n)``."""
@@ -47,7 +49,7 @@ def running_scale(mean_abs: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tens
     .. math:: a_t = (1 - w) a_{t-1} + w \overline{|g|}, \quad n_t = g_t / a_t, \quad
               v_t = (1 - w) (a_{t-1} / a_t)^2\, v_{t-1} + w\, n_t^2
 
-    The ratio :math:`a_{t-1} / a_t` is at most :math:`1 / (1 - w)`, so it cannot overflow.
+    The ratio :math:`a_{t-1} / a_t` is at most :math:`1 / (1 - w)`; it is held below an overflow for w near 1.
 
     Args:
         mean_abs: Mean magnitude of the gradient over the tensor, shape ``(*batch, 1)``.
@@ -61,7 +63,7 @@ def running_scale(mean_abs: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tens
     keep = 1 - weight
     new_scale = keep * scale + weight * mean_abs
     divisor = torch.where(new_scale > 0, new_scale, 1.0)
-    return new_scale, divisor, keep * (scale / divisor).square()
+    return new_scale, divisor, keep * (scale / divisor).clamp(max=_LARGEST_RATIO).square()
 
 
 def coordinate_rms(grad: Tensor, rms: Tensor, weight: Tensor) -> Tensor:

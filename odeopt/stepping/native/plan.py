@@ -20,7 +20,7 @@ from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
-from odeopt.stepping.checks import overlapping, rule_obstacle
+from odeopt.stepping.checks import extent_of, overlapping, rule_obstacle
 from odeopt.stepping.native.library import Group, Options, Rule, TensorState, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -93,7 +93,7 @@ class NativeStep:
     """Step of all parameters under one rule, in place where they lie.
 
     A gradient or parameter that is not contiguous is copied. The result does not depend on the number of threads.
-    Parameters that overlap in memory are stepped one after the other.
+    Parameters that overlap in memory are stepped one after the other, or left to the eager step if one is copied.
 
     Args:
         rule: The rule, which :func:`native_obstacle` allows beside each of the buckets.
@@ -124,6 +124,7 @@ class NativeStep:
         self._tensors, self._options = (TensorState * len(tensors))(), Options()
         self._pointers = ctypes.c_void_p * len(tensors)
         self._disjoint_at: list[int | None] = []
+        self._entangled_at: tuple[list[int], set[int]] = [], set()
         self._lock = threading.Lock()
         states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
         zipped = zip(self._tensors, tensors, numbers, self._work, states, strict=True)
@@ -181,6 +182,8 @@ class NativeStep:
                 copies.append((len(values), value))
             grads.append(grad)
             values.append(value)
+        if copies:
+            odd |= self._entangled()
         if odd:
             grads, values = ([None if n in odd else x for n, x in zip(self._numbers, some, strict=True)]
                              for some in (grads, values))  # fmt: skip
@@ -204,6 +207,24 @@ class NativeStep:
         # autograd has to know that tensors which it keeps have changed
         torch.autograd.graph.increment_version([x for x in values if x is not None])
         return n_skipped, sorted(odd)
+
+    def _entangled(self) -> set[int]:
+        """Buckets of parameters that share memory, one of which is copied, and would undo the step of another."""
+        addresses = [param.data_ptr() for param in self.params]
+        if addresses != self._entangled_at[0]:
+            found: set[int] = set()
+            cluster, reached, is_copied = set(), 0, False
+            extents = sorted((*extent_of(param), number) for number, param in enumerate(self.params))
+            for start, size, number in extents:
+                if start >= reached:
+                    cluster, is_copied = set(), False
+                cluster.add(number)
+                is_copied |= not self.params[number].is_contiguous()
+                reached = max(reached, start + size)
+                if is_copied and len(cluster) > 1:
+                    found |= {self._numbers[k] for k in cluster}
+            self._entangled_at = addresses, found
+        return self._entangled_at[1]
 
     def _pointers_to(self, values: list[Tensor | None]) -> list[int | None]:
         """Addresses of all tensors, from the parameters or their gradients; None for those without a gradient."""

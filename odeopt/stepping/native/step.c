@@ -77,6 +77,7 @@
 #define START_GAIN 0.35f
 #define HELD_GROWTH 1.5f
 #define LEAST_OF_LONG_RUNS 0.7f
+#define LARGEST_RATIO 1e18f /* of odeopt.rules.port_hamiltonian.signals */
 #define SMALL_ROW 1e-4 /* of odeopt.rules.port_hamiltonian.kinetic */
 #define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
 #define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
@@ -332,7 +333,8 @@ static void running_scales(const Rule *rule, const Tensor *t, const Group *group
         c->magnitudes[k] = logf(mean / divisor + EPS_SIGNAL) * (k ? 0.5f : 1.0f);
         scales[k] = next;
         if (k == 0) {
-            c->carried = keep * (ratio * ratio);
+            const float held = ratio < LARGEST_RATIO ? ratio : LARGEST_RATIO;
+            c->carried = keep * (held * held);
             /* the inverse of a number near either end of the range is beyond the other one */
             const float unit = divisor < 0x1p-100f ? 0x1p60f : divisor > 0x1p100f ? 0x1p-60f : 1.0f;
             c->inverse[0] = unit;
