@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from odeopt.artifacts import load_pretrained
-from odeopt.evaluation import ratio_interval, ratio_text
+from odeopt.evaluation import RESOLUTION, ratio_interval, ratio_text
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.report import draw_table
 from odeopt.solvers import SolverComparison
 from odeopt.suite import Contender, Suite
 from odeopt.suite.evaluate import TUNING_SEED, steps_of
 from odeopt.suite.opponents import OPPONENTS, REFERENCE
+from odeopt.suite.problems import resolution_of
 from odeopt.suite.result import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +39,9 @@ from equal_loss import table as at_equal_loss  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 from laws import table as losses_without_laws  # noqa: E402
-from reporting import ratio_table  # noqa: E402
+from reporting import ratio, ratio_table, spread  # noqa: E402
 from seeds import OTHERS  # noqa: E402
+from solver_step import REFERENCE as BY_HAND  # noqa: E402
 from unseen import RULE  # noqa: E402
 
 FIGS = ROOT / "figs"
@@ -96,14 +98,19 @@ def matrix() -> str:
     for cell, outcomes in read("matrix")["cells"].items():
         scores = {name: tensor(outcome["scores"]) for name, outcome in outcomes.items()}
         mine = scores.pop("rule")
-        rows.append([cell, *(ratio_text(ratio_interval(mine, theirs)) for theirs in scores.values())])
+        rows.append([cell, *(ratio_text(ratio_interval(mine, theirs, floor=RESOLUTION)) for theirs in scores.values())])
     return table(["cell", *(f"to {name}, tuned" for name in scores)], rows)
 
 
 def meta_seeds() -> str:
-    """Three meta-trainings of each rule; those of one kind, each trained on the task of its column, share a row."""
+    """Three meta-trainings of each rule."""
     content = read("meta_seeds")
     columns = content["mnist"] | content["quadratic"]
+    return table(["rule", *columns], by_kind(columns, lambda entry: score(entry, with_difference=False)))
+
+
+def by_kind(columns: Mapping[str, Mapping[str, Any]], write: Callable[[Any], str]) -> list[list[str]]:
+    """Rows of rules, of which those of one kind, each trained on the task of its column, share one."""
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for column in columns.values() for name in column):
         kinds.setdefault(re.sub("-(mnist|quadratic)$", "-", name), []).append(name)
@@ -111,8 +118,42 @@ def meta_seeds() -> str:
     for kind, names in kinds.items():
         found = [[column[name] for name in names if name in column] for column in columns.values()]
         title = " / ".join([names[0], *(name.removeprefix(kind[:-1]) for name in names[1:])])
-        rows.append([title, *(score(x[0], with_difference=False) if x else "" for x in found)])
+        rows.append([title, *(write(x[0]) if x else "" for x in found)])
+    return rows
+
+
+def compared(entry: Mapping[str, Any]) -> str:
+    """Mean score [interval of the difference to the reference]."""
+    if entry["score"] is None:
+        return "diverged"
+    difference = entry["difference"]
+    if difference is None:
+        return f"{entry['score']:.3f} (reference)"
+    return f"{entry['score']:.3f} [{difference[1]:+.3f}, {difference[2]:+.3f}]"
+
+
+def general() -> str:
+    """The general rule beside hand-designed ones that are tuned for each column."""
+    columns = read("general")
+    return table(["rule", *columns], by_kind(columns, compared))
+
+
+def own_tasks() -> str:
+    """The rules that were trained for one task, on it."""
+    mnist, title = read("mnist"), "state, bytes per parameter"
+    columns = {"quadratics": read("quadratic"), "MNIST, sigmoid": mnist["sigmoid"], "MNIST, ReLU": mnist["relu"]}
+    for key, column in columns.items():
+        columns[key] = {name.split(" (")[0]: entry for name, entry in column.items()}
+    columns[title] = {name: entry["state_bytes"] for name, entry in columns["MNIST, sigmoid"].items()}
+    rows = by_kind(columns, lambda entry: f"{entry:.0f}" if isinstance(entry, float) else compared(entry))
     return table(["rule", *columns], rows)
+
+
+def saddles() -> str:
+    """Median step at which each rule leaves a saddle."""
+    columns = read("saddle")
+    names = next(iter(columns.values()))
+    return table(["rule", *columns], [[name, *(column[name] for column in columns.values())] for name in names])
 
 
 def optimizers_view() -> str:
@@ -194,7 +235,11 @@ def read_suite(name: str = "suite", names: Collection[str] = ()) -> Suite | None
     if len(n_runs) > 1 or any(by_name.keys() != contenders.keys() for by_name in outcomes.values()):
         return None
     contenders = dict(sorted(contenders.items(), key=lambda item: not item[1].is_learned))
-    return Suite({name: SimpleNamespace(title=name) for name in outcomes}, contenders, outcomes, n_runs.pop())
+    problems = {
+        name: SimpleNamespace(title=name, settings=next(iter(next(iter(by_name.values())).values()))["settings"])
+        for name, by_name in found.items()
+    }
+    return Suite(problems, contenders, outcomes, n_runs.pop())
 
 
 def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
@@ -222,7 +267,7 @@ def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_fu
         [
             problem,
             *(_with_spread(found, problem, name, of) for name in learned for of in ("train", "held_out")),
-            *(f"{found.ratio(problem, name).mean:.3f}" for name in others),
+            *(ratio_text(found.ratio(problem, name)).split(" [")[0] for name in others),
         ]
         for problem in found.problems
     ]
@@ -232,8 +277,8 @@ def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_fu
     )
     caption = (
         f"Losses over those of tuned AdamW with warm-up and cosine decay: geometric means of {found.n_runs} paired\n"
-        f"runs {spread}, below one is better{'; of the opponents the training loss' if others else ''}. Losses below\n"
-        "1.2e-7 count as 1.2e-7. Learned rules are used as they are; the other learning rates\n"
+        f"runs {spread}, below one is better{'; of the opponents the training loss' if others else ''}.\n"
+        "Cross-entropies below 1.2e-7 count as 1.2e-7. Learned rules are used as they are; the other learning rates\n"
         f"{f'(except {untuned}) ' if untuned else ''}are chosen by grid for each problem\n"
         f"(`{command} --runs {found.n_runs} --out figs`)."
     )
@@ -246,8 +291,9 @@ def _with_spread(found: Suite, problem: str, name: str, of: str) -> str:
     ratio, outcomes = found.ratio(problem, name, of), found.outcomes[problem]
     if found.n_runs != 2 or not math.isfinite(ratio.mean):
         return ratio_text(ratio)
+    floor = resolution_of(found.problems[problem].settings["criterion"])
     pairs = [[getattr(outcomes[x], of)[k : k + 1] for x in (name, REFERENCE)] for k in range(2)]
-    each = (ratio_text(x).split(" ")[0] for x in sorted(ratio_interval(*pair) for pair in pairs))
+    each = (ratio_text(x).split(" ")[0] for x in sorted(ratio_interval(*pair, floor=floor) for pair in pairs))
     return f"{ratio_text(ratio).split(' ')[0]} ({', '.join(each)})"
 
 
@@ -313,16 +359,13 @@ def orthogonalised() -> str:
         return NO_SUITE
     rows = [
         [p, *(both(found, p, name) for name in names[1:])]
-        + [
-            ratio_text(ratio_interval(*(getattr(of[name], kind) for name in names[1:])))
-            for kind in ("train", "held_out")
-        ]
-        for p, of in found.outcomes.items()
+        + [ratio_text(found.ratio(p, names[1], kind, reference=names[2])) for kind in ("train", "held_out")]
+        for p in found.outcomes
     ]
     caption = (
         f"Training / held-out loss over that of tuned AdamW, geometric means of {found.n_runs} paired runs; and\n"
         "losses of the default rule over those of the other [95 % Student interval].\n"
-        "Losses below 1.2e-7 count as 1.2e-7."
+        "Cross-entropies below 1.2e-7 count as 1.2e-7."
     )
     titles = ["problem", *names[1:], "training, one over the other", "held out, one over the other"]
     return f"{caption}\n\n{table(titles, rows)}"
@@ -402,6 +445,14 @@ def step() -> str:
     return f"{content['machine']}:\n\n{ratio_table(content['rows'])}"
 
 
+def solver_step() -> str:
+    """Times of a step of solvers, over that of a loop written by hand."""
+    content = read("solver_step")
+    us = {(row["problem"], row["solver"]): row["us"] for row in content["rows"]}
+    rows = [[problem, name, spread(ratio(of, us[problem, BY_HAND]))] for (problem, name), of in us.items()]
+    return f"{content['machine']}:\n\n{table(['128 pendulums', 'solver', 'x loop by hand'], rows)}"
+
+
 def guard() -> str:
     """Final losses of rules alone, of the fallback alone and under the guard."""
     return guarded_losses(read("guard"), markdown=True)
@@ -424,6 +475,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coordinate_check": coordinate_check,
     "depth": depth,
     "equal_loss": equal_loss,
+    "general": general,
     "generalisation": generalisation,
     "guard": guard,
     "kinetic": energies,
@@ -433,15 +485,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "meta_seeds": meta_seeds,
     "optimizers_view": optimizers_view,
     "orthogonalised": orthogonalised,
+    "own_tasks": own_tasks,
     "physics": lambda: physics(lambda entry: entry["prediction"]["text"]),
     "physics_parts": lambda: physics(parts, "port-Hamiltonian"),
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
     "robustness": robustness,
+    "saddles": saddles,
     "scale": lambda: suite("scale", "python examples/studies/scale.py"),
     "seeds": seeds,
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
+    "solver_step": solver_step,
     "step": step,
     "suite": lambda: suite(in_full=True),
     "suite_in_short": suite_in_short,

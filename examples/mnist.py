@@ -16,6 +16,7 @@ from odeopt.cli import arguments
 from odeopt.cli.files import named_rule
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.evaluation.baselines import baselines_for
+from odeopt.files import write_json
 from odeopt.meta import meta_train
 from odeopt.meta.files import load_config
 from odeopt.ode import available_methods
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     learned |= dict(args.rule)
     if args.solver:
         learned = dict(with_solver(name, rule, args.solver) for name, rule in learned.items())
+    content = {}
     for activation in ("sigmoid", "relu"):
         evaluation, tuning = (
             MLPClassification(
@@ -66,11 +68,13 @@ def main(argv: list[str] | None = None) -> None:
             seed=EVALUATION_SEED + args.seed,
             loss_unit="nats",
         )
+        content[activation] = comparison.as_json()
         sizes = "-".join(map(str, evaluation.sizes))
         title = f"{TITLES[dataset.name]}, {sizes}, {activation}, batches of {BATCH_SIZE}, {args.runs} runs"
         path = args.out / f"{dataset.name}_{activation}.png"
         comparison.plot(path, title=title)
         print(f"\n{title}\n\n{comparison.table()}\nHand-designed rules: {origin}.\nFigure: {path}")
+    write_json(args.out / f"{dataset.name}.json", content)
     print(f"\nDone in {time.perf_counter() - began:.0f} s on {args.device}.")
 
 

@@ -13,6 +13,7 @@ import odeopt
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.evaluation.baselines import baselines_for
+from odeopt.files import write_json
 from odeopt.tasks import RandomQuadratic
 
 KINDS = ("port-hamiltonian", "port-hamiltonian-coordinatewise", "lstm", "hamiltonian")
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         score="final",
     )
     title = f"Random quadratics, {task.dim} dimensions, {args.runs:,} problems"
+    write_json(args.out / "quadratic.json", comparison.as_json())
     path = comparison.plot(args.out / "quadratic.png", title=title)
     print(f"\n{title}\n\n{comparison.table()}\nHand-designed rules: {origin}.\nFigure: {path}")
     print(f"\nDone in {time.perf_counter() - began:.0f} s on {args.device}.")

@@ -16,6 +16,7 @@ import odeopt
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, Comparison, compare
 from odeopt.evaluation.baselines import FAMILIES, PLAIN_SGD, build, tune_all
+from odeopt.files import write_json
 from odeopt.report import draw_table, plot_escape
 from odeopt.tasks import HighDimSaddle, MonkeySaddle
 from odeopt.tasks.landscapes import Saddle
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         "monkey saddle": MonkeySaddle(device=args.device),
         f"saddle in {args.dim} dimensions": HighDimSaddle(args.dim, rotated=True, device=args.device),
     }
-    losses, thresholds = {}, {}
+    losses, thresholds, content = {}, {}, {}
     for name, task in landscapes.items():
         tuned = tune_all(
             task,
@@ -61,13 +62,16 @@ def main(argv: list[str] | None = None) -> None:
         )
         headers = [(title, unit and f"[{unit}]") for title, unit in HEADERS]
         print(f"\n{name}, {args.runs} runs of {args.steps} steps\n")
-        print(draw_table(headers, rows(task, comparison)))
+        lines = rows(task, comparison)
+        content[name] = {line[0].split(" (")[0]: line[2] for line in lines}
+        print(draw_table(headers, lines))
         # settings differ between the landscapes, which share one legend
         losses[name] = {rule.split(" (lr")[0]: result.losses for rule, result in comparison.results.items()}
         thresholds[name] = task.escape_value
     is_learned = dict.fromkeys(RULES, True) | {family.name: False for family in HAND_DESIGNED}
     title = f"Leaving saddles, {args.runs} runs; hand-designed rules tuned on separate runs"
     path = plot_escape(losses, thresholds, is_learned, args.out / "saddle.png", title=title)
+    write_json(args.out / "saddle.json", content)  # the medians
     print("\nHand-designed rules: tuned on separate runs of each landscape, for the mean step at which it is")
     print(f"left and stays left.\nFigure: {path}")
     print(f"\nDone in {time.perf_counter() - began:.0f} s on {args.device}.")

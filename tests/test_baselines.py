@@ -178,9 +178,31 @@ def test_the_committed_table_names_its_command_and_no_machine():
 
 def test_baselines_come_from_the_table_or_are_tuned_and_say_so():
     quadratic, other = RandomQuadratic(), RandomQuadratic(2)
-    rules, origin = baselines.baselines_for(quadratic, quadratic, n_steps=100)
+    rules, origin = baselines.baselines_for(quadratic, quadratic, n_steps=100, score="final")
     assert list(rules) == [tuned.label for tuned in read_baselines(quadratic, 100)]
     assert "committed table" in origin
     rules, origin = baselines.baselines_for(other, other, n_steps=2, n_tasks=4, progress_bar=False)
     assert [label.split(" (")[0] for label in rules] == [family.name for family in FAMILIES]
     assert origin == "tuned on the fly on 4 separate tasks of 2 steps"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_committed"),
+    [
+        ({"score": "final", "families": FAMILIES[:1]}, True),
+        ({"score": "final"}, True),
+        ({"score": "last ten"}, False),
+        ({"score": "final", "families": (FAMILIES[0], PLAIN_SGD)}, False),
+    ],
+)
+def test_the_committed_settings_are_those_of_the_families_and_the_score_that_are_asked_for(
+    options, is_committed, monkeypatch
+):
+    monkeypatch.setattr(baselines, "tune_all", lambda *args, families, **options: [Tuned("Adam", {"lr": 5.0}, 0.0, ())])
+    task = RandomQuadratic()
+    rules, origin = baselines.baselines_for(task, task, n_steps=100, **options)
+    assert ("committed" in origin) == is_committed
+    wanted = [family.name for family in options.get("families", FAMILIES)] if is_committed else ["Adam"]
+    assert [name.split(" (")[0] for name in rules] == wanted
+    with pytest.raises(ValueError, match=r"`score` should be one of .* Found `score = 'nonsense'`"):
+        baselines.baselines_for(task, task, n_steps=100, score="nonsense")

@@ -694,3 +694,15 @@ class Sized(RandomQuadratic):
 def test_a_class_may_take_any_number_of_arguments(tmp_path):
     text = QUADRATIC.replace('class = "RandomQuadratic"\ndim = 3', f'class = "{__name__}:Sized"')
     assert isinstance(load_config(write(tmp_path, text)).build_task(), RandomQuadratic)
+
+
+def test_tuning_sees_before_the_work_that_its_table_can_be_written(tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("odeopt.cli.tune.make_baselines_table", lambda out, **options: made.append(out))
+    out = tmp_path / "new" / "folder" / "table.json"
+    assert main(["tune", "--out", str(out)]) == 0
+    out.write_text("mine")
+    assert main(["tune", "--out", str(out)]) == 2
+    assert "`--out` should be a new file, or --overwrite be given" in capsys.readouterr().err
+    assert main(["tune", "--out", str(out), "--overwrite"]) == 0
+    assert made == [out, out]

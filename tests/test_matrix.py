@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 import odeopt.evaluation.matrix
+import odeopt.report.matrix
 from odeopt import load_pretrained
 from odeopt.__main__ import main
 from odeopt.artifacts import fingerprint, save
@@ -17,6 +18,7 @@ from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, grid
 from odeopt.meta.unroll import unroll
 from odeopt.optimizer import LearnedOptimizer
+from odeopt.report.matrix import plot_ratios
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
 from odeopt.tasks import MLPClassification, RandomQuadratic, ScaledTask
 
@@ -474,3 +476,14 @@ def test_comparison_that_is_committed_is_of_the_rule_that_ships():
     committed = Path(odeopt.__file__).parents[1] / "figs" / "generalisation.json"
     rule = json.loads(committed.read_text())["rule"]
     assert rule == {"name": "port-hamiltonian", "sha256": fingerprint(load_pretrained("port-hamiltonian"))}
+
+
+def test_fields_of_diverged_runs_can_be_read(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(odeopt.report.matrix, "save_figure", lambda figure, path: drawn.append(figure))
+    ratios = {"fine": 1.2, "mine": math.inf, "theirs": 0.0, "hundred": 120.0, "small": 0.001}
+    plot_ratios({"rule over Adam": {"factor": ratios}}, tmp_path / "heat.png", label="ratio")
+    axes = drawn[0].axes[0]
+    assert all(patch.get_facecolor()[3] == 1 for patch in axes.patches)
+    texts = [text.get_text() for text in axes.texts][1::2]
+    assert texts == ["1.20", "diverged", "other diverged", "1e+02", "<0.01"]

@@ -17,8 +17,8 @@ from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.suite import Contender, available_problems, evaluate_suite, learned, make_problem, opponents, run, untrained
 from odeopt.suite.evaluate import TUNING_SEED, neighbour, steps_of
 from odeopt.suite.opponents import OPPONENTS, REFERENCE, MuonAndAdamW, hidden_matrices
-from odeopt.suite.problems import english
-from odeopt.suite.result import Outcome
+from odeopt.suite.problems import english, next_character
+from odeopt.suite.result import Outcome, Suite
 from odeopt.suite.run import Run, smoothed
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
@@ -303,6 +303,36 @@ def test_steps_to_a_loss_are_the_first_at_which_it_is_reached():
     assert outcome.steps_to(torch.tensor([2.0, 0.5, 9.0])).tolist() == [50, math.inf, math.inf]
 
 
+def test_no_run_comes_to_a_loss_that_is_not_finite_and_diverged_runs_have_no_time():
+    ends = torch.tensor([1.0, math.inf, 2.0])
+    curves, steps = torch.stack((torch.full((3,), 3.0), ends)), torch.tensor([5, 10])
+    outcome = Outcome(0.1, False, ends, ends, torch.tensor([9.0, 0.3, 11.0]), curves, steps)
+    assert outcome.steps_to(ends).tolist() == [10, math.inf, 10]
+    assert outcome.run_seconds == 9.0
+    nowhere = outcome._replace(train=torch.full((3,), math.inf))
+    assert math.isnan(nowhere.run_seconds)
+
+
+def test_a_reference_that_diverges_is_named_and_nothing_is_better_than_it(made):
+    wild = {REFERENCE: replace(grid_of(10.0)[REFERENCE])}
+    suite = evaluate(tiny("vit"), wild | {"mine": replace(grid_of(0.1)[REFERENCE], name="mine", is_learned=True)})
+    assert "the reference diverged" in suite.table()
+    assert "at most 1 times AdamW's on 0 of 1 problems" in suite.summary("mine")
+    assert suite.table().count("never") == 2
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("coordinates", 1e-2), ("few-examples", 1.0)])
+def test_cross_entropies_are_told_apart_down_to_the_rounding_of_single_precision_and_others_further(name, wanted):
+    def outcome(loss):
+        return Outcome(0.1, False, *torch.full((3, 2), loss).double(), torch.full((1, 2), loss), torch.tensor([3]))
+
+    problem = tiny(name)
+    outcomes = {name: {REFERENCE: outcome(1e-8), "mine": outcome(1e-10)}}
+    suite = Suite({name: problem}, small(REFERENCE, "mine"), outcomes, 2)
+    assert suite.ratio(name, "mine").mean == pytest.approx(wanted)
+    assert suite.ratio(name, REFERENCE, reference="mine").mean == pytest.approx(1 / wanted)
+
+
 def test_the_reference_is_at_its_own_loss_at_the_end_at_the_latest():
     suite = evaluate(tiny("few-examples", 45), small(REFERENCE))
     outcome = suite.outcomes["few-examples"][REFERENCE]
@@ -343,6 +373,14 @@ def made(monkeypatch):
     return calls
 
 
+def rescaled(problem):
+    """The network of a problem, from larger weights."""
+    network = problem.make_network()
+    for weight in network.parameters():
+        weight.data *= 3
+    return network
+
+
 def grid_of(*rates, **settings):
     return {REFERENCE: Contender(REFERENCE, "AdamW", lambda model, n_steps, lr: lr, rates, settings)}
 
@@ -354,6 +392,8 @@ def grid_of(*rates, **settings):
         ((1e-3, 3e-3), 3, [0.01, 0.03, 0.1], 0.1, True),
         ((1e-2, 3e-2), 3, [0.1, 0.3], 0.1, False),
         ((3.0, 10.0), 3, [1.0, 0.3, 0.1], 0.1, True),
+        ((10.0, 30.0), 3, [3.0, 1.0, 0.3], 0.3, True),  # all diverge: down
+        ((10.0, 30.0), 0, [], 10.0, True),
         ((1e-3, 3e-3), 0, [], 3e-3, True),
         ((1e-3,), 3, None, 1e-3, False),
     ],
@@ -418,6 +458,12 @@ def test_a_suite_continues_where_it_was_interrupted(made, tmp_path, monkeypatch)
         (tiny("deep-transformer", 3), grid_of(0.1, rule="a"), True),
         (tiny("recurrent", 3), grid_of(0.1, rule="b"), True),
         (tiny("recurrent", 3), grid_of(0.3, rule="a"), True),
+        (replace(tiny("recurrent", 3), criterion=lambda *of: 100 * next_character(*of)), grid_of(0.1, rule="a"), True),
+        (
+            replace(tiny("recurrent", 3), make_network=lambda: rescaled(tiny("recurrent", 3))),
+            grid_of(0.1, rule="a"),
+            True,
+        ),
     ],
 )
 def test_runs_of_other_settings_are_made_anew(made, tmp_path, problem, contenders, is_new):
@@ -474,6 +520,10 @@ def test_a_damaged_file_is_refused_before_the_first_run(made, tmp_path, text):
             "`n_extensions` should be an integer of at least 0. Found",
         ),
         (lambda: evaluate(tiny("vit"), {}), "Parameter `contenders` should be contenders with 'adamw' among them"),
+        (
+            lambda: evaluate(tiny("vit"), grid_of(0.1) | {"mine": grid_of(0.1)[REFERENCE]}),
+            r"`contenders` should be by their own names. Found `contenders = \{'mine': 'adamw'\}`",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -15,6 +15,7 @@ import odeopt
 from odeopt.cli import arguments
 from odeopt.evaluation import EVALUATION_SEED, compare
 from odeopt.evaluation.baselines import FAMILIES, Family, build, tune_all
+from odeopt.files import write_json
 from odeopt.report import draw_table
 from odeopt.rules import AdamUpdate
 from odeopt.tasks import MLPClassification
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = arguments.dataset(args)
     learned = {name: odeopt.load_pretrained(name) for name in RULES}
     cells: dict[str, list[str]] = {}
-    headers = [("rule", "")]
+    headers, content = [("rule", "")], {}
     for widths, activation, factor in COLUMNS:
         n_steps = factor * args.steps
         options = {"activation": activation, "device": args.device}
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         comparison.plot(figure, title=f"{dataset.name}, {title}, {args.runs} runs")
         print(f"\n{dataset.name}, {title}, {args.runs} runs\n\n{comparison.table()}\nFigure: {figure}", flush=True)
         headers.append((title, "[nats]"))
+        content[title] = {name.split(" (")[0]: row for name, row in comparison.as_json().items()}
         for name in rules:
             difference = comparison.difference(name)
             text = f"{comparison.scores(name).mean():.3f}"
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
                 text += f" [{difference.low:+.3f}, {difference.high:+.3f}]"
             cells.setdefault(name.split(" (")[0], []).append(text)
     print(f"\n{draw_table(headers, [[name, *row] for name, row in cells.items()], markdown=args.markdown)}\n")
+    write_json(args.out / "general.json", content)
     print("Mean of the last ten losses [95 % Student interval of the paired difference to the best hand-designed one].")
     print(f"\nDone in {time.perf_counter() - began:.0f} s on {args.device}.")
 

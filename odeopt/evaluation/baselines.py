@@ -15,7 +15,7 @@ from typing import Any
 from odeopt._version import __version__
 from odeopt.checks import check_class, require, require_counts
 from odeopt.evaluation.compare import run
-from odeopt.evaluation.result import Score, scores_of
+from odeopt.evaluation.result import SCORES, Score, scores_of
 from odeopt.files import write_json
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule
@@ -219,21 +219,24 @@ def build(outcomes: Sequence[Tuned], families: Sequence[Family] = FAMILIES) -> d
 
     Args:
         outcomes: Settings, as from :func:`tune_all` or :func:`read_baselines`.
-        families: Where the makers of the rules are looked up by name.
+        families: Those to build.
 
     Returns:
         Rules by the name to show them under.
     """
     makers = {family.name: family.make for family in families}
-    return {tuned.label: makers[tuned.family](**tuned.settings) for tuned in outcomes}
+    return {tuned.label: makers[tuned.family](**tuned.settings) for tuned in outcomes if tuned.family in makers}
 
 
-def read_baselines(task: Task, n_steps: int, path: str | os.PathLike | None = None) -> tuple[Tuned, ...] | None:
+def read_baselines(
+    task: Task, n_steps: int, path: str | os.PathLike | None = None, *, score: str | None = None
+) -> tuple[Tuned, ...] | None:
     """Look up the committed settings for a task and horizon.
 
     Args:
         task: The task, of any split.
         n_steps: Updates per run.
+        score: What they should have been tuned for; None for whatever it was.
         path: A table written by :func:`make_baselines_table`; the committed one by default.
 
     Returns:
@@ -245,7 +248,7 @@ def read_baselines(task: Task, n_steps: int, path: str | os.PathLike | None = No
         return None
     key = _key(task)
     for entry in json.loads(file.read_text(encoding="utf-8"))["entries"]:
-        if entry["task"] == key and entry["n_steps"] == n_steps:
+        if entry["task"] == key and entry["n_steps"] == n_steps and score in (None, entry["score"]):
             return tuple(
                 Tuned(b["family"], b["settings"], b["score"], _tried(b["settings"], b["tried"]))
                 for b in entry["baselines"]
@@ -277,8 +280,9 @@ def baselines_for(
     Returns:
         Rules by the name to show them under, and where their settings come from, for captions.
     """
-    outcomes = read_baselines(task, n_steps)
-    if outcomes is not None:
+    require(callable(score) or score in SCORES, "score", score, f"one of {', '.join(SCORES)}, or a function")
+    outcomes = read_baselines(task, n_steps, score=score)
+    if outcomes is not None and {family.name for family in families} <= {tuned.family for tuned in outcomes}:
         return build(outcomes, families), "tuned for this task and horizon (committed table)"
     options = {"n_steps": n_steps, "n_tasks": n_tasks, "score": score}
     outcomes = tune_all(tuning_task, families=families, progress_bar=progress_bar, **options)

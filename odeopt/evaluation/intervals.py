@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odeopt.checks import is_number, require
 
-_RESOLUTION = torch.finfo(torch.float32).eps  # of a cross-entropy; below it losses count as equal
+RESOLUTION = torch.finfo(torch.float32).eps  # of a cross-entropy in single precision; below it losses count as equal
 
 
 class Interval(NamedTuple):
@@ -55,18 +55,22 @@ def student_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def ratio_interval(scores: Tensor, reference: Tensor) -> Interval:
+def ratio_interval(scores: Tensor, reference: Tensor, *, floor: float = 0.0) -> Interval:
     """Ratio of scores to those of paired runs: the geometric mean, with its 95 % interval.
 
     Args:
-        scores: Positive losses, shape ``(n_runs,)``.
+        scores: Losses, at least zero, shape ``(n_runs,)``.
         reference: Those of the reference in the same runs.
+        floor: Losses below it count as it, such as :data:`RESOLUTION` for cross-entropies.
 
     Returns:
-        Student's interval of the log ratio, taken back; infinite where a score is not finite, else zero where one of
-        the reference is not.
+        Student's interval of the log ratio, taken back; NaN where a loss is negative; infinite where a score is not
+        finite, else zero where one of the reference is not.
     """
-    mine, theirs = (x.clamp_min(_RESOLUTION) for x in (scores, reference))
+    if (torch.cat((scores, reference)) < 0).any():
+        return Interval(math.nan, math.nan, math.nan)
+    floor = max(floor, torch.finfo(torch.float32).tiny)  # a loss of zero has a ratio, too
+    mine, theirs = (x.clamp_min(floor) for x in (scores, reference))
     if not (mine.isfinite().all() and theirs.isfinite().all()):
         return Interval(*3 * [0.0 if mine.isfinite().all() else math.inf])
     return Interval(*torch.tensor(student_interval((mine / theirs).log()), dtype=torch.float64).exp().tolist())
@@ -74,8 +78,10 @@ def ratio_interval(scores: Tensor, reference: Tensor) -> Interval:
 
 def ratio_text(ratio: Interval) -> str:
     """Write a ratio and its bounds, e.g. ``"0.912 [0.874, 0.952]"``."""
-    if ratio.mean == math.inf:
-        return "diverged"
+    if math.isnan(ratio.mean):
+        return "no ratio: a loss is negative"
+    if ratio.mean in (0, math.inf):
+        return "diverged" if ratio.mean else "the reference diverged"
     mean, low, high = (f"{x:.2e}" if x >= 1e4 else f"{x:.3f}" if x >= 0.01 else f"{x:.2g}" for x in ratio)
     return f"{mean} [{low}, {high}]" if ratio.high < math.inf else f"{mean} [one run]"
 

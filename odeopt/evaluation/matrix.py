@@ -20,7 +20,7 @@ from odeopt.artifacts import fingerprint
 from odeopt.checks import n_of, require, require_counts
 from odeopt.evaluation.baselines import Family, tune
 from odeopt.evaluation.compare import run
-from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
+from odeopt.evaluation.intervals import RESOLUTION, Interval, ratio_interval, ratio_text
 from odeopt.evaluation.result import DIVERGED, scores_of
 from odeopt.files import read_json, write_json
 from odeopt.progress import tqdm
@@ -178,7 +178,7 @@ class Matrix:
             See :func:`odeopt.evaluation.intervals.ratio_interval`.
         """
         at_cell = self.outcomes[cell]
-        return ratio_interval(at_cell[_RULE].scores, at_cell[reference].scores)
+        return ratio_interval(at_cell[_RULE].scores, at_cell[reference].scores, floor=RESOLUTION)
 
     def summary(self, reference: str = "Adam") -> str:
         """Say in one line how many cells are no worse than a reference, which is the worst, and what diverged."""

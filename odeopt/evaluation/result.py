@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -158,6 +159,19 @@ class Comparison:
         rows = [[cell(name) for _, _, cell in columns] for name in self.results]
         caption = _caption(self, separator="  \n" if markdown else "\n")
         return f"{draw_table(headers, rows, markdown=markdown)}\n\n{caption}"
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """Scores as plain numbers, by rule: mean, difference to the reference with its interval, and bytes of state.
+
+        A number that is not finite is None, and so is the difference where there is no reference or the rule is it.
+        """
+        found = {}
+        for name, result in self.results.items():
+            is_compared = self.reference not in (None, name)
+            numbers = [self.scores(name).mean().item(), *(self.difference(name) if is_compared else ())]
+            score, *difference = (x if math.isfinite(x) else None for x in numbers)
+            found[name] = {"score": score, "difference": difference or None, "state_bytes": result.state_bytes}
+        return found
 
     def plot(self, path: str | os.PathLike, *, title: str | None = None) -> Path:
         """Draw the mean loss against the step with its 95 % interval, and save it.

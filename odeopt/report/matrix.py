@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ def plot_ratios(
     with style():
         starts = {factor: range(0, len(values), n_columns) for factor, values in next(iter(panels.values())).items()}
         names = [factor if i == 0 else "" for factor, rows in starts.items() for i in rows]
-        figure, axes_of = new_figure(1.1 * n_columns * len(panels) + 1.6, 0.52 * len(names) + 0.5, len(panels))
+        height = max(2.4, 0.52 * len(names) + 0.5)  # the label of the colour bar needs some
+        figure, axes_of = new_figure(1.1 * n_columns * len(panels) + 1.6, height, len(panels))
         colours = ScalarMappable(LogNorm(0.5, 2), "PuOr_r")  # orange is worse
         for axes, (title, factors) in zip(axes_of, panels.items(), strict=True):
             rows = [
@@ -39,13 +41,12 @@ def plot_ratios(
             ]
             for row, fields in enumerate(rows):
                 for column, (value, ratio) in enumerate(fields):
-                    axes.add_patch(Rectangle((column, row), 0.97, 0.94, color=colours.to_rgba(ratio), linewidth=0))
-                    number = f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}" if ratio < float("inf") else "diverged"
-                    number = "<0.01" if ratio < 0.005 else number
-                    ink = "black" if sum(colours.to_rgba(ratio)[:3]) > 1.5 else "white"
+                    colour = colours.to_rgba(min(max(ratio, 0.5), 2))
+                    axes.add_patch(Rectangle((column, row), 0.97, 0.94, color=colour, linewidth=0))
+                    ink = "black" if sum(colour[:3]) > 1.5 else "white"
                     at = {"ha": "center", "va": "center", "color": ink}
                     axes.text(column + 0.485, row + 0.3, "\n".join(textwrap.wrap(value, 21)), fontsize=6, **at)
-                    axes.text(column + 0.485, row + 0.74, number, fontsize=9, **at)
+                    axes.text(column + 0.485, row + 0.74, _number(ratio), fontsize=9, **at)
             axes.set(xlim=(0, n_columns), ylim=(len(names), 0), xticks=[], title=title)
             labels = names if axes is axes_of[0] else [""] * len(names)
             axes.set_yticks([row + 0.47 for row in range(len(names))], labels)
@@ -57,3 +58,9 @@ def plot_ratios(
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], minor=False)
         bar.set_ticks([], minor=True)
         return save_figure(figure, path)
+
+
+def _number(ratio: float) -> str:
+    if ratio in (0, math.inf):
+        return "diverged" if ratio else "other diverged"
+    return "<0.01" if ratio < 0.005 else f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}"

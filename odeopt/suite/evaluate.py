@@ -74,6 +74,9 @@ def evaluate_suite(
     require_counts(n_runs=n_runs)
     require(is_integer(n_extensions) and n_extensions >= 0, "n_extensions", n_extensions, "an integer of at least 0")
     require(REFERENCE in contenders, "contenders", [*contenders], f"contenders with {REFERENCE!r} among them")
+    for kind, named in (("contenders", contenders), ("problems", problems)):
+        others = {name: each.name for name, each in named.items() if each.name != name}
+        require(not others, kind, others, "by their own names")
     store = _Store(path, device)
     outcomes: dict[str, dict[str, Outcome]] = {}
     n_each = sum(n_runs + (len(c.rates) if len(c.rates) > 1 else 0) for c in contenders.values())
@@ -107,7 +110,7 @@ def _tuned(
     trials = {lr: trial(lr) for lr in rates}
 
     def best() -> tuple[float, bool]:
-        lr = min(trials, key=lambda rate: getattr(trials[rate], criterion))
+        lr = min(trials, key=lambda rate: (getattr(trials[rate], criterion), rate))  # the least, where all diverge
         return lr, lr in (min(trials), max(trials))
 
     for _ in range(n_extensions):

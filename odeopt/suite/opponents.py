@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import io
 import math
@@ -190,8 +191,18 @@ _RECIPES = {
     "schedule-free": f"warm-up {_WARM_UP}, decay {_DECAY}",
     "prodigy": f"cosine, decay {_DECAY}",
 }
+_PACKAGES = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
+
+
+def _settings(name: str) -> dict[str, str]:
+    package = _PACKAGES.get(name)
+    if package is None or importlib.util.find_spec(package) is None:
+        return {"recipe": _RECIPES[name]}
+    return {"recipe": _RECIPES[name], package: importlib.metadata.version(package)}
+
+
 OPPONENTS = {
-    name: Contender(name, title, make, rates, {"recipe": _RECIPES[name]})
+    name: Contender(name, title, make, rates, _settings(name))
     for name, title, make, rates in (
         ("adam", "Adam, 1e-3", _adam, (1e-3,)),
         (REFERENCE, "AdamW, warm-up and cosine", _adamw, (3e-4, 1e-3, 3e-3, 1e-2)),

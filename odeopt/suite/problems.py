@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from odeopt.checks import require, require_counts
+from odeopt.evaluation.intervals import RESOLUTION
 from odeopt.suite.networks import (
     CharacterGRU,
     CharacterTransformer,
@@ -83,7 +84,15 @@ class Problem:
         """Describe all that a run depends on, beside its seed and its optimizer, in values that JSON can hold."""
         network = hashlib.sha256(repr(self.make_model(0)).encode()).hexdigest()[:16]
         settings = {"n_steps": self.n_steps, "data": self.data.description, "network": network}
+        criterion = getattr(self.criterion, "__name__", type(self.criterion).__name__)
+        settings |= {"criterion": criterion, "first_loss": f"{self._first_loss():.3g}"}
         return {"problem": self.name, "version": _VERSION, **settings}
+
+    def _first_loss(self) -> float:
+        """Loss at the start of a run, which tells apart what names do not: criteria, initial weights, examples."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            return self.loss(self.make_network(), self.batch(0, 0)).item()
 
     def make_model(self, seed: int) -> nn.Module:
         """Build the network with the initial weights of a seed; the global generator stays as it was."""
@@ -286,6 +295,11 @@ def evidence_bound(outputs: tuple[Tensor, Tensor, Tensor], pixels: Tensor) -> Te
     logits, mean, log_variance = outputs
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
     return F.binary_cross_entropy_with_logits(logits, pixels) + divergence.mean() / pixels.shape[1]
+
+
+def resolution_of(criterion: str) -> float:
+    """Return the loss below which losses count as equal: the rounding of single precision for cross-entropies."""
+    return RESOLUTION if criterion in ("cross_entropy", "next_character") else 0.0
 
 
 # --------------------------------------------------------------------------------------- problems

@@ -14,7 +14,7 @@ from torch import Tensor
 from odeopt.evaluation.intervals import Interval, ratio_interval, ratio_text
 from odeopt.report import draw_table, plot_suite
 from odeopt.suite.opponents import OPPONENTS, REFERENCE, Contender
-from odeopt.suite.problems import Problem
+from odeopt.suite.problems import Problem, resolution_of
 
 TARGETS = {"train": 1.0, "held_out": 1.02}  # ratios to tuned AdamW that a learned rule may not exceed
 _TITLES = {"train": "train loss", "held_out": "held-out loss"}
@@ -44,9 +44,19 @@ class Outcome(NamedTuple):
     steps: Tensor
 
     @property
+    def is_diverged(self) -> Tensor:
+        """True for runs that ended in a loss that is not finite; shape ``(n_runs,)``."""
+        return ~(self.train.isfinite() & self.held_out.isfinite())
+
+    @property
     def n_diverged(self) -> int:
-        """Number of runs that ended in a loss that is not finite."""
-        return int((~(self.train.isfinite() & self.held_out.isfinite())).sum())
+        """Number of those runs."""
+        return int(self.is_diverged.sum())
+
+    @property
+    def run_seconds(self) -> float:
+        """Median time of the runs that did not diverge; NaN where all did, as those end early."""
+        return self.seconds[~self.is_diverged].median().item() if self.n_diverged < len(self.seconds) else math.nan
 
     def steps_to(self, levels: Tensor) -> Tensor:
         """Find after how many steps each run's loss is at a level, or below it.
@@ -55,9 +65,10 @@ class Outcome(NamedTuple):
             levels: Shape ``(n_runs,)``.
 
         Returns:
-            Numbers of steps, of the same shape; infinite where a run does not come down to its level.
+            Numbers of steps, of the same shape; infinite where a run does not come down to its level, or the level is
+            not finite.
         """
-        is_there = self.curves <= levels
+        is_there = (self.curves <= levels) & levels.isfinite()
         steps = self.steps[is_there.int().argmax(0)].double()
         return steps.where(is_there.any(0), math.inf)
 
@@ -78,26 +89,28 @@ class Suite:
     outcomes: Mapping[str, Mapping[str, Outcome]]
     n_runs: int
 
-    def ratio(self, problem: str, contender: str, of: str = "train") -> Interval:
+    def ratio(self, problem: str, contender: str, of: str = "train", *, reference: str = REFERENCE) -> Interval:
         """Ratio of a contender's loss to that of tuned AdamW: the geometric mean over paired runs, with its interval.
 
         Args:
             problem: Name of the problem.
             contender: Name of the contender.
             of: ``"train"`` or ``"held_out"``.
+            reference: Another contender, in the place of tuned AdamW.
 
         Returns:
-            See :func:`odeopt.evaluation.intervals.ratio_interval`.
+            See :func:`odeopt.evaluation.intervals.ratio_interval`; cross-entropies below the rounding of single
+            precision count as that.
         """
-        at_problem = self.outcomes[problem]
-        return ratio_interval(getattr(at_problem[contender], of), getattr(at_problem[REFERENCE], of))
+        at_problem, floor = self.outcomes[problem], resolution_of(self.problems[problem].settings["criterion"])
+        return ratio_interval(getattr(at_problem[contender], of), getattr(at_problem[reference], of), floor=floor)
 
     def summary(self, contender: str) -> str:
         """Say in one line on how many problems a contender is no worse than tuned AdamW, and on which it is worst."""
         words = []
         for of, bound in TARGETS.items():
             ratios = {problem: self.ratio(problem, contender, of) for problem in self.problems}
-            n_good = sum(ratio.mean <= bound for ratio in ratios.values())
+            n_good = sum(0 < ratio.mean <= bound for ratio in ratios.values())
             worst = max(ratios, key=lambda problem: ratios[problem].mean)
             words.append(
                 f"{_TITLES[of]} at most {bound:g} times AdamW's on {n_good} of {len(ratios)} problems, worst "
@@ -120,9 +133,10 @@ class Suite:
         caption = [
             f"Train: mean of the last 5 % of the training losses; held out: loss at the end. Means of {self.n_runs} "
             "runs, on common initialisations and batches.",
-            "Ratio: to tuned AdamW, geometric mean of paired runs [95 % Student interval].",
+            "Ratio: to tuned AdamW, geometric mean of paired runs [95 % Student interval]; cross-entropies below "
+            "1.2e-7 count as 1.2e-7.",
             "To AdamW's loss: steps and seconds after which the mean of 5 % of the losses is what AdamW ends with, in "
-            "the median run.",
+            "the median run; runs that diverged, which end early, have no time.",
             "Learning rates are chosen by one run on another seed; * is the edge of what was tried.",
             *(self.summary(name) for name, contender in self.contenders.items() if contender.is_learned),
         ]
@@ -135,13 +149,14 @@ class Suite:
         for name, contender in self.contenders.items():
             outcome = self.outcomes[problem][name]
             steps = outcome.steps_to(self.outcomes[problem][REFERENCE].train).quantile(0.5, interpolation="higher")
-            seconds = steps / outcome.steps[-1] * outcome.seconds.median()
+            seconds = steps / outcome.steps[-1] * outcome.run_seconds
             ratios = {of: self.ratio(problem, name, of) for of in TARGETS}
             row = [contender.title, f"{outcome.lr:g}{'*' * outcome.is_edge}"]
             for of, ratio in ratios.items():
                 row += [f"{getattr(outcome, of).mean():.4g}", "" if name == REFERENCE else ratio_text(ratio)]
             row += [f"{steps:.0f}", f"{seconds:.1f}"] if steps.isfinite() else ["never", ""]
-            rows.append([*row, f"{outcome.seconds.median():.1f}", str(outcome.n_diverged)])
+            whole = "" if math.isnan(outcome.run_seconds) else f"{outcome.run_seconds:.1f}"
+            rows.append([*row, whole, str(outcome.n_diverged)])
         return headers, rows
 
     def plot(self, path: str | os.PathLike, *, title: str = "The suite") -> Path:
