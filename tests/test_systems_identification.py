@@ -73,9 +73,7 @@ def test_fitting_reduces_the_error(name, kind):
 
 def test_kinetic_energies_other_than_that_of_a_mass_are_not_observed():
     system = PortHamiltonianSystem(1, kinetic=RelativisticEnergy())
-    with pytest.raises(
-        ValueError, match=r"`system.hamiltonian.kinetic` should be None: momenta of observed"
-    ):
+    with pytest.raises(ValueError, match=r"`system.hamiltonian.kinetic` should be None: momenta of observed"):
         PortHamiltonianModel(system, "R", observes="velocity")
 
 

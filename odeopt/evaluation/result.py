@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeopt.checks import n_of, require
+from odeopt.checks import n_of, require, require_one_of
 from odeopt.evaluation.intervals import Interval, student_interval, trailing_mean
 from odeopt.report import draw_table, number_text, plot_losses
 
@@ -41,13 +41,8 @@ def scores_of(losses: Tensor, score: str | Score) -> Tensor:
     """
     if callable(score):
         return score(losses)
-    check_score(score)
+    require_one_of(SCORES, score=score)
     return losses[-1] if score == "final" else losses[:-1][-10:].mean(0)
-
-
-def check_score(score: str) -> None:
-    """Refuse a name that no score has."""
-    require(score in SCORES, "score", score, f"one of {', '.join(SCORES)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +119,7 @@ class Comparison:
         Raises:
             ValueError: If there is no such rule.
         """
-        require(name in self.results, "name", name, f"one of {', '.join(self.results)}")
+        require_one_of(self.results, name=name)
         return scores_of(self.results[name].losses, self.score)
 
     def difference(self, name: str, reference: str | None = None) -> Interval:

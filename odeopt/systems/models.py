@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require
+from odeopt.checks import require_one_of
 from odeopt.physics import PortHamiltonianSystem, PortMatrix, PositiveDefinite, PositiveSemidefinite, Potential, mlp
 from odeopt.systems.coordinates import Coordinates
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_n_inputs, check_seed, momentum
@@ -212,7 +212,7 @@ def make_model(kind: str, coordinates: str, *, observes: str, seed: int = 0, **o
     Raises:
         ValueError: If there is no such kind, or an argument is out of range.
     """
-    require(kind in MODELS, "kind", kind, f"one of {', '.join(MODELS)}")
+    require_one_of(MODELS, kind=kind)
     check_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import check_class, is_integer, require
+from odeopt.checks import check_class, is_integer, require, require_one_of
 from odeopt.ode import Solution, Status, explicit_step
 from odeopt.ode.checks import check_finite, check_times
 from odeopt.physics import PhaseState, PortHamiltonianSystem
@@ -43,7 +43,7 @@ class ObservedSystem(nn.Module, ABC):
 
     def __init__(self, coordinates: str, *, observes: str, n_inputs: int = 1) -> None:
         super().__init__()
-        require(observes in OBSERVATIONS, "observes", observes, f"one of {', '.join(OBSERVATIONS)}")
+        require_one_of(OBSERVATIONS, observes=observes)
         check_n_inputs(n_inputs)
         self.coordinates = Coordinates(coordinates)
         self.observes, self.n_inputs = observes, n_inputs
