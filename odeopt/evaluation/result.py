@@ -186,14 +186,11 @@ class Comparison:
 def _columns(comparison: Comparison) -> list[tuple[str, str, Callable[[str], str]]]:
     """Title, unit and cell writer of each column."""
     results, unit = comparison.results, comparison.loss_unit
-    columns = [("rule", "", str)]
-    if comparison.score == "final":
-        columns.append(("final loss", unit, lambda name: number_text(comparison.scores(name).mean())))
+    is_final, n_last = comparison.score == "final", min(10, comparison.n_steps)
+    title = "final loss" if is_final else f"last {n_last} losses" if n_last > 1 else "last loss"
+    columns = [("rule", "", str), (title, unit, lambda name: number_text(comparison.scores(name).mean()))]
+    if is_final:
         columns.append(("median", unit, lambda name: _median(comparison.scores(name))))
-    else:
-        n_last = min(10, comparison.n_steps)
-        title = f"last {n_last} losses" if n_last > 1 else "last loss"
-        columns.append((title, unit, lambda name: number_text(comparison.scores(name).mean())))
     columns.append(("all losses", unit, lambda name: number_text(results[name].losses[:-1].mean())))
     if comparison._any.accuracies is not None:
         columns.append(("accuracy", "%", lambda name: number_text(100 * results[name].accuracies.mean(), 1)))
