@@ -77,8 +77,7 @@ class MetaConfig:
         for name in ("averaging", "beta2"):
             value = getattr(self, name)
             require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
-        is_seed = is_integer(self.seed) and -(2**63) <= self.seed < 2**64  # what torch's generators take
-        require(is_seed, "seed", self.seed, "an integer of 64 bits")
+        require(is_integer(self.seed), "seed", self.seed, "an integer of 64 bits")  # what torch's generators take
         reserved = _RESERVED_SEEDS.get(self.seed)
         require(reserved is None, "seed", self.seed, f"another one than that of the tasks of {reserved}")
         is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
