@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 _LONGEST_SHOWN = 500  # characters
 
@@ -38,6 +38,12 @@ def require_flags(**values: object) -> None:
     """Refuse values, given by the names of their parameters, that are neither True nor False."""
     for name, value in values.items():
         require(isinstance(value, bool), name, value, "True or False")
+
+
+def require_one_of(choices: Collection[str], **values: object) -> None:
+    """Refuse values, given by the names of their parameters, that are none of the choices."""
+    for name, value in values.items():
+        require(value in choices, name, value, f"one of {', '.join(choices)}")
 
 
 def check_class(name: str, value: object, wanted: type) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from odeopt.artifacts import find_pretrained
-from odeopt.checks import check_class, require, require_counts
-from odeopt.evaluation.result import Comparison, RuleResult, check_score, scores_of
+from odeopt.checks import check_class, require, require_counts, require_one_of
+from odeopt.evaluation.result import SCORES, Comparison, RuleResult, scores_of
 from odeopt.meta.unroll import unroll
 from odeopt.modes import outside_inference_mode
 from odeopt.progress import tqdm
@@ -77,7 +77,7 @@ def compare(
     require_counts(n_runs=n_runs)
     wanted = f"{BEST_HAND_DESIGNED!r} or one of {', '.join(rules)}"
     require(reference in (BEST_HAND_DESIGNED, *rules), "reference", reference, wanted)
-    check_score(score)
+    require_one_of(SCORES, score=score)
     if device is not None:
         task.to(device)
     results = {}

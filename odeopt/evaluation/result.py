@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odeopt.checks import n_of, require
+from odeopt.checks import n_of, require, require_one_of
 from odeopt.evaluation.intervals import Interval, student_interval, trailing_mean
 from odeopt.report import draw_table, number_text, plot_losses
 
@@ -42,13 +42,8 @@ def scores_of(losses: Tensor, score: str | Score) -> Tensor:
     """
     if callable(score):
         return score(losses)
-    check_score(score)
+    require_one_of(SCORES, score=score)
     return losses[-1] if score == "final" else losses[:-1][-10:].mean(0)
-
-
-def check_score(score: str) -> None:
-    """Refuse a name that no score has."""
-    require(score in SCORES, "score", score, f"one of {', '.join(SCORES)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +120,7 @@ class Comparison:
         Raises:
             ValueError: If there is no such rule.
         """
-        require(name in self.results, "name", name, f"one of {', '.join(self.results)}")
+        require_one_of(self.results, name=name)
         return scores_of(self.results[name].losses, self.score)
 
     def difference(self, name: str, reference: str | None = None) -> Interval:
@@ -205,14 +200,11 @@ class Comparison:
 def _columns(comparison: Comparison) -> list[tuple[str, str, Callable[[str], str]]]:
     """Title, unit and cell writer of each column."""
     results, unit = comparison.results, comparison.loss_unit
-    columns = [("rule", "", str)]
-    if comparison.score == "final":
-        columns.append(("final loss", unit, lambda name: number_text(comparison.scores(name).mean())))
+    is_final, n_last = comparison.score == "final", min(10, comparison.n_steps)
+    title = "final loss" if is_final else f"last {n_last} losses" if n_last > 1 else "last loss"
+    columns = [("rule", "", str), (title, unit, lambda name: number_text(comparison.scores(name).mean()))]
+    if is_final:
         columns.append(("median", unit, lambda name: _median(comparison.scores(name))))
-    else:
-        n_last = min(10, comparison.n_steps)
-        title = f"last {n_last} losses" if n_last > 1 else "last loss"
-        columns.append((title, unit, lambda name: number_text(comparison.scores(name).mean())))
     columns.append(("all losses", unit, lambda name: number_text(results[name].losses[:-1].mean())))
     if comparison._any.accuracies is not None:
         columns.append(("accuracy", "%", lambda name: number_text(100 * results[name].accuracies.mean(), 1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from odeopt.checks import is_integer, is_number, require, require_counts, require_positive
+from odeopt.checks import is_integer, is_number, require, require_counts, require_one_of, require_positive
 from odeopt.meta.estimators import Backpropagation, Estimator
 from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule
@@ -77,13 +77,12 @@ class MetaConfig:
         for name in ("averaging", "beta2"):
             value = getattr(self, name)
             require(is_number(value) and 0 <= value < 1, name, value, "a number in [0, 1)")
-        is_seed = is_integer(self.seed) and -(2**63) <= self.seed < 2**64  # what torch's generators take
-        require(is_seed, "seed", self.seed, "an integer of 64 bits")
+        require(is_integer(self.seed), "seed", self.seed, "an integer of 64 bits")  # what torch's generators take
         reserved = _RESERVED_SEEDS.get(self.seed)
         require(reserved is None, "seed", self.seed, f"another one than that of the tasks of {reserved}")
         is_margin = is_number(self.gain_margin) and self.gain_margin >= 1
         require(is_margin, "gain_margin", self.gain_margin, "a number of at least 1")
-        require(self.schedule in _SCHEDULES, "schedule", self.schedule, f"one of {', '.join(_SCHEDULES)}")
+        require_one_of(_SCHEDULES, schedule=self.schedule)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as a configuration file has them, in values that JSON can hold."""

@@ -84,7 +84,7 @@ class Config:
         result = results[-1]
         horizons = (self.training.horizon,)
         if self.task["class"] == "Mixture":
-            horizons = self.task.get("horizons", inspect.signature(tasks.Mixture).parameters["horizons"].default)
+            horizons = self.task.get("horizons", tasks.Mixture.horizons)
         own = {} if self.start is None else {START: self.start.describe()}
         own |= {USE: self.use} if self.use else {}
         return own | {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_number, require, require_positive
+from odeopt.checks import is_number, require, require_one_of, require_positive
 
 _WEIGHTS = ("uniform", "linear", "late", "last")
 _CEILING = 10.0  # of relative losses
@@ -44,7 +44,7 @@ class MetaObjective:
     held_out: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.weights in _WEIGHTS, "weights", self.weights, f"one of {', '.join(_WEIGHTS)}")
+        require_one_of(_WEIGHTS, weights=self.weights)
         for name in ("log", "relative"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         require_positive(eps=self.eps)

@@ -139,6 +139,7 @@ def load_search(
     if "search" not in content:
         raise ValueError(f"{path} should have a section [search]. Found {', '.join(content)}.")
     sections, options = _sections(path, content), dict(content["search"])
+    make_config(path, sections)
     check_keys(path, "search", options, {"sampler", "n_trials", "space", *_DEFAULTS})
     space = _read_space(path, options.pop("space", None))
     if n_trials is not None:
@@ -148,7 +149,6 @@ def load_search(
         is_free = "training.n_meta_steps" not in space
         require(is_free, "n_meta_steps", n_meta_steps, f"left out where {path} searches over it")
         _shorten(sections["training"], options, n_meta_steps)
-    make_config(path, sections)
     _check_search(path, options, space)
     config = SearchConfig(path, sections, space, **options)
     for values in config.probes():
@@ -160,7 +160,6 @@ def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Sections of a training configuration: those of ``base`` with what the file adds, or the file's own."""
     given = {section: content[section] for section in (*SECTIONS, USE) if section in content}
     if "base" not in content:
-        make_config(path, given)
         return given
     base = str(content["base"])
     base_path, lent = read_toml(path.parent / base if base.endswith(".toml") else base)

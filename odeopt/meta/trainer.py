@@ -220,17 +220,16 @@ class _Run:
         check_tasks_apart(rule)
         lr, beta2 = float(config.lr), float(config.beta2)  # a checkpoint with a number of NumPy's cannot be read back
         self.meta_optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, beta2))
+        self.outliers = Outliers(config.outlier_factor)
+        self.parts = {"meta_optimizer": self.meta_optimizer, "outliers": self.outliers}
         self.scheduler = None
         if config.schedule == "one-cycle":
-            self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.scheduler = self.parts["scheduler"] = torch.optim.lr_scheduler.OneCycleLR(
                 self.meta_optimizer, lr, total_steps=max(config.n_meta_steps, 2), cycle_momentum=False
             )
         self.result = MetaResult(rule, n_tasks_per_step=config.n_tasks * self.world.size)
         self.best_weights = _copy(rule.state_dict())
         self.averaged = _copy(rule.state_dict())
-        self.outliers = Outliers(config.outlier_factor)
-        self.parts = {"meta_optimizer": self.meta_optimizer, "outliers": self.outliers}
-        self.parts |= {} if self.scheduler is None else {"scheduler": self.scheduler}
         self.n_tasks_seen = 0
         self.n_validated = 0
         self.path = None if folder is None else folder / "checkpoint.pt"

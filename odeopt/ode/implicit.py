@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import require_counts, require_positive
 from odeopt.modes import is_in_forward_mode, is_traced
 
 Residual = Callable[[Tensor], Tensor]
@@ -41,10 +41,8 @@ class Newton(NamedTuple):
 
     def checked(self) -> Newton:
         """Return these settings, having refused wrong ones."""
-        is_tol = self.tol is None or (is_number(self.tol) and self.tol > 0)
-        require(is_tol, "tol", self.tol, "a positive number or None")
-        is_count = self.max_iters is None or (is_integer(self.max_iters) and self.max_iters >= 1)
-        require(is_count, "max_iters", self.max_iters, "a positive integer or None")
+        require_positive(tol=self.tol, or_none=True)
+        require_counts(max_iters=self.max_iters, or_none=True)
         return self
 
 

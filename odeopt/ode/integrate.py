@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require
+from odeopt.checks import require, require_flags
 from odeopt.ode.checks import (
     State,
     check_choice,
@@ -154,8 +154,7 @@ def integrate(
     require(callable(field), "field", field, "a function of time and state")
     check_choice("backend", backend, BACKENDS)
     check_choice("method", method, (*available_methods(), *STRUCTURE_METHODS))
-    for name, value in {"adjoint": adjoint, "throw": throw}.items():
-        require(isinstance(value, bool), name, value, "True or False")
+    require_flags(adjoint=adjoint, throw=throw)
     system = field if isinstance(field, PortHamiltonianSystem) else None
     for_adjoint = {
         "adjoint_params": adjoint_params,

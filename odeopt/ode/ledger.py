@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_integer, require, require_positive
 from odeopt.ode.checks import clock_dtype, time_dtype
 from odeopt.ode.grid import subintervals, times_of
 from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
@@ -223,7 +223,7 @@ def diagnose_damping(
         Lu, Tsai (2025): structure learned through a solver may be the solver's.
     """
     require(is_integer(refinement) and refinement >= 2, "refinement", refinement, "an integer of at least 2")
-    require(is_number(tolerance) and tolerance > 0, "tolerance", tolerance, "a positive number")
+    require_positive(tolerance=tolerance)
     require(other != method, "other", other, f"another method than {method!r}")
     t = torch.as_tensor(t, dtype=time_dtype(x0[1].device))
     steps = t.diff().abs().min().item() if step_size is None else step_size

@@ -243,14 +243,12 @@ def _solve(
 ) -> Solution:
     """Solve with a tolerance, or with steps of a size, which adaptive methods can be held to."""
     options: dict[str, Any] = dict(method.options)
+    if method.kind != "adaptive":
+        options["step_size"] = setting
     if method.kind == "structure":
-        options["step_size"] = setting
-        effort = {} if problem.effort is None else {"u": problem.effort}
-        return integrate(problem.system, x0, problem.t, method=method.method, options=options, **effort)
+        return integrate(problem.system, x0, problem.t, method=method.method, options=options, u=problem.effort)
     tolerances = {}
-    if method.kind == "fixed":
-        options["step_size"] = setting
-    else:
+    if method.kind == "adaptive":
         if not method.is_external:
             options["step_t"] = problem.t
         tolerances = {"rtol": setting, "atol": setting}

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from odeopt.checks import require
+from odeopt.checks import require, require_one_of
 from odeopt.files import read_json, write_json
 from odeopt.solvers.figures import draw_derived, draw_orders, draw_work_precision
 from odeopt.solvers.runs import WORKS, OrderRun, Runs, SolverRun
@@ -50,8 +50,8 @@ class SolverComparison(Runs):
         """
         dtype = self.dtypes[0] if dtype is None else dtype
         require(kind in ("adaptive", "fixed"), "kind", kind, "adaptive or fixed")
-        require(unit in WORKS, "unit", unit, f"one of {', '.join(WORKS)}")
-        require(dtype in self.dtypes, "dtype", dtype, f"one of {', '.join(self.dtypes)}")
+        require_one_of(WORKS, unit=unit)
+        require_one_of(self.dtypes, dtype=dtype)
         return draw_work_precision(self, path, kind=kind, unit=unit, dtype=dtype)
 
     def figures(self, folder: str | os.PathLike) -> list[Path]:

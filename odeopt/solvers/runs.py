@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from odeopt.checks import require
+from odeopt.checks import require_one_of
 from odeopt.ode.solution import Status
 
 NOT_APPLICABLE, OVER_BUDGET, RAISED = "not applicable", "over the budget", "error"
@@ -192,12 +192,11 @@ class Runs:
         Raises:
             ValueError: If there is no run of such a problem, method or dtype, or no such unit or measure.
         """
-        require(unit in WORKS, "unit", unit, f"one of {', '.join(WORKS)}")
-        require(measure in _MEASURES, "measure", measure, f"one of {', '.join(_MEASURES)}")
+        require_one_of(WORKS, unit=unit)
+        require_one_of(_MEASURES, measure=measure)
         wanted = {"problem": problem, "method": method, "dtype": dtype}
         for name, value in wanted.items():
-            known = self._known[name]
-            require(value in known, name, value, f"one of {', '.join(known)}")
+            require_one_of(self._known[name], **{name: value})
         runs = self.select(**wanted)
         points = [(getattr(run, unit), getattr(run, measure)) for run in runs]
         points = [(work, error) for work, error in points if error is not None]

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 from odeopt.checks import n_of
 from odeopt.report import draw_table
-from odeopt.solvers.runs import Runs, SolverRun
+from odeopt.solvers.runs import NOT_APPLICABLE, Runs, SolverRun
 
-NOT_APPLICABLE = "n/a"
-_NEVER = "-"
+_NOT_AVAILABLE, _NEVER = "n/a", "-"
 Table = tuple[list[tuple[str, str]], list[list[str]]]
 
 
@@ -28,7 +27,7 @@ def draw_tables(comparison: Runs, *, target: float | None, n_evals: int, markdow
         ]
     if comparison.orders:
         parts.append(("Orders", _orders(comparison)))
-    if any(not run.is_success and run.status != "not applicable" for run in comparison.runs):
+    if any(not run.is_success and run.status != NOT_APPLICABLE for run in comparison.runs):
         parts.append(("Runs without a result, or with a doubtful one", _failures(comparison)))
     separator = "  \n" if markdown else "\n"
     drawn = [f"{title}\n\n{draw_table(headers, rows, markdown=markdown)}" for title, (headers, rows) in parts]
@@ -55,8 +54,8 @@ def _work(comparison: Runs, target: float, dtype: str, unit: str) -> Table:
     for method in comparison.methods:
         row = [method]
         for group, problems in in_group.items():
-            if _is_not_applicable(comparison.select(group=group, method=method, dtype=dtype)):
-                row.append(NOT_APPLICABLE)
+            if comparison.distinct("status", group=group, method=method, dtype=dtype) == [NOT_APPLICABLE]:
+                row.append(_NOT_AVAILABLE)
                 continue
             works = [comparison.work(p, method, target=target, unit=unit, dtype=dtype) for p in problems]
             n_reached, middle = sum(work < math.inf for work in works), statistics.median(works)
@@ -92,21 +91,17 @@ def _best(runs: Sequence[SolverRun], problem: str, measure: str) -> float | None
 
 def _applicable(comparison: Runs, method: str, dtype: str) -> list[str]:
     runs = comparison.select(method=method, dtype=dtype)
-    return list(dict.fromkeys(run.problem for run in runs if not _is_not_applicable([run])))
+    return list(dict.fromkeys(run.problem for run in runs if run.status != NOT_APPLICABLE))
 
 
 def _is_measured(comparison: Runs, problem: str, measure: str) -> bool:
     return any(getattr(run, measure) is not None for run in comparison.runs if run.problem == problem)
 
 
-def _is_not_applicable(runs: Sequence[SolverRun]) -> bool:
-    return bool(runs) and all(run.status == "not applicable" for run in runs)
-
-
 def _median(errors: Sequence[float | None]) -> str:
     """Median, a missing error counting as infinite."""
     if not errors:
-        return NOT_APPLICABLE
+        return _NOT_AVAILABLE
     middle = statistics.median(math.inf if error is None else error for error in errors)
     return _NEVER if middle == math.inf else f"{middle:.1e}"
 
@@ -120,7 +115,7 @@ def _orders(comparison: Runs) -> Table:
     rows = []
     for method in dict.fromkeys(row.method for row in comparison.orders):
         mine = [found[method, problem] for problem in problems if (method, problem) in found]
-        if all(row.observed is None and row.status.startswith("not applicable") for row in mine):
+        if all(row.observed is None and row.status.startswith(NOT_APPLICABLE) for row in mine):
             continue
         kept = [row.is_kept for row in mine]
         nominal = "not judged" if mine[0].nominal is None else str(mine[0].nominal)
@@ -135,7 +130,7 @@ def _failures(comparison: Runs) -> Table:
     rows = []
     reasons = dict.fromkeys((method, status) for method, status, _ in counts)
     for method, status in sorted(reasons, key=lambda reason: comparison.methods.index(reason[0])):
-        if status != "not applicable":
+        if status != NOT_APPLICABLE:
             numbers = [counts[method, status, group] for group in comparison.groups]
             rows.append([f"{method}, {status}", *(str(number) if number else "" for number in numbers)])
     return headers, rows

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import require, require_counts
+from odeopt.checks import require_counts, require_one_of
 from odeopt.evaluation.intervals import RESOLUTION
 from odeopt.suite.networks import (
     CharacterGRU,
@@ -372,7 +372,7 @@ def make_problem(
     Raises:
         ValueError: If there is no problem of this name, or the number of steps is not positive.
     """
-    require(name in _KINDS, "name", name, f"one of {', '.join(_KINDS)}")
+    require_one_of(_KINDS, name=name)
     require_counts(n_steps=n_steps, or_none=True)
     kind = _KINDS[name]
     data = kind.make_data(dataset, data_dir)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import check_class, is_integer, is_number, require
+from odeopt.checks import check_class, is_integer, is_number, require, require_counts
 from odeopt.files import replaced
 from odeopt.ode import STRUCTURE_METHODS, Status, integrate
 from odeopt.physics import PhaseState
@@ -47,9 +47,7 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_passes", "n_batches", "n_substeps"):
-            value = getattr(self, name)
-            require(is_integer(value) and value >= 1, name, value, "a positive integer")
+        require_counts(n_passes=self.n_passes, n_batches=self.n_batches, n_substeps=self.n_substeps)
         require(is_integer(self.n_points), "n_points", self.n_points, "an integer of at least 2")
         require(is_number(self.lr) and self.lr > 0, "lr", self.lr, "a finite positive number")
         check_seed(self.seed)
@@ -99,8 +97,8 @@ def fit(
         RuntimeWarning: If a loss was not finite, with which the fit ends.
     """
     config = FitConfig() if config is None else config
-    for name, value, wanted in (("model", model, ObservedSystem), ("data", data, Trajectories)):
-        check_class(name, value, wanted)
+    check_class("model", model, ObservedSystem)
+    check_class("data", data, Trajectories)
     check_class("config", config, FitConfig)
     weights = [p for p in model.parameters() if p.requires_grad]
     require(len(weights) > 0, "model", type(model).__name__, "one that has weights to learn")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_number, require
+from odeopt.checks import is_number, require, require_counts
 from odeopt.physics import GivenMatrix, PortHamiltonianSystem
 from odeopt.systems.observed import PortHamiltonianModel, check_seed
 
@@ -50,7 +50,7 @@ class Mechanism(NamedTuple):
         Returns:
             Shape ``(n, n_observed)``.
         """
-        require(is_integer(n) and n >= 1, "n", n, "a positive integer")
+        require_counts(n=n)
         check_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.low, self.high))

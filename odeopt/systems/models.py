@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require
+from odeopt.checks import require_one_of
 from odeopt.physics import PortHamiltonianSystem, PortMatrix, PositiveDefinite, PositiveSemidefinite, Potential, mlp
 from odeopt.systems.coordinates import Coordinates
 from odeopt.systems.observed import ObservedSystem, PortHamiltonianModel, check_n_inputs, check_seed, momentum
@@ -61,12 +62,8 @@ def structured(
     seen = Coordinates(coordinates)
     dof = seen.dof
 
-    def network(n_outputs: int) -> nn.Sequential:
-        return _network(seen, n_outputs, widths=widths, activation=activation)
-
-    def small(n_outputs: int) -> nn.Sequential:
-        return _network(seen, n_outputs, widths=small_widths, activation=nn.Tanh)
-
+    network = partial(_network, seen, widths=widths, activation=activation)
+    small = partial(_network, seen, widths=small_widths, activation=nn.Tanh)
     dissipation = PositiveSemidefinite(dof, network=small(dof * dof)) if dissipative else None
     system = PortHamiltonianSystem(
         dof,
@@ -114,14 +111,11 @@ class UnstructuredHamiltonian(ObservedSystem):
         super().__init__(coordinates, observes=observes, n_inputs=n_inputs)
         dof, seen = self.dof, self.coordinates
         self.hamiltonian = mlp(seen.n_features + dof, 1, widths=widths, activation=activation)
-
-        def small(n_outputs: int) -> nn.Sequential:
-            return _network(seen, n_outputs, widths=small_widths, activation=nn.Tanh)
-
         self.inverse_mass = None
         if observes == "velocity":
             network = _network(seen, dof * (dof + 1) // 2, widths=widths, activation=activation)
             self.inverse_mass = PositiveDefinite(dof, network=network, eps=_LEAST_INVERSE_MASS)
+        small = partial(_network, seen, widths=small_widths, activation=nn.Tanh)
         self.dissipation = PositiveSemidefinite(dof, network=small(dof * dof))
         self.port = PortMatrix(dof, n_inputs, network=small(dof * n_inputs))
 
@@ -212,7 +206,7 @@ def make_model(kind: str, coordinates: str, *, observes: str, seed: int = 0, **o
     Raises:
         ValueError: If there is no such kind, or an argument is out of range.
     """
-    require(kind in MODELS, "kind", kind, f"one of {', '.join(MODELS)}")
+    require_one_of(MODELS, kind=kind)
     check_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import check_class, is_integer, require
+from odeopt.checks import check_class, is_integer, require, require_counts, require_one_of
 from odeopt.ode import Solution, Status, explicit_step
 from odeopt.ode.checks import check_finite, check_times
 from odeopt.physics import PhaseState, PortHamiltonianSystem
@@ -43,7 +43,7 @@ class ObservedSystem(nn.Module, ABC):
 
     def __init__(self, coordinates: str, *, observes: str, n_inputs: int = 1) -> None:
         super().__init__()
-        require(observes in OBSERVATIONS, "observes", observes, f"one of {', '.join(OBSERVATIONS)}")
+        require_one_of(OBSERVATIONS, observes=observes)
         check_n_inputs(n_inputs)
         self.coordinates = Coordinates(coordinates)
         self.observes, self.n_inputs = observes, n_inputs
@@ -141,7 +141,7 @@ class ObservedSystem(nn.Module, ABC):
         weights = weights_like(self, x0)
         require(x0.dtype == weights.dtype, "x0.dtype", x0.dtype, f"that of the model's weights, {weights.dtype}")
         inputs = check_inputs(u, len(t) - 1, x0.shape[:-1], self.n_inputs, like=x0)
-        require(is_integer(n_substeps) and n_substeps >= 1, "n_substeps", n_substeps, "a positive integer")
+        require_counts(n_substeps=n_substeps)
         began = time.perf_counter()
         state = self.encode(x0)
         self.check_finite(state, inputs[0])

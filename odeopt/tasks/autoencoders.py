@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import require, require_counts, require_flags
+from odeopt.checks import require_counts, require_flags, require_one_of
 
 from .base import Batch
 from .datasets import ImageDataset
@@ -61,8 +61,7 @@ class Autoencoder(ImageTask):
     def __post_init__(self, dataset: ImageDataset | str) -> None:
         check_network(self.width, self.depth, self.activation)
         require_counts(n_latent=self.n_latent)
-        wanted = f"one of {', '.join(LIKELIHOODS)}"
-        require(self.likelihood in LIKELIHOODS, "likelihood", self.likelihood, wanted)
+        require_one_of(LIKELIHOODS, likelihood=self.likelihood)
         require_flags(is_variational=self.is_variational)
         super().__post_init__(dataset)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odeopt.checks import is_integer, require, require_flags
+from odeopt.checks import is_integer, require, require_flags, require_one_of
 
 from .base import Batch, Params, Task
 from .datasets import ImageDataset, load_dataset
@@ -26,7 +26,7 @@ def load_split(dataset: ImageDataset | str, split: str) -> tuple[ImageDataset, T
     Raises:
         ValueError: If there is no such split.
     """
-    require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
+    require_one_of(SPLITS, split=split)
     if isinstance(dataset, str):
         dataset = load_dataset(dataset)
     halves = permutation(len(dataset.train_images), seed=0, stream="classification/halves").tensor_split(2)

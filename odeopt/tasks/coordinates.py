@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, is_number, require, require_counts, require_positive
+from odeopt.checks import is_integer, is_number, require, require_counts, require_one_of, require_positive
 
 from .base import Batch
 from .classification import SPLITS, load_split
@@ -78,7 +78,7 @@ class CoordinateNetwork(NetworkTask):
         is_right = self.detail is None or (dataset is None and is_number(self.detail) and self.detail > 0)
         require(is_right, "detail", self.detail, "a positive number, or None where there is a dataset")
         require(dataset is None or self.n_channels == 1, "n_channels", self.n_channels, "1 where there is a dataset")
-        require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
+        require_one_of(SPLITS, split=self.split)
         self.images, self.stream = None, f"picture/{self.split}"
         if dataset is not None:
             dataset, self.members = load_split(dataset, self.split)

@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import require, require_one_of
 
 from .random import permutation
 
@@ -96,7 +96,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
         DatasetCorrupt: If a file is truncated or damaged.
     """
     name, _, factor = name.partition("/") if isinstance(name, str) else (name, "", "")
-    require(name in DATASETS, "name", name, f"one of {', '.join(DATASETS)}")
+    require_one_of(DATASETS, name=name)
     if factor:
         return _pooled(load_dataset(name, data_dir, download=download), factor)
     if name == "digits":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require, require_counts, require_positive
+from odeopt.checks import require, require_counts, require_one_of, require_positive
 
 from .perceptron import ACTIVATIONS
 
@@ -89,7 +89,7 @@ def attention_layers(
 def check_network(width: int, depth: int, activation: str) -> None:
     """Raise a ValueError that names what is out of range."""
     require_counts(width=width, depth=depth)
-    require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+    require_one_of(ACTIVATIONS, activation=activation)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -109,7 +109,7 @@ class TransformerFields:
         require_counts(n_heads=self.n_heads, expansion=self.expansion)
         require_positive(init_std=self.init_std, or_none=True)
         require(self.width % self.n_heads == 0, "width", self.width, f"a multiple of `n_heads = {self.n_heads}`")
-        require(self.norm in NORMS, "norm", self.norm, f"one of {', '.join(NORMS)}")
+        require_one_of(NORMS, norm=self.norm)
         super().__post_init__(*args)
 
     def layers(self, *, is_causal: bool) -> list[nn.Module]:

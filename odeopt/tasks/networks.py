@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 
 from torch import Tensor, nn
 
-from odeopt.checks import require, require_counts
+from odeopt.checks import require, require_counts, require_one_of
 
 from .base import Batch
 from .classification import labelled_images, load_split
@@ -191,8 +191,7 @@ class ImageNetwork(ImageTask):
     activation: str = "relu"
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
-        wanted = f"one of {', '.join(ARCHITECTURES)}"
-        require(self.architecture in ARCHITECTURES, "architecture", self.architecture, wanted)
+        require_one_of(ARCHITECTURES, architecture=self.architecture)
         check_network(self.width, self.depth, self.activation)
         is_right = self.architecture != "attention" or self.width % 2 == 0
         require(is_right, "width", self.width, "even for two heads")

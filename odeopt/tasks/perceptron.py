@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odeopt.checks import is_integer, is_list, require, require_counts
+from odeopt.checks import is_integer, is_list, require, require_counts, require_one_of
 
 from .base import DeclaredTask, Params
 from .random import uniform
@@ -51,7 +51,7 @@ class PerceptronTask(DeclaredTask):
         are_counts = is_list(self.widths) and all(is_integer(width) and width >= 1 for width in self.widths)
         require(are_counts, "widths", self.widths, "a list of positive integers")
         widths = tuple(self.widths)
-        require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
+        require_one_of(ACTIVATIONS, activation=self.activation)
         self.widths, self.sizes, self.stream = list(widths), (n_inputs, *widths, n_outputs), stream
         super().__post_init__()
 

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import is_integer, require, require_one_of
 
 from .base import Batch, Task
 from .layers import CELLS, WithPositions, attention_layers, check_network
@@ -50,8 +50,7 @@ class SequencePrediction(NetworkTask):
     activation: str = "tanh"
 
     def __post_init__(self) -> None:
-        wanted = f"one of {', '.join(SEQUENCE_ARCHITECTURES)}"
-        require(self.architecture in SEQUENCE_ARCHITECTURES, "architecture", self.architecture, wanted)
+        require_one_of(SEQUENCE_ARCHITECTURES, architecture=self.architecture)
         check_network(self.width, self.depth, self.activation)
         is_right = self.architecture != "attention" or self.width % 2 == 0
         require(is_right, "width", self.width, "even for two heads")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require, require_counts
+from odeopt.checks import require, require_counts, require_one_of
 
 from .base import Batch
 from .classification import SPLITS
@@ -100,8 +100,8 @@ class TextNetwork(NetworkTask):
 
     def __post_init__(self) -> None:
         require_counts(context=self.context)
-        require(self.objective in OBJECTIVES, "objective", self.objective, f"one of {', '.join(OBJECTIVES)}")
-        require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
+        require_one_of(OBJECTIVES, objective=self.objective)
+        require_one_of(SPLITS, split=self.split)
         self.symbols = _symbols().tensor_split(2)[SPLITS.index(self.split)]
         n_all, span = len(self.symbols), self.context + 1
         n = count_of(self.n_characters, n_all, name="n_characters")
@@ -182,7 +182,7 @@ class TextRecurrence(TextNetwork):
 
     def __post_init__(self) -> None:
         check_network(self.width, self.depth, self.activation)
-        require(self.cell in CELLS, "cell", self.cell, f"one of {', '.join(CELLS)}")
+        require_one_of(CELLS, cell=self.cell)
         super().__post_init__()
 
     def build(self) -> nn.Module:
