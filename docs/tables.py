@@ -42,6 +42,7 @@ from laws import table as losses_without_laws  # noqa: E402
 from reporting import ratio, ratio_table, spread  # noqa: E402
 from seeds import OTHERS  # noqa: E402
 from solver_step import REFERENCE as BY_HAND  # noqa: E402
+from trained_energies import table as losses_of_trained_energies  # noqa: E402
 from unseen import RULE  # noqa: E402
 
 FIGS = ROOT / "figs"
@@ -428,6 +429,12 @@ def seeds() -> str:
     return NO_SUITE if found is None else losses_without_laws(found, OTHERS, markdown=True)
 
 
+def trained_energies() -> str:
+    """Losses of kinetic energies, trained alike, over those of tuned AdamW."""
+    found = read_suite("trained_energies")
+    return NO_SUITE if found is None else losses_of_trained_energies(found, markdown=True)
+
+
 def cheaper() -> str:
     """Losses of the default rule with cheaper steps of matrices over those of the rule as it is."""
     found = read_suite("cheaper")
@@ -500,6 +507,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "suite": lambda: suite(in_full=True),
     "suite_in_short": suite_in_short,
+    "trained_energies": trained_energies,
     "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
     "widest": lambda: suite("widest", "python examples/studies/widest.py"),
 }

@@ -22,6 +22,7 @@ from odeopt.files import write_json
 from odeopt.progress import tqdm
 
 EXAMPLES = Path(__file__).resolve().parent
+QUICK_ENERGIES = "--folder runs/trained-energies-quick --dataset digits --steps 5 --problems sigmoid --meta-steps 1"
 QUICK_SEEDS = "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1"
 QUICK_VIEW = (
     "--folder runs/optimizers-view-quick --dataset digits --runs 2 --steps 2 --horizon 5 --seeds 1 --solvers dopri5"
@@ -53,6 +54,8 @@ STAGES = (
     ("blind", 40, "studies/blind.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems painting process"),
     ("laws", 25, "studies/laws.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("cheaper", 20, "studies/cheaper.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
+    ("meta-curves", 1, "studies/meta_curves.py --out {out}", ""),
+    ("trained-energies", 60, "studies/trained_energies.py --out {out}", QUICK_ENERGIES),
     ("seeds", 15, "studies/seeds.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("scale", 240, "studies/scale.py --out {out}", "--dataset digits --steps 5 --problems perceptron-64"),
     ("widest", 60, "studies/widest.py --out {out}", "--dataset digits --steps 1 --problems perceptron-2048"),

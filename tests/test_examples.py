@@ -56,6 +56,9 @@ TINY = {
     "laws": ["--dataset", "digits", "--steps", "2", "--problems", "convnet", "coordinates", "few-examples"],
     "scale": ["--dataset", "digits", "--steps", "1", "--problems", "perceptron-64", "transformer-64", "long-convnet"],
     "seeds": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
+    "trained_energies": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid", "--meta-steps", "1", "--seeds",
+                         "1", "--rows", "^quadratic$"],
+    "meta_curves": [str(FOLDER / "studies" / "seeds" / "port-hamiltonian-spectral-seed1.safetensors")],
     "widest": ["--dataset", "digits", "--steps", "1", "--runs", "1", "--problems", "perceptron-2048"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],
@@ -63,7 +66,7 @@ TINY = {
     "solvers": ["--dataset", "digits", "--steps", "1", "--horizon", "2", "--runs", "2", "--seeds", "1",
                 "--trained", "rk4", "euler", "--solvers", "exponential", "midpoint", "dopri5"],
 }  # fmt: skip
-WITH_OPTIONS = tuple(name for name in TINY if name != "diagnostics")  # which makes one run
+WITH_OPTIONS = tuple(name for name in TINY if name not in ("diagnostics", "meta_curves"))  # of one run, and of none
 MNIST_RULES = ("port-hamiltonian-mnist", "port-hamiltonian-coordinatewise-mnist", "lstm-mnist", "hamiltonian-mnist")
 COLUMNS = ("losses", "all losses", "accuracy", "difference", "diverged", "time", "state", "looks across")
 HAND_DESIGNED = ("Adam (lr", "RMSprop (lr", "Momentum (lr", "Nesterov (lr")

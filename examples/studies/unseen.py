@@ -73,6 +73,11 @@ def chosen(problems: Mapping[str, Problem], args: argparse.Namespace) -> dict[st
 
 def parse(argv: list[str] | None, name: str, description: str, names: Iterable[str]) -> argparse.Namespace:
     """Read the command line of a study of problems of these names."""
+    return make_parser(name, description, names).parse_args(argv)
+
+
+def make_parser(name: str, description: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    """Make the options of a study of problems of these names."""
     parser = arguments.parser(
         description,
         "dataset data_dir markdown",
@@ -84,7 +89,7 @@ def parse(argv: list[str] | None, name: str, description: str, names: Iterable[s
     add = parser.add_argument
     add("--problems", nargs="+", metavar="NAME", choices=names, help=f"some of {', '.join(names)} (default: all)")
     add("--steps", type=arguments.positive, help="of every run, in place of its own number")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":
