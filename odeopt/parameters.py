@@ -71,7 +71,7 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
             kind = by_coordinates
         elif id(param) in stacks:
             kind = stacked if param.ndim > 2 else stacked_vectors
-        elif not is_matrix(tuple(param.shape)):
+        elif not is_matrix(tuple(param.shape)) and not (id(param) in kernels and param.ndim > 2):
             kind = vectors
         else:
             kind = by_coordinates if is_row and param.ndim > 2 and id(param) not in kernels else matrices
@@ -103,7 +103,8 @@ def _stacks(module: nn.Module, kernels: Collection[int]) -> set[int]:
     """Stacks, and what is of two axes beside them, as many vectors as the stack has matrices; by their identity."""
     found = set()
     for part in module.modules():
-        own = [param for param in part.parameters(recurse=False) if id(param) not in kernels]
+        held = [*part.parameters(recurse=False), *getattr(part, "parametrizations", nn.Module()).parameters()]
+        own = [param for param in held if id(param) not in kernels]
         stacks = [x for x in own if x.ndim > 2 and x.shape[0] > 1 and not _is_row(x)]
         lengths = {x.shape[0] for x in stacks}
         found.update(map(id, stacks), (id(x) for x in own if x.ndim == 2 and x.shape[0] in lengths))

@@ -45,7 +45,7 @@ ARROWS = {
     "parameters": ("rules",),
     "stepping": ("rules",),
     "optimizer": ("stepping", "artifacts"),
-    "tasks": ("checks", "modes"),
+    "tasks": ("parameters",),  # what is a table is told in one place
     "meta": ("stepping", "tasks", "files", "progress"),
     "evaluation": ("meta", "artifacts", "report", "timing", "_version"),
     "suite": ("evaluation", "optimizer", "parameters"),

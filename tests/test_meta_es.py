@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from odeopt.meta import Backpropagation, Hybrid, MetaConfig, MetaObjective, World, meta_train, unroll
 from odeopt.meta.distributed import current_world
 from odeopt.meta.estimators import EvolutionStrategies
+from odeopt.meta.estimators.perturbations import perturbed
 from odeopt.meta.files import load_config
 from odeopt.rules import HamiltonianUpdate, PortHamiltonianUpdate
 from odeopt.rules.base import UpdateRule
-from odeopt.tasks import RandomQuadratic
+from odeopt.tasks import RandomQuadratic, TeacherStudent
 from odeopt.tasks.random import normal
 
 INDICES = torch.arange(6, 9)
@@ -401,3 +402,17 @@ def test_two_processes_train_as_one_with_twice_the_tasks(tmp_path):
             for a, b in zip(got[name], expected[name], strict=True):
                 # float64 losses in other batches, over 2 sigma, grown over the meta-steps
                 torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["spectral_energy.raw", "coefficient_network.0.weight"])
+def test_all_weights_are_perturbed_in_layers_or_not(name):
+    rule = port_hamiltonian(kinetic="spectral", matrix_polynomial="learned", solver="exponential", dtype=torch.float32)
+    task, options = TeacherStudent(), {"indices": torch.arange(2), "n_steps": 4}
+    weight = dict(rule.named_parameters())[name]
+    with torch.no_grad():
+        found = unroll(perturbed(rule, {name: (weight + 1)[None]}), task, **options).losses
+        before = unroll(rule, task, **options).losses
+        weight.add_(1)
+        wanted = unroll(rule, task, **options).losses
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(wanted[-1], before[-1], rtol=1e-4)

@@ -496,3 +496,13 @@ def test_a_mixture_with_negative_losses_is_refused():
     mixture = Mixture([TaskFamily(MonkeySaddle, {"offset": 1.0})], horizons=(4, 4))
     with pytest.raises(ValueError, match="`task` should have losses above zero: validation of a mixture"):
         meta_train(tiny_rule(), mixture, config, progress_bar=False)
+
+
+def test_a_rule_that_is_trained_further_has_no_account_of_what_it_was():
+    config = MetaConfig(n_meta_steps=3, n_tasks=2, horizon=3, validate_every=1, n_validation_tasks=2, lr=1e-2)
+    for lr, is_changed in ((1e-2, True), (1e3, False)):  # steps that only make it worse leave it as it was
+        rule = tiny_rule()
+        rule.trained_for = {"horizon": 9, "task": "before"}
+        result = meta_train(rule, RandomQuadratic(3), dataclasses.replace(config, lr=lr), progress_bar=False)
+        assert (result.best_step > 0) == is_changed
+        assert (rule.trained_for is None) == is_changed

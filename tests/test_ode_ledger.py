@@ -212,3 +212,11 @@ def test_knots_that_are_outputs_to_rounding_are_outputs():
     system = PortHamiltonianSystem(1, potential=lambda q: 0.5 * q.square().sum(-1), dissipation=0.3)
     ledger = energy_ledger(system, integrate(system, x0, t, method="rk4", u=u), u=u)
     assert ledger.residual.abs().max() < 1e-6
+
+
+def test_momenta_beyond_the_norm_of_a_matrix_energy_end_an_integration_with_a_status():
+    system = PortHamiltonianSystem(6, kinetic=MatrixEnergy((2, 3), 1.0)).float()
+    x0 = PhaseState(torch.zeros(6), 3 * torch.eye(2, 3).flatten())
+    with torch.no_grad():
+        solution = integrate(system, x0, torch.linspace(0, 1, 3), method="rk4")
+    assert solution.status == "non-finite state"

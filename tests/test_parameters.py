@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 from odeopt import LearnedOptimizer, param_groups
 from odeopt.rules import PortHamiltonianUpdate
@@ -183,3 +183,30 @@ def test_matrices_of_one_row_or_column_are_no_gains():
 
     matrices, _ = names(param_groups(Adapted()))
     assert sorted(matrices) == ["lora_A", "lora_B", "weight"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(8, 1, 3), nn.ConvTranspose2d(1, 8, 3), nn.Bilinear(4, 5, 1), nn.Linear(8, 1), nn.Conv1d(3, 1, 1)],
+)
+def test_layers_of_one_output_are_decayed_as_others_are(layer):
+    decays = {
+        name: group["weight_decay"] for group in param_groups(layer, weight_decay=1e-4) for name, _ in group["params"]
+    }
+    assert decays == {"weight": 1e-4, "bias": 0.0}
+    LearnedOptimizer(param_groups(layer, weight_decay=1e-4))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 8, 8))
+        self.b = nn.Parameter(torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("parametrize", [lambda module, name: module, weight_norm, orthogonal])
+def test_vectors_beside_a_stack_are_one_for_each_of_its_matrices_whatever_its_parametrization(parametrize):
+    module = parametrize(Experts(), "w")
+    (group,) = (group for group in param_groups(module, weight_decay=1e-4) if "b" in dict(group["params"]))
+    assert group["is_stack"]
+    assert group["weight_decay"] == 0

@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from odeopt import LearnedOptimizer, load_pretrained, param_groups
 from odeopt.meta import unroll
 from odeopt.rules import SGDUpdate
 from odeopt.tasks import MLPClassification, ModuleTask, load_dataset
@@ -395,3 +396,36 @@ def test_without_examples_to_hold_out_there_is_no_held_out_loss():
 def test_no_problems_are_refused():
     with pytest.raises(ValueError, match="`indices` should be the number of at least one problem"):
         unroll(SGDUpdate(0.1), line_task(), indices=torch.arange(0), n_steps=1)
+
+
+class Mixed(nn.Module):
+    """Learned positions, gains of two axes and, if there is one, a stack of experts."""
+
+    def __init__(self, n_experts=0):
+        super().__init__()
+        self.pos_embed = nn.Parameter(0.1 * torch.randn(1, 3, 8))
+        self.body, self.head = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm((3, 8))), nn.Linear(24, 5)
+        self.experts = nn.Parameter(torch.randn(n_experts, 8, 8) / 3) if n_experts else None
+
+    def forward(self, x):
+        x = self.body(x + self.pos_embed).tanh()
+        return self.head((x if self.experts is None else torch.einsum("eoi,nki->nko", self.experts, x)).flatten(1))
+
+
+def test_modules_are_stepped_as_by_an_optimizer_with_the_groups_that_fit_them():
+    data = torch.randn(64, 3, 8), torch.randint(5, (64,))
+    loss_fn, one = nn.functional.cross_entropy, torch.zeros(1, dtype=torch.int64)
+    task, rule = ModuleTask(Mixed, data, loss_fn=loss_fn, batch_size=8), load_pretrained("port-hamiltonian-spectral")
+    found = unroll(rule, task, indices=one, n_steps=5).losses[-1]
+    module = Mixed()
+    module.load_state_dict({name: x[0] for name, x in task.init_params(one, 0).items()})
+    optimizer = LearnedOptimizer(param_groups(module), rule)
+    for step in range(6):
+        inputs, labels = task.sample_batch(one, step, 0)
+        loss = loss_fn(module(inputs[0]), labels[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(found, loss.detach()[None], rtol=1e-3, atol=0)
+    with pytest.warns(UserWarning, match="Parameters experts are stacks, which a task steps as one tensor each"):
+        ModuleTask(lambda: Mixed(4), data, loss_fn=loss_fn, batch_size=8)

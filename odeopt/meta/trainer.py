@@ -119,6 +119,8 @@ def meta_train(
     finally:
         # after an interruption too: then the next call is told from one that begins with other weights
         rule.load_state_dict(run.best_weights)
+        if run.result.best_step > 0:
+            rule.trained_for = None  # what a file said of other weights
         run.close()
     if not math.isfinite(run.result.best_score) and run.world.is_first:
         warnings.warn(

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from odeopt.checks import require, require_counts
+from odeopt.parameters import param_groups
 
 from .base import Batch, Params, Task, declared
 from .examples import Examples, count_of
@@ -248,10 +249,18 @@ def _trained(module: nn.Module) -> Params:
 
 
 def _tables(module: nn.Module) -> frozenset[str]:
-    """Names of the trained parameters that an embedding looks up."""
-    embeddings = (m for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-    weights = {id(p) for m in embeddings for p in m.parameters()}  # a layer before may share one, and give its name
-    return frozenset(name for name, p in module.named_parameters() if p.requires_grad and id(p) in weights)
+    """Names of the trained parameters that are tables of vectors; a warning where there are stacks of matrices."""
+    groups = param_groups(module)
+    found = {kind: [name for group in groups if group.get(kind) for name, p in group["params"] if p.requires_grad]
+             for kind in ("is_table", "is_stack")}  # fmt: skip
+    if found["is_stack"]:
+        warnings.warn(
+            f"Parameters {', '.join(found['is_stack'])} are stacks, which a task steps as one tensor each: "
+            "`LearnedOptimizer(odeopt.param_groups(module))` steps them matrix by matrix.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return frozenset(found["is_table"])
 
 
 def _check_data(data: tuple[Tensor, ...]) -> None:

@@ -129,7 +129,7 @@ def differences_of_pairs(losses: Tensor, clip: float | None) -> Tensor:
 def perturbed(rule: UpdateRule, weights: dict[str, Tensor]) -> UpdateRule | Perturbed:
     """A rule under several sets of weights, in the form that is cheapest to step.
 
-    Where weights enter through ``nn.Linear`` layers only (``UpdateRule.uses_layers``), the result is the rule itself
+    Where all of them enter through ``nn.Linear`` layers (``UpdateRule.uses_layers``), the result is the rule itself
     with layers that have one set of weights for each part of the batch: it can still step its parameters side by
     side. Otherwise ``torch.func.vmap`` maps the rule.
 
@@ -140,9 +140,10 @@ def perturbed(rule: UpdateRule, weights: dict[str, Tensor]) -> UpdateRule | Pert
     Returns:
         A rule for batches of ``n_perturbations * n_tasks`` entries, those of a perturbation together.
     """
-    if not rule.uses_layers:
-        return Perturbed(rule, weights)
     layers = {name: layer for name, layer in rule.named_modules() if isinstance(layer, nn.Linear)}
+    of_layers = {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_parameters()}
+    if not rule.uses_layers or not weights.keys() <= of_layers:
+        return Perturbed(rule, weights)
     n = len(next(iter(weights.values())))
     stacked = copy.deepcopy(rule)
     for name, layer in layers.items():

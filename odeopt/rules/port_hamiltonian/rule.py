@@ -727,7 +727,8 @@ class PortHamiltonianUpdate(StagedRule):
 
         Returns:
             Energy of each coordinate's system, shape ``(*batch, n)``; of a matrix that spectral modes step that of the
-            whole, shape ``(*batch, 1)``, the spectral ones in units of the momentum's Frobenius norm.
+            whole, shape ``(*batch, 1)``, the spectral ones in units of the momentum's Frobenius norm and without the
+            coherence, a factor of the energy and of the output that a step holds.
         """
         if self._has_spectral_balance(shape):
             p = state.p[..., self.spectral_modes, :]
@@ -762,7 +763,8 @@ class PortHamiltonianUpdate(StagedRule):
 
         Returns:
             Energy rate, dissipated and supplied power and their residual per step: of each coordinate, ``(*batch, n)``,
-            or of a matrix that spectral modes step, ``(*batch, 1)``, with the norm that the step holds.
+            or of a matrix that spectral modes step, ``(*batch, 1)``, with the norm that the step holds, and without the
+            coherence, which multiplies each of its powers alike.
         """
         return self._balance(*self._prepare(grad, state, param, shape, progress), state, shape)
 
