@@ -94,13 +94,15 @@ def generalisation() -> str:
 
 
 def matrix() -> str:
-    """Ratios of the general rule's loss to that of tuned Adam in every cell."""
-    rows = []
-    for cell, outcomes in read("matrix")["cells"].items():
-        scores = {name: tensor(outcome["scores"]) for name, outcome in outcomes.items()}
-        mine = scores.pop("rule")
-        rows.append([cell, *(ratio_text(ratio_interval(mine, theirs, floor=RESOLUTION)) for theirs in scores.values())])
-    return table(["cell", *(f"to {name}, tuned" for name in scores)], rows)
+    """Ratios of the losses of the general rule and of the default one to that of tuned Adam in every cell."""
+    rules, rows = {"port-hamiltonian": read("matrix"), RULE: read(f"{RULE}/matrix")}, []
+    for cell in read("matrix")["cells"]:
+        rows.append([cell])
+        for content in rules.values():
+            scores = {name: tensor(outcome["scores"]) for name, outcome in content["cells"][cell].items()}
+            mine = scores.pop("rule")
+            rows[-1] += [ratio_text(ratio_interval(mine, theirs, floor=RESOLUTION)) for theirs in scores.values()]
+    return table(["cell", *(f"{rule} to {name}, tuned" for rule in rules for name in scores)], rows)
 
 
 def meta_seeds() -> str:
