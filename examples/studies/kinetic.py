@@ -1,15 +1,17 @@
 """Compare kinetic energies: the same rule, never trained, with the energies that tell the great optimizers apart.
 
 Heavy ball, sign momentum and Muon are one port-Hamiltonian family. Each variant takes its untrained weights, the
-learning rate 1 and one setting for all networks, so what differs is the energy alone. Beside them stand AdamW, tuned
-for each network, the default rule, and what it has to beat: the rule ``port-hamiltonian`` as it ships, its updates of
-matrices orthogonalised. Runs are kept as they are done: an interrupted command continues.
+learning rate 1 and one setting for all networks. Energies have step sizes of their own, so the quadratic and the
+relativistic one run at tuned learning rates, too. Beside them stand AdamW, tuned for each network, the default rule,
+and what it has to beat: the rule ``port-hamiltonian`` as it ships, its updates of matrices orthogonalised. Runs are
+kept as they are done: an interrupted command continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -32,6 +34,7 @@ VARIANTS = {
     "quadratic and spectral": SPECTRAL | {"kinetic": ("quadratic", "spectral"), "initial_matrix_kappa": 0.04},
     "spectral, coherent": SPECTRAL | {"initial_matrix_kappa": 0.07, "initial_coherence": 0.75},
 }
+TUNED, RATES = {f"{name}, tuned": name for name in ("quadratic", "relativistic")}, (0.1, 0.3, 1.0, 3.0)
 ORTHOGONALISED, DEFAULT = "port-hamiltonian, orthogonalised", "port-hamiltonian-spectral"
 
 
@@ -78,9 +81,11 @@ def main(argv: list[str] | None = None) -> None:
         if name == ORTHOGONALISED:
             contenders[name] = Contender(name, name, Orthogonalised, (1.0,), {"version": 1}, is_learned=True)
         else:
-            is_default = name == DEFAULT
-            rule = load_pretrained(name) if is_default else untrained(PortHamiltonianUpdate(**COMMON | VARIANTS[name]))
+            variant = VARIANTS.get(TUNED.get(name, name))
+            rule = load_pretrained(name) if name == DEFAULT else untrained(PortHamiltonianUpdate(**COMMON | variant))
             contenders[name] = learned(rule, name)
+            if name in TUNED:
+                contenders[name] = replace(contenders[name], rates=RATES)
     suite = evaluate_suite(problems, contenders, path=args.out / "kinetic.json", n_runs=args.runs, device=args.device)
     print(suite.table(markdown=args.markdown))
     print(f"Figure: {suite.plot(args.out / 'kinetic.png', title='Kinetic energies')}")
@@ -99,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--problems", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
-    variants = (DEFAULT, ORTHOGONALISED, *VARIANTS)
+    variants = (DEFAULT, ORTHOGONALISED, *VARIANTS, *TUNED)
     add("--variants", nargs="+", choices=variants, default=variants, metavar="NAME", help=f"of {', '.join(variants)}")
     add("--steps", type=arguments.positive, help="length of a run (None: each problem's own)")
     return parser.parse_args(argv)
