@@ -132,6 +132,8 @@ def compared(entry: Mapping[str, Any]) -> str:
     difference = entry["difference"]
     if difference is None:
         return f"{entry['score']:.3f} (reference)"
+    if None in difference:  # of one run, or to one that diverged
+        return f"{entry['score']:.3f}"
     return f"{entry['score']:.3f} [{difference[1]:+.3f}, {difference[2]:+.3f}]"
 
 
@@ -292,7 +294,7 @@ def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_fu
 def _with_spread(found: Suite, problem: str, name: str, of: str) -> str:
     """A ratio to tuned AdamW with its interval, or with both ratios of two runs, of which an interval says nothing."""
     ratio, outcomes = found.ratio(problem, name, of), found.outcomes[problem]
-    if found.n_runs != 2 or not math.isfinite(ratio.mean):
+    if found.n_runs != 2 or not 0 < ratio.mean < math.inf:
         return ratio_text(ratio)
     floor = resolution_of(found.problems[problem].settings["criterion"])
     pairs = [[getattr(outcomes[x], of)[k : k + 1] for x in (name, REFERENCE)] for k in range(2)]

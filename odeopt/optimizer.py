@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from operator import itemgetter
@@ -13,7 +15,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from odeopt.artifacts import digest, find_pretrained
 from odeopt.checks import is_number, require, require_flags, shown
-from odeopt.rules.base import UpdateRule
+from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.stepping import averages
 from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checkpoints import check_saved, in_order_of, read_states, warn_of_other_length
@@ -31,6 +33,7 @@ from odeopt.stepping.copies import copied, frozen_copy
 from odeopt.stepping.diagnostics import diagnose
 from odeopt.stepping.guard import (
     SAVED_GUARD,
+    SNAPSHOT,
     Guard,
     GuardStatus,
     Sentry,
@@ -334,7 +337,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 self._warn_of_second_schedule(group)
             if self.averaging is not None:
                 weight = (self.averaging + 1) / (group["n_steps"] + self.averaging)
-                averages.follow(filter(self.state.get, group["params"]), self.state, weight)
+                averages.follow(filter(self._has_begun, group["params"]), self.state, weight)
         if may_warn:
             self._layout.count_skipped(self.param_groups, is_on_host=True)
         return loss
@@ -358,7 +361,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _begun_params(self) -> list[Tensor]:
         """Parameters that have a state: those with a gradient now, and those that had one before they were frozen."""
-        return [param for group in self.param_groups for param in group["params"] if self.state.get(param)]
+        return [param for group in self.param_groups for param in group["params"] if self._has_begun(param)]
+
+    def _has_begun(self, param: Tensor) -> bool:
+        """Whether a parameter has been stepped; its state may also hold what the user has put there."""
+        held = self.state.get(param)
+        return bool(held) and (param in self._layout.params or not held.keys().isdisjoint(self._begun_names))
+
+    @functools.cached_property
+    def _begun_names(self) -> frozenset[str]:
+        """Names in the state of a parameter that has been stepped, by the rule or by the fallback of a guard."""
+        rules = (self.rule,) if self._sentry is None else (self.rule, self._sentry.rule)
+        fields = (type(initial_state(rule, torch.zeros(3, device="cpu")))._fields for rule in rules)
+        return frozenset(itertools.chain((averages.AVERAGE, SNAPSHOT), *fields))
 
     def _new_layout(self, *, is_fallback: bool) -> Layout:
         """Layout in which all parameters are yet to be placed, for the rule or for the fallback of a guard."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
 from odeopt.checks import is_number, require, shown
@@ -103,7 +103,9 @@ def _stacks(module: nn.Module, kernels: Collection[int]) -> set[int]:
     """Stacks, and what is of two axes beside them, as many vectors as the stack has matrices; by their identity."""
     found = set()
     for part in module.modules():
-        held = [*part.parameters(recurse=False), *getattr(part, "parametrizations", nn.Module()).parameters()]
+        held = [*part.parameters(recurse=False)]
+        if is_parametrized(part):
+            held += (param for each in part.parametrizations.values() for param in each.parameters(recurse=False))
         own = [param for param in held if id(param) not in kernels]
         stacks = [x for x in own if x.ndim > 2 and x.shape[0] > 1 and not _is_row(x)]
         lengths = {x.shape[0] for x in stacks}

@@ -281,3 +281,16 @@ def test_public_classes_and_functions_are_documented(name):
     undocumented = [getattr(value, "__qualname__", repr(value)) for value in bare]
     # these say nothing that nn.Module or the base class of the layer has not said
     assert [name for name in undocumented if name.split(".")[-1] not in ("forward", "extra_repr")] == []
+
+
+def test_torchdiffeq_may_be_used_first_under_any_mode():
+    code = """
+import torch, odeopt
+from odeopt.ode import available_methods, integrate
+from torch._subclasses import FakeTensorMode
+with torch.device("meta"), FakeTensorMode():
+    available_methods()
+print(integrate(lambda t, x: -x, torch.ones(2), torch.tensor([0.0, 1.0]), method="dopri5").states[-1].tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("[0.3678")

@@ -1073,3 +1073,19 @@ def test_one_call_steps_each_tensor_with_the_options_of_its_group():
             for a, b in zip(eager["params"], native["params"], strict=True):
                 # sums and orthogonalised matrices differ by roundings of float32, options by tenths of a step
                 torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+
+
+def test_views_that_interleave_but_share_nothing_stay_native():
+    """The columns of one matrix, as the parts of queries, keys and values are."""
+    found = []
+    for implementation in ("eager", "native"):
+        whole = torch.randn(20, 90, generator=torch.Generator().manual_seed(0))
+        params = [nn.Parameter(whole[:, 30 * k : 30 * k + 30]) for k in range(3)]
+        optimizer = LearnedOptimizer(params, port_hamiltonian(), implementation=implementation)
+        for number, param in enumerate(params):
+            param.grad = torch.randn(20, 30, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+        found.append(whole)
+    torch.testing.assert_close(*found)
+    (plan,) = optimizer._layout.plans
+    assert plan.native._entangled() == set()

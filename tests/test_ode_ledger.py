@@ -220,3 +220,12 @@ def test_momenta_beyond_the_norm_of_a_matrix_energy_end_an_integration_with_a_st
     with torch.no_grad():
         solution = integrate(system, x0, torch.linspace(0, 1, 3), method="rk4")
     assert solution.status == "non-finite state"
+
+
+def test_the_account_is_nan_where_momenta_are_not_finite():
+    system = PortHamiltonianSystem(6, kinetic=MatrixEnergy((2, 3), 1.0), potential=lambda q: 0.5 * q.square().sum(-1))
+    system, x0 = system.to(F64), PhaseState(torch.zeros(6, dtype=F64), 3 * torch.eye(2, 3, dtype=F64).flatten())
+    for method in ("rk4", "discrete_gradient"):
+        solution = run(system, method, n=4, x0=x0)
+        assert solution.status != "success"
+        assert energy_ledger(system, solution).change[-1].isnan()

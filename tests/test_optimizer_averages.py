@@ -314,3 +314,14 @@ def test_averages_go_on_for_parameters_without_a_gradient(pause):
     found = go_on(params, optimizer)
     assert torch.equal(found, wanted)
     assert not torch.allclose(found, stuck, rtol=0.01)
+
+
+def test_parameters_that_were_never_stepped_have_no_average_whatever_the_user_keeps_in_their_state():
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    optimizer = LearnedOptimizer(params, AdamUpdate(0.1), averaging=2.0)
+    optimizer.state[params[0]]["note"] = "mine"
+    for _ in range(3):
+        optimizer.zero_grad()
+        params[1].square().sum().backward()
+        optimizer.step()
+    assert optimizer.state[params[0]] == {"note": "mine"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from odeopt import LearnedOptimizer, param_groups
 from odeopt.rules import PortHamiltonianUpdate
@@ -210,3 +211,22 @@ def test_vectors_beside_a_stack_are_one_for_each_of_its_matrices_whatever_its_pa
     (group,) = (group for group in param_groups(module, weight_decay=1e-4) if "b" in dict(group["params"]))
     assert group["is_stack"]
     assert group["weight_decay"] == 0
+
+
+def test_weights_of_a_parametrization_are_not_beside_the_stack_that_it_makes():
+    class LowRank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.down = nn.Linear(32, 8), nn.Parameter(torch.randn(8, 32))
+
+        def forward(self, x):
+            return x + self.mix(x).mean() + self.down.mean()
+
+    module = nn.Module()
+    module.experts = nn.Parameter(torch.randn(8, 16, 32))
+    register_parametrization(module, "experts", LowRank())
+    kinds = {name: group.get("is_stack", False) for group in param_groups(module) for name, _ in group["params"]}
+    assert {name.rpartition(".")[2] for name, is_stack in kinds.items() if is_stack} == {"original"}
+    module = nn.Linear(3, 2)
+    module.parametrizations = ["weight"]  # a name of the user's
+    assert len(param_groups(module)) == 2

@@ -1,5 +1,6 @@
 """Kinetic energies: their gradients, their power balance, and the optimizers that they are."""
 
+import copy
 import math
 
 import pytest
@@ -628,3 +629,15 @@ def test_bad_input_is_refused_by_name(call, message):
 
 def test_a_fixed_energy_may_touch_zero():
     assert SpectralEnergy([(1.0, -2.0, 1.0)]).velocity(torch.ones(1, 1), torch.ones(())).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_learned_factors_are_passive_for_any_weights_in_any_type(dtype):
+    energy = SpectralEnergy(learned=True)
+    for seed in range(100):
+        with torch.no_grad():
+            energy.raw.copy_(10 * torch.randn(energy.raw.shape, generator=torch.Generator().manual_seed(seed)))
+        a, b, c = copy.deepcopy(energy).to(dtype).coefficients.double().unbind(-1)
+        assert (b.square() < 4 * a * c).all()
+    moved = copy.deepcopy(energy).to(dtype).double()  # nothing of the start is lost on the way
+    assert torch.equal(moved._start, copy.deepcopy(energy).double()._start)

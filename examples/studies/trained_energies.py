@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from itertools import product
+from math import inf
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -106,8 +107,10 @@ def table(found: Suite, *, markdown: bool = False) -> str:
         lines.append([name])
         for problem in found.outcomes:
             ratios = ([found.ratio(problem, each, kind).mean for each in members] for kind in KINDS)
-            means = map(geometric_mean, ratios)
-            lines[-1].append(" / ".join("<0.01" if mean < 0.005 else f"{mean:.2f}" for mean in means))
+            means = (geometric_mean(of) if 0 < min(of) <= max(of) < inf else inf for of in ratios)
+            lines[-1].append(
+                " / ".join("diverged" if mean == inf else "<0.01" if mean < 0.005 else f"{mean:.2f}" for mean in means)
+            )
     return draw_table([(title, "") for title in ("variant", *found.outcomes)], lines, markdown=markdown)
 
 

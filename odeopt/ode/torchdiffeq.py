@@ -5,7 +5,9 @@ It is imported where it is first used: SciPy comes with it, and takes longer to 
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt.checks import require
 from odeopt.ode.checks import (
@@ -55,6 +58,10 @@ def available_methods() -> tuple[str, ...]:
 
 
 def _solvers() -> dict[str, type]:
+    """Classes of the methods by name. Whatever else is imported of torchdiffeq comes after a call of this."""
+    if "torchdiffeq" not in sys.modules:  # whose tensors are to be real ones on the CPU, whatever the modes of the call
+        with _disable_current_modes(), torch.device("cpu"):
+            importlib.import_module("torchdiffeq")
     from torchdiffeq._impl.odeint import SOLVERS
 
     return SOLVERS
@@ -449,6 +456,7 @@ def time_of_event(
     Returns:
         The time; ``start`` where the event has happened already, None where it does not happen before ``end``.
     """
+    _solvers()
     from torchdiffeq import odeint_event
 
     like = tensors_of(x0)[0]

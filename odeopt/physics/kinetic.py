@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -244,7 +244,15 @@ class SpectralEnergy(KineticEnergy):
                 ranges.append(_peak(*factor, ranges[-1]))
             shape = torch.atanh(b / (2 * _MARGIN * (a * c).sqrt()))
             start = torch.stack((a, shape, c, torch.stack(ranges[:-1]), torch.stack(ranges[1:])))
+            self._numbers = start.tolist()
             self.register_buffer("_start", start.to(self.raw.dtype), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpectralEnergy:
+        super()._apply(fn, recurse)
+        if self.raw is not None:  # half types have no room for the margin
+            dtype = torch.promote_types(self.raw.dtype, torch.float32)
+            self._start = torch.tensor(self._numbers, dtype=dtype, device=self.raw.device)
+        return self
 
     @property
     def coefficients(self) -> Coefficients:
@@ -252,8 +260,9 @@ class SpectralEnergy(KineticEnergy):
         if self.raw is None:
             return self.start
         a, shape, c, domain, peak = self._start
-        c = c * _bounded_exp(self.raw[:, 0])
-        b = 2 * _MARGIN * (a * c).sqrt() * torch.tanh(shape + self.raw[:, 1])
+        raw = self.raw.to(self._start.dtype)
+        c = c * _bounded_exp(raw[:, 0])
+        b = 2 * _MARGIN * (a * c).sqrt() * torch.tanh(shape + raw[:, 1])
         return torch.stack((a, b, c), dim=-1) * (peak / _peak(a, b, c, domain)).unsqueeze(-1)
 
     def energy(self, p: Tensor, norm: Tensor) -> Tensor:
@@ -264,20 +273,21 @@ class SpectralEnergy(KineticEnergy):
             norm: Held bound of the singular values, shape ``(*batch,)`` or ``(*batch, 1, 1)``.
 
         Returns:
-            Energy of each matrix, shape ``(*batch,)``, in the type of ``p``.
+            Energy of each matrix, shape ``(*batch,)``, in the type of ``p``; NaN where an entry is not finite.
 
         Raises:
             ValueError: As in :func:`newton_schulz`.
         """
         _check_matrices("p", p)
-        sigma = torch.linalg.svdvals(p.double())
+        is_finite = p.isfinite().all(-1).all(-1)
+        sigma = torch.linalg.svdvals(torch.where(is_finite[..., None, None], p, 0.0).double())
         # k'(s) / s is a polynomial in s^2 = w, so in w half the nodes are enough: k(s) = s / 2 int_0^1 k'(s t) / t dw.
         t, weights = (torch.from_numpy(array).to(p.device) for array in _nodes(5 ** len(self.start)))
         s = (sigma / _divisor(norm, p.double()).squeeze(-1)).unsqueeze(-1) * t
         for a, b, c in self.coefficients:
             w = s * s
             s = s * (a + w * (b + w * c))
-        return (sigma * (s @ weights)).sum(-1).to(p.dtype)
+        return torch.where(is_finite, (sigma * (s @ weights)).sum(-1), torch.nan).to(p.dtype)
 
     def velocity(self, p: Tensor, norm: Tensor) -> Tensor:
         """Evaluate dK/dP by :func:`newton_schulz`.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odeopt.rules.base import state_dtype
 
-_AVERAGE, _WEIGHTS = "averaging_average", "averaging_weights"  # names in the state of a parameter
+AVERAGE, _WEIGHTS = "averaging_average", "averaging_weights"  # names in the state of a parameter
 
 
 def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], weight: float | Tensor) -> None:
@@ -23,21 +23,21 @@ def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], wei
     """
     for param in params:
         held, dtype = state[param], state_dtype(param.dtype)
-        if _AVERAGE not in held:
-            held[_AVERAGE] = param.detach().to(dtype, copy=True)
+        if AVERAGE not in held:
+            held[AVERAGE] = param.detach().to(dtype, copy=True)
         else:
             weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
-            held[_AVERAGE] = held[_AVERAGE].to(param.device, dtype)  # the model may have been moved
-            held[_AVERAGE].lerp_(param.detach().to(dtype), weight)
+            held[AVERAGE] = held[AVERAGE].to(param.device, dtype)  # the model may have been moved
+            held[AVERAGE].lerp_(param.detach().to(dtype), weight)
 
 
 def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Put the averages into the parameters, and keep the weights; parameters that show theirs stay so."""
     with torch.no_grad():
         for param, held in _of_params(state):
-            if _AVERAGE in held and _WEIGHTS not in held:
+            if AVERAGE in held and _WEIGHTS not in held:
                 held[_WEIGHTS] = param.detach().clone()
-                param.copy_(held[_AVERAGE])
+                param.copy_(held[AVERAGE])
 
 
 def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -51,7 +51,7 @@ def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
 def restart(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Forget the averages, which begin anew with the next weights."""
     for _, held in _of_params(state):
-        held.pop(_AVERAGE, None)
+        held.pop(AVERAGE, None)
 
 
 def are_shown(state: Mapping[Tensor, dict[str, Any]]) -> bool:

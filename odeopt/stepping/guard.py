@@ -17,7 +17,7 @@ from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
 from odeopt.stepping.copies import frozen_copy
 
-_SNAPSHOT = "guard_snapshot"  # name in the state of a parameter
+SNAPSHOT = "guard_snapshot"  # name in the state of a parameter
 SAVED_GUARD, _PEAK_LR = "guard", "guard_lr"  # names in the groups of parameters: the first in saved ones only
 # Standard errors by which a mean should stand out. Each window is a test of its own, runs have thousands, and the mean
 # of twenty losses has the heavy tail that they have.
@@ -456,20 +456,20 @@ def drop_saved(groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str
         for name in (SAVED_GUARD, _PEAK_LR):
             group.pop(name, None)
     for held in state.values():
-        held.pop(_SNAPSHOT, None)
+        held.pop(SNAPSHOT, None)
 
 
 def take_snapshot(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Keep the parameters, in the place of those that were kept before."""
     for param in params:
-        if _SNAPSHOT in state[param]:
-            state[param][_SNAPSHOT].copy_(param)
+        if SNAPSHOT in state[param]:
+            state[param][SNAPSHOT].copy_(param)
         else:
-            state[param][_SNAPSHOT] = param.detach().clone()
+            state[param][SNAPSHOT] = param.detach().clone()
 
 
 def restore_snapshot(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Put the kept parameters back; those that had no gradient when they were kept stay as they are."""
     for param in params:
-        if _SNAPSHOT in state[param]:
-            param.copy_(state[param][_SNAPSHOT])
+        if SNAPSHOT in state[param]:
+            param.copy_(state[param][SNAPSHOT])

@@ -195,10 +195,11 @@ _PACKAGES = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
 
 
 def _settings(name: str) -> dict[str, str]:
-    package = _PACKAGES.get(name)
-    if package is None or importlib.util.find_spec(package) is None:
-        return {"recipe": _RECIPES[name]}
-    return {"recipe": _RECIPES[name], package: importlib.metadata.version(package)}
+    settings, package = {"recipe": _RECIPES[name]}, _PACKAGES.get(name)
+    if package is not None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            settings[package] = importlib.metadata.version(package)
+    return settings
 
 
 OPPONENTS = {

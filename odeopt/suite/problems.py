@@ -84,7 +84,8 @@ class Problem:
         """Describe all that a run depends on, beside its seed and its optimizer, in values that JSON can hold."""
         network = hashlib.sha256(repr(self.make_model(0)).encode()).hexdigest()[:16]
         settings = {"n_steps": self.n_steps, "data": self.data.description, "network": network}
-        criterion = getattr(self.criterion, "__name__", type(self.criterion).__name__)
+        criterion = getattr(self.criterion, "func", self.criterion)  # of a partial
+        criterion = getattr(criterion, "__name__", type(criterion).__name__)
         settings |= {"criterion": criterion, "first_loss": f"{self._first_loss():.3g}"}
         return {"problem": self.name, "version": _VERSION, **settings}
 
@@ -92,7 +93,7 @@ class Problem:
         """Loss at the start of a run, which tells apart what names do not: criteria, initial weights, examples."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            return self.loss(self.make_network(), self.batch(0, 0)).item()
+            return self.loss(self.make_network(), to_device(self.batch(0, 0), "cpu")).item()
 
     def make_model(self, seed: int) -> nn.Module:
         """Build the network with the initial weights of a seed; the global generator stays as it was."""
@@ -299,7 +300,7 @@ def evidence_bound(outputs: tuple[Tensor, Tensor, Tensor], pixels: Tensor) -> Te
 
 def resolution_of(criterion: str) -> float:
     """Return the loss below which losses count as equal: the rounding of single precision for cross-entropies."""
-    return RESOLUTION if criterion in ("cross_entropy", "next_character") else 0.0
+    return RESOLUTION if criterion in ("cross_entropy", "CrossEntropyLoss", "next_character") else 0.0
 
 
 # --------------------------------------------------------------------------------------- problems

@@ -111,7 +111,7 @@ class Suite:
         for of, bound in TARGETS.items():
             ratios = {problem: self.ratio(problem, contender, of) for problem in self.problems}
             n_good = sum(0 < ratio.mean <= bound for ratio in ratios.values())
-            worst = max(ratios, key=lambda problem: ratios[problem].mean)
+            worst = max(ratios, key=lambda problem: (math.isnan(ratios[problem].mean), ratios[problem].mean))
             words.append(
                 f"{_TITLES[of]} at most {bound:g} times AdamW's on {n_good} of {len(ratios)} problems, worst "
                 f"{ratio_text(ratios[worst])} ({worst})"
@@ -154,8 +154,8 @@ class Suite:
             row = [contender.title, f"{outcome.lr:g}{'*' * outcome.is_edge}"]
             for of, ratio in ratios.items():
                 row += [f"{getattr(outcome, of).mean():.4g}", "" if name == REFERENCE else ratio_text(ratio)]
-            row += [f"{steps:.0f}", f"{seconds:.1f}"] if steps.isfinite() else ["never", ""]
-            whole = "" if math.isnan(outcome.run_seconds) else f"{outcome.run_seconds:.1f}"
+            at_level, whole = ("" if math.isnan(time) else f"{time:.1f}" for time in (seconds, outcome.run_seconds))
+            row += [f"{steps:.0f}", at_level] if steps.isfinite() else ["never", ""]
             rows.append([*row, whole, str(outcome.n_diverged)])
         return headers, rows
 

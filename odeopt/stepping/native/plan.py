@@ -73,6 +73,23 @@ def _short_side(shape: torch.Size) -> int:
     return min(shape[0], shape[1:].numel())
 
 
+def _sharing(params: list[Tensor], numbers: list[int]) -> list[int]:
+    """Numbers of those parameters that share elements with others, one of all being copied; extents may interleave."""
+    if len(params) == 1 or all(param.is_contiguous() for param in params):
+        return []
+    start, size = params[0].data_ptr(), params[0].itemsize
+    offsets = [param.data_ptr() - start for param in params]
+    if any(param.itemsize != size or offset % size for param, offset in zip(params, offsets, strict=True)):
+        return numbers
+    end = max(offset + extent_of(param)[1] for param, offset in zip(params, offsets, strict=True))
+    users = torch.zeros(end // size, dtype=torch.int8, device="cpu")
+    places = [users.as_strided(param.shape, param.stride(), offset // size)
+              for param, offset in zip(params, offsets, strict=True)]  # fmt: skip
+    for place in places:
+        place.add_(1)
+    return [number for number, place in zip(numbers, places, strict=True) if (place > 1).any()]
+
+
 class GroupOptions(NamedTuple):
     """Options of a step of one group.
 
@@ -212,18 +229,15 @@ class NativeStep:
         """Buckets of parameters that share memory, one of which is copied, and would undo the step of another."""
         addresses = [param.data_ptr() for param in self.params]
         if addresses != self._entangled_at[0]:
-            found: set[int] = set()
-            cluster, reached, is_copied = set(), 0, False
-            extents = sorted((*extent_of(param), number) for number, param in enumerate(self.params))
-            for start, size, number in extents:
+            clusters: list[list[int]] = []
+            reached = 0
+            for start, size, number in sorted((*extent_of(x), number) for number, x in enumerate(self.params)):
                 if start >= reached:
-                    cluster, is_copied = set(), False
-                cluster.add(number)
-                is_copied |= not self.params[number].is_contiguous()
+                    clusters.append([])
+                clusters[-1].append(number)
                 reached = max(reached, start + size)
-                if is_copied and len(cluster) > 1:
-                    found |= {self._numbers[k] for k in cluster}
-            self._entangled_at = addresses, found
+            found = {number for cluster in clusters for number in _sharing([self.params[k] for k in cluster], cluster)}
+            self._entangled_at = addresses, {self._numbers[number] for number in found}
         return self._entangled_at[1]
 
     def _pointers_to(self, values: list[Tensor | None]) -> list[int | None]:
