@@ -45,7 +45,7 @@ STAGES = (
     ("suite", 150, "-m odeopt suite --out {out}", "--quick"),
     ("kinetic", 90, "studies/kinetic.py --out {out}", "--dataset digits --steps 20 --problems perceptron vit"),
     ("equal_loss", 25, "studies/equal_loss.py --runs 5 --out {out}", "--dataset digits --steps 16 --problems vit"),
-    ("coordinate_check", 5, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
+    ("coordinate_check", 45, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
     ("depth", 6, "studies/depth.py --out {out}", "--dataset digits --depths 0 2 --rates 1 2 --steps 20"),
     ("diagnostics", 1, "diagnostics.py --out {out}", "--dataset digits --steps 30"),
     ("rule", 1, "-m odeopt show port-hamiltonian-spectral --out {out}", ""),

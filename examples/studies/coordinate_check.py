@@ -140,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         out={"default": "runs/coordinate-check"},
     )
     add = parser.add_argument
-    add("--widths", nargs="+", type=arguments.positive, default=[2**k for k in range(5, 11)], help="of hidden layers")
+    add("--widths", nargs="+", type=arguments.positive, default=[2**k for k in range(5, 12)], help="of hidden layers")
     add("--steps", nargs="+", type=arguments.positive, default=[1, 10, 100], help="when to measure, rising")
     return parser.parse_args(argv)
 
