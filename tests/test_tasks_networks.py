@@ -179,11 +179,12 @@ def test_gated_cells_are_what_torch_computes(cell, theirs):
     torch.testing.assert_close(ours(x), theirs(x)[0])
 
 
-def test_tables_are_the_weights_of_embeddings():
-    assert text().tables == {"0.weight"}
+def test_tables_are_those_of_the_optimizer():
+    """Of embeddings and of positions, as an optimizer with the groups of a module has them."""
+    assert text().tables == {"0.weight", "1.positions"}
     assert SequencePrediction("gru", width=4).tables == {"0.weight"}
-    # positions are added whole, and a linear layer is no table
-    assert vit().tables == images("residual").tables == frozenset()
+    assert vit().tables == {"2.positions"}
+    assert images("residual").tables == frozenset()
     task = text()
     assert ScaledTask(task).tables == ScaledTask(task, loss_scale=2.0).tables == task.tables
 
