@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import require
-from odeopt.evaluation import Interval, fast_batch, student_interval
+from odeopt.evaluation import RESOLUTION, Interval, fast_batch, student_interval
 from odeopt.files import read_json, write_json
 from odeopt.meta.unroll import unroll
 from odeopt.report import draw_table
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks import MLPClassification
 
-_RESOLUTION = torch.finfo(torch.float32).eps  # of a cross-entropy; below it losses count as equal
 _NONE = Interval(*3 * [float("nan")])
 
 
@@ -52,7 +51,7 @@ class Curves(NamedTuple):
         Returns:
             Two tensors of shape ``(n_runs,)``; NaN where a run starts below its level, or never comes down to it.
         """
-        losses, level = self.training_loss.clamp_min(_RESOLUTION), level.clamp_min(_RESOLUTION)
+        losses, level = self.training_loss.clamp_min(RESOLUTION), level.clamp_min(RESOLUTION)
         is_below = losses <= level
         first = is_below.int().argmax(0)  # of equal ones the first; 0 also where there is none
         around = torch.stack((first - 1, first)).clamp_min(0)
@@ -168,7 +167,7 @@ def _difference(values: Sequence[Tensor], reference: Sequence[Tensor], level: Te
     if not is_kept.any():
         return Difference(_NONE, _NONE, 0, len(is_kept))
     intervals = [student_interval(difference[is_kept]) for difference in differences]
-    mean_level = float("nan") if level is None else level[is_kept].clamp_min(_RESOLUTION).log().mean().exp().item()
+    mean_level = float("nan") if level is None else level[is_kept].clamp_min(RESOLUTION).log().mean().exp().item()
     return Difference(*intervals, int(is_kept.sum()), len(is_kept), mean_level)
 
 
@@ -188,7 +187,7 @@ def by_level(curves: Curves, n_levels: int = 80) -> Tensor:
     if not is_kept.any():
         return torch.empty(4, 0)
     curves = Curves(*(x[:, is_kept] for x in curves))
-    lowest = curves.lowest.max().clamp_min(_RESOLUTION)
+    lowest = curves.lowest.max().clamp_min(RESOLUTION)
     levels = highest * (lowest / highest) ** torch.linspace(0, 1, n_levels + 1, dtype=torch.float64)[1:]
     levels = levels.minimum(highest.nextafter(lowest))  # a run begins at its highest: it comes down to what is less
     levels[-1] = lowest  # to the bit
