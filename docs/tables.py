@@ -37,11 +37,13 @@ from coordinate_check import table as changes_of_outputs  # noqa: E402
 from depth import table as losses_over_rates  # noqa: E402
 from equal_loss import table as at_equal_loss  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
+from heads import HEAD  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
 from laws import table as losses_without_laws  # noqa: E402
 from reporting import ratio, ratio_table, spread  # noqa: E402
 from seeds import OTHERS  # noqa: E402
 from solver_step import REFERENCE as BY_HAND  # noqa: E402
+from taught import OUTPUTS  # noqa: E402
 from trained_energies import table as losses_of_trained_energies  # noqa: E402
 from unseen import RULE  # noqa: E402
 
@@ -94,8 +96,9 @@ def generalisation() -> str:
 
 
 def matrix() -> str:
-    """Ratios of the losses of the general rule and of the default one to that of tuned Adam in every cell."""
+    """Ratios of losses to that of tuned Adam in every cell: of the general rule, of the default one, also untrained."""
     rules, rows = {"port-hamiltonian": read("matrix"), RULE: read(f"{RULE}/matrix")}, []
+    rules[f"{RULE}, untrained"] = read(f"{RULE}-untrained/matrix")
     for cell in read("matrix")["cells"]:
         rows.append([cell])
         for content in rules.values():
@@ -445,6 +448,18 @@ def cheaper() -> str:
     return NO_SUITE if found is None else losses_without_laws(found, WAYS, markdown=True)
 
 
+def heads() -> str:
+    """Losses of the default rule with the last layer stepped by coordinates over those of the rule as it is."""
+    found = read_suite("heads")
+    return NO_SUITE if found is None else losses_without_laws(found, (HEAD,), markdown=True)
+
+
+def taught() -> str:
+    """Losses of the default rule without the training of one kind of outputs over those of the rule as it is."""
+    found = read_suite("taught")
+    return NO_SUITE if found is None else losses_without_laws(found, OUTPUTS, markdown=True)
+
+
 def equal_loss() -> str:
     """Held-out losses of the default rule over AdamW's, where its training loss is AdamW's."""
     return at_equal_loss(read("equal_loss")["equal"], markdown=True)
@@ -489,6 +504,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "general": general,
     "generalisation": generalisation,
     "guard": guard,
+    "heads": heads,
     "kinetic": energies,
     "laws": laws,
     "laws_of_the_rule": laws_of_the_rule,
@@ -511,6 +527,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "suite": lambda: suite(in_full=True),
     "suite_in_short": suite_in_short,
+    "taught": taught,
     "trained_energies": trained_energies,
     "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
     "widest": lambda: suite("widest", "python examples/studies/widest.py"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from odeopt.progress import tqdm
 
 EXAMPLES = Path(__file__).resolve().parent
 QUICK_ENERGIES = "--folder runs/trained-energies-quick --dataset digits --steps 5 --problems sigmoid --meta-steps 1"
+QUICK_MATRIX = "--quick --runs 2 --tuning-runs 1"
+DEFAULT = "port-hamiltonian-spectral"
+MATRIX = f"-m odeopt matrix --rule {DEFAULT} --references-from {{out}}/matrix.json"
 QUICK_SEEDS = "--dataset digits --runs 2 --steps 10 --problems 50 --tuning-runs 1"
 QUICK_VIEW = (
     "--folder runs/optimizers-view-quick --dataset digits --runs 2 --steps 2 --horizon 5 --seeds 1 --solvers dopri5"
@@ -40,7 +44,9 @@ STAGES = (
     ("ablation", 40, "studies/ablation.py --out {out}", "--quick"),
     ("optimizers-view", 15, "solvers.py --out {out}", QUICK_VIEW),
     ("physics", 120, "physics.py --out {out}", "--quick"),
-    ("matrix", 25, "-m odeopt matrix --out {out}", "--quick --runs 2 --tuning-runs 1"),
+    ("matrix", 25, "-m odeopt matrix --out {out}", QUICK_MATRIX),
+    ("matrix-default", 10, f"{MATRIX} --out {{out}}/{DEFAULT}", QUICK_MATRIX),
+    ("matrix-untrained", 10, f"{MATRIX} --untrained --out {{out}}/{DEFAULT}-untrained", QUICK_MATRIX),
     ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),
     ("suite", 150, "-m odeopt suite --out {out}", "--quick"),
     ("kinetic", 90, "studies/kinetic.py --out {out}", "--dataset digits --steps 20 --problems perceptron vit"),
@@ -54,6 +60,8 @@ STAGES = (
     ("blind", 40, "studies/blind.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems painting process"),
     ("laws", 25, "studies/laws.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("cheaper", 20, "studies/cheaper.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
+    ("taught", 25, "studies/taught.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
+    ("heads", 20, "studies/heads.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("meta-curves", 1, "studies/meta_curves.py --out {out}", ""),
     ("trained-energies", 60, "studies/trained_energies.py --out {out}", QUICK_ENERGIES),
     ("seeds", 15, "studies/seeds.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
@@ -73,14 +81,16 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     with tqdm(total=sum(minutes for _, minutes, *_ in stages), unit=" min", desc="reproducing") as bar:
         for name, minutes, command, quick in stages:
-            words = command_of(command, quick if args.quick else "", args)
-            mark = fingerprint(words)
+            words = command_of(command, quick if args.quick else "", args.out)
+            # every stage looks for images there that is not told otherwise
+            images = {} if args.data_dir is None else {"ODEOPT_DATA": str(args.data_dir.resolve())}
+            mark = fingerprint([*words, *images.values()])
             bar.set_postfix_str(name)
             if done.get(name, {}).get("fingerprint") != mark:
                 bar.write(f"{name}: {shlex.join(words)}", file=sys.stderr)
                 began = time.perf_counter()
                 with (args.logs / f"{name}.log").open("w", encoding="utf-8") as log:
-                    status = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+                    status = subprocess.run(words, stdout=log, stderr=log, env=os.environ | images).returncode
                 if status != 0:
                     failed.append(name)
                     bar.write(f"{name} failed with status {status}; see {args.logs / name}.log", file=sys.stderr)
@@ -94,14 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     return len(failed)
 
 
-def command_of(command: str, extra: str, args: argparse.Namespace) -> list[str]:
+def command_of(command: str, extra: str, out: Path) -> list[str]:
     """Words of a stage's command."""
-    words = [word.format(out=args.out) for word in command.split()] + extra.split()
+    words = [word.format(out=out) for word in command.split()] + extra.split()
     if words[0] != "-m":
         words[0] = str(EXAMPLES / words[0])
-    reads_data = "matrix" in words if words[0] == "-m" else "--data-dir" in Path(words[0]).read_text(encoding="utf-8")
-    if args.data_dir is not None and reads_data:
-        words += ["--data-dir", str(args.data_dir)]
     return [sys.executable, *words]
 
 
@@ -123,7 +130,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = [name for name, *_ in STAGES]
     add("--quick", action="store_true", help="less of everything, on the digits where a stage can")
     add("--only", nargs="+", choices=names, metavar="STAGE", help=f"some of {', '.join(names)} (default: all)")
-    add("--data-dir", type=Path, help="folder of the images, as examples/mnist.py takes it")
+    add("--data-dir", type=Path, help="folder of the images of all stages, as examples/mnist.py takes it")
     add("--out", type=arguments.folder, help="folder of the figures (default: figs; with --quick runs/quick-figs)")
     add("--logs", type=arguments.folder, help="folder of the tables and of what is done (default: runs/reproduce; "
         "with --quick runs/reproduce-quick)")  # fmt: skip

@@ -20,6 +20,7 @@ from odeopt.suite.opponents import OPPONENTS
 from odeopt.tasks.datasets import import_torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
+MATRICES = ("matrix", "port-hamiltonian-spectral/matrix", "port-hamiltonian-spectral-untrained/matrix")
 FOLDERS = ("docs", "docs/api", "docs/clients")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -170,6 +171,8 @@ def test_pages_have_every_table_once(tables):
         ("matrix", "matrix", "cells/mnist linear, 100 steps/rule/scores", [7.0] * 5, "mnist linear, 100 steps | 2"),
         ("matrix", "port-hamiltonian-spectral/matrix", "cells/mnist linear, 100 steps/rule/scores", [7.0] * 5,
          "[0.938, 0.967] | 2"),
+        ("matrix", "port-hamiltonian-spectral-untrained/matrix", "cells/mnist linear, 100 steps/rule/scores", [7.0] * 5,
+         "[0.981, 1.044] | 2"),
         ("general", "general", "784-20-10, relu, 100 steps/Adam/score", 7.8912, "| 7.891 ["),
         ("own_tasks", "quadratic", "lstm-quadratic/difference", [0.0, -7.8912, 7.8912], "[-7.891, +7.891]"),
         ("saddles", "saddle", "monkey saddle/Adam", "7891", "| 7891 |"),
@@ -184,7 +187,7 @@ def test_pages_have_every_table_once(tables):
     ],
 )  # fmt: skip
 def test_tables_show_the_numbers_of_the_files(tables, monkeypatch, tmp_path, name, file, place, value, shown):
-    together = {"matrix": ("matrix", "port-hamiltonian-spectral/matrix"), "own_tasks": ("quadratic", "mnist")}
+    together = {"matrix": MATRICES, "own_tasks": ("quadratic", "mnist")}
     for each in together.get(name, (file,)):
         (tmp_path / each).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / "figs" / f"{each}.json", tmp_path / f"{each}.json")

@@ -53,6 +53,8 @@ TINY = {
     "quadratic": ["--steps", "2", "--runs", "3"],
     "cheaper": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
     "equal_loss": ["--dataset", "digits", "--steps", "16", "--runs", "2", "--problems", "recurrent"],
+    "taught": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
+    "heads": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
     "laws": ["--dataset", "digits", "--steps", "2", "--problems", "convnet", "coordinates", "few-examples"],
     "scale": ["--dataset", "digits", "--steps", "1", "--problems", "perceptron-64", "transformer-64", "long-convnet"],
     "seeds": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid"],
@@ -304,6 +306,16 @@ def test_rules_that_learned_from_held_out_losses_are_validated_on_them_anew():
     with torch.no_grad():
         scores = [validation_score(rule, task, held_out=share, **options) for share in (0.0, 0.5)]
     assert validate(rule, 2) == scores[1] != scores[0]
+
+
+def test_one_kind_of_outputs_is_back_at_its_initial_value():
+    program, rule = runpy.run_path(str(SCRIPTS["taught"])), odeopt.load_pretrained("port-hamiltonian-spectral")
+    inputs = torch.randn(5, rule.coefficient_network[0].in_features)
+    outputs = rule.coefficient_network(inputs).split(rule.output_sizes, -1)
+    untaught = program["untaught"](rule, "log_coherence").coefficient_network(inputs).split(rule.output_sizes, -1)
+    for name, before, after in zip(rule.output_sizes._fields, outputs, untaught, strict=True):
+        torch.testing.assert_close(after, torch.zeros_like(before) if name == "log_coherence" else before)
+    assert set(program["OUTPUTS"].values()) == {name for name, n in rule.output_sizes._asdict().items() if n > 0}
 
 
 def test_losses_are_read_where_a_run_comes_down_to_the_level():

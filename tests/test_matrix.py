@@ -16,10 +16,12 @@ from odeopt.__main__ import main
 from odeopt.artifacts import fingerprint, save
 from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.matrix import REFERENCES, Cell, Matrix, Outcome, evaluate_matrix, grid
+from odeopt.files import read_json
 from odeopt.meta.unroll import unroll
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.report.matrix import plot_ratios
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, SGDUpdate
+from odeopt.suite import untrained
 from odeopt.tasks import MLPClassification, RandomQuadratic, ScaledTask
 
 TINY = Cell(dataset="digits", widths=(3,), batch_size=16, horizon=12)
@@ -333,6 +335,17 @@ def test_the_command_takes_a_file_and_refuses_to_mix_rules(two_rates, tmp_path, 
     assert "mine" in capsys.readouterr().out.splitlines()[0]
     assert main([*command, "--rule", "lstm"]) == 2
     assert "field `rule` should be {'name': 'lstm'" in capsys.readouterr().err
+
+
+def test_the_command_takes_the_initial_weights_of_a_rule(two_rates, tmp_path, capsys):
+    command = ["matrix", "--quick", "--runs", "1", "--cells", "linear", "--rule", "port-hamiltonian-spectral"]
+    rule = untrained(odeopt.load_pretrained("port-hamiltonian-spectral"))
+    for options, wanted in (["--untrained"], True), ([], False):
+        out = tmp_path / "".join(options)
+        assert main([*command, *options, "--out", str(out)]) == 0
+        assert ("port-hamiltonian-spectral, untrained" in capsys.readouterr().out) == wanted
+        noted = read_json(out / "matrix.json", dict, wanted="a matrix")["rule"]
+        assert (noted["sha256"] == fingerprint(rule)) == wanted
 
 
 def test_data_that_is_not_there_is_left_out_and_named(two_rates, tmp_path, capsys):

@@ -44,7 +44,15 @@ def test_what_is_done_is_not_run_again_unless_something_changed(program):
 def test_quick_figures_stay_away_from_the_real_ones(program):
     words = program["parse"](["--quick"])
     assert words.out == Path("runs/quick-figs")
-    assert program["command_of"]("mnist.py --out {out}", "--few", words)[-3:] == ["--out", "runs/quick-figs", "--few"]
+    named = program["command_of"]("mnist.py --out {out}", "--few", words.out)
+    assert named[-3:] == ["--out", "runs/quick-figs", "--few"]
+
+
+def test_all_stages_find_the_images_of_the_folder_that_is_named(program, tmp_path):
+    (tmp_path / "good.py").write_text("import os; print(os.environ['ODEOPT_DATA'])")
+    for name in ("here", "there"):  # the second one is no stage that is done
+        program["main"](["--only", "good", "--data-dir", name])
+        assert Path("runs/reproduce/good.log").read_text() == f"{tmp_path / name}\n"
 
 
 def test_every_example_with_a_figure_is_a_stage():

@@ -2,8 +2,8 @@
 
 On the networks of the suite the rule is told shorter and shorter runs, down to a sixteenth of the suite's, so that one
 ends at about the training loss that tuned AdamW ends with after a whole one. Held-out losses are compared there,
-linear in the logarithms between two lengths. AdamW's runs, and the rule's whole ones, are those of ``suite.json``; the
-others are kept as they are done.
+linear in the logarithms between two lengths. Beside it the same rule before its meta-training. AdamW's runs, and the
+whole ones of the rule, are those of ``suite.json``; the others are kept as they are done.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,15 @@ from odeopt.evaluation import ratio_interval, ratio_text
 from odeopt.files import read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.report import PALETTE, draw_table, new_figure, panel_grid, save_figure, style, use_plain_numbers
-from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents
+from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents, untrained
 from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
 from odeopt.suite.run import run
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the steps of a run of the suite
 _N_COLUMNS = 3  # of panels
-TITLES = ("network", "steps, of AdamW's", "training loss", "held-out loss")
+UNTRAINED = f"{RULE}, untrained"
+TITLES = ("steps, of AdamW's", "training loss", "held-out loss")
 
 
 def crossing(train: Tensor, held_out: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +61,7 @@ def shortened(problem: Problem, rule: Contender, args: argparse.Namespace, conte
     runs, found = content["runs"], []
     for share in SHARES[:-1]:
         of = replace(problem, n_steps=round(share * problem.n_steps))
-        keys = [f"{of.name} | {of.n_steps} steps | seed {seed}" for seed in range(args.runs)]
+        keys = [f"{of.name} | {rule.name} | {of.n_steps} steps | seed {seed}" for seed in range(args.runs)]
         for seed, key in enumerate(keys):
             if key not in runs:
                 result = run(of, lambda model, n_steps: rule.make(model, n_steps, 1.0), seed, device=args.device)
@@ -69,24 +71,27 @@ def shortened(problem: Problem, rule: Contender, args: argparse.Namespace, conte
     return torch.tensor(found, dtype=torch.float64).movedim(-1, 0)
 
 
-def table(found: Mapping[str, Mapping[str, list[float]]], *, markdown: bool = False) -> str:
+def table(found: Mapping[str, Mapping[str, Any]], *, markdown: bool = False) -> str:
     """Share of AdamW's steps, and losses over AdamW's, where training losses are closest to equal."""
     rows = []
     for name, of in found.items():
-        mine, theirs = (torch.tensor(of[key], dtype=torch.float64) for key in ("rule", "adamw"))
-        share = torch.tensor(of["share"], dtype=torch.float64).log().mean().exp().item()
-        losses = (ratio_text(ratio_interval(a, b)) for a, b in zip(mine, theirs, strict=True))
-        rows.append([name, f"{share:.2f}", *losses])
-    return draw_table([(title, "") for title in TITLES], rows, markdown=markdown)
+        rows.append([name])
+        for each in (of[RULE], of[UNTRAINED]):
+            share = torch.tensor(each["share"], dtype=torch.float64).log().mean().exp().item()
+            pairs = zip(*(torch.tensor(x, dtype=torch.float64) for x in (each["losses"], of["adamw"])), strict=True)
+            rows[-1] += [f"{share:.2f}", *(ratio_text(ratio_interval(a, b)) for a, b in pairs)]
+    titles = ["network", *TITLES, *(f"untrained, {title}" for title in TITLES)]
+    return draw_table([(title, "") for title in titles], rows, markdown=markdown)
 
 
-def plot(found: Mapping[str, Mapping[str, list]], path: Path) -> Path:
+def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     """Draw held-out over training losses of growing runs, geometric means, beside where AdamW ends."""
     n_rows = -(-len(found) // _N_COLUMNS)
     with style():
         figure, _ = new_figure(9.6, 2.5 * n_rows + 0.8, n_columns=0)
         for axes, (name, of) in zip(panel_grid(figure, len(found), _N_COLUMNS), found.items(), strict=False):
-            axes.plot(*of["means"], "o-", color=PALETTE[0], label="default rule, told a sixteenth to all of the steps")
+            axes.plot(*of[RULE]["means"], "o-", color=PALETTE[0], label="default rule, told a sixteenth to all steps")
+            axes.plot(*of[UNTRAINED]["means"], "o:", color=PALETTE[0], fillstyle="none", label="the same, untrained")
             ends = torch.tensor(of["adamw"], dtype=torch.float64).log().mean(-1).exp().unsqueeze(-1)
             axes.plot(*ends, "D", color=PALETTE[1], label="tuned AdamW, after all steps")
             axes.set_xscale("log")
@@ -94,11 +99,11 @@ def plot(found: Mapping[str, Mapping[str, list]], path: Path) -> Path:
             axes.set_title(name)
             axes.set_xlabel("training loss")
             axes.set_ylabel("held-out loss")
-            for axis, losses in zip((axes.xaxis, axes.yaxis), of["means"], strict=True):
+            for axis, losses in zip((axes.xaxis, axes.yaxis), of[RULE]["means"], strict=True):
                 if max(losses) < 50 * min(losses):  # over more decades they would overlap
                     use_plain_numbers(axis, (1, 2, 5))
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         return save_figure(figure, path)
 
 
@@ -106,7 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the rule for shorter times, print the table and keep the numbers."""
     args = parse(argv, "equal_loss", __doc__, available_problems())
     path = args.out / "equal_loss.json"
-    contenders = {REFERENCE: opponents()[0][REFERENCE], RULE: learned(odeopt.load_pretrained(RULE), RULE)}
+    rule = odeopt.load_pretrained(RULE)
+    contenders = {REFERENCE: opponents()[0][REFERENCE]}
+    contenders |= {RULE: learned(rule, RULE), UNTRAINED: learned(untrained(rule), UNTRAINED)}
     content = {"dataset": args.dataset, **contenders[RULE].settings}
     if path.exists():
         content = read_json(path, dict, wanted="numbers of this study, of the same rule and images", header=content)
@@ -116,12 +123,12 @@ def main(argv: list[str] | None = None) -> None:
         problem = make_problem(name, dataset=args.dataset, data_dir=args.data_dir, n_steps=args.steps)
         options = {"path": args.out / "suite.json", "n_runs": args.runs, "device": args.device}
         whole = evaluate_suite({name: problem}, contenders, **options, progress_bar=False).outcomes[name]
-        shorter = shortened(problem, contenders[RULE], args, content, path)
-        longest = torch.stack((whole[RULE].train, whole[RULE].held_out)).unsqueeze(1)
-        runs = torch.cat((shorter, longest), 1)
-        share, *losses = (x.exp().tolist() for x in crossing(*runs, whole[REFERENCE].train))
-        theirs = [whole[REFERENCE].train.tolist(), whole[REFERENCE].held_out.tolist()]
-        found[name] = {"share": share, "rule": losses, "adamw": theirs, "means": runs.log().mean(-1).exp().tolist()}
+        found[name] = {"adamw": [whole[REFERENCE].train.tolist(), whole[REFERENCE].held_out.tolist()]}
+        for key in (RULE, UNTRAINED):
+            longest = torch.stack((whole[key].train, whole[key].held_out)).unsqueeze(1)
+            runs = torch.cat((shortened(problem, contenders[key], args, content, path), longest), 1)
+            share, *losses = (x.exp().tolist() for x in crossing(*runs, whole[REFERENCE].train))
+            found[name][key] = {"share": share, "losses": losses, "means": runs.log().mean(-1).exp().tolist()}
     write_json(path, content, is_by_row=True)
     print(f"\n{table(found, markdown=args.markdown)}\n\nsaved {path} and {plot(found, path.with_suffix('.png'))}")
 

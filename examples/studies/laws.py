@@ -1,8 +1,8 @@
 """What does each law buy that the default rule has in use, and had not in training?
 
-The rule without one of them at a time, on eleven problems like those of the suite, but smaller, on which the laws were
-chosen: losses over those of the whole rule, below which nothing is gained by leaving the law out. Runs are kept as they
-are done.
+The rule without one of them at a time, and the whole one before its meta-training, on eleven problems like those of the
+suite, but smaller, on which the laws were chosen: losses over those of the whole rule, below which nothing is gained by
+leaving the law out. Runs are kept as they are done.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from unseen import RULE, chosen, parse
 import odeopt
 from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
-from odeopt.suite import Suite, evaluate_suite, learned, networks, opponents
+from odeopt.suite import Contender, Suite, evaluate_suite, learned, networks, opponents, untrained
 from odeopt.suite.opponents import REFERENCE
 from odeopt.suite.problems import Characters, Images, Picture, Pixels, Problem, evidence_bound, next_character
 
-WHOLE = "whole"
+WHOLE, UNTRAINED = "whole", "untrained"
 LAWS = {
     WHOLE: {},
     "without alignment": {"alignment_rate": 0.0, "alignment_horizon": 0.0},
@@ -69,7 +69,7 @@ def problems(dataset: str, data_dir: str | None) -> dict[str, Problem]:
 
 def table(found: Suite, variants: Iterable[str] = LAWS, *, markdown: bool = False) -> str:
     """Training / held-out loss of each variant over that of the whole rule, geometric means of paired runs."""
-    names, rows = [name for name in variants if name != WHOLE], []
+    names, rows = [name for name in (*variants, UNTRAINED) if name != WHOLE], []
     for problem, of in found.outcomes.items():
         rows.append([problem])
         for name in names:
@@ -84,10 +84,11 @@ def varied(variants: Mapping[str, dict]) -> dict[str, UpdateRule]:
     return {name: rule.with_options(**options) for name, options in variants.items()}
 
 
-def compare(args: argparse.Namespace, name: str, title: str, rules: Mapping[str, UpdateRule]) -> None:
-    """Run the rules, print the table and draw the figure."""
+def compare(args: argparse.Namespace, name: str, title: str, rules: Mapping[str, UpdateRule | Contender]) -> None:
+    """Run the rules, and the whole one before its meta-training; print the table and draw the figure."""
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
-    contenders |= {key: learned(rule, key) for key, rule in rules.items()}
+    contenders |= {key: each if isinstance(each, Contender) else learned(each, key) for key, each in rules.items()}
+    contenders[UNTRAINED] = learned(untrained(rules[WHOLE]), UNTRAINED)
     contenders[WHOLE] = dataclasses.replace(contenders[WHOLE], title=RULE)  # drawn as in the other figures
     path = args.out / f"{name}.json"
     every = chosen(problems(args.dataset, args.data_dir), args)

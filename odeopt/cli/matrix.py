@@ -12,6 +12,7 @@ from odeopt import artifacts
 from odeopt.cli import arguments
 from odeopt.cli.files import named_rule
 from odeopt.evaluation.matrix import evaluate_matrix, grid
+from odeopt.suite import untrained
 from odeopt.tasks import DatasetUnavailable, load_dataset
 
 
@@ -25,6 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--rule", default="port-hamiltonian", help="a .safetensors file, or one of "
                         f"{', '.join(artifacts.available_pretrained())} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--untrained", action="store_true", help="the rule with its initial weights")
     parser.add_argument("--runs", type=arguments.positive, default=5, help="runs per cell (default: %(default)s)")
     parser.add_argument("--tuning-runs", type=arguments.positive, default=4, help="runs per learning rate that is "
                         "tried (default: %(default)s)")  # fmt: skip
@@ -45,6 +47,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fill the matrix, print and draw it; return the exit status."""
     name, rule = named_rule(args.rule)
+    if args.untrained:
+        name, rule = f"{name}, untrained", untrained(rule)
     select = partial(grid, max_horizon=args.max_horizon or math.inf, pattern=args.cells, quick=args.quick)
     found = []
     for dataset in sorted({cell.dataset for cells in select().values() for cell in cells.values()}):

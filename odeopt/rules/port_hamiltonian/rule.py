@@ -345,8 +345,8 @@ class PortHamiltonianUpdate(StagedRule):
         n_tensor_signals = 0 if coordinatewise else 6 + 2 * modes
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
         of_matrices = [int(self.is_spectral)] * 4
-        self._output_sizes = Outputs(self.n_numbers * modes, 1, memory, int(schedule == "power"), *of_matrices)
-        self.coefficient_network = coefficient_network(n_signals, hidden, sum(self._output_sizes))
+        self.output_sizes = Outputs(self.n_numbers * modes, 1, memory, int(schedule == "power"), *of_matrices)
+        self.coefficient_network = coefficient_network(n_signals, hidden, sum(self.output_sizes))
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
         start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
@@ -603,7 +603,7 @@ class PortHamiltonianUpdate(StagedRule):
             times += [torch.full_like(step, float(is_told)), progress if length is None else length_signal(length)]
         inputs = torch.cat([*times, *signals, torch.tanh(memory[..., : self.memory])], dim=-1)
         inputs = inputs.to(network[-1].weight.dtype)
-        out = Outputs(*network(inputs).to(step.dtype).split(self._output_sizes, dim=-1))
+        out = Outputs(*network(inputs).to(step.dtype).split(self.output_sizes, dim=-1))
         log_kappa, log_matrix_kappa = out.log_kappa, out.log_matrix_kappa
         if self.n_memory > 0:
             moves = torch.tanh(out.memory_moves)

@@ -285,7 +285,7 @@ class _Constants:
         numbers["widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
         numbers |= {"is_relativistic": rule.is_relativistic_mode.int(), "is_spectral": rule.is_spectral_mode.int()}
         self._numbers = {name: x.contiguous() for name, x in numbers.items()}
-        at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule._output_sizes)), strict=False))
+        at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule.output_sizes)), strict=False))
         self.rule = Rule(
             **{name: x.data_ptr() for name, x in self._numbers.items()},
             **{name: getattr(rule, name) for name in _AS_THEY_ARE},
