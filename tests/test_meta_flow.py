@@ -157,3 +157,24 @@ def test_flow_and_steps_do_not_mind_inference_mode():
             found[-1] += [gradient_flow(TASK, HEAVY_BALL, T[:3], indices=INDICES, until_norm=1e-9).losses]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not any(x.requires_grad for x in found[1])
+
+
+@pytest.mark.parametrize("options", [{"kinetic": "relativistic"}, {"kinetic": "spectral"}, {"output": "spectral"}])
+def test_rules_of_other_energies_are_refused(options):
+    with pytest.raises(ValueError, match="should be quadratic in all modes; a `PortHamiltonianSystem` takes"):
+        gradient_flow(TASK, PortHamiltonianUpdate(**options), T, indices=INDICES)
+
+
+def test_event_at_the_start_is_found_whatever_the_dtype_of_the_times():
+    for t in (torch.tensor([100.0, 101.0]), [100.0, 101.0]):
+        flow = gradient_flow(TASK, HEAVY_BALL, t, indices=INDICES, until_norm=1e9)
+        assert flow.event_time == pytest.approx(100, abs=1e-5)
+        assert len(flow.losses) == 2
+
+
+def test_event_of_fixed_steps_is_at_the_norm():
+    options = {"indices": INDICES, "until_norm": 0.5}
+    flow = gradient_flow(TASK, HEAVY_BALL, [0.0, 40.0], method="rk4", options={"step_size": 0.1}, **options)
+    assert flow.gradient_norms[-1].max() == pytest.approx(0.5, rel=2e-3)
+    exact = gradient_flow(TASK, HEAVY_BALL, [0.0, 40.0], method="rk4", options={"step_size": 0.005}, **options)
+    assert flow.event_time == pytest.approx(exact.event_time, abs=5e-3)

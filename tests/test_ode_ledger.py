@@ -229,3 +229,27 @@ def test_the_account_is_nan_where_momenta_are_not_finite():
         solution = run(system, method, n=4, x0=x0)
         assert solution.status != "success"
         assert energy_ledger(system, solution).change[-1].isnan()
+
+
+@pytest.mark.parametrize("step_size", [None, 0.2])
+def test_steps_of_the_diagnosis_are_those_of_the_times_whatever_their_dtype(step_size):
+    options = {"method": "symplectic_euler", "step_size": step_size, "refinement": 2, "other": "strang"}
+    t = torch.linspace(0, 10, 51)
+    found = diagnose_damping(FREE, X0, t, **options)
+    wanted = diagnose_damping(FREE, X0, t.double(), **options | {"step_size": None})
+    assert found.lost == pytest.approx(wanted.lost, rel=1e-3)
+
+
+def test_as_trained_is_one_step_per_output_also_where_these_are_uneven():
+    t = torch.tensor([0.0, 0.1, 1.0, 1.5, 2.5], dtype=F64)
+    report = diagnose_damping(SPRING, X0, t, method="symplectic_euler", refinement=2)
+    energy = SPRING.energy(PhaseState(*run_at(t, "symplectic_euler").states))
+    assert report.lost["trained"] == pytest.approx((energy[0] - energy[-1]).item())
+    halves = torch.tensor([0.0, 0.05, 0.1, 0.55, 1.0, 1.25, 1.5, 2.0, 2.5], dtype=F64)
+    energy = SPRING.energy(PhaseState(*run_at(halves, "symplectic_euler").states))
+    assert report.lost["finer"] == pytest.approx((energy[0] - energy[-1]).item())
+
+
+def run_at(t, method):
+    with torch.no_grad():
+        return integrate(SPRING, X0, t, method=method)

@@ -396,3 +396,42 @@ def test_forward_mode_gives_the_derivative_of_reverse_mode(method, enabled):
     with torch.set_grad_enabled(enabled), forward_ad.dual_level():
         found = forward_ad.unpack_dual(end(forward_ad.make_dual(q, torch.ones(1, dtype=F64)))).tangent
     torch.testing.assert_close(found, wanted[0])
+
+
+@pytest.mark.parametrize("dissipation", [0.5, torch.tensor([0.5])], ids=["number", "tensor"])
+def test_friction_is_exact_in_the_dtype_of_the_state(dissipation):
+    free = PortHamiltonianSystem(1, dissipation=dissipation)
+    x = structure_step(free, 1.0, PhaseState(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)), "strang").x
+    assert x.p.item() == pytest.approx(math.exp(-0.5), rel=1e-15)
+
+
+@pytest.mark.parametrize("method", STRUCTURE_METHODS)
+@pytest.mark.parametrize("part", ["dissipation", "inverse_mass", "port", "potential", "matrices"])
+def test_states_keep_their_dtype_whatever_the_parts_have(method, part):
+    one = torch.ones(1, dtype=F64)
+    parts = {
+        "dissipation": {"dissipation": one},
+        "inverse_mass": {"inverse_mass": one},
+        "port": {"port": one.unsqueeze(-1)},
+        "potential": {"potential": lambda q: q.double().square().sum(-1)},
+        "matrices": {"dissipation": torch.eye(2, dtype=F64), "inverse_mass": torch.eye(2, dtype=F64)},
+    }[part]
+    dof = 2 if part == "matrices" else 1
+    x0 = PhaseState(torch.ones(dof), torch.zeros(dof))
+    states = integrate(PortHamiltonianSystem(dof, **parts), x0, [0.0, 0.1, 0.2], method=method, u=torch.ones(1))
+    assert {x.dtype for x in states.states} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["implicit_midpoint", "discrete_gradient"])
+@pytest.mark.parametrize(("stiffness", "dtype"), [(1e4, F64), (1e6, torch.float32), (1e8, torch.float32), (1e8, F64)])
+def test_stiff_springs_are_solved_to_rounding_and_say_so(method, stiffness, dtype):
+    spring = PortHamiltonianSystem(1, potential=lambda q: stiffness / 2 * q.square().sum(-1))
+    x0, h = PhaseState(torch.ones(1, dtype=dtype), torch.zeros(1, dtype=dtype)), 0.1
+    solution = integrate(spring, x0, [h * k for k in range(6)], method=method, throw=True)
+    c = stiffness * h * h / 4
+    exact = torch.tensor([[1 - c, h], [-stiffness * h, 1 - c]], dtype=F64) / (1 + c)
+    q, p = torch.linalg.matrix_power(exact, 5) @ torch.tensor([1.0, 0.0], dtype=F64)
+    rounding = 10 * torch.finfo(dtype).eps
+    assert solution.states.q[-1].item() == pytest.approx(q.item(), abs=rounding)
+    assert solution.states.p[-1].item() / stiffness**0.5 == pytest.approx(p.item() / stiffness**0.5, abs=rounding)
+    assert solution.n_iters < 60

@@ -464,3 +464,55 @@ def test_wrong_times_are_refused_under_vmap_too(t, match):
 def test_integers_are_refused_under_vmap_too():
     with pytest.raises(ValueError, match=r"`x0.dtype` should be floating point"):
         torch.func.vmap(lambda x: integrate(lambda t, x: -x, x, [0.0, 1.0], method="rk4").states)(torch.arange(2))
+
+
+PENDULUM = PortHamiltonianSystem(1, potential=lambda q: 1 - q[..., 0].cos(), dissipation=0.1).to(F64)
+AT_REST = PhaseState(torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64))
+
+
+@pytest.mark.parametrize("hold", [ZeroOrderHold, FirstOrderHold])
+def test_samples_of_an_input_can_be_mapped_over(hold):
+    def end(values):
+        u = hold([0.0, 1.0], values)
+        return integrate(PENDULUM, AT_REST, [0.0, 0.5, 2.0], method="rk4", u=u).states.p[-1]
+
+    values = torch.randn(3, 2, 1, dtype=F64)
+    torch.testing.assert_close(torch.func.vmap(end)(values), torch.stack([end(x) for x in values]))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_adjoint_passes_gradients_on_to_what_an_input_was_computed_from(held):
+    weight = torch.tensor([[0.3]], dtype=F64, requires_grad=True)
+    values = torch.tensor([[1.0], [2.0], [-1.0]], dtype=F64) @ weight
+    u = ZeroOrderHold([0.0, 1.0, 2.0], values) if held else values[1]
+    gradients = []
+    for adjoint in (True, False):
+        options = {"method": "dopri5", "rtol": 1e-9, "atol": 1e-9, "adjoint": adjoint}
+        end = integrate(PENDULUM, AT_REST, [0.0, 1.5, 3.0], u=u, **options).states.p[-1].sum()
+        gradients += torch.autograd.grad(end, weight, retain_graph=True)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
+def test_adjoint_begins_at_the_outputs_and_not_at_what_lies_between_steps():
+    field = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).to(F64)
+    system = PortHamiltonianSystem(1, potential=lambda q: field(torch.cat((q, q.square()), -1))[..., 0]).to(F64)
+    errors = []
+    for options in (None, {}):
+        gradients = []
+        for tight in (False, True):
+            tolerances = {"rtol": 1e-12, "atol": 1e-13} if tight else {}
+            own = {} if tight else {"adjoint_options": options}
+            solution = integrate(system, AT_REST, [0.0, 1.0, 3.0], method="dopri8", adjoint=True,
+                                 adjoint_params=tuple(field.parameters()), **tolerances, **own)  # fmt: skip
+            end = solution.states.q.square().sum()
+            gradients.append(torch.cat([x.flatten() for x in torch.autograd.grad(end, field.parameters())[:3]]))
+        errors.append((gradients[0] - gradients[1]).norm())
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_own_methods_do_not_ask_for_torchdiffeq(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)  # importing it fails, as it does in compiled code
+    for method in (*EXPLICIT_METHODS, *STRUCTURE_METHODS):
+        assert integrate(PENDULUM, AT_REST, [0.0, 0.1], method=method).status is Status.SUCCESS
+    with pytest.raises(ImportError):
+        integrate(PENDULUM, AT_REST, [0.0, 0.1], method="dopri5")

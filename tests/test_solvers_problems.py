@@ -333,3 +333,16 @@ def test_a_problem_that_cannot_be_solved_has_no_reference():
     blow_up = Problem("blow-up", "mine", torch.ones(1, dtype=F64), 2 * T, lambda t, x: x * x)
     with pytest.raises(ValueError, match=r"Problem blow-up has no reference: .*reached t = 1 of 2"):
         reference(blow_up)
+
+
+def test_times_in_single_precision_are_even_in_double_too():
+    problem = Problem("decay", "mine", torch.ones(1, dtype=F64), torch.linspace(0, 3, 31), field=lambda t, x: -x)
+    t = problem.to().t
+    assert (t.dtype, t[0], t[-1]) == (F64, 0, 3)
+    torch.testing.assert_close(t, torch.linspace(0, 3, 31, dtype=F64))
+
+
+def test_complex_states_are_refused():
+    with pytest.raises(ValueError, match=r"Parameter `x0.dtype` should be real: a complex number is two states"):
+        Problem("turn", "mine", torch.ones(1, dtype=torch.complex128), torch.linspace(0, 3, 31, dtype=F64),
+                field=lambda t, x: 1j * x)  # fmt: skip

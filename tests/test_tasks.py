@@ -403,3 +403,12 @@ def test_a_batch_that_weights_draw_has_no_graph_where_gradients_are_off():
     teacher = torch.ones((), requires_grad=True)
     with torch.no_grad():
         assert not any(part.requires_grad for part in Taught(3).sample_batch(torch.arange(2), 0, 0))
+
+
+def test_units_are_drawn_without_building_the_networks_anew(monkeypatch):
+    task = ScaledTask(MLPClassification(tiny_images(), (5,), batch_size=7), log_range=1.0)
+    indices = torch.arange(2)
+    units = task.sample_batch(indices, 0, 0)[0]
+    monkeypatch.setattr(task.task, "init_params", None)
+    assert torch.equal(task.sample_batch(indices, 0, 0)[0], units)
+    assert units.shape == (2, 4)

@@ -114,7 +114,7 @@ def test_minibatches_keep_inputs_and_targets_together():
 def test_buffers_and_frozen_parameters_are_shared():
     def make_module():
         module = Attention()
-        module.head.bias.requires_grad_(False)
+        module.head.bias.requires_grad_(False).zero_()
         return module
 
     task = ModuleTask(make_module, sequences(), loss_fn=mean_squared)
@@ -124,6 +124,21 @@ def test_buffers_and_frozen_parameters_are_shared():
     before = task.loss(params, batch)
     task.module.scale.zero_()
     assert not torch.equal(task.loss(params, batch), before)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "frozen"])
+def test_shared_tensors_that_are_drawn_are_warned_of(kind):
+    def make_module():
+        module, drawn = nn.Linear(1, 1), torch.randn(3)
+        if kind == "buffer":
+            module.register_buffer("features", drawn)
+        else:
+            module.features = nn.Parameter(drawn, requires_grad=False)
+        return module
+
+    x = torch.linspace(-1, 1, 50).unsqueeze(1)
+    with pytest.warns(UserWarning, match=r"should draw trained parameters alone. Found other `features` under another"):
+        ModuleTask(make_module, (x, x), loss_fn=nn.functional.mse_loss)
 
 
 class Changing(nn.Linear):

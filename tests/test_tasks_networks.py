@@ -195,7 +195,7 @@ def test_a_table_is_known_by_whatever_name_it_has():
             super().__init__()
             self.head, self.table, self.other = nn.Linear(3, 5, bias=False), nn.Embedding(5, 3), nn.Embedding(5, 3)
             self.table.weight = self.head.weight
-            self.other.weight.requires_grad_(is_trained)
+            nn.init.ones_(self.other.weight).requires_grad_(is_trained)
 
         def forward(self, x):
             return self.head(self.table(x) + self.other(x))

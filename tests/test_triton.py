@@ -125,7 +125,7 @@ def test_shipped_rules_are_stepped_by_kernels(name):
 
 @on_device
 def test_matrices_of_a_spectral_rule_are_left_to_torch():
-    params = [parameter(torch.ones(4, 3), torch.ones(4, 3)), parameter(torch.ones(3), torch.ones(3))]
+    params = [parameter(torch.ones(5, 4), torch.ones(5, 4)), parameter(torch.ones(3), torch.ones(3))]
     params = [nn.Parameter(p.detach().to(DEVICE)) for p in params]
     optimizer = LearnedOptimizer(params, implementation="native")
     for param in params:

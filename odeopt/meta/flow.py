@@ -11,7 +11,7 @@ from torch import Tensor
 from odeopt.checks import is_number, require, require_positive
 from odeopt.modes import outside_inference_mode
 from odeopt.ode import Solution, integrate, is_fixed_step
-from odeopt.ode.checks import check_times
+from odeopt.ode.checks import check_times, time_dtype
 from odeopt.ode.torchdiffeq import ATOL, RTOL, time_of_event
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
@@ -91,7 +91,8 @@ def gradient_flow(
 
     Args:
         task: The problems.
-        rule: A rule, whose system is taken, or a system of one input.
+        rule: A rule of quadratic modes, whose system is taken, or a system of one input. Other energies flow as those
+            of a system, :class:`~odeopt.PortHamiltonianSystem` with ``kinetic``.
         t: Output times, shape ``(n_times,)``, rising.
         indices: Global numbers of the problems, shape ``(n_tasks,)``.
         method: A method of :func:`odeopt.ode.integrate`, but for the structure-preserving ones.
@@ -112,7 +113,8 @@ def gradient_flow(
         The flow.
 
     Raises:
-        ValueError: If an argument is out of range or a system has more than one input.
+        ValueError: If an argument is out of range, a system has more than one input, or a rule modes that are not
+            quadratic.
 
     References:
         van der Schaft, Jeltsema (2014), Port-Hamiltonian systems theory, Ch. 2: passive systems in feedback.
@@ -135,6 +137,8 @@ def gradient_flow(
     theta = torch.cat([value.flatten(1) for value in params.values()], dim=1)
     rest = theta.new_zeros(*theta.shape, system.dof)
     if is_rule:
+        wanted = "quadratic in all modes; a `PortHamiltonianSystem` takes other energies, by `kinetic`"
+        require(set(rule.kinetic) == {"quadratic"} and rule.output == "sum", "rule.kinetic", rule.kinetic, wanted)
         require(z is None, "z", z, "None for a rule, which has `friction` and `gain`")
         rates = _of_modes("friction", friction, rest)
         require(bool((rates >= 0).all()), "friction", friction, "not negative")
@@ -157,8 +161,11 @@ def gradient_flow(
     if until_norm is not None:
         needs_step = is_fixed_step(method) and "step_size" not in (options or {})
         require(not needs_step, "options", options, f"given a `step_size` for an event with method {method!r}")
-        event_time = time_of_event(field, x0, t[0].item(), t[-1].item(), above, **solver)
+        # a straight line between two steps would meet the norm too early
+        search = solver | ({"options": {"interp": "cubic"} | options} if is_fixed_step(method) else {})
+        event_time = time_of_event(field, x0, t[0].item(), t[-1].item(), above, **search)
     if event_time is not None:
+        t = t.to(time_dtype(t.device))  # in which no event falls together with the first time
         event_time = max(event_time, t[0].item() + 1e-6 * (t[1] - t[0]).item())  # there are two times at least
         t = torch.cat((t[t < event_time], t.new_tensor([event_time])))
     solution = integrate(field, x0, t, backend=backend, **solver)

@@ -29,9 +29,9 @@ class Newton(NamedTuple):
     """Settings of the Newton iterations that solve implicit equations.
 
     Attributes:
-        tol: Largest entry of the residual that counts as zero, in units of one plus the largest entry of the state, or,
-            before three iterations were taken, of that entry alone; None for the three quarters power of the dtype's
-            rounding, 2e-12 in double and 6e-6 in single precision.
+        tol: Largest entry of the residual, or of Newton's correction, that counts as zero, in units of one plus the
+            largest entry of the state, or, before three iterations were taken, of that entry alone; None for the three
+            quarters power of the dtype's rounding, 2e-12 in double and 6e-6 in single precision.
         max_iters: Iterations at most of each try: of the first one, in whole steps, None for 8; of the second one, in
             halved steps, None for 20.
     """
@@ -122,21 +122,25 @@ def _iterated(
 ) -> Root:
     """Take steps of Newton's method, until all samples have converged or diverged if the host may wait for them."""
     r, n_iters = residual(x), torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    n_evals, start = 1, x.abs().amax(-1)
+    n_evals, start, is_settled = 1, x.abs().amax(-1), torch.zeros_like(n_iters, dtype=torch.bool)
     for _ in range(max_iters):
-        is_open = ~_is_small(r, x, tol, start, is_early=n_iters < n_least)
+        limit = tol * _scale(x, start, is_early=n_iters < n_least)
+        is_open = ~(is_settled | (r.abs().amax(-1) <= limit))  # NaN is not below anything
         if synchronises and not (is_open & x.isfinite().all(-1)).any():
             break
         step = torch.where(is_open.unsqueeze(-1), _solved(jacobian(residual, x), r), 0)
+        # of stiff equations the rounding of the residual alone may be larger than the limit: the correction says more
+        is_settled = is_settled | (is_open & (step.abs().amax(-1) <= limit))
         new, n_evals = residual(x - step), n_evals + x.shape[-1] + 1
         for _ in range(n_halvings):
-            is_worse = is_open & ~(new.abs().amax(-1) < r.abs().amax(-1))  # NaN is not below anything
+            is_worse = is_open & ~is_settled & ~(new.abs().amax(-1) < r.abs().amax(-1))  # NaN is not below anything
             if not is_worse.any():
                 break
             step = torch.where(is_worse.unsqueeze(-1), step / 2, step)
             new, n_evals = residual(x - step), n_evals + 1
         x, r, n_iters = x - step, new, n_iters + is_open
-    return Root(x, n_iters, _is_small(r, x, tol, start), n_evals)
+    is_small = r.abs().amax(-1) <= tol * _scale(x, start)
+    return Root(x, n_iters, is_small | (is_settled & x.isfinite().all(-1)), n_evals)
 
 
 def jacobian(function: Residual, x: Tensor) -> Tensor:
@@ -152,14 +156,17 @@ def must_not_synchronise(x: Tensor) -> bool:
     return is_traced() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _is_small(r: Tensor, x: Tensor, tol: float, start: Tensor, *, is_early: Tensor | None = None) -> Tensor:
-    """Compare residuals with the size of an iterate, and of the guess; of early iterates, with these alone."""
-    size = x.abs().amax(-1)  # NaN is not below anything, but inf is below inf
+def _scale(x: Tensor, start: Tensor, *, is_early: Tensor | None = None) -> Tensor:
+    """Size that residuals and corrections are compared with, of an iterate and the guess; NaN where it has run away.
+
+    Of early iterates it is that of these alone.
+    """
+    size = x.abs().amax(-1)
     scale = 1 + torch.minimum(size, _GROWTH * (1 + start))
     if is_early is not None:
         # what is small beside one may be large beside a small state: the predictor itself, where no iteration follows
         scale = torch.where(is_early, torch.minimum(scale, torch.maximum(start, size)), scale)
-    return (r.abs().amax(-1) <= tol * scale) & size.isfinite()
+    return torch.where(size.isfinite(), scale, torch.nan)
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:

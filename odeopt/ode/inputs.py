@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import require
+from odeopt.ode.implicit import must_not_synchronise
 from odeopt.ode.recorder import Timed
 
 Input = Callable[[Tensor], Tensor]
@@ -27,14 +27,14 @@ class _Sampled:
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         is_right = isinstance(values, Tensor) and values.dim() >= 2 and len(values) == len(t)
         require(is_right, "values.shape", found, f"({len(t)}, *batch, n_inputs), one sample per knot")
-        if not values.isfinite().all():
+        if not must_not_synchronise(values) and not values.isfinite().all():
             at = int((~values.isfinite().flatten(1).all(1)).nonzero()[0])
             raise ValueError(f"Parameter `values` should be finite. Found `values[{at}] = {values[at].tolist()}`.")
         self.knots: tuple[float, ...] = tuple(t.tolist())
         self.values = values
 
     def _index(self, time: float) -> int:
-        return min(max(bisect.bisect_right(self.knots, time) - 1, 0), len(self.knots) - 1)
+        return max(sum(knot <= time for knot in self.knots) - 1, 0)  # not bisect, which is not traced
 
     def _index_of(self, t: Tensor) -> Tensor:
         knots = torch.tensor(self.knots, dtype=t.dtype, device=t.device)

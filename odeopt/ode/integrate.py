@@ -153,7 +153,8 @@ def integrate(
     """
     require(callable(field), "field", field, "a function of time and state")
     check_choice("backend", backend, BACKENDS)
-    check_choice("method", method, (*available_methods(), *STRUCTURE_METHODS))
+    if method not in (*EXPLICIT_METHODS, *STRUCTURE_METHODS):  # torchdiffeq's own, which it has to be imported for
+        check_choice("method", method, (*available_methods(), *STRUCTURE_METHODS))
     require_flags(adjoint=adjoint, throw=throw)
     system = field if isinstance(field, PortHamiltonianSystem) else None
     for_adjoint = {
@@ -229,7 +230,7 @@ def _trainable(values: Any) -> list[Tensor]:
 def _check_problem(field: Field | PortHamiltonianSystem, x0: State, u: Any, z: Any, method: str) -> State:
     """Check what only a system has: its state, its input, its methods."""
     if not isinstance(field, PortHamiltonianSystem):
-        takes_fields = method in available_methods() or method not in STRUCTURE_METHODS
+        takes_fields = method not in STRUCTURE_METHODS or method in available_methods()
         wanted = f"a `PortHamiltonianSystem` with method {method!r}, which takes its energy and its matrices apart"
         require(takes_fields, "field", field, wanted)
         for name, value in (("u", u), ("z", z)):

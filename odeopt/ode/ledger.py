@@ -18,7 +18,8 @@ from odeopt.ode.grid import subintervals, times_of
 from odeopt.ode.inputs import Input, checked_input, knots_of, piece_of
 from odeopt.ode.integrate import integrate
 from odeopt.ode.solution import Solution
-from odeopt.ode.structured import discrete_gradient
+from odeopt.ode.structured import STRUCTURE_METHODS, discrete_gradient
+from odeopt.ode.torchdiffeq import is_fixed_step
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.report import plot_ledger
 
@@ -206,10 +207,10 @@ def diagnose_damping(
         system: The learned system; no input acts.
         x0: First states, ``q`` and ``p`` of shape ``(*batch, dof)``.
         t: Output times, as in :func:`odeopt.ode.integrate`.
-        method: The method of its training.
+        method: The method of its training, one of steps of a given size.
         step_size: The steps of its training; None for one per output.
         refinement: How many times finer the steps of the others are.
-        other: The other method.
+        other: The other method, likewise.
         tolerance: Share of the lost energy up to which a difference does not count.
         z: Modulating signal.
 
@@ -225,12 +226,24 @@ def diagnose_damping(
     require(is_integer(refinement) and refinement >= 2, "refinement", refinement, "an integer of at least 2")
     require_positive(tolerance=tolerance)
     require(other != method, "other", other, f"another method than {method!r}")
-    t = torch.as_tensor(t, dtype=time_dtype(x0[1].device))
-    steps = t.diff().abs().min().item() if step_size is None else step_size
-    settings = {"trained": (method, steps), "finer": (method, steps / refinement), "other": (other, steps / refinement)}
+    for name, value in (("method", method), ("other", other)):
+        is_steady = value in STRUCTURE_METHODS or is_fixed_step(value)
+        require(is_steady, name, value, "a method of steps of a given size")
+    require_positive(step_size=step_size, or_none=True)
+    # a tensor keeps its dtype, which says by how much times are rounded
+    t = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=time_dtype(x0[1].device))
+    coarse = fine = {}
+    t_fine = t
+    if step_size is None:
+        exact = t.to(time_dtype(t.device))
+        shares = torch.arange(1, refinement + 1, dtype=exact.dtype, device=t.device) / refinement
+        t_fine = torch.cat([exact[:1], torch.lerp(exact[:-1, None], exact[1:, None], shares).flatten()])
+    else:
+        coarse, fine = {"step_size": step_size}, {"step_size": step_size / refinement}
+    settings = {"trained": (method, t, coarse), "finer": (method, t_fine, fine), "other": (other, t_fine, fine)}
     lost, statuses = {}, {}
-    for name, (chosen, size) in settings.items():
-        solution = integrate(system, x0, t, method=chosen, options={"step_size": size}, z=z)
+    for name, (chosen, times, options) in settings.items():
+        solution = integrate(system, x0, times, method=chosen, options=options, z=z)
         energy = system.energy(PhaseState(*solution.states))
         lost[name], statuses[name] = (energy[0] - energy[-1]).mean().item(), str(solution.status)
     scale = abs(lost["trained"]) or 1.0

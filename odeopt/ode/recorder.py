@@ -89,6 +89,7 @@ class Recorder:
         origin: Tensor | None = None,
         coarsest: float = 0.0,
         check_leaves: Callable[[list[Tensor]], None] | None = None,
+        known: Sequence[Tensor] = (),
     ) -> None:
         self.field = field
         self.timed = Timed(field, real_dtype(tensors_of(x0)[0]))
@@ -102,6 +103,7 @@ class Recorder:
         self._origin = origin  # time of the field at which the solver's clock is at zero
         self._coarsest = coarsest  # steps shorter than this share of the time are not resolved
         self._check_leaves = check_leaves  # called once, with what requires grad and the field depends on
+        self._known = known  # which are not looked behind: what they are computed from gets its gradient from theirs
         self._leaves: dict[int, Tensor] = {}
         self._last_dx: Any = ()
         self._dtype = tensors_of(x0)[0].dtype
@@ -171,7 +173,7 @@ class Recorder:
 
     def _look_at_leaves(self, derivatives: Iterable[Tensor]) -> None:
         """Compare the graphs of two calls: a field may make leaves of its own, which are other ones in each."""
-        leaves = leaves_of(derivatives)
+        leaves = leaves_of(derivatives, self._known)
         if self.n_evals == 1:
             self._leaves = leaves
         else:
@@ -251,10 +253,12 @@ class Recorder:
         return max(1, int(((self.time - t) * self._direction >= 0).sum()))
 
 
-def leaves_of(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """The leaves of a graph, by their identity."""
-    stack = [torch.autograd.graph.get_gradient_edge(x).node for x in tensors if x.requires_grad]
-    seen, leaves = set(), {}
+def leaves_of(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> dict[int, Tensor]:
+    """The leaves of a graph, by their identity, but those behind tensors that are ``known``."""
+    stack, inner = (
+        [torch.autograd.graph.get_gradient_edge(x).node for x in some if x.requires_grad] for some in (tensors, known)
+    )
+    seen, leaves = set(inner), {}
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:

@@ -170,8 +170,8 @@ def _damped(problem: _Problem, q: Tensor, p: Tensor, h: Tensor | float) -> Tenso
     require(kinetic is None, "method", "strang", wanted)
     if friction.is_diagonal and (mass is None or mass.is_diagonal):
         shape = (problem.system.dof,) * 2
-        rate = evaluate(friction, q, problem.z, name="dissipation", shape=shape)
-        rate = rate if mass is None else rate * evaluate(mass, q, None, name="inverse_mass", shape=shape)
+        rate = evaluate(friction, q, problem.z, name="dissipation", shape=shape, like=p)
+        rate = rate if mass is None else rate * evaluate(mass, q, None, name="inverse_mass", shape=shape, like=p)
         return torch.exp(-h * rate) * p
     rate = evaluate_full(friction, q, problem.z, name="dissipation", like=p)
     rate = rate if mass is None else rate @ evaluate_full(mass, q, None, name="inverse_mass", like=p)
@@ -231,7 +231,7 @@ def discrete_gradient(system: PortHamiltonianSystem, x0: PhaseState, x1: PhaseSt
     is_seen = missing.abs() > noise
     safe = torch.where(is_seen, missing, torch.ones_like(missing))
     factor = torch.where(is_seen, safe - noise.square() / safe, torch.zeros_like(missing))
-    factor = (factor / torch.where(is_seen, square, torch.ones_like(square))).unsqueeze(-1)
+    factor = (factor / torch.where(is_seen, square, torch.ones_like(square))).unsqueeze(-1).to(square.dtype)
     return PhaseState(gradient.q + factor * change.q, gradient.p + factor * change.p)
 
 

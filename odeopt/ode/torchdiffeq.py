@@ -146,8 +146,11 @@ def by_torchdiffeq(
     if is_adjoint:
         params = _check_adjoint(field, method, options, keywords)
         keywords = keywords | {"adjoint_params": params}
-        if keywords["adjoint_options"] is None:  # torchdiffeq would take those of the steps that end at outputs
-            keywords["adjoint_options"] = {name: value for name, value in options.items() if name != "norm"}
+        if keywords["adjoint_options"] is None:
+            own = {name: value for name, value in options.items() if name != "norm"}
+            # the adjoint goes from output to output, and would take each from a coarser interpolation
+            has_steps = "step_t" in accepted_options(keywords["adjoint_method"] or method)
+            keywords["adjoint_options"] = _ending_at(t, own) if has_steps else own
         check_leaves = None if may_leave_out else partial(_refuse_left_out, params)
     else:
         _check_gradients(x0, t, method, options)
@@ -182,6 +185,7 @@ def by_torchdiffeq(
             # the steps of an adaptive method are not known before
             coarsest=0.0 if is_steady or clock is torch.float64 else _ROUNDINGS_OF_ESTIMATES * torch.finfo(clock).eps,
             check_leaves=check_leaves if torch.is_grad_enabled() else None,
+            known=params if is_adjoint else (),
         )
         try:
             states, status, detail = _attempt(solve, recorder, t)

@@ -140,7 +140,7 @@ class Hamiltonian(nn.Module):
             return self.kinetic.velocity(p)
         if self.inverse_mass is None:
             return p
-        mass = evaluate(self.inverse_mass, q, None, name="inverse_mass", shape=(self.dof, self.dof))
+        mass = evaluate(self.inverse_mass, q, None, name="inverse_mass", shape=(self.dof, self.dof), like=p)
         return apply(mass, p, diagonal=self.inverse_mass.is_diagonal)
 
     def gradient(self, x: PhaseState) -> PhaseState:

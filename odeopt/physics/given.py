@@ -124,18 +124,18 @@ def as_matrix(value: Part | None, *, name: str, shape: tuple[int, int], should: 
     return part
 
 
-def evaluate(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, shape: tuple[int, int]) -> Tensor:
-    """Call a part and compare the trailing shape of its output: the hot path's one check."""
+def evaluate(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Call a part and compare the trailing shape of its output, the hot path's one check; in the dtype of a vector."""
     matrix = part(q) if z is None else part(q, z)
     trailing = matrix.shape[-1:] if part.is_diagonal else matrix.shape[-2:]
     _check_shape(tuple(trailing), part.is_diagonal, name=name, shape=shape)
-    return matrix
+    return matrix.to(like.dtype)
 
 
 def evaluate_full(part: MatrixPart, q: Tensor | None, z: Any, *, name: str, like: Tensor) -> Tensor:
     """Call a part and write a diagonal out as a matrix, in the size, dtype and device of a vector."""
     dof = like.shape[-1]
-    value = evaluate(part, q, z, name=name, shape=(dof, dof))
+    value = evaluate(part, q, z, name=name, shape=(dof, dof), like=like)
     return value.unsqueeze(-1) * torch.eye(dof, dtype=like.dtype, device=like.device) if part.is_diagonal else value
 
 

@@ -220,7 +220,7 @@ class PortHamiltonianSystem(nn.Module):
             ValueError: As in :meth:`vector_field`.
         """
         self._check(x, u)
-        g, gradient = self._evaluate_port(x[0], z), self.hamiltonian.gradient(x)
+        g, gradient = self._evaluate_port(x[0], z, x.p), self.hamiltonian.gradient(x)
         dx = self._rates(x, gradient, self._force(x[0], u, z, g), self._drag(x[0], gradient.p, z))
         return dx, self._port_output(g, gradient.p)
 
@@ -238,7 +238,7 @@ class PortHamiltonianSystem(nn.Module):
             ValueError: If ``x`` does not match ``dof``.
         """
         self._check_state(x)
-        return self._port_output(self._evaluate_port(x[0], z), self.hamiltonian.velocity(x))
+        return self._port_output(self._evaluate_port(x[0], z, x.p), self.hamiltonian.velocity(x))
 
     def power_balance(self, x: PhaseState, u: Tensor | None = None, z: Any = None) -> PowerBalance:
         """Account for the power: what the energy gains, what friction takes, what the ports supply.
@@ -288,7 +288,7 @@ class PortHamiltonianSystem(nn.Module):
         B = p.new_zeros(*batch, 2 * dof, self.n_inputs)
         if self.dissipation is not None:
             R[..., dof:, dof:] = evaluate_full(self.dissipation, q, z, name="dissipation", like=p)
-        g = self._evaluate_port(q, z)
+        g = self._evaluate_port(q, z, p)
         B[..., dof:, :] = (p.new_ones(dof, 1) if self.n_inputs == 1 else J[:dof, dof:]) if g is None else g
         return StructureMatrices(J, R, B)
 
@@ -306,19 +306,19 @@ class PortHamiltonianSystem(nn.Module):
         """Evaluate g u; with g where it is known already."""
         if u is None or self.port is None:
             return u
-        g = self._evaluate_port(q, z) if g is None else g
+        g = self._evaluate_port(q, z, u) if g is None else g
         return g[..., 0] * u if self.n_inputs == 1 else apply(g, u, diagonal=False)
 
     def _drag(self, q: Tensor | None, v: Tensor, z: Any) -> Tensor | None:
         if self.dissipation is None:
             return None
-        D = evaluate(self.dissipation, q, z, name="dissipation", shape=(self.dof, self.dof))
+        D = evaluate(self.dissipation, q, z, name="dissipation", shape=(self.dof, self.dof), like=v)
         return apply(D, v, diagonal=self.dissipation.is_diagonal)
 
-    def _evaluate_port(self, q: Tensor | None, z: Any) -> Tensor | None:
+    def _evaluate_port(self, q: Tensor | None, z: Any, like: Tensor) -> Tensor | None:
         if self.port is None:
             return None
-        return evaluate(self.port, q, z, name="port", shape=(self.dof, self.n_inputs))
+        return evaluate(self.port, q, z, name="port", shape=(self.dof, self.n_inputs), like=like)
 
     def _port_output(self, g: Tensor | None, v: Tensor) -> Tensor:
         if self.n_inputs == 1:

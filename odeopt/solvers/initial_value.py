@@ -52,6 +52,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         check_state(self.x0)
+        dtypes = [x.dtype for x in tensors_of(self.x0)]
+        is_real = not any(dtype.is_complex for dtype in dtypes)
+        require(is_real, "x0.dtype", dtypes, "real: a complex number is two states")
         steps = check_times(self.t, tensors_of(self.x0)[0]).diff()
         rounding = 4 * torch.finfo(self.t.dtype).eps * self.t.abs().max()
         is_even = bool(((steps - steps[0]).abs() <= rounding).all())
@@ -81,7 +84,10 @@ class Problem:
         Returns:
             A problem that shares no module with this one.
         """
-        moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": self.t.to(device, dtype)}
+        t = self.t.to(device, dtype)
+        if torch.finfo(dtype).eps < torch.finfo(self.t.dtype).eps:  # in finer numbers coarse ones are not evenly spaced
+            t = torch.linspace(t[0].item(), t[-1].item(), len(t), dtype=dtype, device=device)
+        moved = {"x0": map_state(lambda x: x.to(device, dtype), self.x0), "t": t}
         names = ("field" if self.system is None else "system", "effort", "energy")
         parts = {name: getattr(self, name) for name in names}
 

@@ -59,6 +59,8 @@ class ModuleTask(Task):
 
     Warns:
         RuntimeWarning: If ``make_module`` or ``data`` gives something else when it is asked for the same once more.
+        UserWarning: If buffers or frozen parameters are drawn, so that each module has others, of which all problems
+            get those of the first; or if there are stacks of matrices, which are stepped as one tensor each.
 
     Example:
         >>> x = torch.linspace(-1, 1, 256).unsqueeze(1)
@@ -112,6 +114,7 @@ class ModuleTask(Task):
         )
         self.module, self.data, self.loss_fn, self.batch_size = module, data, loss_fn, batch_size
         self.tables = _tables(module)
+        self._warn_of_shared()  # on the CPU, where modules are built
         self.to(device)
         self._try()
 
@@ -167,6 +170,18 @@ class ModuleTask(Task):
             # Not torch.manual_seed, which would reseed the accelerators too, and nobody restores those.
             torch.default_generator.manual_seed(seed)
             return self.make_module()
+
+    def _warn_of_shared(self) -> None:
+        """Warn where modules of other seeds have other buffers or frozen parameters."""
+        first, second = _shared(self.module), _shared(self._build(1))
+        drawn = [name for name, x in first.items() if name in second and not _are_equal(x, second[name])]
+        if drawn:
+            warnings.warn(
+                f"Parameter `make_module` should draw trained parameters alone. Found other `{'`, `'.join(drawn)}` "
+                "under another seed, of which all problems get those of the first module.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def _try(self) -> None:
@@ -246,6 +261,16 @@ class NetworkTask(ModuleTask):
 def _trained(module: nn.Module) -> Params:
     """The parameters that belong to each problem."""
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _shared(module: nn.Module) -> Params:
+    """The buffers and frozen parameters, which all problems share."""
+    frozen = ((name, p.detach()) for name, p in module.named_parameters() if not p.requires_grad)
+    return dict([*module.named_buffers(), *frozen])
+
+
+def _are_equal(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and torch.allclose(x, y, equal_nan=True) if x.is_floating_point() else torch.equal(x, y)
 
 
 def _tables(module: nn.Module) -> frozenset[str]:

@@ -46,7 +46,7 @@ class ScaledTask(Task):
         config = {"loss_scale": loss_scale, "init_scale": init_scale, "log_range": log_range}
         super().__init__(device=task.device, dtype=task.dtype, **config, of=task.describe())
         self.task, self.loss_scale, self.init_scale, self.log_range = task, loss_scale, init_scale, log_range
-        self.tables = task.tables
+        self.tables, self._n_tensors = task.tables, len(task.param_shapes)
 
     @property
     def param_shapes(self) -> dict[str, torch.Size]:
@@ -81,7 +81,7 @@ class ScaledTask(Task):
         return super().to(device)
 
     def _units(self, indices: Tensor, seed: int) -> Tensor:
-        n, indices = len(self.param_shapes), self._indices(indices)
+        n, indices = self._n_tensors, self._indices(indices)
         if self.log_range == 0:
             return torch.ones(len(indices), n, dtype=self.dtype, device=self.device)
         u = uniform(indices, (n,), seed=seed, stream="rescaled/factors", dtype=self.dtype)
