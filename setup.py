@@ -18,6 +18,7 @@ opponents_requires = ["schedulefree>=1.4", "prodigyopt>=1.1.2"]
 lightning_requires = ["lightning>=2.4"]
 clients_requires = [*lightning_requires, "accelerate>=1.1", "transformers>=4.48", "skorch>=1.1"]
 hub_requires = ["huggingface_hub>=0.30"]
+triton_requires = ["triton>=3.2; platform_system == 'Linux'"]  # comes with torch's builds for CUDA
 docs_requires = ["sphinx>=8.1", "myst-parser>=4.0.1", "furo>=2024.8.6"]
 
 
@@ -87,6 +88,7 @@ setup(
         "lightning": lightning_requires,
         "clients": clients_requires,
         "docs": docs_requires,
+        "triton": triton_requires,
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -66,29 +66,28 @@ class LearnedOptimizer(torch.optim.Optimizer):
     each step changes it in place, and what is edited, replaced or deleted there, or in the groups, counts from the next
     step on.
 
-    The native step takes all parameters in place, in one call. Elsewhere they are stepped in a few calls:
-    large ones in place, all others (under 2**16
-    coordinates on a CPU, 2**24 on a GPU) of one device and dtype packed into a buffer. There each is padded to a
-    multiple of 1,024 coordinates, state included, or to the power of two that holds the largest if that is less.
-    Matrices that a rule steps by their singular values are batched by shapes. Rules under which coordinates
-    interact otherwise than by sums (:class:`odeopt.rules.base.StagedRule`) are called once per tensor.
+    The native step updates all parameters in place, in one call. The eager step updates large parameters in place and
+    packs the others (under 2**16 coordinates on a CPU, 2**24 on a GPU) into one buffer per device and dtype, each of
+    them padded, with its state, to a multiple of 1,024 coordinates, or to the power of two that holds the largest if
+    that is less. Matrices that a rule steps by their singular values are batched by shapes. Rules that are not a
+    :class:`odeopt.rules.base.StagedRule` are called once per tensor.
 
-    The tensors of a stack (``is_stack`` in its group) are stepped as if each were a parameter, and in the number of
-    matrices they count once. Their state has the shape of the stack, or its first axis in front of what a tensor holds
-    once. One whose gradient is zero throughout, such as that of an expert that no input was sent to, is left alone.
-    A gradient that is not finite is skipped for that tensor alone.
+    The tensors of a stack (``is_stack`` in its group) are stepped as if each were a parameter; in the number of
+    matrices of the network the stack counts once. State per coordinate has the shape of the stack, state per tensor has
+    its first axis in front. A tensor whose gradient is all zero, such as that of an expert that no input was sent to,
+    is left alone. A gradient that is not finite is skipped for that tensor alone.
 
-    Of sharded parameters each process holds its pieces of the state too. What a rule steps as a whole is gathered for
-    its step, one parameter after the other. Stacks may be sharded along their first axis, if no process is left without
-    a tensor: each steps its own, and counts the gradients that it skips.
+    Of a sharded parameter each process holds its piece of the state. Matrices that are stepped by their singular values
+    are gathered for the step, one after the other. Stacks may be sharded along their first axis if no process is left
+    without a tensor: each process steps its own tensors, and counts the gradients that it skips.
 
     The default rule takes shorter steps the more matrices there are, up to five. Frozen ones (``requires_grad=False``)
     do not count; what is frozen or unfrozen in the middle of a run counts from the next step on.
 
     A gradient that holds an infinity or a NaN is skipped: its parameter and state stay as they are, without
-    weight decay. Skipped gradients are counted where the parameters are; reading :attr:`n_skipped` (or
-    :meth:`state_dict`) fetches the count, and the first are warned of then, on a CPU at once. Parameters without
-    a gradient, or without elements, are left alone.
+    weight decay. The count of skipped gradients is kept on the device; reading :attr:`n_skipped`, or
+    :meth:`state_dict`, waits for the device. The first ones raise a warning: at once on a CPU, else when the count is
+    read. Parameters without a gradient, or without elements, are left alone.
 
     A rule has no momentum that a scheduler could cycle: under ``OneCycleLR`` and ``CyclicLR`` only ``lr`` moves, as a
     warning says unless they are told ``cycle_momentum=False``.
@@ -103,15 +102,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
-        lr: Factor :math:`\eta` on the update, dimensionless; a number or a one-element tensor. 1 takes the steps that
-            the rule was trained for; at most 0.01, as is usual for Adam, is warned of under a learned rule.
+        lr: Multiplier :math:`\eta` of the update, dimensionless; a number or a one-element tensor. 1 uses the step
+            sizes that the rule was trained with. With a learned rule 0.01 or less, as is usual for Adam, raises a
+            warning.
         weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW; a number or a
             one-element tensor. There ``lr`` is the step size, here it is a factor, usually 1: what AdamW does with
-            ``lr=1e-3, weight_decay=1e-2`` is ``weight_decay=1e-5`` here. A decay that takes more than one percent per
-            step is warned of once. Beyond ``total_steps`` nothing decays.
+            ``lr=1e-3, weight_decay=1e-2`` is ``weight_decay=1e-5`` here. A decay of more than one percent per step
+            raises a warning, once. Beyond ``total_steps`` nothing decays.
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
-            where unknown. The first step beyond it is warned of, unless ``capturable`` keeps the count on the device.
+            where unknown. The first step beyond it raises a warning, unless ``capturable`` keeps the count on the
+            device.
         implementation: ``"auto"`` takes the native step of port-Hamiltonian rules where it can: in C on a CPU
             (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form.
             It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices
@@ -127,7 +128,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ``fullgraph=True``. Compiled code must not touch :attr:`state`, of which the graph does not know.
         averaging: Power r of an average of the weights over the run, :math:`\bar\theta_t \propto \sum_{s \le t} s^r
             \theta_s` (about; see the reference), in place of a schedule where the length of the run is not known: 8 is
-            a good value. (.9 and more, but less than 1, is warned of: such are the decays of exponential averages.)
+            a good value. (Values in [.9, 1) raise a warning, as they look like the decay of an exponential average.)
             :meth:`eval` puts the averages into the parameters, :meth:`train` the weights back. None keeps none.
             Statistics of BatchNorm belong to the weights: refresh them by :func:`torch.optim.swa_utils.update_bn`
             after :meth:`eval`.
@@ -251,7 +252,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def report(self, loss: float | Tensor) -> None:
-        """Tell the guard the loss whose gradients the next step takes; without a guard it is not looked at.
+        """Tell the guard the loss whose gradients the next step takes; ignored without a guard.
 
         Args:
             loss: A number, or a tensor of one. In a process group it is averaged over all processes, each of which must

@@ -26,8 +26,8 @@ class MetaConfig:
         estimator: Estimator of the meta-gradient, one of :mod:`odeopt.meta.estimators`; by default the exact one, over
             the full horizon.
         objective: The meta-loss.
-        gain_margin: Training multiplies the updates by this factor, use and validation do not: the rule then
-            stands that far away from the step sizes it was fitted at, which are at the edge of stability.
+        gain_margin: Multiplier of the updates in training only, at least 1: a margin to the edge of stability, at which
+            the step sizes of training lie.
         lr: Peak learning rate of meta-Adam.
         beta2: Decay of meta-Adam's second moment.
         averaging: Decay, per meta-step, of the running mean of the weights, which is what is validated and kept; 0

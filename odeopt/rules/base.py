@@ -211,13 +211,25 @@ class StagedRule(UpdateRule):
 
     @abstractmethod
     def features(self, shape: torch.Size | tuple[int, ...]) -> tuple[float, ...]:
-        """Numbers that follow from the shape of a tensor, its size among them."""
+        """Numbers that follow from the shape of a tensor, its size among them: ``n_features`` floats."""
 
     @abstractmethod
     def statistics(
         self, stage: int, grad: Tensor, state: NamedTuple, features: Tensor, shared: NamedTuple | None, param: Tensor
     ) -> Tensor:
-        """Sums over the last axis of ``grad``, shape ``(*batch, n_statistics)``; none of them is allowed too."""
+        """Sum over the coordinates of each tensor what a stage needs.
+
+        Args:
+            stage: Number of the stage, from 0.
+            grad: Gradients, shape ``(*batch, n)``.
+            state: State; its fields per coordinate have shape ``(*batch, ..., n)``.
+            features: As :meth:`features` gives them, shape ``(*batch, k)``.
+            shared: What :meth:`coefficients` returned at the stage before; None at the first.
+            param: Parameters, shape ``(*batch, n)``.
+
+        Returns:
+            The sums over the last axis, shape ``(*batch, n_statistics)``; there may be none.
+        """
 
     @abstractmethod
     def coefficients(
@@ -233,12 +245,31 @@ class StagedRule(UpdateRule):
     ) -> NamedTuple:
         """Compute once per tensor, from the sums of a stage, the numbers that its coordinates share.
 
-        ``has_param`` is False where the sums are of parameters that are not known, and were taken for zero.
+        Args:
+            stage: Number of the stage, from 0.
+            sums: The sums, of all pieces of a tensor, shape ``(*batch, n_statistics)``.
+            state: State; its fields per tensor have shape ``(*batch, k)``.
+            features: As :meth:`features` gives them, shape ``(*batch, k)``.
+            shared: What this method returned at the stage before; None at the first.
+            progress: Fraction of the run that is done, 0-d; None where unknown.
+            has_param: False where parameters are not known, and the sums took them for zero.
+
+        Returns:
+            The numbers, each field of shape ``(*batch, k)``.
         """
 
     @abstractmethod
     def advance(self, grad: Tensor, state: NamedTuple, shared: NamedTuple) -> tuple[Tensor, NamedTuple]:
-        """Step of each coordinate: the update, and the next state."""
+        """Step each coordinate.
+
+        Args:
+            grad: Gradients, shape ``(*batch, n)``.
+            state: State, with the shapes that :meth:`UpdateRule.init_state` gives.
+            shared: What :meth:`coefficients` returned at the last stage.
+
+        Returns:
+            The update, shape ``(*batch, n)``, and the next state.
+        """
 
     @abstractmethod
     def forward_rows(

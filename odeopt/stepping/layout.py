@@ -19,7 +19,7 @@ from odeopt.stepping.buckets import Bucket, state_template
 from odeopt.stepping.checks import check_sharding, check_stack, extent_of, overlapping, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
-from odeopt.stepping.native import GroupOptions, NativeStep, native_obstacle
+from odeopt.stepping.native import NativeStep, native_obstacle
 from odeopt.stepping.shards import Shard
 from odeopt.stepping.triton import TritonKernels, triton_obstacle
 
@@ -271,11 +271,11 @@ class Layout:
             step_bucket(placed.rule, placed.bucket, self.options(placed), plan.kernels)
         return n_skipped + sum(placed.bucket.is_on_host and bool(placed.bucket.n_skipped.any()) for placed in moved)
 
-    def _native_options(self, group: Group) -> GroupOptions:
+    def _native_options(self, group: Group) -> StepOptions:
         done = _share_done(group)
         progress = None if done is None else float(done)
         decay = float(group["weight_decay"] * is_within(group))
-        return GroupOptions(float(self.lr(group)), decay, progress, group["maximize"])
+        return StepOptions(float(self.lr(group)), decay, progress, group["maximize"])
 
 
 def _native_plan(placed: list[Placed]) -> Plan:

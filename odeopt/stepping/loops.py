@@ -15,18 +15,18 @@ from odeopt.stepping.buckets import Bucket
 
 
 class StepOptions(NamedTuple):
-    """Options of a step, beside gradients and state.
+    """Options of a step, beside gradients and state: 0-d tensors, or numbers for the step in C.
 
     Attributes:
-        lr: Factor on the update, 0-d.
-        decay: Decoupled weight decay per unit of ``lr``, 0-d; None for none.
-        progress: Fraction of the run that is done, 0-d; None where unknown.
+        lr: Multiplier of the update.
+        decay: Decoupled weight decay per unit of ``lr``; None for none.
+        progress: Fraction of the run that is done; None where unknown.
         maximize: Whether to climb.
     """
 
-    lr: Tensor
-    decay: Tensor | None = None
-    progress: Tensor | None = None
+    lr: Tensor | float
+    decay: Tensor | float | None = None
+    progress: Tensor | float | None = None
     maximize: bool = False
 
 

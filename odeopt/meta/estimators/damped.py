@@ -20,13 +20,13 @@ from odeopt.rules.base import UpdateRule
 class DampedBackpropagation(Estimator):
     r"""Backpropagation over the full horizon that is damped where the run is chaotic.
 
-    With a damping :math:`\gamma` what a loss says of an update :math:`k` steps earlier counts :math:`\gamma^k` (the
-    last loss, after which no step begins, :math:`\gamma^{k-1}`): a soft truncation after about :math:`1 / (1 - \gamma)`
-    steps, of one gradient over all parts of the run. At the edge of stability, where good step sizes lie, the exact
-    gradient grows without bound and says nothing; its short-sighted part still says which updates lower the losses soon
-    after them, for every weight of the rule. So the dampings are tried in turn, from the least, until the gradient is
-    no longer than ``threshold``; the last one counts whatever its length. A calm run of at most ``longest`` steps keeps
-    its exact gradient.
+    The gradient of a loss with respect to an update :math:`k` steps earlier is multiplied by :math:`\gamma^k` (that of
+    the last loss, after which no step begins, by :math:`\gamma^{k-1}`): a soft truncation after about :math:`1 / (1 -
+    \gamma)` steps, of one gradient over all parts of the run. At the edge of stability, where good step sizes lie, the
+    exact gradient grows without bound and says nothing; its short-sighted part still says which updates lower the
+    losses soon after them, for every weight of the rule. So the dampings are tried in turn, from the least, until the
+    gradient is no longer than ``threshold``; the last one counts whatever its length. A calm run of at most ``longest``
+    steps keeps its exact gradient.
 
     It is short-sighted: on runs much longer than its window it may point the wrong way. And a run that overflows gives
     no gradient at all, so that nothing leads back from weights under which most do:

@@ -30,8 +30,8 @@ class EvolutionStrategies(Estimator):
     one number per task and perturbation.
 
     A loss :math:`f_t` of a task counts at most as :math:`f_0 + c\,|f_0|`, and so does one that is not a number;
-    :math:`c` is the ``ceiling``. A run that diverges thus says "not this way" with a bounded voice. Were its pair
-    dropped, the estimate would be one over the runs that go well only, which has no slope away from the cliff.
+    :math:`c` is the ``ceiling``. So runs that diverge count with a bounded loss. Leaving them out would bias the
+    estimate: the runs that go well know nothing of the cliff.
 
     Args:
         n_pairs: Number of antithetic pairs, so half that of perturbations.

@@ -18,11 +18,11 @@ class Hybrid(DampedBackpropagation):
     r"""Backpropagation where the run is calm, evolution strategies where it is not.
 
     At the edge of stability, where good step sizes lie, the exact gradient of a long run grows without bound and says
-    nothing. Left out, nothing would hold the weights back: the calm runs all ask for longer steps. So such a run is
-    done again under perturbed weights, whose losses do say which way is back. Of several ranks the first does that, on
-    its first task, which is the first of the whole batch, and tells the others; they wait. In between, gradients can
-    be tried that are damped, as by :class:`~odeopt.meta.estimators.DampedBackpropagation`. Much damping is
-    short-sighted, and on long runs it points the wrong way as often as not; what is chaotic under little of it is
+    nothing. If such runs were left out, training would only ever lengthen the steps, as all others ask for. So such a
+    run is done again under perturbed weights, whose losses do say which way is back. Of several ranks the first does
+    that, on its first task, which is the first of the whole batch, and tells the others; they wait. In between,
+    gradients can be tried that are damped, as by :class:`~odeopt.meta.estimators.DampedBackpropagation`. Much damping
+    is short-sighted, and on long runs it points the wrong way as often as not; what is chaotic under little of it is
     better left to the perturbations.
 
     Args:

@@ -83,8 +83,8 @@ class PersistentEvolutionStrategies(Estimator):
 
     The tasks of the batch form groups, each with a run of its own; the first run of group ``g`` ends after a part
     ``(g + 1) / n_groups`` of the horizon, rounded up to segments, so that later on the groups are in different parts
-    of the horizon and an estimate speaks for all of it. A run that is over makes room for one on the tasks of the
-    call at hand; other tasks that are offered to a group are not used. Estimates of segments are multiplied by their
+    of the horizon and an estimate speaks for all of it. A finished run is replaced by one on the tasks of the current
+    batch; tasks that a group is offered before are not used. Estimates of segments are multiplied by their
     number in a run, and averaged over groups, each counted with the number of its tasks.
 
     Perturbations are functions of the seed, the number of the call, that of the group and the name of the weight.

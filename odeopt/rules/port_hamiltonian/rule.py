@@ -170,31 +170,31 @@ class PortHamiltonianUpdate(StagedRule):
         initial_lookahead: Point at which the untrained rule evaluates the velocity of a spectral mode, in steps from
             its start along the momentum's chord: 1 is its end (Muon without Nesterov momentum), ``1 + mu`` the Nesterov
             point of a momentum that decays by ``mu`` per step.
-        initial_coherence: Power of the momentum's coherence in the size of a spectral step under the untrained rule:
-            the momentum over what it would be if all gradients had been like the present one. With 1 (and the norm
-            of the momentum in place of that of its orthogonalised form) steps shrink where gradients are mostly noise,
-            and begin small. 0 is none, and stays none in training.
+        initial_coherence: Exponent, under the untrained rule, of a momentum's coherence, which multiplies a spectral
+            step: the momentum's rms over the rms that it would have if all gradients had been like the present one.
+            Where gradients are mostly noise, coherence and steps are small, and so are the first steps. 0 is none, and
+            stays none in training.
         initial_decay: Decoupled decay of matrices of the untrained rule, per step and unit of the matrix's step size:
             :math:`\dot\theta = \kappa (c\, y - \lambda\theta)`, c the scale of the shape. Not part of the effort: the
             closed loop of a spectral mode minimises about the loss under a bound of the operator norm, not the loss
             plus a square; the decay of :class:`odeopt.LearnedOptimizer` comes on top. Where :math:`\kappa\lambda` is
             above 1 the step is that many times shorter, and ends where the two balance. 0 is none, and stays none in
             training.
-        decay_growth: Bound of a factor on that decay, which is the tensor's mean magnitude of the gradient over a long
-            memory over that over a short one, at least 1. Normalised efforts do not shrink with the gradient. So where
-            a network has learned its examples by heart and gradients vanish, the decay counts as if it were a part of
-            the loss, while elsewhere it is decoupled. 1 is none.
-        decay_onset: Ratio of those magnitudes up to which the decay grows by at most half; from there on it catches up
-            with the ratio, as its square. Gradients fall by a few times in the course of any fit, and by hundreds
-            where examples are known by heart. 1 is none, which is also what holds where ``progress`` is not told: step
-            sizes do not fall to zero then, and gradients do not become as small.
+        decay_growth: Upper bound of a multiplier of that decay: the slow running mean of a tensor's gradient magnitude
+            over the fast one, at least 1. Normalised efforts do not shrink with the gradient. So where a network has
+            learned its examples by heart and gradients vanish, the decay counts as if it were a part of the loss, while
+            elsewhere it is decoupled. 1 is none.
+        decay_onset: Ratio of those means below which the multiplier is at most 1.5; above, it grows as the square of
+            the ratio, until it has caught up. Gradients fall by a few times in the course of any fit, and by hundreds
+            where examples are known by heart. 1 is none, which also holds where ``progress`` is None: step sizes do not
+            fall to zero then, and gradients do not become as small.
         schedule: ``"power"`` for step sizes that fall as a power of the remaining fraction of the run, where
             ``progress`` is told, to zero at its end; the network sets the exponent, at first 1, and sees the length of
             the run in place of the progress. ``"none"`` leaves the schedule to the network.
         horizon_power: With ``schedule="power"``, how fast step sizes fall with the length of the run: those of T steps
-            are :math:`(T / 500)^{-\text{power}}` times as large, from the second step on. Where the length is not told
-            it counts as the number of steps so far, at least 100, and step sizes are half as large: the mean of what
-            falls linearly to zero.
+            are :math:`(T / 500)^{-\text{power}}` times as large, from the second step on. Where the length is unknown,
+            T is the number of steps so far, at least 100, and step sizes are halved: the mean of what falls linearly to
+            zero.
         decay_horizon: With ``initial_decay`` and ``horizon_power``, length of a run, in steps, beyond which the decay
             per step falls too: :math:`(T / T_0)^{-\text{power}}` times, but at least .7, with the steps so far for T
             where the length is not told. The longer a run, the more it would decay its matrices. 0 is none.
@@ -211,8 +211,8 @@ class PortHamiltonianUpdate(StagedRule):
             let a run begin quickly are too long for the end of a long one. 0 is none.
         trust_ratio: Bound of the rms of a matrix's step, before the schedule, over the rms of the matrix; a tenth of
             the step is always allowed, so that matrices of zeros are trained. 0 is none.
-        narrow: With spectral energies, the largest number of rows or of columns with which a matrix is stepped by
-            coordinates, as vectors are. The few singular values of a layer of one output, or of one input, are all
+        narrow: With spectral energies, matrices of at most this many rows or columns are stepped by coordinates, as
+            vectors are. The few singular values of a layer of one output, or of one input, are all
             brought to one size, and what each of its many coordinates would need is lost. 0 is none.
         row_power: With spectral modes, how fast the port gain of a row of a matrix (of a unit, a filter) falls with
             the row's momentum, in [0, 1]; see :func:`~odeopt.rules.port_hamiltonian.kinetic.row_gains`. Effort and
@@ -223,16 +223,15 @@ class PortHamiltonianUpdate(StagedRule):
             momenta on CUDA and full precision elsewhere, in meta-training, too. Large matrices are stepped several
             times as quickly in bfloat16 where the processor has units for it (CPUs with AMX, GPUs since Ampere), and
             more slowly elsewhere. :meth:`energy` and :meth:`power_balance` account for velocities in full precision.
-        matrix_interval: Number k of steps from one move of a matrix that spectral energies step to the next. The
-            matrix moves with every k-th gradient that it takes, by k times the step of velocity and decay; bounds of a
-            step (``trust_ratio``, that of the decay) are bounds of the k-fold one. Momenta, scales, memory and the
-            count of steps go on at every step, as do all other tensors. Orthogonalising is left out where no matrix of
-            a call moves, if the tensors are on a CPU; elsewhere that would be a host synchronisation, and nothing is
-            saved. The first move waits for k gradients, since one gradient tells little of the next k steps; and at
-            step 1 the length of the run is not known yet. Steps after the last move, fewer than k, are lost: under a
-            schedule they are close to zero, but in fewer than k steps no matrix moves at all. Each mode stays passive,
-            but its output at the steps between two moves moves nothing: with k above 1, nothing is claimed of the loss
-            plus the stored energy.
+        matrix_interval: With spectral energies, a matrix moves with every k-th gradient that it takes, by k times the
+            step of velocity and decay; bounds of a step (``trust_ratio``, that of the decay) are bounds of the k-fold
+            one. Momenta, scales, memory and the count of steps go on at every step, as do all other tensors.
+            Orthogonalising is left out where no matrix of a call moves, if the tensors are on a CPU; elsewhere that
+            would be a host synchronisation, and nothing is saved. The first move waits for k gradients, since one
+            gradient tells little of the next k steps; and at step 1 the length of the run is not known yet. Steps after
+            the last move, fewer than k, are lost: under a schedule they are close to zero, but in fewer than k steps no
+            matrix moves at all. Each mode stays passive, but its output at the steps between two moves moves nothing:
+            with k above 1, nothing is claimed of the loss plus the stored energy.
 
     Raises:
         ValueError: If an argument is out of range, or there is no such ``solver`` under ``backend``.

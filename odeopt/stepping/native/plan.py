@@ -8,7 +8,6 @@ import math
 import os
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from odeopt.rules.port_hamiltonian.coefficients import Outputs
 from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.checks import extent_of, overlapping, rule_obstacle
+from odeopt.stepping.loops import StepOptions
 from odeopt.stepping.native.library import Group, Options, Rule, TensorState, library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -90,22 +90,6 @@ def _sharing(params: list[Tensor], numbers: list[int]) -> list[int]:
     return [number for number, place in zip(numbers, places, strict=True) if (place > 1).any()]
 
 
-class GroupOptions(NamedTuple):
-    """Options of a step of one group.
-
-    Attributes:
-        lr: Factor on the update.
-        decay: Decoupled weight decay per unit of ``lr``.
-        progress: Fraction of the run that is done; None where unknown.
-        maximize: Whether to climb.
-    """
-
-    lr: float
-    decay: float
-    progress: float | None
-    maximize: bool
-
-
 class NativeStep:
     """Step of all parameters under one rule, in place where they lie.
 
@@ -161,14 +145,14 @@ class NativeStep:
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
             tensor.skips_zeros, tensor.group = bucket.is_stack, number
 
-    def step(self, groups: Sequence[GroupOptions]) -> tuple[int, Sequence[int]]:
+    def step(self, groups: Sequence[StepOptions]) -> tuple[int, Sequence[int]]:
         """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
 
         Buckets are left to the eager step where one of their gradients is no plain tensor in the dtype and of the size
         of its parameter, and all are where something has to see each operation (modes of dispatch, ``torch.func``).
 
         Args:
-            groups: Options of each group.
+            groups: Options of each group, as numbers.
 
         Returns:
             Number of gradients that were not finite; and numbers of the buckets that are left, which have not moved.
@@ -207,7 +191,7 @@ class NativeStep:
         options, found = self._options, library()
         with self._lock:
             for group, (lr, decay, progress, maximize) in zip(self._groups, groups, strict=True):
-                group.lr, group.keep, group.maximize = lr, 1 - lr * decay, maximize
+                group.lr, group.keep, group.maximize = lr, 1 - lr * (decay or 0.0), maximize
                 group.knows_progress, group.progress = progress is not None, progress or 0.0
             options.instructions = found.instructions
             # the threads of torch do not survive a fork
