@@ -45,7 +45,8 @@ def compare(
     Args:
         rules: Rules, or names that :func:`odeopt.load_pretrained` takes, by the name to show; those without learned
             parameters count as hand-designed.
-        task: Where losses come from; its held-out accuracy is measured where it has a method ``accuracy``.
+        task: Where losses come from; its held-out accuracy is measured where it has classes
+            (:meth:`odeopt.tasks.Task.accuracy`).
         n_steps: Updates per run; told to the rules as the horizon.
         n_runs: Number of tasks, numbered from 0.
         seed: Seed of initialisations and batches. Keep it apart from what rules were trained or tuned on.
@@ -154,9 +155,9 @@ def run(
     for indices in torch.arange(n_runs).split(runs_per_batch or fast_batch(rule, task)):
         trajectory = unroll(rule, task, indices=indices, n_steps=n_steps, seed=seed, total_steps=n_steps)
         losses.append(trajectory.losses.double().cpu())
-        if with_accuracy and hasattr(task, "accuracy"):
-            accuracy = task.accuracy(trajectory.params).double().cpu()
-            accuracies.append(accuracy.where(losses[-1][-1].isfinite(), float("nan")))
+        accuracy = task.accuracy(trajectory.params) if with_accuracy else None
+        if accuracy is not None:
+            accuracies.append(accuracy.double().cpu().where(losses[-1][-1].isfinite(), float("nan")))
         if on_runs is not None:
             on_runs(len(indices))
     return torch.cat(losses, dim=1), torch.cat(accuracies) if accuracies else None

@@ -100,6 +100,14 @@ class Task(ABC):
         """
         return self.sample_batch(indices, step + _HELD_OUT, seed)
 
+    def accuracy(self, params: Params) -> Tensor | None:
+        """Fraction of held-out examples that are classified right, ``(n_tasks,)``; None where there are no classes.
+
+        Args:
+            params: Parameters by name, each of shape ``(n_tasks, *shape)``.
+        """
+        return None
+
     @abstractmethod
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Evaluate the problems.
