@@ -68,7 +68,7 @@ def save(
     path = Path(path)
     rule_class = type(rule).__name__
     is_known = UpdateRule.registry.get(rule_class) is type(rule)
-    require(is_known, "rule", rule, "of a class in `UpdateRule.registry`, by that name")
+    require(is_known, "rule", rule, "of a class in `UpdateRule.registry`, by a name that no rule of odeopt has")
     wanted = "a dictionary with `horizon` and `task`"
     is_complete = isinstance(trained_for, Mapping) and {"horizon", "task"} <= trained_for.keys()
     require(is_complete, "trained_for", trained_for, f"{wanted}: a number of steps, and a name or `task.describe()`")

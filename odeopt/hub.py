@@ -137,7 +137,8 @@ def model_card(rule: UpdateRule, repo_id: str, trained_for: Mapping[str, Any]) -
     """Text of the card: how to use the rule, and what its file says of its training."""
     texts = {"trained_for": dict(trained_for), "config": rule.config}
     texts = {name: json.dumps(value, indent=2, sort_keys=True) for name, value in texts.items()}
-    facts = {"name": repo_id.split("/")[1], "repo": repo_id, "rule": type(rule).__name__, "n": rule.n_parameters()}
+    n = sum(p.numel() for p in rule.parameters())  # of an optimizer's rule, which is frozen, too
+    facts = {"name": repo_id.split("/")[1], "repo": repo_id, "rule": type(rule).__name__, "n": n}
     return _CARD.format(**facts, **texts, prefix=PREFIX, version=__version__)
 
 

@@ -32,6 +32,7 @@ from odeopt.stepping.checks import (
 from odeopt.stepping.copies import copied, frozen_copy
 from odeopt.stepping.diagnostics import diagnose
 from odeopt.stepping.guard import (
+    PEAK_LR,
     SAVED_GUARD,
     SNAPSHOT,
     Guard,
@@ -49,6 +50,8 @@ from odeopt.stepping.traced import register, trace_step
 _LARGE_DECAY = 0.01
 # Learning rates up to here are those of other optimizers, for which they are the step size.
 _SMALL_LR = 0.01
+# What groups hold beside the options of the user.
+_NOT_SHOWN = ("params", SAVED_GUARD, PEAK_LR, averages.SHOWS_AVERAGES)
 # Numbers from here to 1 are decays of exponential averages, as ``MetaConfig(averaging=)`` has them, not powers.
 _LIKE_DECAY = 0.9
 
@@ -213,9 +216,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         defaults |= {"is_table": False, "is_stack": False}
         check_options(defaults)
         if self._sentry is not None:
-            defaults[SAVED_GUARD] = self._sentry.saved()
+            defaults |= {SAVED_GUARD: self._sentry.saved(), PEAK_LR: 0.0}
+        if averaging is not None:
+            defaults[averages.SHOWS_AVERAGES] = False
         # in every group, and as a number, because that is what tools that flatten or merge state dictionaries carry
         super().__init__(params, defaults | {"n_steps": 0, "n_skipped": 0, "rule_digest": digest(self.rule)})
+        if self._sentry is not None and any(group["total_steps"] is None for group in self.param_groups):
+            self._sentry.check_without_length()
         self._check_size_of_lr(self.param_groups)
         if averaging is not None and _LIKE_DECAY <= averaging < 1:
             warn_caller(
@@ -229,7 +236,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         guard = "" if self._sentry is None else f", guard: {type(self._sentry.options.fallback).__name__}"
         lines = [f"{type(self).__name__} (rule: {self._rule_name}{guard}"]
         for number, group in enumerate(self.param_groups):  # as torch.optim has them, without what the guard keeps
-            options = [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", SAVED_GUARD)]
+            options = [f"    {key}: {group[key]}" for key in sorted(group) if key not in _NOT_SHOWN]
             lines += [f"Parameter Group {number}", *options, ""]
         return "\n".join([*lines[:-1], ")"])
 
@@ -298,8 +305,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_now(self, closure: Callable[[], Any] | None) -> Any:
-        if averages.are_shown(self.state):
-            raise RuntimeError("The parameters hold the averaged weights: call `optimizer.train()` before a step.")
+        self._check_shown("a step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -328,6 +334,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         may_warn = not is_restored and self._layout.step()
         for group in self.param_groups:
             group["n_steps"] += 1
+            if self.averaging is not None:
+                weight = (self.averaging + 1) / (group["n_steps"] + self.averaging)
+                averages.follow(filter(self._has_begun, group["params"]), self.state, weight)
+        for group in self.param_groups:  # a warning may be an error, which comes after the step
             if "momentum" in group and self._is_first("momentum"):
                 warn_caller(
                     "A scheduler cycles `momentum`, which the rule does not have: only `lr` follows the schedule. "
@@ -336,12 +346,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 )
             if "initial_lr" in group and not self.capturable:
                 self._warn_of_second_schedule(group)
-            if self.averaging is not None:
-                weight = (self.averaging + 1) / (group["n_steps"] + self.averaging)
-                averages.follow(filter(self._has_begun, group["params"]), self.state, weight)
         if may_warn:
             self._layout.count_skipped(self.param_groups, is_on_host=True)
         return loss
+
+    def _check_shown(self, what: str) -> None:
+        if averages.are_shown(self.state):
+            raise RuntimeError(f"The parameters hold the averaged weights: call `optimizer.train()` before {what}.")
 
     def _follow_guard(self, sentry: Sentry) -> bool:
         """Let the guard decide who steps; return True where the parameters went back to the last good ones."""
@@ -367,7 +378,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _has_begun(self, param: Tensor) -> bool:
         """Whether a parameter has been stepped; its state may also hold what the user has put there."""
         held = self.state.get(param)
-        return bool(held) and (param in self._layout.params or not held.keys().isdisjoint(self._begun_names))
+        return param in self._layout.params or (bool(held) and not held.keys().isdisjoint(self._begun_names))
 
     @functools.cached_property
     def _begun_names(self) -> frozenset[str]:
@@ -400,6 +411,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: If a parameter is sharded, or a gradient sparse or complex.
+            RuntimeError: If the parameters hold averages (:meth:`eval`).
 
         Example:
             >>> weight = torch.nn.Parameter(torch.ones(3, 2))
@@ -408,6 +420,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             >>> sorted(optimizer.diagnostics()["weight"])[:3]
             ['dissipated', 'energy', 'energy_rate']
         """
+        self._check_shown("diagnostics")
         self._check_gradients()
         self._layout.update(self.param_groups, self.state)
         return diagnose(self._layout, self.param_groups)
@@ -416,10 +429,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
         if self.averaging is not None:
             averages.show(self.state)
+            self._note_averages(True)
 
     def train(self) -> None:
         """Put the weights that are trained back into the parameters."""
         averages.hide(self.state)
+        if self.averaging is None:
+            averages.drop(self.state)
+        self._note_averages(False)
+
+    def _note_averages(self, are_shown: bool) -> None:
+        for group in self.param_groups:
+            if self.averaging is not None or averages.SHOWS_AVERAGES in group:
+                group[averages.SHOWS_AVERAGES] = are_shown
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, also in the middle of a run.
@@ -447,6 +469,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group.update(n_steps=self.n_steps if len(self.param_groups) > 1 else 0, n_skipped=0)
         group["rule_digest"] = self.defaults["rule_digest"]  # of a group of another optimizer too
         group.pop("momentum", None)
+        if self._sentry is None:  # of a group of another optimizer
+            drop_saved([group], {})
         self._place_counters()
         try:
             check_options(group)
@@ -507,11 +531,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 watch = self._sentry.saved_watch(final["param_groups"])
             layout = self._new_layout(is_fallback=watch is not None and bool(watch.is_fallback))
             restored = read_states(layout, self.param_groups, final)
+            averages.check_shown(final["param_groups"], restored)
             return final
 
         def take_up(_: torch.optim.Optimizer) -> None:
-            if self._sentry is None:  # what is not kept up to date from here on would be taken for current later
+            # what is not kept up to date from here on would be taken for current later
+            if self._sentry is None:
                 drop_saved(self.param_groups, restored)
+            if self.averaging is None:
+                averages.drop(restored)
             self.state.update(restored)
             self._layout = layout
             if self._sentry is not None:

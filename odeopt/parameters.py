@@ -33,9 +33,11 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     The last layer is stepped as the matrix that it is: by coordinates no network that was tried holds out better, and
     perceptrons have 1.3 to 1.5 times the held-out loss (``python examples/studies/heads.py --runs 3``).
 
-    Two things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
+    Three things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
     ``nn.Conv2d``, or give it a group of its own, without ``is_stack``, to have it stepped as a matrix. So does a grid
-    of vectors, ``(height, width, n)``, which wants a group with ``is_table``.
+    of vectors, ``(height, width, n)``, which wants a group with ``is_table``. And the matrix of a router,
+    ``(experts, n)``, that the same module holds beside the experts counts as a stack of vectors: keep it in a
+    ``nn.Linear``.
 
     Args:
         module: The module. A parameter that it holds twice is given once.

@@ -138,6 +138,7 @@ def test_the_card_says_how_to_use_the_rule_and_what_it_was_trained_for(server):
     rule().push_to_hub("me/my-rule", trained_for=ACCOUNT)
     card = server.commits["me/my-rule"][0]["README.md"].decode()
     assert card == model_card(rule(), "me/my-rule", ACCOUNT)
+    assert card == model_card(rule().requires_grad_(False), "me/my-rule", ACCOUNT)
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert "library_name: odeopt" in front
     account, config = (json.loads(block.split("```")[0]) for block in body.split("```json\n")[1:])

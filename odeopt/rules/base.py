@@ -57,7 +57,10 @@ class UpdateRule(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        UpdateRule.registry[cls.__name__] = cls
+        known = UpdateRule.registry.get(cls.__name__)
+        # names of the library's rules stand for these in files, whoever has a class of the same name
+        if known is None or _is_ours(cls) or not _is_ours(known):
+            UpdateRule.registry[cls.__name__] = cls
         # the class that `init_state` comes from, of a mixin, too, is the one that has to say so
         said = next(vars(base) for base in cls.__mro__ if {"init_state", "starts_at_zero"} & vars(base).keys())
         if "starts_at_zero" not in said:
@@ -173,11 +176,16 @@ class UpdateRule(nn.Module, ABC):
         return rule
 
     def n_parameters(self) -> int:
-        """Number of learned parameters."""
+        """Number of learned parameters; of a frozen rule there are none."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+
+
+def _is_ours(rule_class: type) -> bool:
+    """Whether a class is one of this library's."""
+    return rule_class.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 class StagedRule(UpdateRule):

@@ -44,6 +44,7 @@ class SGDUpdate(UpdateRule):
         require(is_number(momentum) and 0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         require_flags(nesterov=nesterov)
         require(momentum > 0 or not nesterov, "momentum", momentum, "positive where `nesterov` is set")
+        lr, momentum = float(lr), float(momentum)  # 1 and 1.0 are one rule
         super().__init__(lr=lr, momentum=momentum, nesterov=nesterov)
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
 
@@ -86,6 +87,7 @@ class RMSpropUpdate(UpdateRule):
     def __init__(self, lr: float = 1e-2, *, alpha: float = 0.99, eps: float = 1e-8) -> None:
         require_non_negative(lr=lr, eps=eps)
         require(is_number(alpha) and 0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
+        lr, alpha, eps = float(lr), float(alpha), float(eps)
         super().__init__(lr=lr, alpha=alpha, eps=eps)
         self.lr, self.alpha, self.eps = lr, alpha, eps
 
@@ -140,7 +142,8 @@ class AdamUpdate(UpdateRule):
         are_decays = is_list(betas) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)
         require(are_decays, "betas", betas, "two numbers in [0, 1)")
         require_flags(cosine=cosine)
-        super().__init__(lr=lr, betas=list(betas), eps=eps, cosine=cosine)
+        lr, betas, eps = float(lr), [float(b) for b in betas], float(eps)
+        super().__init__(lr=lr, betas=betas, eps=eps, cosine=cosine)
         self.lr, self.betas, self.eps, self.cosine = lr, tuple(betas), eps, cosine
 
     def init_state(self, param: Tensor) -> AdamState:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
 from odeopt.rules.base import state_dtype
 
 AVERAGE, _WEIGHTS = "averaging_average", "averaging_weights"  # names in the state of a parameter
+SHOWS_AVERAGES = "shows_averages"  # and in the groups
 
 
 def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], weight: float | Tensor) -> None:
@@ -46,6 +48,23 @@ def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
         for param, held in _of_params(state):
             if _WEIGHTS in held:
                 param.copy_(held.pop(_WEIGHTS))
+
+
+def drop(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Forget averages that are not shown, where they are not kept up to date from here on."""
+    for _, held in _of_params(state):
+        if _WEIGHTS not in held:
+            held.pop(AVERAGE, None)
+
+
+def check_shown(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Refuse a state that was saved while averages were shown, and has lost the weights on the way.
+
+    Some tools save only the entries of the state that a new optimizer has, too.
+    """
+    is_shown = any(group.get(SHOWS_AVERAGES) for group in groups)
+    wanted = f"saved after `optimizer.train()`, or with the entries {_WEIGHTS!r} of the state"
+    require(not is_shown or are_shown(state), "state_dict", "averages in place of the weights", wanted)
 
 
 def restart(state: Mapping[Tensor, dict[str, Any]]) -> None:

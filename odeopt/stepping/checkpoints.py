@@ -10,10 +10,11 @@ from torch.optim.optimizer import StateDict
 
 from odeopt.checks import require
 from odeopt.rules.base import UpdateRule
+from odeopt.stepping.averages import SHOWS_AVERAGES
 from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checks import check_options, parameter_names, warn_caller
 from odeopt.stepping.copies import copied
-from odeopt.stepping.guard import SAVED_GUARD
+from odeopt.stepping.guard import PEAK_LR, SAVED_GUARD
 from odeopt.stepping.layout import Group, Layout, matched_state
 from odeopt.stepping.shards import Shard
 
@@ -24,7 +25,7 @@ def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any
     Where the rule's digest was removed, warn.
     """
     # loading leaves a default of torch's own behind, `differentiable`, which no group has
-    options = defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD}
+    options = defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD, PEAK_LR, SHOWS_AVERAGES}
     missing = {name for group in state_dict.get("param_groups", [{}]) for name in options - group.keys()}
     lacks = f", with {', '.join(sorted(missing))} in each group"
     require(not missing, "state_dict", sorted(state_dict), f"the state of a LearnedOptimizer{lacks}")

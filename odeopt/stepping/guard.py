@@ -18,7 +18,7 @@ from odeopt.rules.classical import AdamUpdate
 from odeopt.stepping.copies import frozen_copy
 
 SNAPSHOT = "guard_snapshot"  # name in the state of a parameter
-SAVED_GUARD, _PEAK_LR = "guard", "guard_lr"  # names in the groups of parameters: the first in saved ones only
+SAVED_GUARD, PEAK_LR = "guard", "guard_lr"  # names in the groups of parameters
 # Standard errors by which a mean should stand out. Each window is a test of its own, runs have thousands, and the mean
 # of twenty losses has the heavy tail that they have.
 _HIGH, _PERSISTENTLY_HIGH, _LEVEL = 8.0, 3.0, 2.0
@@ -184,7 +184,7 @@ class Watch:
         if self.n > 0:
             self.squares += (loss - self.last) ** 2 / 2
         self.n, self.total, self.last = self.n + 1, self.total + loss, loss
-        return self._close(options, steps_left) if self.n == options.window else decision
+        return self._close(options, steps_left) if self.n >= options.window else decision
 
     def _begin(self, loss: float, options: Guard) -> None:
         """Compare with the best mean still, unless the surface has risen since the parameters were kept."""
@@ -362,6 +362,19 @@ class Sentry:
         self._reported: float | Tensor | None = None
         self._may_replace = False
 
+    def check_without_length(self) -> None:
+        """Refuse a hand-designed fallback that cannot step without the length of the run, before it has to."""
+        if any(True for _ in self.rule.parameters()):
+            return
+        theta = torch.zeros(1, device="cpu")
+        try:
+            self.rule(theta, self.rule.init_state(theta), param=theta, shape=theta.shape)
+        except ValueError as error:
+            wanted = "given in all groups under this guard"
+            raise ValueError(
+                f"Parameter `total_steps` should be {wanted}. Found `total_steps = None`: {error}"
+            ) from error
+
     @property
     def is_fallback(self) -> bool:
         """Whether the fallback steps."""
@@ -384,7 +397,8 @@ class Sentry:
         if self._reported is not None and not self._may_replace:
             raise RuntimeError(
                 "Two losses were reported for one step: report once before each `optimizer.step()`, the mean where "
-                "gradients are accumulated, and not beside a closure."
+                "gradients are accumulated, and not beside a closure; where a step is left out, as by a `GradScaler`, "
+                "call `optimizer.zero_grad()`, not that of the model."
             )
         self._reported, self._may_replace = loss, False
 
@@ -418,12 +432,12 @@ class Sentry:
         group = groups[0]
         left = math.inf if group["total_steps"] is None else group["total_steps"] - group["n_steps"]
         for group in groups:
-            group[_PEAK_LR] = max(float(group["lr"]), group.get(_PEAK_LR, 0.0))
+            group[PEAK_LR] = max(float(group["lr"]), group.get(PEAK_LR, 0.0))
         return self.watch.observe(loss, self.options, left)
 
     def lr(self, group: Mapping[str, Any]) -> float:
         """Factor on the fallback's update: of a schedule, and less than one after it failed."""
-        peak = group.get(_PEAK_LR, 0.0)
+        peak = group.get(PEAK_LR, 0.0)
         return self.watch.factor * float(group["lr"]) / peak if peak > 0 else 0.0
 
     def saved(self) -> Tensor:
@@ -453,7 +467,7 @@ def check_unguarded(groups: list[dict[str, Any]]) -> None:
 def drop_saved(groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Forget what the guard of another optimizer kept in its groups and in the state of its parameters."""
     for group in groups:
-        for name in (SAVED_GUARD, _PEAK_LR):
+        for name in (SAVED_GUARD, PEAK_LR):
             group.pop(name, None)
     for held in state.values():
         held.pop(SNAPSHOT, None)

@@ -6,8 +6,8 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
-from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple
+from operator import is_, itemgetter
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from odeopt.stepping.checks import check_sharding, check_stack, extent_of, overl
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
-from odeopt.stepping.shards import Shard
+from odeopt.stepping.shards import Shard, is_distributed
 from odeopt.stepping.triton import TritonKernels, triton_obstacle
 
 # Parameters from this size on are stepped in place, the others packed into a buffer. On a CPU copying
@@ -28,11 +28,33 @@ from odeopt.stepping.triton import TritonKernels, triton_obstacle
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 # Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
 _EXCHANGES_ALONE = 2**22
-_REQUIRES_GRAD = attrgetter("requires_grad")  # frozen matrices do not count in the depth of a network
 _KINDS = itemgetter("is_table", "is_stack")
 
 Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Handed(NamedTuple):
+    """What the state of a parameter was given, and the memory of these tensors, or of this process's pieces of them."""
+
+    param: Tensor
+    given: dict[str, Tensor]
+    local: list[Tensor]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, param: Tensor, given: dict[str, Tensor]) -> Self:
+        """Note where the state lies; nowhere if it has no values."""
+        local = [x.to_local() if is_distributed(x) else x for x in given.values()]
+        local = local if all(map(has_values, local)) else []
+        return cls(param, given, local, [*map(Tensor.data_ptr, local)])
+
+    def is_in(self, states: States) -> bool:
+        """Return True while the state holds these tensors, and they have not been moved to other memory."""
+        held = states.get(self.param, {})
+        if not all(map(is_, map(held.get, self.given), self.given.values())):
+            return False
+        return self.addresses == [*map(Tensor.data_ptr, self.local)]
 
 
 class Placed(NamedTuple):
@@ -41,14 +63,11 @@ class Placed(NamedTuple):
     bucket: Bucket
     rule: UpdateRule
     group: Group
-    handed: list[tuple[Tensor, dict[str, Tensor]]]
+    handed: list[Handed]
 
     def is_current(self, states: States) -> bool:
         """Return True while the bucket steps these parameters and this state."""
-        for param, given in self.handed:
-            if not all(map(is_, map(states.get(param, {}).get, given), given.values())):
-                return False
-        return not self.bucket.has_moved()
+        return all(handed.is_in(states) for handed in self.handed) and not self.bucket.has_moved()
 
 
 class Plan(NamedTuple):
@@ -89,7 +108,7 @@ class Layout:
     def update(self, groups: list[Group], states: States) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
         found = [
-            [id(group), *_KINDS(group), *map(id, group["params"]), *map(_REQUIRES_GRAD, group["params"])]
+            [id(group), *_KINDS(group), *map(id, group["params"]), *map(_is_trained, group["params"])]
             for group in groups
         ]
         if found != self._groups or not all(placed.is_current(states) for placed in self.placed):
@@ -223,7 +242,7 @@ class Layout:
                     bucket.init_state(index, rule)
                 given = bucket.views(index)
                 states[param] = {**held, **given}
-                handed.append((param, given))
+                handed.append(Handed.of(param, given))
             placed.append(Placed(bucket, rule, group, handed))
         return placed
 
@@ -234,7 +253,7 @@ class Layout:
         """
         rules = {False: self.rule, True: self.rule.for_tables()}
         members = ((group, param) for group in groups for param in group["params"])
-        trained = (x for x in members if x[1].numel() > 0 and (x[1].requires_grad or x[1].grad is not None))
+        trained = (member for member in members if member[1].numel() > 0 and _is_trained(member[1]))
         return sum(rules[group["is_table"]].is_matrix(tensor_shape(param, group)) for group, param in trained)
 
     def _make_plans(self) -> list[Plan]:
@@ -284,6 +303,11 @@ def _native_plan(placed: list[Placed]) -> Plan:
     numbers = {id(group): number for number, group in enumerate(groups)}
     native = NativeStep(placed[0].rule, [x.bucket for x in placed], [numbers[id(x.group)] for x in placed])
     return Plan(native, placed, groups)
+
+
+def _is_trained(param: Tensor) -> bool:
+    """Whether a parameter counts in the depth of the network: frozen ones do not, unless they are given gradients."""
+    return param.requires_grad or param.grad is not None
 
 
 def tensor_shape(param: Tensor, group: Group) -> torch.Size:

@@ -334,7 +334,7 @@ class PortHamiltonianUpdate(StagedRule):
         for name in ("spectral", "relativistic"):
             mask = torch.tensor([kinetic == name for kinetic in self.kinetic])
             self.register_buffer(f"is_{name}_mode", mask, persistent=False)
-        self.register_buffer("time_scales", torch.tensor(time_scales), persistent=False)
+        self.register_buffer("time_scales", torch.tensor(time_scales, dtype=torch.float64), persistent=False)
         # in double precision, for rules in double
         self.register_buffer("decays", torch.tensor([self.decay, _SLOW_DECAY], dtype=torch.float64), persistent=False)
         self.register_buffer("magnitude_units", torch.tensor([1.0, 0.5]), persistent=False)
@@ -350,6 +350,13 @@ class PortHamiltonianUpdate(StagedRule):
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
         start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
         self.register_buffer("start", start.flatten(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        constants = {name: self._buffers[name] for name in ("decays", "start", "time_scales")}
+        super()._apply(fn, recurse)
+        for name, x in constants.items():  # which would be other constants in a narrow dtype: .999 is 1 in bfloat16
+            self._buffers[name] = x.to(self._buffers[name].device)
+        return self
 
     def init_state(self, param: Tensor) -> PortHamiltonianState:
         *batch, n = param.shape

@@ -176,10 +176,10 @@ class NativeStep:
                 continue
             if not grad.is_contiguous() or grad.is_neg():
                 grad = grad.resolve_neg().contiguous()
-            if param.is_contiguous():
+            if param.is_contiguous() and not param.is_neg():
                 value = param
             else:
-                value = param.detach().contiguous()
+                value = param.detach().resolve_neg().contiguous()
                 copies.append((len(values), value))
             grads.append(grad)
             values.append(value)

@@ -1,0 +1,236 @@
+"""State that is moved in memory, narrow rules, what a resumption may lose, and other surprises of a long run."""
+
+import copy
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from optimizer_toys import loss_of, parameter, small_model, train
+from torch import nn
+
+import odeopt
+from odeopt.optimizer import LearnedOptimizer
+from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, UpdateRule
+from odeopt.stepping.guard import Guard
+
+
+def step(optimizer, n=1):
+    for _ in range(n):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = param.detach().sin() + 0.1
+        optimizer.step()
+
+
+# -------------------- state
+
+
+def replace_data(x):
+    x.data = x.data.clone()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+@pytest.mark.parametrize("move", [replace_data, lambda x: x.share_memory_()], ids=["data", "share_memory"])
+def test_state_that_is_moved_in_memory_is_stepped_where_it_lies(move, implementation):
+    moved, other = ([nn.Parameter(torch.linspace(-1, 1, n).view(shape)) for n, shape in ((1200, (40, 30)), (7, (7,)))]
+                    for _ in range(2))  # fmt: skip
+    optimizers = [LearnedOptimizer(params, implementation=implementation) for params in (moved, other)]
+    for optimizer in optimizers:
+        step(optimizer, 3)
+    for state in optimizers[0].state.values():
+        for x in state.values():
+            if x is not None:
+                move(x)
+    for optimizer in optimizers:
+        step(optimizer, 3)
+    for a, b in zip(moved, other, strict=True):
+        torch.testing.assert_close(a, b)
+        assert optimizers[0].state[a]["step"].item() == 6
+        for name, x in optimizers[1].state[b].items():
+            torch.testing.assert_close(optimizers[0].state[a][name], x)
+    assert optimizers[0].state_dict()["state"][0]["step"].item() == 6
+
+
+# -------------------- narrow rules
+
+
+@pytest.mark.parametrize("name", ["port-hamiltonian-spectral", "port-hamiltonian"])
+def test_constants_of_a_rule_in_bfloat16_are_those_of_the_rule(name, tmp_path):
+    rule = odeopt.load_pretrained(name)
+    narrow = copy.deepcopy(rule).bfloat16()
+    odeopt.save(narrow, tmp_path / "narrow.safetensors", trained_for={"horizon": 1, "task": "none"})
+    for each in (narrow, odeopt.load(tmp_path / "narrow.safetensors"), narrow.float()):
+        for buffer in ("decays", "time_scales", "start"):
+            assert torch.equal(getattr(each, buffer), getattr(rule, buffer))
+    params = [nn.Parameter(torch.ones(5, 5)), nn.Parameter(torch.ones(5))]
+    optimizer = LearnedOptimizer(params, copy.deepcopy(rule).bfloat16())
+    step(optimizer, 3)
+    for param in params:
+        assert param.isfinite().all()
+        assert optimizer.state[param]["slow_scale"].isfinite().all()
+
+
+# -------------------- resumption
+
+
+def test_averages_that_come_without_the_weights_are_refused():
+    model = small_model()
+    optimizer = LearnedOptimizer(model.parameters(), averaging=8)
+    train(model, optimizer, range(4))
+    optimizer.eval()
+    saved = optimizer.state_dict()
+    LearnedOptimizer(small_model().parameters(), averaging=8).load_state_dict(saved)
+    for state in saved["state"].values():  # as some tools do, which save what a new optimizer has
+        state.pop("averaging_weights")
+    with pytest.raises(ValueError, match=r"`state_dict` should be saved after `optimizer.train\(\)`"):
+        LearnedOptimizer(small_model().parameters(), averaging=8).load_state_dict(saved)
+    optimizer.train()
+    LearnedOptimizer(small_model().parameters(), averaging=8).load_state_dict(optimizer.state_dict())
+
+
+def test_averages_that_are_not_followed_are_forgotten():
+    model, without = small_model(), small_model()
+    optimizer = LearnedOptimizer(model.parameters(), averaging=8)
+    train(model, optimizer, range(4))
+    second = LearnedOptimizer(without.parameters())
+    second.load_state_dict(optimizer.state_dict())
+    assert not any("averaging_average" in state for state in second.state.values())
+    optimizer.eval()
+    second.load_state_dict(optimizer.state_dict())  # the weights are there
+    second.train()
+    assert not any("averaging_average" in state for state in second.state.values())
+
+
+def test_the_highest_lr_of_a_guard_is_kept_by_what_a_new_optimizer_has():
+    guarded = LearnedOptimizer([parameter([1.0], [1.0])], guard=True)
+    assert guarded.param_groups[0]["guard_lr"] == 0
+    guarded.report(1.0)
+    guarded.step()
+    assert guarded.state_dict()["param_groups"][0]["guard_lr"] == 1
+    plain = LearnedOptimizer([parameter([1.0], [1.0])])
+    plain.add_param_group(dict(guarded.param_groups[0], params=[parameter([2.0], [1.0])]))
+    assert not plain.param_groups[1].keys() & {"guard", "guard_lr"}
+
+
+@pytest.mark.parametrize("window", [16, 10])
+def test_a_guard_with_a_smaller_window_goes_on_judging(window):
+    first = LearnedOptimizer([parameter([1.0], [1.0])], guard=Guard(window=20))
+    losses = torch.linspace(1, 0.45, 55).tolist()
+    for loss in losses:
+        first.report(loss)
+        first.step()
+    second = LearnedOptimizer([parameter([1.0], [1.0])], guard=Guard(window=window))
+    second.load_state_dict(first.state_dict())
+    for loss in torch.linspace(0.45, 1.65, 300).tolist():
+        second.report(loss)
+        second.step()
+    assert second.guard_status.n_handovers > 0
+
+
+# -------------------- others
+
+
+def test_what_is_frozen_while_it_has_a_gradient_counts_no_longer_than_that():
+    params = [nn.Parameter(torch.eye(8) + k) for k in range(5)]
+    optimizer = LearnedOptimizer(params, total_steps=20)
+    step(optimizer, 2)
+    for param in params[:4]:
+        param.requires_grad_(False)  # its gradient of the last step is still there
+    for param in params:
+        param.grad = torch.ones(8, 8)
+    optimizer.step()
+    optimizer.zero_grad()
+    params[4].grad = torch.ones(8, 8)
+    optimizer.step()
+    factors = [placed.rule.depth_factor for placed in optimizer._layout.placed if params[4] in placed.bucket.params]
+    assert factors == [optimizer.rule.for_depth(1).depth_factor]
+
+
+def test_names_of_the_rules_of_the_library_stay_theirs(tmp_path):
+    known = UpdateRule.registry["PortHamiltonianUpdate"]
+    mine = type("PortHamiltonianUpdate", (PortHamiltonianUpdate,), {"__module__": "mine"})
+    assert UpdateRule.registry["PortHamiltonianUpdate"] is known
+    assert type(odeopt.load_pretrained("port-hamiltonian")) is PortHamiltonianUpdate
+    with pytest.raises(ValueError, match="by a name that no rule of odeopt has"):
+        odeopt.save(mine(), tmp_path / "mine.safetensors", trained_for={"horizon": 1, "task": "none"})
+
+
+class Nothing(NamedTuple):
+    """A state without fields."""
+
+
+class Descent(UpdateRule):
+    """The gradient itself."""
+
+    crosses_coordinates = False
+
+    def init_state(self, param):
+        return Nothing()
+
+    def forward(self, grad, state, *, param=None, shape=None, progress=None):
+        return -0.1 * grad, state
+
+
+def test_rules_without_a_state_have_averages_and_are_restored():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = LearnedOptimizer([param], Descent(), averaging=8)
+    step(optimizer, 5)
+    last = param.detach().clone()
+    optimizer.eval()
+    assert not torch.equal(param, last)
+    guarded = LearnedOptimizer([param := nn.Parameter(torch.ones(3))], Descent(), guard=True)
+    for loss in (1.0, float("nan")):
+        guarded.report(loss)
+        param.grad = torch.full((3,), 1e10)
+        guarded.step()
+    assert guarded.guard_status.n_restored == 1
+    assert torch.equal(param, torch.ones(3))
+
+
+def test_a_fallback_that_wants_a_length_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match=r"`total_steps` should be given in all groups under this guard"):
+        LearnedOptimizer([parameter([1.0], [1.0])], guard=Guard(AdamUpdate(cosine=True)))
+    LearnedOptimizer([parameter([1.0], [1.0])], guard=Guard(AdamUpdate(cosine=True)), total_steps=5)
+
+
+def test_a_negated_view_is_stepped_downhill():
+    def last_step(implementation):
+        param = nn.Parameter(torch.tensor([1 + 2j]).conj().imag)
+        assert param.is_neg()
+        before = param.detach().clone()
+        optimizer = LearnedOptimizer([param], implementation=implementation)
+        param.grad = torch.ones(1)
+        optimizer.step()
+        return param.detach() - before
+
+    torch.testing.assert_close(last_step("auto"), last_step("eager"))
+    assert last_step("auto") < 0
+
+
+def test_numbers_that_are_equal_make_equal_rules():
+    params = [parameter([1.0], [1.0])]
+    optimizer = LearnedOptimizer(params, AdamUpdate(1), lr=1e-3)
+    optimizer.step()
+    LearnedOptimizer(params, AdamUpdate(1.0), lr=1e-3).load_state_dict(optimizer.state_dict())
+
+
+def test_diagnostics_are_of_the_weights_and_not_of_averages():
+    model = small_model()
+    optimizer = LearnedOptimizer(model.parameters(), averaging=8)
+    train(model, optimizer, range(3))
+    optimizer.eval()
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"call `optimizer.train\(\)` before diagnostics"):
+        optimizer.diagnostics()
+
+
+def test_a_warning_that_is_an_error_comes_after_the_step():
+    params = [parameter([1.0], [1.0]), parameter([2.0], [1.0])]
+    optimizer = LearnedOptimizer([{"params": params[:1], "momentum": 0.9}, {"params": params[1:]}])
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="A scheduler cycles `momentum`"):
+            optimizer.step()
+    assert [group["n_steps"] for group in optimizer.param_groups] == [1, 1]
