@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -262,7 +263,10 @@ def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
     return Outcome(lr, is_edge, *numbers, curves, steps_of(records[0]["settings"]["n_steps"]))
 
 
-def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_full: bool = False) -> str:
+_SUITE = "python -m odeopt suite --untold --untrained"
+
+
+def suite(name: str = "suite", command: str = _SUITE, *, in_full: bool = False) -> str:
     """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them; and all else."""
     found = read_suite(name)
     if found is None:
@@ -279,7 +283,7 @@ def suite(name: str = "suite", command: str = "python -m odeopt suite", *, in_fu
         ]
         for problem in found.problems
     ]
-    spread = "(those of each)" if found.n_runs == 2 else "[95 % Student interval]"
+    spread = "(and each of them)" if found.n_runs == 2 else "[95 % Student interval]"
     untuned = " and ".join(
         f"{OPPONENTS[name].title.split(',')[0]}'s" for name in others if len(OPPONENTS[name].rates) == 1
     )
@@ -320,12 +324,13 @@ def suite_in_short() -> str:
         rows.append([p, mine, *(both(found, p, name) for name in untrained), *others, f"{times[0] / times[1]:.1f}"])
     caption = (
         "Training / held-out loss over that of tuned AdamW with warm-up and cosine decay, geometric means of\n"
-        f"{found.n_runs} paired runs; below one is better, the best in bold. The learned rule is used as it is, at\n"
-        "`lr=1`; untrained: the same before meta-training. The other learning rates (except Adam's and Prodigy's)\n"
-        "are chosen by grid for each network, by training loss (few-examples: by held-out loss; a larger rate brings\n"
-        "AdamW's training loss there near the rule's). Time: of the rule's runs over AdamW's, medians, on one thread\n"
-        f"of a CPU (`python -m odeopt suite --runs {found.n_runs} --out figs`; intervals and all numbers:\n"
-        "[Results](docs/results.md))."
+        f"{found.n_runs} paired runs; below one is better, in bold the best of rule and opponents. The rule is used\n"
+        "as it is, at `lr=1`; untrained: the same before meta-training. Other learning rates (but Adam's and\n"
+        "Prodigy's) are chosen by grid for each network, by training loss (few-examples: by held-out loss; a\n"
+        "larger rate brings AdamW's training loss there near the rule's). Time: of the rule's runs over AdamW's,\n"
+        "medians, on one thread "
+        f"of a CPU (`{_SUITE} --runs {found.n_runs} --out figs`; intervals, all\n"
+        "numbers and the data: [Results](docs/results.md))."
     )
     titles = [learned[0], *("untrained" for _ in untrained), *(found.contenders[name].title for name in names[1:])]
     return f"{caption}\n\n{table(['network', *titles, 'time'], rows)}"
@@ -471,6 +476,18 @@ def step() -> str:
     return f"{content['machine']}:\n\n{ratio_table(content['rows'])}"
 
 
+def meta() -> str:
+    """Times of meta-training and of evaluation, per task and optimizee step."""
+    content = read("meta")
+    by_case: dict[tuple[str, str], list[str]] = {}
+    for row in content["timings"]:
+        cells = by_case.setdefault((row["rule"], row["pass"]), [])
+        cells += [spread(row["batched_us"]), f"{statistics.median(row['loop_us']):,.0f}"]
+    titles = ["", "quadratics, 128 at once", "one by one", "MNIST 784-20-10, 4 at once", "one by one"]
+    rows = [[", ".join(case), *cells] for case, cells in by_case.items()]
+    return f"{content['machine']}:\n\n{table(titles, rows)}"
+
+
 def solver_step() -> str:
     """Times of a step of solvers, over that of a loop written by hand."""
     content = read("solver_step")
@@ -509,6 +526,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "laws": laws,
     "laws_of_the_rule": laws_of_the_rule,
     "matrix": matrix,
+    "meta": meta,
     "meta_seeds": meta_seeds,
     "optimizers_view": optimizers_view,
     "orthogonalised": orthogonalised,

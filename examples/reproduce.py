@@ -1,4 +1,4 @@
-"""Make every figure and table of the README again, stage by stage.
+"""Make every figure and table of README and docs/results.md again, stage by stage.
 
 Each stage is one command, printed before it runs; its output goes to LOGS/NAME.log. Stages that are done are not run
 again, unless the library, the shipped rules or the command have changed since; an interrupted reproduction continues
@@ -48,7 +48,7 @@ STAGES = (
     ("matrix-default", 10, f"{MATRIX} --out {{out}}/{DEFAULT}", QUICK_MATRIX),
     ("matrix-untrained", 10, f"{MATRIX} --untrained --out {{out}}/{DEFAULT}-untrained", QUICK_MATRIX),
     ("solvers", 5, "-m odeopt solvers --out {out}", "--quick"),
-    ("suite", 150, "-m odeopt suite --out {out}", "--quick"),
+    ("suite", 150, "-m odeopt suite --untold --untrained --out {out}", "--quick"),
     ("kinetic", 90, "studies/kinetic.py --out {out}", "--dataset digits --steps 20 --problems perceptron vit"),
     ("equal_loss", 25, "studies/equal_loss.py --runs 5 --out {out}", "--dataset digits --steps 16 --problems vit"),
     ("coordinate_check", 45, "studies/coordinate_check.py --out {out}", "--widths 16 32 --steps 1 2"),
@@ -68,7 +68,7 @@ STAGES = (
     ("scale", 240, "studies/scale.py --out {out}", "--dataset digits --steps 5 --problems perceptron-64"),
     ("widest", 60, "studies/widest.py --out {out}", "--dataset digits --steps 1 --problems perceptron-2048"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
-    ("meta", 10, "benchmarks/meta.py --out {out}", "--quick --dataset digits"),
+    ("meta", 10, "benchmarks/meta.py --json {out}/meta.json --out {out}", "--quick --dataset digits"),
 )
 
 

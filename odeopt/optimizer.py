@@ -46,8 +46,9 @@ from odeopt.stepping.guard import (
 from odeopt.stepping.layout import Layout, is_within
 from odeopt.stepping.traced import register, trace_step
 
-# Part of a parameter that weight decay may take per step without a word; AdamW's usual setting takes 1e-5.
-_LARGE_DECAY = 0.01
+# Parts of a parameter that weight decay may take per step without a word, under a learned rule, which may decay by
+# itself, and under others; AdamW's usual setting takes 1e-5.
+_LARGE_DECAY = {True: 1e-3, False: 1e-2}
 # Learning rates up to here are those of other optimizers, for which they are the step size.
 _SMALL_LR = 0.01
 # What groups hold beside the options of the user.
@@ -110,8 +111,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             warning.
         weight_decay: Decoupled decay :math:`\lambda`, per step and unit of ``lr``, as in AdamW; a number or a
             one-element tensor. There ``lr`` is the step size, here it is a factor, usually 1: what AdamW does with
-            ``lr=1e-3, weight_decay=1e-2`` is ``weight_decay=1e-5`` here. A decay of more than one percent per step
-            raises a warning, once. Beyond ``total_steps`` nothing decays.
+            ``lr=1e-3, weight_decay=1e-2`` is ``weight_decay=1e-5`` here. More than 1e-3 per step raises a warning
+            (.01 under a hand-designed rule), once. Beyond ``total_steps`` nothing decays.
         maximize: Whether to climb instead of descend.
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown. The first step beyond it raises a warning, unless ``capturable`` keeps the count on the
@@ -486,11 +487,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if group["lr"] * group["weight_decay"] > _LARGE_DECAY and self._is_first("weight_decay"):
+        if group["lr"] * group["weight_decay"] > _LARGE_DECAY[self._is_learned] and self._is_first("weight_decay"):
             warn_caller(
                 "Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found `weight_decay = "
                 f"{float(group['weight_decay'])}` and `lr = {float(group['lr'])}`; AdamW's weight decay times its "
-                "learning rate is what corresponds to it.",
+                "learning rate is what corresponds to it: 1e-5 for `AdamW(lr=1e-3, weight_decay=1e-2)`.",
                 UserWarning,
             )
         if "momentum" in self.defaults:  # later than the groups of the constructor, which are looked at together
@@ -625,12 +626,16 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _check_size_of_lr(self, groups: list[dict[str, Any]]) -> None:
         """Warn where a learned rule is to take steps of another optimizer's learning rate in all of these groups."""
         lr = max(float(group["lr"]) for group in groups)
-        if 0 < lr <= _SMALL_LR and any(True for _ in self.rule.parameters()) and self._is_first("lr"):
+        if 0 < lr <= _SMALL_LR and self._is_learned and self._is_first("lr"):
             warn_caller(
                 "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
                 f"rule was trained for. Found `lr = {lr:g}`, as if it were Adam's.",
                 UserWarning,
             )
+
+    @property
+    def _is_learned(self) -> bool:
+        return any(True for _ in self.rule.parameters())
 
     def _is_first(self, what: Hashable) -> bool:
         """Return True the first time that it is asked, for warnings that are given once."""

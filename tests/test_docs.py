@@ -177,6 +177,7 @@ def test_pages_have_every_table_once(tables):
         ("own_tasks", "quadratic", "lstm-quadratic/difference", [0.0, -7.8912, 7.8912], "[-7.891, +7.891]"),
         ("saddles", "saddle", "monkey saddle/Adam", "7891", "| 7891 |"),
         ("solver_step", "solver_step", "machine", "An abacus", "An abacus:"),
+        ("meta", "meta", "machine", "An abacus", "An abacus:"),
         ("meta_seeds", "meta_seeds", "mnist/784-20-10, relu, 100 steps/lstm-mnist/score", 7.8912, "7.891 ±"),
         ("optimizers_view", "optimizers_view", "rules/rk4/heun3/difference", [1, -7.8912, 8], "[-7.891, +8.000]"),
         ("physics", "physics", "systems/acrobot/naive/prediction/text", "7.8912", "| 7.8912 |"),

@@ -494,7 +494,7 @@ def test_physics_refuses_an_odd_number(capsys):
         (["--steps", "0"], "--steps: should be a positive integer; found 0"),
         (["--steps", "1.5"], "--steps: should be a positive integer; found 1.5"),
         (["--runs", "-3"], "--runs: should be a positive integer; found -3"),
-        (["--device", "quantum"], "argument --device: quantum is not to be had"),
+        (["--device", "quantum"], "argument --device: quantum is not available"),
         (["--out", __file__], "argument --out: should be a folder that can be written to"),
     ],
 )

@@ -45,7 +45,7 @@ OPTIONS = {
 }
 SETTINGS = {
     "plain": {},
-    "decay, length told": {"lr": 0.7, "weight_decay": 0.01, "total_steps": 5},
+    "decay, length told": {"lr": 0.7, "weight_decay": 0.001, "total_steps": 5},
     "climbing, tensor lr": {"lr": torch.tensor(0.3), "maximize": True},
 }
 VECTORS, LARGE = [(), (5,), (1030,)], [(150_001,), (3,)]
@@ -151,7 +151,7 @@ def test_step_is_the_eager_one(options, settings):
     "dtypes", [{"dtype": BFLOAT16}, {"state_dtype": BFLOAT16}, {"dtype": BFLOAT16, "state_dtype": BFLOAT16}], ids=str
 )
 def test_step_is_the_eager_one_in_bfloat16(options, dtypes):
-    optimizers = pair(port_hamiltonian(**options), VECTORS, **dtypes, weight_decay=0.01)
+    optimizers = pair(port_hamiltonian(**options), VECTORS, **dtypes, weight_decay=0.001)
     assert_steps_alike(optimizers)
     assert is_native(optimizers[1])
 
@@ -299,7 +299,7 @@ def test_step_of_a_long_run_is_the_eager_one(total_steps):
     "dtypes", [{"dtype": BFLOAT16}, {"state_dtype": BFLOAT16}, {"dtype": BFLOAT16, "state_dtype": BFLOAT16}], ids=str
 )
 def test_step_of_matrices_is_the_eager_one_in_bfloat16(options, dtypes):
-    optimizers = pair(port_hamiltonian(**options), [(20, 300), (70, 6), (5, 4)], **dtypes, weight_decay=0.01)
+    optimizers = pair(port_hamiltonian(**options), [(20, 300), (70, 6), (5, 4)], **dtypes, weight_decay=0.001)
     assert_matrices_step_alike(optimizers)
     assert is_native(optimizers[1])
 
@@ -533,7 +533,7 @@ def test_number_of_threads_changes_no_matrix_to_the_bit(options, monkeypatch):
     assert_threads_change_nothing(monkeypatch, shapes, kinetic=("spectral", "relativistic"), **options)
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.01}], ids=["plain", "weight decay"])
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.001}], ids=["plain", "weight decay"])
 def test_matrices_that_rest_at_different_steps_step_alike(settings):
     optimizers = pair(port_hamiltonian(kinetic="spectral", matrix_interval=3), [(20, 30), (20, 30), (6, 4)], **settings)
     for step in range(7):
@@ -631,7 +631,7 @@ def test_powers_saturate_and_nan_stays():
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"coordinatewise": True}], ids=str)
 def test_gradient_that_is_not_finite_leaves_its_tensor_as_it_is(bad, place, dtype, options):
-    _, optimizer = pair(port_hamiltonian(**options), [*LARGE, (9,)], dtype=dtype, weight_decay=0.01)
+    _, optimizer = pair(port_hamiltonian(**options), [*LARGE, (9,)], dtype=dtype, weight_decay=0.001)
     assert_broken_stay(optimizer, bad, {0: place, 2: 4})
 
 
@@ -1046,7 +1046,7 @@ def test_one_call_steps_all_tensors_whatever_the_depth():
 
 def test_one_call_steps_each_tensor_with_the_options_of_its_group():
     rule = port_hamiltonian(kinetic=("quadratic", "spectral"), schedule="power", uses_progress=True)
-    own = [{"total_steps": 9}, {"lr": 0.3, "weight_decay": 0.02}, {"lr": 0.6, "maximize": True, "total_steps": 20}]
+    own = [{"total_steps": 9}, {"lr": 0.3, "weight_decay": 0.002}, {"lr": 0.6, "maximize": True, "total_steps": 20}]
     optimizers = []
     for implementation in ("eager", "native"):
         generator = torch.Generator().manual_seed(0)

@@ -75,7 +75,7 @@ def test_beyond_the_run_nothing_decays(path):
 
 def test_diagnostics_beyond_the_run_see_no_decay():
     model = small_model()
-    optimizer = optimizer_of(model, weight_decay=1e-2)
+    optimizer = optimizer_of(model, weight_decay=1e-3)
     step(optimizer, 3)
     assert all(x["update_to_weight"] < 1e-4 for x in optimizer.diagnostics().values())
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_a_run_of_another_length_is_warned_of(given):
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids=str)
 def test_a_count_on_one_device_ends_the_decay_on_all(devices):
     params = [torch.nn.Parameter(torch.ones(4, device=device)) for device in devices]
-    optimizer = LearnedOptimizer(params, total_steps=3, capturable=True, weight_decay=1e-2, implementation="eager")
+    optimizer = LearnedOptimizer(params, total_steps=3, capturable=True, weight_decay=1e-3, implementation="eager")
     step(optimizer, 3)
     at_end = [param.detach().clone() for param in params]
     step(optimizer, 9)

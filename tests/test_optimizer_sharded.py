@@ -101,7 +101,7 @@ def optimizer_of(model, rule="port-hamiltonian", **options):
     """Mixed groups: weights that decay, and biases whose run has an end."""
     named = list(model.named_parameters())
     weights, biases = ([(name, p) for name, p in named if (p.dim() > 1) == has_axes] for has_axes in (True, False))
-    groups = [{"params": weights, "lr": 0.5, "weight_decay": 0.02}, {"params": biases, "total_steps": 2 * N_STEPS}]
+    groups = [{"params": weights, "lr": 0.5, "weight_decay": 0.002}, {"params": biases, "total_steps": 2 * N_STEPS}]
     return LearnedOptimizer(groups, make_rule(rule), **options)
 
 

@@ -34,7 +34,7 @@ from odeopt.tasks import RandomQuadratic
 @over_rules
 def test_non_finite_gradient_moves_nothing_is_counted_and_warned_of_once(rule, dtype, bad):
     good, hurt = (parameter([1.0, 2.0, 3.0], [1.0, 2.0, -1.0], dtype) for _ in range(2))
-    optimizer = LearnedOptimizer([("good", good), ("hurt", hurt)], rule, weight_decay=0.01)
+    optimizer = LearnedOptimizer([("good", good), ("hurt", hurt)], rule, weight_decay=0.001)
     optimizer.step()
     before, state = hurt.detach().clone(), dict(optimizer.state[hurt])
     good_before = good.detach().clone()
@@ -312,7 +312,7 @@ def through_file(state_dict):
 @over_rules
 def test_run_resumed_in_the_middle_continues_bit_for_bit(rule, dtype, carry):
     def make(model, lr=0.3):
-        return LearnedOptimizer(model.named_parameters(), rule, lr=lr, weight_decay=0.01, total_steps=8)
+        return LearnedOptimizer(model.named_parameters(), rule, lr=lr, weight_decay=0.001, total_steps=8)
 
     whole = small_model(dtype)
     optimizer = make(whole)

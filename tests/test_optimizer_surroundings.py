@@ -74,7 +74,7 @@ def test_step_is_no_graph_but_a_break_between_graphs(name, has_scheduler, counte
 def test_fake_parameters_are_stepped_as_by_torch_optim(rule, device):
     with FakeTensorMode():
         model = nn.Sequential(nn.Linear(4, 5, device=device), nn.Linear(5, 300, device=device))
-        optimizer = LearnedOptimizer(model.parameters(), rule, total_steps=3, weight_decay=0.01)
+        optimizer = LearnedOptimizer(model.parameters(), rule, total_steps=3, weight_decay=0.001)
         for _ in range(2):
             model(torch.ones(2, 4, device=device)).sum().backward()
             optimizer.step()
@@ -125,7 +125,7 @@ def test_default_device_changes_nothing(rule):
         for step in range(3):
             loss_of(model, step).backward()
         with torch.device(default):
-            optimizer = LearnedOptimizer(model.parameters(), rule, total_steps=4, weight_decay=0.01)
+            optimizer = LearnedOptimizer(model.parameters(), rule, total_steps=4, weight_decay=0.001)
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())
             optimizer.step()
@@ -175,6 +175,12 @@ def test_large_decay_per_step_is_warned_of_once(lr):
     assert len(record) == 1
     assert record[0].filename == __file__
     LearnedOptimizer(groups[:1], SGDUpdate(0.1), lr=lr)  # one percent is not more than one percent
+
+
+def test_decay_of_a_learned_rule_is_warned_of_early():
+    with pytest.warns(UserWarning, match=r"1e-5 for `AdamW\(lr=1e-3, weight_decay=1e-2\)`"):
+        LearnedOptimizer([parameter([1.0], [1.0])], weight_decay=0.0011)  # as if it were AdamW's
+    LearnedOptimizer([parameter([1.0], [1.0])], weight_decay=0.001)
 
 
 @pytest.mark.parametrize("lr", [1e-3, 0.01, torch.tensor(1e-3)], ids=str)

@@ -50,8 +50,8 @@ def test_matrices_alone_are_decayed():
     groups = param_groups(Network(), weight_decay=0.1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
     # what is said to the optimizer counts for matrices too, unless it was said here, zero included
-    for decay, wanted in ((None, 0.003), (0.001, 0.001), (0.0, 0.0)):
-        optimizer = LearnedOptimizer(param_groups(Network(), weight_decay=decay), weight_decay=0.003)
+    for decay, wanted in ((None, 0.0003), (0.001, 0.001), (0.0, 0.0)):
+        optimizer = LearnedOptimizer(param_groups(Network(), weight_decay=decay), weight_decay=0.0003)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [wanted, 0.0, 0.0]
     assert [group.get("is_table", False) for group in groups] == [False, False, True]
 

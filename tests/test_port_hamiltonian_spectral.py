@@ -313,8 +313,9 @@ def test_one_spectral_mode_is_muon(shape, decay, nesterov, monkeypatch):
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", iterate)
     grads = steady(7, n_of(shape))
     rule = muon(nesterov, initial_decay=0.3 if decay == "the rule's" else 0.0).double()
-    found = ours(rule, grads, shape, weight_decay=0.02 * 0.3 if decay == "the optimizer's" else 0.0)
-    wanted = theirs(torch_muon(nesterov, 0.0 if decay == "none" else 0.3), grads, shape)
+    found = ours(rule, grads, shape, weight_decay=0.02 * 0.04 if decay == "the optimizer's" else 0.0)
+    theirs_decay = {"none": 0.0, "the rule's": 0.3, "the optimizer's": 0.04}[decay]
+    wanted = theirs(torch_muon(nesterov, theirs_decay), grads, shape)
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
 
 

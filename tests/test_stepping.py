@@ -97,8 +97,8 @@ def test_step_of_a_model_is_the_rules_step_of_each_tensor(name, dtype, monkeypat
     rule, grads = RULES[name]().to(f64 if dtype == f64 else f32), gradients(SHAPES, 4, dtype)
     monkeypatch.setattr(type(rule), "chunk_size", 3000)  # so that rows and columns are cut
     params = parameters(SHAPES, dtype)
-    wanted = tensor_by_tensor(rule, params, grads, lr=0.5, decay=0.02, total_steps=8)
-    optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.02, total_steps=8)
+    wanted = tensor_by_tensor(rule, params, grads, lr=0.5, decay=0.002, total_steps=8)
+    optimizer = LearnedOptimizer(params, rule, lr=0.5, weight_decay=0.002, total_steps=8)
     found = follow(params, optimizer, grads)
     assert_close(found, [theta for theta, _ in wanted], dtype)
     for param, (_, state) in zip(params, wanted, strict=True):

@@ -43,7 +43,7 @@ def learner(rule, **options):
     """A small model in two groups, and its optimizer."""
     model = small_model()
     params = list(model.parameters())
-    groups = [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.01, "maximize": True}]
+    groups = [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.001, "maximize": True}]
     settings = {"lr": torch.tensor(0.7), "total_steps": 9, "capturable": True}
     return model, LearnedOptimizer(groups, rule, **settings | options)
 

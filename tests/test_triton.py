@@ -86,7 +86,7 @@ def assert_steps_alike(optimizers, n_steps=3):
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
-        *((options, {"weight_decay": 0.01, "total_steps": 5}) for options in OPTIONS.values()),
+        *((options, {"weight_decay": 0.001, "total_steps": 5}) for options in OPTIONS.values()),
         *((options, settings) for options in ({}, COORDINATEWISE) for settings in SETTINGS.values()),
     ],
     ids=str,
@@ -100,7 +100,7 @@ def test_step_is_the_eager_one(options, settings):
 @pytest.mark.usefixtures("in_place")
 @pytest.mark.parametrize("options", [{}, COORDINATEWISE, {"normalization": "tensor"}], ids=str)
 def test_step_of_a_tensor_in_place_is_the_eager_one(options):
-    optimizers = pair(port_hamiltonian(**options), [(), (5,), (2, 1025)], weight_decay=0.01)
+    optimizers = pair(port_hamiltonian(**options), [(), (5,), (2, 1025)], weight_decay=0.001)
     assert_steps_alike(optimizers)
     assert all(plan.placed[0].bucket.theta is None for plan in optimizers[1]._layout.plans)
 
@@ -114,7 +114,7 @@ def test_step_of_a_tensor_in_place_is_the_eager_one(options):
 def test_step_is_the_eager_one_in_bfloat16(options, dtypes, is_in_place, request):
     if is_in_place:
         request.getfixturevalue("in_place")
-    assert_steps_alike(pair(port_hamiltonian(**options), SHAPES[1:], **dtypes, weight_decay=0.01), 2)
+    assert_steps_alike(pair(port_hamiltonian(**options), SHAPES[1:], **dtypes, weight_decay=0.001), 2)
 
 
 @on_device
@@ -160,7 +160,7 @@ def test_processes_that_share_a_tensor_exchange_the_same_sums_by_kernels_and_eag
 def test_gradient_that_is_not_finite_leaves_its_tensor_as_it_is(bad, options, is_in_place, request):
     if is_in_place:
         request.getfixturevalue("in_place")
-    _, optimizer = pair(port_hamiltonian(**options), [(1030,), (7,), (9,)], weight_decay=0.01)
+    _, optimizer = pair(port_hamiltonian(**options), [(1030,), (7,), (9,)], weight_decay=0.001)
     give([optimizer], 0)
     optimizer.step()
     before = copy(optimizer)

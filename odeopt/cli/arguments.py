@@ -56,7 +56,7 @@ def device(text: str) -> torch.device:
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is not to be had: {str(error).splitlines()[0]}") from error
+        raise argparse.ArgumentTypeError(f"{text} is not available: {str(error).splitlines()[0]}") from error
 
 
 def folder(text: str) -> Path:
