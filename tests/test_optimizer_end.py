@@ -61,16 +61,16 @@ def test_a_run_that_was_made_longer_is_warned_of_at_its_own_end():
 @pytest.mark.parametrize("path", PATHS)
 def test_beyond_the_run_nothing_decays(path):
     weights = []
-    for decay in (0.0, 1e-2):
+    for decay in (0.0, 1e-3):
         model = small_model()
         optimizer = optimizer_of(model, path, weight_decay=decay)
         step(optimizer, 3)
         at_end = model[0].weight.detach().clone()
         step(optimizer, 50)
-        # the schedule's floor is a millionth of a step's size; one percent decayed per step would come to 40
+        # the schedule's floor is a millionth of a step's size; a thousandth decayed per step would come to 5 percent
         torch.testing.assert_close(model[0].weight.detach(), at_end, rtol=0, atol=1e-4)
         weights.append(at_end)
-    assert (weights[0] - weights[1]).abs().max() > 1e-3  # up to there they do
+    assert (weights[0] - weights[1]).abs().max() > 2e-4  # up to there they do
 
 
 def test_diagnostics_beyond_the_run_see_no_decay():
