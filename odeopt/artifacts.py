@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.resources
 import inspect
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from odeopt._version import __version__
-from odeopt.checks import is_integer, require, require_flags
+from odeopt.checks import is_integer, require, require_flags, suggestion
 from odeopt.files import replaced
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule, adopt_weights, built
@@ -163,8 +162,7 @@ def find_pretrained(name: str, parameter: str) -> UpdateRule:
     """:func:`load_pretrained` for a caller whose own ``parameter`` the name is."""
     names = available_pretrained()
     if name not in names:
-        close = difflib.get_close_matches(str(name), names, n=1)
-        hint = f" Did you mean `{close[0]}`?" if close else ""
+        hint = suggestion(name, names)
         if str(name).endswith(".safetensors") or "/" in str(name):
             hint = " Files, and rules on the Hub, are read by `odeopt.load`."
         raise ValueError(

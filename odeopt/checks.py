@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Collection, Sequence
 
@@ -44,6 +45,12 @@ def require_one_of(choices: Collection[str], **values: object) -> None:
     """Refuse values, given by the names of their parameters, that are none of the choices."""
     for name, value in values.items():
         require(value in choices, name, value, f"one of {', '.join(choices)}")
+
+
+def suggestion(found: object, known: Collection[str]) -> str:
+    """Ask in a message whether the name that is most like the one found was meant; nothing if none is like it."""
+    close = difflib.get_close_matches(str(found), known, n=1)
+    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def check_class(name: str, value: object, wanted: type) -> None:

@@ -162,6 +162,11 @@ def test_missing_configuration_lists_the_shipped_ones(name):
         load_config(name)
 
 
+def test_misspelt_configuration_is_told_the_one_that_was_meant():
+    with pytest.raises(FileNotFoundError, match=r"`port-hamiltonian-minst`. Did you mean `port-hamiltonian-mnist`\?"):
+        load_config("port-hamiltonian-minst")
+
+
 # -------------------- the shipped ones
 
 

@@ -205,10 +205,10 @@ GOOD = {"x0": X0, "t": times(0, 1, 3), "field": waving}
 BAD = [
     (
         {"method": "rk5"},
-        r"Parameter `method` should be one of .*dopri5.*Found `method = 'rk5'`. Did you mean 'rk4'\?",
+        r"Parameter `method` should be one of .*dopri5.*Found `method = 'rk5'`. Did you mean `rk4`\?",
     ),
     ({"method": None}, "Parameter `method` should be one of .*Found `method = None`"),
-    ({"options": {"stepsize": 0.1}}, r"`options\['stepsize'\] = 0.1`. Did you mean 'step_size'\?"),
+    ({"options": {"stepsize": 0.1}}, r"`options\['stepsize'\] = 0.1`. Did you mean `step_size`\?"),
     (
         {"options": {"first_step": 0.1}},
         r"`options` of method 'rk4' should only hold .*`options\['first_step'\] = 0.1`",
@@ -284,7 +284,7 @@ def test_wrong_parameters_are_named_with_the_value_found(bad, message):
 
 
 def test_unknown_method_of_the_unit_step_is_named():
-    with pytest.raises(ValueError, match=r"Found `method = 'heun'`. Did you mean 'heun\d'\?"):
+    with pytest.raises(ValueError, match=r"Found `method = 'heun'`. Did you mean `heun\d`\?"):
         integrate_unit(waving, X0, method="heun")
 
 

@@ -322,7 +322,7 @@ def test_single_precision_converges_too():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"method": "strange"}, "`method` should be one of .*strang.*Did you mean 'strang'"),
+        ({"method": "strange"}, "`method` should be one of .*strang.*Did you mean `strang`"),
         ({"x": PhaseState(None, torch.ones(2))}, "`x.q` should be given"),
         ({"u": torch.ones(3)}, r"`u` should have shape \(1,\)"),
     ],

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from odeopt import rules, tasks
+from odeopt.checks import suggestion
 from odeopt.meta.config import MetaConfig, MetaResult
 from odeopt.meta.estimators import ESTIMATORS, Estimator
 from odeopt.meta.objective import MetaObjective
@@ -204,6 +205,7 @@ def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, 
     if not path.is_file():
         raise FileNotFoundError(
             f"Parameter `name` should be a TOML file or one of {', '.join(available_configs(kind))}. Found `{name}`."
+            f"{suggestion(name, available_configs(kind))}"
         )
     try:
         return path, tomllib.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Collection, Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from odeopt.checks import require
+from odeopt.checks import require, suggestion
 
 if TYPE_CHECKING:
     from odeopt.ode.grid import Times
@@ -57,7 +56,7 @@ def check_choice(name: str, found: Any, known: Collection[str]) -> None:
     if not isinstance(found, str) or found not in known:
         raise ValueError(
             f"Parameter `{name}` should be one of {', '.join(sorted(known))}. Found `{name} = {found!r}`."
-            + _suggestion(found, known)
+            + suggestion(found, known)
         )
 
 
@@ -69,7 +68,7 @@ def check_options(name: str, options: dict[str, Any] | None, method: str, accept
         if key not in accepted:
             raise ValueError(
                 f"Parameter `{name}` of method {method!r} should only hold {', '.join(sorted(accepted))}. "
-                f"Found `{name}[{key!r}] = {value!r}`." + _suggestion(key, accepted)
+                f"Found `{name}[{key!r}] = {value!r}`." + suggestion(key, accepted)
             )
     step_size = (options or {}).get("step_size")
     name = f"{name}['step_size']"
@@ -163,8 +162,3 @@ def check_derivative(dx: Any, x0: State) -> None:
     for d, x in zip(tensors_of(dx), tensors_of(x0), strict=True):
         if d.is_complex() and not x.is_complex():
             raise ValueError(f"Parameter `field` should return real derivatives of a real state. Found `{d.dtype}`.")
-
-
-def _suggestion(found: Any, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(str(found), known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
