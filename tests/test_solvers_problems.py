@@ -324,7 +324,7 @@ def test_problems_are_found_by_name_and_by_group_once():
         "A2",
     ]
     with pytest.raises(
-        ValueError, match=r"Parameter `problems` should be one of .*Found `problems = 'keplr'`.*'kepler'"
+        ValueError, match=r"Parameter `problems` should be one of .*Found `problems = 'keplr'`. Did you mean `kepler`"
     ):
         select_problems(["keplr"])
 
