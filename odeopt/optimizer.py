@@ -430,19 +430,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """Put the averaged weights into the parameters, where there are any (``averaging``); else nothing changes."""
         if self.averaging is not None:
             averages.show(self.state)
-            self._note_averages(True)
 
     def train(self) -> None:
         """Put the weights that are trained back into the parameters."""
         averages.hide(self.state)
         if self.averaging is None:
             averages.drop(self.state)
-        self._note_averages(False)
-
-    def _note_averages(self, are_shown: bool) -> None:
-        for group in self.param_groups:
-            if self.averaging is not None or averages.SHOWS_AVERAGES in group:
-                group[averages.SHOWS_AVERAGES] = are_shown
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, also in the middle of a run.
@@ -564,9 +557,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             counts of steps and of skipped gradients, and ``rule_digest``.
         """
         self._layout.count_skipped(self.param_groups)
-        if self._sentry is not None:
-            for group in self.param_groups:
+        for group in self.param_groups:
+            if self._sentry is not None:
                 group[SAVED_GUARD] = self._sentry.saved()
+            if self.averaging is not None or averages.SHOWS_AVERAGES in group:
+                group[averages.SHOWS_AVERAGES] = averages.are_shown(self.state)
 
         def detach(_: torch.optim.Optimizer, final: StateDict) -> None:
             final["state"] = copied(final["state"])

@@ -34,7 +34,11 @@ class _Sampled:
         self.values = values
 
     def _index(self, time: float) -> int:
-        return max(sum(knot <= time for knot in self.knots) - 1, 0)  # not bisect, which is not traced
+        low, high = 0, len(self.knots)
+        while low < high:  # as `bisect` does, which is not traced
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.knots[middle] <= time else (low, middle)
+        return max(low - 1, 0)
 
     def _index_of(self, t: Tensor) -> Tensor:
         knots = torch.tensor(self.knots, dtype=t.dtype, device=t.device)

@@ -173,7 +173,8 @@ class ModuleTask(Task):
 
     def _warn_of_shared(self) -> None:
         """Warn where modules of other seeds have other buffers or frozen parameters."""
-        first, second = _shared(self.module), _shared(self._build(1))
+        first = _shared(self.module)
+        second = _shared(self._build(1)) if first else {}
         drawn = [name for name, x in first.items() if name in second and not _are_equal(x, second[name])]
         if drawn:
             warnings.warn(
