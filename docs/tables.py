@@ -501,6 +501,13 @@ def guard() -> str:
     return guarded_losses(read("guard"), markdown=True)
 
 
+def guard_cost() -> str:
+    """Milliseconds of steps with and without a guard, of a snapshot and of a look at diagnostics."""
+    content = read("guard_cost")
+    rows = [[f"{row['parameters']:,}", *map(spread, row["ms"].values())] for row in content["rows"]]
+    return f"{content['machine']}:\n\n{table(['parameters', *content['rows'][0]['ms']], rows)}"
+
+
 def robustness() -> str:
     """What came of killed runs, flipped bits and odd arguments."""
     return table(("", "tried", "as it should", "refused in words", "otherwise"), read("robustness"))
@@ -521,6 +528,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "general": general,
     "generalisation": generalisation,
     "guard": guard,
+    "guard_cost": guard_cost,
     "heads": heads,
     "kinetic": energies,
     "laws": laws,

@@ -68,6 +68,7 @@ STAGES = (
     ("scale", 240, "studies/scale.py --out {out}", "--dataset digits --steps 5 --problems perceptron-64"),
     ("widest", 60, "studies/widest.py --out {out}", "--dataset digits --steps 1 --problems perceptron-2048"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
+    ("guard-cost", 1, "benchmarks/guard.py --json {out}/guard_cost.json", "--sizes 1e4"),
     ("meta", 10, "benchmarks/meta.py --json {out}/meta.json --out {out}", "--quick --dataset digits"),
 )
 

@@ -117,12 +117,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         total_steps: Length of the run in steps; the rule then sees the fraction of it that is done. None
             where unknown. The first step beyond it raises a warning, unless ``capturable`` keeps the count on the
             device.
-        implementation: ``"auto"`` takes the native step of port-Hamiltonian rules where it can: in C on a CPU
-            (:func:`odeopt.native_status`), in Triton on CUDA; for float32 or bfloat16, momenta stepped in closed form.
-            It is the eager step to rounding. ``"native"`` raises where it cannot, ``"eager"`` never takes it. Matrices
-            stepped by their singular values are left to torch, also under ``"native"``, on CUDA, and on a CPU if their
-            shorter side is above 1,024, or above 2,048 with products in bfloat16 (``matrix_products`` of the rule), or
-            the processor has no units for these.
+        implementation: ``"auto"`` uses the native step of port-Hamiltonian rules where there is one: in C on a CPU
+            (:func:`odeopt.native_status`) or in Triton on CUDA, for float32 or bfloat16 and momenta that are stepped in
+            closed form. It equals the eager step to rounding. ``"native"`` raises an error where there is none;
+            ``"eager"`` never uses it. Matrices that are stepped by their singular values are left to torch, even under
+            ``"native"``, on CUDA, and on a CPU if their shorter side is above 1,024, or above 2,048 with products in
+            bfloat16 (``matrix_products`` of the rule), or if the processor has no units for these products.
         state_dtype: Dtype of the state per coordinate, for instance ``torch.bfloat16``, which halves it; the step is
             computed in float32 or better all the same. None keeps float32 or better, whatever the parameter's dtype.
             (``torch.float16`` is too narrow for squares of gradients, such as :class:`odeopt.AdamUpdate` keeps.)
@@ -144,9 +144,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: If ``params`` is a module, or ``rule`` neither a name nor an instance of
             :class:`odeopt.rules.base.UpdateRule`.
-        ValueError: If there is no rule of that name, an option is out of range, that of a group is misspelt, or a
-            parameter is complex, sparse, a stack that is sharded otherwise than along its first axis, or sharded
-            otherwise than as a ``DTensor``: by ``FullyShardedDataParallel``, for instance.
+        ValueError: If there is no rule of that name, an option is out of range, an option of a group is misspelt, or a
+            parameter is complex, sparse, a stack that is sharded along another axis than the first, or sharded but not
+            a ``DTensor`` (as under ``FullyShardedDataParallel``).
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
@@ -496,10 +496,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         Eager steps do so to rounding where parameters had their first gradients at different steps: they are stepped
         apart until the run is resumed, and together from then on.
 
-        The rule is not in it, but a digest of its class, configuration and weights is, as ``rule_digest`` in each
-        group. Whoever means to change the rule removes the digest; the dictionary then loads with a warning. Options of
-        the groups are those of ``state_dict`` from then on; a ``total_steps`` that differs is warned of. What a
-        guard has seen is dropped where there is none.
+        The dictionary holds no rule, only a digest of its class, configuration and weights, as ``rule_digest`` in each
+        group. To change the rule on purpose, remove the digest; the dictionary then loads with a warning. The groups
+        take their options from ``state_dict``, with a warning if ``total_steps`` differs. What a guard has seen is
+        dropped if this optimizer has no guard.
 
         Parameters that have the same names there and here may stand in another order in their groups; elsewhere, as in
         ``torch.optim``, the order tells them apart.

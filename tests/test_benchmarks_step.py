@@ -178,6 +178,17 @@ def test_the_largest_tensor_is_for_gpus_and_the_patient(load):
     assert parse(["--quick"]).sizes == ["mlp", "1e4", "1e5", "1e6", "resnet18"]
 
 
+def test_the_cost_of_a_guard_is_printed_and_saved(load, tmp_path, capsys):
+    path = tmp_path / "guard_cost.json"
+    load("guard").main(["--sizes", "10", "1e3", "--repeats", "2", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["parameters"], row["snapshot_bytes"]) for row in rows] == [(10, 40), (1000, 4000)]
+    titles = ["step", "guarded step", "snapshot", "`diagnostics()`", "step after it"]
+    assert all(list(row["ms"]) == titles and all(len(some) == 2 for some in row["ms"].values()) for row in rows)
+    printed = capsys.readouterr().out
+    assert [printed.count(word) for word in (*titles[1:4], "1,000")] == [1, 2, 1, 1]
+
+
 def test_nothing_breaks_under_kills_flips_and_odd_calls(load, tmp_path, capsys):
     robustness = load("robustness")
     with pytest.raises(SystemExit) as ended:

@@ -167,6 +167,7 @@ def test_pages_have_every_table_once(tables):
         ("coordinate_check", "coordinate_check", "steps", [1, 10, 7891], "| 7891 |"),
         ("depth", "depth", "rates", [0.25, 0.5, 1, 2, 4, 7891], "| 7891 |"),
         ("guard", "guard", "cases/random weights, network/status", [["rule", 7891, 1, 1]], "7891 |"),
+        ("guard_cost", "guard_cost", "machine", "An abacus", "An abacus:"),
         ("ablation", "ablation", "columns/relu, 100 steps/one mode/score", 7.8912, "7.891 ±"),
         ("matrix", "matrix", "cells/mnist linear, 100 steps/rule/scores", [7.0] * 5, "mnist linear, 100 steps | 2"),
         ("matrix", "port-hamiltonian-spectral/matrix", "cells/mnist linear, 100 steps/rule/scores", [7.0] * 5,

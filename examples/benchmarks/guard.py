@@ -6,58 +6,74 @@ The reported loss is a tensor, so that a step under a guard waits for the device
 from __future__ import annotations
 
 import argparse
-import time
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from measuring import machine
+from reporting import spread
 
 import odeopt
 from odeopt.cli import arguments
 from odeopt.report import draw_table
 from odeopt.stepping.guard import take_snapshot
+from odeopt.timing import clock
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print a table of times and sizes."""
     args = parse(argv)
     torch.set_num_threads(1)
+    print(machine(args.device), flush=True)
     rows = []
     for size in map(int, args.sizes):
-        plain, looked_at, guarded = (make(size, guard, args.device) for guard in (None, None, True))
-        loss = torch.ones((), device=args.device)
-        times = [[], [], [], [], []]
-        for _ in range(args.repeats):  # in turns, so that what else the machine does meets all alike
-            times[0].append(seconds(plain.step, args))
-            guarded.report(loss)
-            times[1].append(seconds(guarded.step, args))
-            params = guarded.param_groups[0]["params"]
-            with torch.no_grad():
-                times[2].append(seconds(lambda p=params, s=guarded.state: take_snapshot(p, s), args))
-            times[3].append(seconds(looked_at.diagnostics, args))
-            times[4].append(seconds(looked_at.step, args))
-        held = sum(x.nbytes for state in guarded.state.values() for key, x in state.items() if key == "guard_snapshot")
-        milliseconds = (f"{1e3 * sorted(some)[len(some) // 2]:.3f}" for some in times)
-        rows.append([f"{size:,}", *milliseconds, f"{held / size:g}"])
-    titles = ["parameters", "step, ms", "guarded step", "snapshot", "diagnostics", "step after", "snapshot, bytes each"]
-    print(draw_table([(title, "") for title in titles], rows, markdown=args.markdown))
+        times, guarded = measured(size, args)
+        held = sum(state["guard_snapshot"].nbytes for state in guarded.state.values())
+        rows.append({"parameters": size, "ms": times, "snapshot_bytes": held})
+    print(f"\n{table(rows, markdown=args.markdown)}\n\nMilliseconds, medians [quartiles].")
+    if args.json:
+        content = {"machine": machine(args.device), "rows": rows}
+        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def make(size: int, guard: bool | None, device: str) -> odeopt.LearnedOptimizer:
+def measured(size: int, args: argparse.Namespace) -> tuple[dict[str, list[float]], odeopt.LearnedOptimizer]:
+    """Milliseconds of everything that is timed, by its name in the table, and the optimizer with a guard."""
+    plain, looked_at, guarded = (make(size, guard, args.device) for guard in (None, None, True))
+    loss = torch.ones((), device=args.device)
+    times: dict[str, list[float]] = {}
+
+    def add(name: str, work: Callable[[], object]) -> None:
+        began = clock(args.device)
+        work()
+        times.setdefault(name, []).append(1e3 * (clock(args.device) - began))
+
+    params = guarded.param_groups[0]["params"]
+    for _ in range(args.repeats):  # in turns, so that what else the machine does meets all alike
+        add("step", plain.step)
+        guarded.report(loss)
+        add("guarded step", guarded.step)
+        with torch.no_grad():
+            add("snapshot", lambda: take_snapshot(params, guarded.state))
+        add("`diagnostics()`", looked_at.diagnostics)
+        add("step after it", looked_at.step)
+    return times, guarded
+
+
+def table(rows: list[dict], *, markdown: bool) -> str:
+    """One line per size."""
+    cells = [[f"{row['parameters']:,}", *map(spread, row["ms"].values())] for row in rows]
+    per_parameter = (f"{row['snapshot_bytes'] / row['parameters']:g}" for row in rows)
+    cells = [[*line, each] for line, each in zip(cells, per_parameter, strict=True)]
+    titles = ["parameters", *rows[0]["ms"], "snapshot, bytes each"]
+    return draw_table([(title, "") for title in titles], cells, markdown=markdown)
+
+
+def make(size: int, guard: bool | None, device: torch.device) -> odeopt.LearnedOptimizer:
     """Optimizer of one tensor that has a gradient."""
     param = torch.nn.Parameter(torch.ones(size, device=device))
     param.grad = torch.full_like(param, 1e-3)
     return odeopt.LearnedOptimizer([param], "port-hamiltonian", guard=guard)
-
-
-def seconds(work: Callable[[], object], args: argparse.Namespace) -> float:
-    """Time of one call."""
-    if args.device != "cpu":
-        torch.accelerator.synchronize()
-    began = time.perf_counter()
-    work()
-    if args.device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -65,9 +81,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.Parser(description=__doc__)
     add = parser.add_argument
     add("--sizes", nargs="+", type=float, default=[1e4, 1e6, 1e7], help="parameters")
-    add("--repeats", type=int, default=9, help="steps, of which the median is told")
-    add("--device", default="cpu")
-    add("--markdown", action="store_true")
+    add("--repeats", type=arguments.positive, default=9, help="steps, of which the median is told")
+    add("--device", type=arguments.device, default="cpu", help="where to compute; auto takes CUDA if there is one")
+    add("--markdown", action="store_true", help="print the table as markdown")
+    add("--json", type=Path, help="file for all numbers")
     return parser.parse_args(argv)
 
 

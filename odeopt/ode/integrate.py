@@ -111,9 +111,9 @@ def integrate(
             ``PhaseState`` of ``q`` and ``p``, each of shape ``(*batch, dof)``.
         t: Output times, shape ``(n_times,)``, strictly increasing or decreasing, at least two.
         method: A name out of :func:`available_methods` or :data:`~odeopt.ode.STRUCTURE_METHODS`.
-        backend: Who takes the steps: ``"torchdiffeq"``; ``"odeopt"``, our own; or ``"auto"``, ours where there are any
-            and they mean the same (no option but a ``step_size`` that divides the intervals, no adjoint). Equal to
-            rounding then, at about half the cost per step on small states.
+        backend: Whose steps to take: ``"torchdiffeq"``; ``"odeopt"``, this library's own; or ``"auto"``, ours where
+            they exist and give the same result (no option but a ``step_size`` that divides the intervals, no adjoint).
+            They then equal torchdiffeq's to rounding, at about half the cost per step on small states.
         options: Options of the method, such as ``step_size`` for the fixed-step ones (without it they take
             one step per output time) or ``max_num_steps`` (between two outputs) for the adaptive ones; ``tol`` and
             ``max_iters`` of the Newton iterations of structure-preserving ones, see :class:`~odeopt.ode.Newton`.

@@ -35,14 +35,16 @@ class Guard:
 
     The means of windows of losses are compared with the best level so far, in units of the noise of the losses within
     a window, :math:`\sigma^2 = \tfrac12 \langle (f_{t+1} - f_t)^2 \rangle`, which a trend does not raise. The rule
-    fails where a loss is not finite, or two in a row are far above all before them; where the mean of a window, or
-    less of three in a row, has risen; and where the loss falls slowly, without having levelled off, and the fallback,
-    tried for two windows, makes it fall faster. The parameters then return to the last good ones, and the fallback,
+    fails if a loss is not finite, or two in a row are far above all earlier ones; if the mean of a window has risen, or
+    the means of three windows in a row have risen by less; or if the loss falls slowly, without having levelled off,
+    and the fallback, tried for two windows, makes it fall faster. The parameters then return to the last good ones, and
+    the fallback,
     with a fresh state, takes over for ``patience`` windows. The rule comes back on probation: it fails as well where
     the loss falls at less than half the pace that it had in the second half of the fallback's stay, unless it had
-    levelled off by then. Each further failure doubles the stay of the fallback, so that tries of a hopeless rule take
-    a logarithmic number of windows, and none begins that the run, if ``total_steps`` says how long it is, would not
-    outlast. A fallback that fails itself returns to the last good parameters with a quarter of its learning rate,
+    levelled off by then. Each further failure doubles the stay of the fallback, so that a hopeless rule is tried for a
+    logarithmic number of windows only. With ``total_steps``, it does not come back if what is left of the run is
+    shorter than the next stay. A fallback that fails itself returns to the last good parameters with a quarter of its
+    learning rate,
     which grows again while the loss falls. From then on it is also held to rises that are small but last, by Page's
     cumulative sum.
 

@@ -103,8 +103,8 @@ class PortHamiltonianUpdate(StagedRule):
     weights, so each system is passive for any weights. The untrained rule is two heavy balls with a
     normalised gradient. The update does not change when the loss is multiplied by a constant.
 
-    The kinetic energy K of a mode is what tells the great optimizers apart (``kinetic``). A spectral energy is one of
-    the singular values of a whole matrix, so it is driven and damped by one number g and one rate per tensor:
+    The kinetic energy K of a mode (``kinetic``) is what distinguishes well-known optimizers. A spectral energy is a
+    function of the singular values of a whole matrix, so its mode has one port gain g and one friction rate per tensor:
 
     .. math::
         \dot P = -\phi P + g\, u, \qquad \dot\theta = \kappa \sqrt{\text{out} / \text{rest}}\; g\,
@@ -141,10 +141,10 @@ class PortHamiltonianUpdate(StagedRule):
             first one is added to log kappa. So step sizes can grow for as long as gradients point along the momenta,
             and fall with powers of t at any horizon, where a fixed rate would let them die out exponentially.
         ratio_floor: Lower bound of the ratio ``rms_i / rms_tensor`` (with ``normalization="tensor"`` that of the
-            present magnitude) in friction and gain, in ``[0, 1]``; 0 is none, and has to be where ``coordinatewise``.
-            Coordinates that see small gradients get large gains, which enter the update twice;
-            those of a unit that wakes up after a silence would get them all at once, and throw a trained network out
-            of its minimum. Ratios are not told apart below about a hundredth anyway.
+            present magnitude) in friction and gain, in ``[0, 1]``. 0 means no bound and is required with
+            ``coordinatewise``. Coordinates that see small gradients get large gains, which enter the update twice. If a
+            unit becomes active after a long silence, all its coordinates would get such gains at once, and throw a
+            trained network out of its minimum. Ratios below about a hundredth are not distinguished anyway.
         backend: Implementation of the solver: ``"torchdiffeq"``; ``"odeopt"``, this library's own explicit methods,
             which give the same numbers to rounding at a fraction of the cost; or ``"auto"``, ours where there is one.
         kinetic: Kinetic energy of each mode, or one for all: ``"quadratic"`` (heavy ball); ``"relativistic"``, with
