@@ -267,35 +267,37 @@ _SUITE = "python -m odeopt suite --untold --untrained"
 
 
 def suite(name: str = "suite", command: str = _SUITE, *, in_full: bool = False) -> str:
-    """Losses over that of tuned AdamW: of learned rules with intervals, of the opponents beside them; and all else."""
+    """Training and held-out losses over that of tuned AdamW: of learned rules with intervals, of opponents; and more."""
     found = read_suite(name)
     if found is None:
         return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     others = [name for name in found.contenders if name not in (*learned, REFERENCE)]
-    titles = ["problem", *(f"{name}, {of} loss" for name in learned for of in ("training", "held-out"))]
-    titles += [found.contenders[name].title for name in others]
-    rows = [
-        [
-            problem,
-            *(_with_spread(found, problem, name, of) for name in learned for of in ("train", "held_out")),
-            *(ratio_text(found.ratio(problem, name)).split(" [")[0] for name in others),
+    titles = [*(name.removeprefix(f"{learned[0]}, ") for name in learned), *(found.contenders[x].title for x in others)]
+    tables = []
+    for of, title in (("train", "training loss"), ("held_out", "held-out loss")):
+        rows = [
+            [
+                problem,
+                *(_with_spread(found, problem, name, of) for name in learned),
+                *(ratio_text(found.ratio(problem, name, of)).split(" [")[0] for name in others),
+            ]
+            for problem in found.problems
         ]
-        for problem in found.problems
-    ]
+        tables.append(table([title, *titles], rows))
     spread = "(and each of them)" if found.n_runs == 2 else "[95 % Student interval]"
     untuned = " and ".join(
         f"{OPPONENTS[name].title.split(',')[0]}'s" for name in others if len(OPPONENTS[name].rates) == 1
     )
     caption = (
         f"Losses over those of tuned AdamW with warm-up and cosine decay: geometric means of {found.n_runs} paired\n"
-        f"runs {spread}, below one is better{'; of the opponents the training loss' if others else ''}.\n"
+        f"runs {spread}, below one is better.\n"
         "Cross-entropies below 1.2e-7 count as 1.2e-7. Learned rules are used as they are; the other learning rates\n"
         f"{f'(except {untuned}) ' if untuned else ''}are chosen by grid for each problem\n"
         f"(`{command} --runs {found.n_runs} --out figs`)."
     )
     rest = ["All numbers:", found.table(markdown=True)] if in_full else [*map(found.summary, learned)]
-    return "\n\n".join([caption, table(titles, rows), *rest])
+    return "\n\n".join([caption, *tables, *rest])
 
 
 def _with_spread(found: Suite, problem: str, name: str, of: str) -> str:
