@@ -12,10 +12,12 @@ from torch import Tensor
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule, initial_state, state_dtype
 from odeopt.rules.rows import Rows
+from odeopt.stepping.checks import extent_of, overlapping
 from odeopt.stepping.shards import Shard
 
 # Most coordinates per row of a packed bucket, and fewest; the last row of a tensor is filled up with zeros.
 ROW, SHORT_ROW = 1024, 16
+_N_MASKS = 8  # that are kept
 
 
 class Bucket:
@@ -95,6 +97,8 @@ class Bucket:
         self.rows = Rows.packed(features, n_rows) if has_rows else Rows(features)
         self.n_skipped = torch.zeros((len(sizes), 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._addresses: list[int] = []
+        self._overlaps = False
 
         self._type, self._axes, template = state_fields(rule, local[0].new_zeros(3, dtype=self.dtype), dtype)
         self._storage: dict[str, Tensor] = {}
@@ -108,12 +112,20 @@ class Bucket:
         self.grad = self.theta = None  # of a packed bucket, from the first step on that needs them
 
     def has_moved(self) -> bool:
-        """Return True if a parameter has changed its shape, device or dtype, or can no longer be stepped in place."""
+        """Return True if a parameter has changed its shape, device or dtype, or can no longer be stepped as it is.
+
+        Those that are copied into rows must not have come to share memory: the last one written would undo the others.
+        """
         if not self.is_packed and not self.shards[0].local(self.params[0]).is_contiguous():
             return True
         for param, shard in zip(self.params, self.shards, strict=True):
             if param.device != self.device or param.dtype != self.param_dtype or param.shape != shard.shape:
                 return True
+        if len(self.params) > 1 and self.has_values and not self.is_shared:
+            addresses = [*map(Tensor.data_ptr, self.params)]
+            if addresses != self._addresses:
+                self._addresses, self._overlaps = addresses, bool(overlapping(map(extent_of, self.params)))
+            return self._overlaps
         return False
 
     def load(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,7 +281,10 @@ class Bucket:
             if all(of_tensors):  # on the device itself, without a host synchronisation
                 self._masks[has_grad] = torch.ones((len(of_tensors), 1), dtype=torch.bool, device=self.device)
             else:
-                self._masks[has_grad] = torch.tensor(of_tensors, device="cpu").to(self.device).unsqueeze(-1)
+                mask = torch.tensor(of_tensors, device="cpu").to(self.device).unsqueeze(-1)
+                if len(self._masks) >= _N_MASKS:
+                    return mask
+                self._masks[has_grad] = mask  # for good: captured graphs read it
         return self._masks[has_grad]
 
 

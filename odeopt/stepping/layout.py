@@ -50,11 +50,13 @@ class Handed(NamedTuple):
         return cls(param, given, local, [*map(Tensor.data_ptr, local)])
 
     def is_in(self, states: States) -> bool:
-        """Return True while the state holds these tensors, and they have not been moved to other memory."""
+        """Return True while the state holds these tensors."""
         held = states.get(self.param, {})
-        if not all(map(is_, map(held.get, self.given), self.given.values())):
-            return False
-        return self.addresses == [*map(Tensor.data_ptr, self.local)]
+        return all(map(is_, map(held.get, self.given), self.given.values()))
+
+    def has_moved(self) -> bool:
+        """Return True once these tensors lie in other memory."""
+        return self.addresses != [*map(Tensor.data_ptr, self.local)]
 
 
 class Placed(NamedTuple):
@@ -67,7 +69,23 @@ class Placed(NamedTuple):
 
     def is_current(self, states: States) -> bool:
         """Return True while the bucket steps these parameters and this state."""
-        return all(handed.is_in(states) for handed in self.handed) and not self.bucket.has_moved()
+        is_held = all(handed.is_in(states) and not handed.has_moved() for handed in self.handed)
+        return is_held and not self.bucket.has_moved()
+
+    def follow(self, states: States) -> bool:
+        """Take up new addresses of the state, where it was moved together with the bucket's memory.
+
+        ``share_memory_`` moves the memory that a tensor is a view of, and so the bucket's own.
+
+        Returns:
+            Whether the bucket steps these parameters and this state.
+        """
+        for index, handed in enumerate(self.handed):
+            own = Handed.of(handed.param, self.bucket.views(index)).addresses
+            if not handed.is_in(states) or own != [*map(Tensor.data_ptr, handed.local)]:
+                return False
+            handed.addresses[:] = own
+        return not self.bucket.has_moved()
 
 
 class Plan(NamedTuple):
@@ -107,25 +125,27 @@ class Layout:
 
     def update(self, groups: list[Group], states: States) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
-        found = [
-            [id(group), *_KINDS(group), *map(id, group["params"]), *map(_is_trained, group["params"])]
-            for group in groups
-        ]
+        found = [[id(group), *_KINDS(group), *map(id, group["params"])] for group in groups]
         if found != self._groups or not all(placed.is_current(states) for placed in self.placed):
-            self.count_skipped(groups)
-            self._forget()
-            self._groups = found
+            if found == self._groups and all(placed.follow(states) for placed in self.placed):
+                self.plans = self._make_plans()
+            else:
+                self.count_skipped(groups)
+                self._forget()
+                self._groups = found
+        trained = [_is_trained(param) for group in groups for param in group["params"]]
+        if trained != self._trained:
+            self._trained = trained
+            self._deepen(self._n_matrices(groups))
         if len(self.params) == sum(len(group["params"]) for group in groups):
             return  # all are placed
         new = [[p for p in group["params"] if p.grad is not None and p not in self.params] for group in groups]
         if any(new):
             # all groups at once: each parameter may have a group of its own
-            names, n_matrices = parameter_names(groups), self._n_matrices(groups)
-            deepened = functools.cache(lambda rule: rule.for_depth(n_matrices))
-            placed = []
+            names, placed = parameter_names(groups), []
             for group, params in zip(groups, new, strict=True):
                 if params:
-                    placed += self._place(group, [p for p in params if p.numel() > 0], states, names, deepened)
+                    placed += self._place(group, [p for p in params if p.numel() > 0], states, names)
                 for param in params:
                     if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
                         rule, is_stack = self.rule_for(param), group["is_stack"]
@@ -200,10 +220,21 @@ class Layout:
         self.params: set[Tensor] = set()
         self._autocast_kinds: list[str] = []
         self._groups: list[list[int]] = []
+        self._trained: list[bool] = []
+        self._n_deep = 0
 
-    def _place(
-        self, group: Group, params: list[Tensor], states: States, names: dict[Tensor, str], deepened: Callable
-    ) -> list[Placed]:
+    def _deepen(self, n_matrices: int) -> None:
+        """Let matrices be stepped as those of a network of so many."""
+        if n_matrices != self._n_deep:
+            self._n_deep = n_matrices
+            self._deepened = functools.cache(lambda rule: rule.for_depth(n_matrices))
+            self.placed = [
+                x._replace(rule=self._deepened(x.rule)) if x.bucket.is_whole and x.rule.is_staged else x
+                for x in self.placed
+            ]
+            self.plans = self._make_plans()
+
+    def _place(self, group: Group, params: list[Tensor], states: States, names: dict[Tensor, str]) -> list[Placed]:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
         for param in params:
@@ -228,7 +259,7 @@ class Layout:
             alike[rule, param.dtype, shard.group_key, alone, is_alone, stacked].append(param)
         for (rule, *_, is_alone, stacked), together in alike.items():
             if stacked is not None:  # one for all matrices, which go through one call then
-                rule = deepened(rule)
+                rule = self._deepened(rule)
             is_whole = is_alone or stacked is not None
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole, is_stack=is_stack)
             handed = []
@@ -241,7 +272,7 @@ class Layout:
                 else:
                     bucket.init_state(index, rule)
                 given = bucket.views(index)
-                states[param] = {**held, **given}
+                states.setdefault(param, held).update(given)
                 handed.append(Handed.of(param, given))
             placed.append(Placed(bucket, rule, group, handed))
         return placed
