@@ -145,8 +145,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         TypeError: If ``params`` is a module, or ``rule`` neither a name nor an instance of
             :class:`odeopt.rules.base.UpdateRule`.
         ValueError: If there is no rule of that name, an option is out of range, an option of a group is misspelt, or a
-            parameter is complex, sparse, a stack that is sharded along another axis than the first, or sharded but not
-            a ``DTensor`` (as under ``FullyShardedDataParallel``).
+            parameter is complex or sparse and requires a gradient, a stack that is sharded along another axis than the
+            first, or sharded but not a ``DTensor`` (as under ``FullyShardedDataParallel``).
 
     References:
         Loshchilov, Hutter (2019), Decoupled weight decay regularization, Algorithm 2.
@@ -446,8 +446,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 that is listed twice is kept, and stepped, once.
 
         Raises:
-            ValueError: If an option is out of range or misspelt, or a parameter is complex, sparse, there already,
-                sharded otherwise than as a ``DTensor``, or, where it is a stack, than along its first axis.
+            ValueError: If an option is out of range or misspelt, or a parameter is there already, complex or sparse and
+                requires a gradient, sharded otherwise than as a ``DTensor``, or, where it is a stack, than along its
+                first axis.
         """
         if isinstance(param_group, dict):
             check_spelling(param_group)
@@ -460,7 +461,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if len(first) < len(group["params"]):  # torch warns of it
             for name in {"params", "param_names"} & group.keys():
                 group[name] = [group[name][index] for index in first.values()]
-        group.update(n_steps=self.n_steps if len(self.param_groups) > 1 else 0, n_skipped=0)
+        n_steps = self.param_groups[0]["n_steps"] if len(self.param_groups) > 1 else 0
+        group.update(n_steps=n_steps.clone() if isinstance(n_steps, Tensor) else n_steps, n_skipped=0)
         group["rule_digest"] = self.defaults["rule_digest"]  # of a group of another optimizer too
         group.pop("momentum", None)
         if self._sentry is None:  # of a group of another optimizer
@@ -473,7 +475,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 check_sharding(param, names[param])
                 if group["is_stack"]:
                     check_stack(param, names[param])
-                if not is_supported(param):
+                if param.requires_grad and not is_supported(param):
                     self._raise_unsupported(
                         param, param, "be dense, real and of a floating-point type of 16 to 64 bits"
                     )
@@ -512,6 +514,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 parameter of the same name is in another group, or an option of a group is out of range.
         """
         watch = layout = restored = None
+        before = self.state
 
         # The base class casts state to the parameter's dtype, which would round that of bfloat16 parameters.
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
@@ -529,6 +532,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return final
 
         def take_up(_: torch.optim.Optimizer) -> None:
+            averages.hide(before, unless_changed=True)
             # what is not kept up to date from here on would be taken for current later
             if self._sentry is None:
                 drop_saved(self.param_groups, restored)
@@ -556,18 +560,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
             takes as much memory as the state; :attr:`state` itself is live. Beside the options each group holds the
             counts of steps and of skipped gradients, and ``rule_digest``.
         """
-        self._layout.count_skipped(self.param_groups)
-        for group in self.param_groups:
-            if self._sentry is not None:
-                group[SAVED_GUARD] = self._sentry.saved()
-            if self.averaging is not None or averages.SHOWS_AVERAGES in group:
-                group[averages.SHOWS_AVERAGES] = averages.are_shown(self.state)
+
+        # hooks: the user's own edit the optimizer before, and the dictionary after
+        def note(_: torch.optim.Optimizer) -> None:
+            self._layout.count_skipped(self.param_groups)
+            for group in self.param_groups:
+                if self._sentry is not None:
+                    group[SAVED_GUARD] = self._sentry.saved()
+                if self.averaging is not None or averages.SHOWS_AVERAGES in group:
+                    group[averages.SHOWS_AVERAGES] = averages.are_shown(self.state)
 
         def detach(_: torch.optim.Optimizer, final: StateDict) -> None:
             final["state"] = copied(final["state"])
             final["param_groups"] = [copied(group) for group in final["param_groups"]]
 
-        with self.register_state_dict_post_hook(detach, prepend=True):  # before the user's own
+        with self.register_state_dict_pre_hook(note), self.register_state_dict_post_hook(detach, prepend=True):
             return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:

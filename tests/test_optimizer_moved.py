@@ -52,6 +52,92 @@ def test_state_that_is_moved_in_memory_is_stepped_where_it_lies(move, implementa
     assert optimizers[0].state_dict()["state"][0]["step"].item() == 6
 
 
+@pytest.mark.parametrize(
+    ("rule", "implementation"), [(None, "auto"), (None, "eager"), ("port-hamiltonian", "auto"), ("lstm", "auto")]
+)
+def test_state_in_shared_memory_stays_there(rule, implementation):
+    params = [nn.Parameter(torch.ones(n, n)) for n in (4, 4, 40)] + [nn.Parameter(torch.ones(3))]
+    optimizer = LearnedOptimizer(params, rule, implementation=implementation)
+    step(optimizer)
+    held = [x for state in optimizer.state.values() for x in state.values() if x.numel() > 0]
+    for x in held:
+        x.share_memory_()
+    before = [x.clone() for x in held]
+    step(optimizer)
+    assert all(x.is_shared() for x in held)
+    now = [x for state in optimizer.state.values() for x in state.values() if x.numel() > 0]
+    assert all(x is y for x, y in zip(held, now, strict=True))
+    assert sum(not torch.equal(x, y) for x, y in zip(held, before, strict=True)) > len(held) / 2
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_freezing_a_parameter_leaves_the_state_of_others_in_its_place(implementation):
+    params = [nn.Parameter(torch.linspace(-1, 1, 12 * n).view(n, 12)) for n in (9, 10, 11)]
+    optimizer = LearnedOptimizer(params, implementation=implementation)
+    step(optimizer, 2)
+    states = {param: (state, dict(state)) for param, state in optimizer.state.items()}
+    params[1].requires_grad_(False)
+    params[1].grad = None
+    fresh = LearnedOptimizer(params, implementation=implementation)
+    fresh.load_state_dict(optimizer.state_dict())
+    copies = [param.detach().clone() for param in params]
+    for param in params[::2]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    for param, (state, fields) in states.items():
+        assert optimizer.state[param] is state
+        assert all(state[name] is x for name, x in fields.items())
+        assert state["step"].item() == (2 if param is params[1] else 3)
+    moved = [param.detach().clone() for param in params]
+    for param, copied in zip(params, copies, strict=True):
+        param.detach().copy_(copied)
+    fresh.step()  # as of a network of two matrices
+    for param, other in zip(params, moved, strict=True):
+        torch.testing.assert_close(param.detach(), other)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+@pytest.mark.parametrize("rule", [AdamUpdate(0.1), "port-hamiltonian"], ids=["adam", "port-hamiltonian"])
+def test_parameters_that_come_to_share_memory_are_both_stepped(rule, implementation):
+    def moved(is_late):
+        a, b = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6))
+        optimizer = LearnedOptimizer([a, b], rule, implementation=implementation)
+        if is_late:
+            step(optimizer)
+            a.data, b.data = torch.ones(6), torch.ones(6)
+        b.data = a.data
+        a.grad, b.grad = torch.ones(6), torch.ones(6)
+        alone = LearnedOptimizer([nn.Parameter(torch.ones(6))], rule, implementation=implementation)
+        if is_late:
+            step(alone)
+            alone.param_groups[0]["params"][0].data = torch.ones(6)
+        alone.param_groups[0]["params"][0].grad = torch.ones(6)
+        alone.step()
+        optimizer.step()
+        return (1 - a[0]).item() / (1 - alone.param_groups[0]["params"][0][0]).item()
+
+    assert moved(is_late=False) == pytest.approx(2, rel=0.05)  # the weights of a step enter the next one
+    assert moved(is_late=True) == pytest.approx(2, rel=0.05)
+
+
+def test_memory_does_not_grow_with_the_sets_of_parameters_that_have_gradients():
+    params = [nn.Parameter(torch.ones(2)) for _ in range(20)]
+    optimizer = LearnedOptimizer(params, AdamUpdate(0.1))
+    generator = torch.Generator().manual_seed(0)
+    for k in range(40):
+        for param, has in zip(params, (torch.rand(20, generator=generator) < 0.5).tolist(), strict=True):
+            param.grad = torch.ones(2) if has or k == 0 else None
+        optimizer.step()
+    assert max(len(placed.bucket._masks) for placed in optimizer._layout.placed) <= 8
+
+
+def test_parameters_of_the_same_name_in_two_groups_are_all_diagnosed():
+    models = [nn.Sequential(nn.Linear(n, n)) for n in (3, 4)]
+    optimizer = LearnedOptimizer([{"params": [*model.named_parameters()]} for model in models])
+    step(optimizer)
+    assert [*optimizer.diagnostics()] == [f"param_groups[{i}]['params'][{j}]" for i in (0, 1) for j in (0, 1)]
+
+
 # -------------------- narrow rules
 
 
@@ -72,6 +158,38 @@ def test_constants_of_a_rule_in_bfloat16_are_those_of_the_rule(name, tmp_path):
 
 
 # -------------------- resumption
+
+
+def averaged(n_steps=5):
+    model = small_model()
+    optimizer = LearnedOptimizer(model.parameters(), averaging=8)
+    train(model, optimizer, range(n_steps))
+    return model, optimizer
+
+
+def test_hooks_before_a_dictionary_of_state_act_on_what_is_saved():
+    model, optimizer = averaged()
+    weights = [param.detach().clone() for param in model.parameters()]
+    optimizer.register_state_dict_pre_hook(lambda optimizer: optimizer.train())
+    optimizer.eval()
+    saved = optimizer.state_dict()
+    assert not any(group["shows_averages"] for group in saved["param_groups"])
+    assert all(map(torch.equal, model.parameters(), weights))
+    averaged(2)[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("loads_model", [False, True])
+def test_loading_while_averages_are_shown_keeps_the_weights(loads_model):
+    model, optimizer = averaged()
+    saved, weights = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    optimizer.eval()
+    assert not all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    if loads_model:
+        weights = copy.deepcopy(averaged(2)[0].state_dict())
+        model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    optimizer.train()
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
 
 
 def test_averages_that_come_without_the_weights_are_refused():
@@ -143,7 +261,7 @@ def test_what_is_frozen_while_it_has_a_gradient_counts_no_longer_than_that():
     optimizer.zero_grad()
     params[4].grad = torch.ones(8, 8)
     optimizer.step()
-    factors = [placed.rule.depth_factor for placed in optimizer._layout.placed if params[4] in placed.bucket.params]
+    factors = [placed.rule.depth_factor for placed in optimizer._layout.placed]
     assert factors == [optimizer.rule.for_depth(1).depth_factor]
 
 

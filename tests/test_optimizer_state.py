@@ -100,11 +100,19 @@ def test_an_option_that_went_wrong_in_the_middle_of_a_run_moves_nothing(option, 
     assert param.item() == 1.0
 
 
-def test_integer_parameters_are_refused():
-    with pytest.raises(
-        ValueError, match=r"should be dense, real and of a floating-point type of 16 to 64 bits.*torch\.int64"
-    ):
-        LearnedOptimizer([torch.ones(2, dtype=torch.int64)], SGDUpdate(0.1))
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64])
+def test_frozen_parameters_of_any_type_pass_as_in_torch(dtype):
+    frozen, param = nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=False), parameter([1.0], [1.0])
+    optimizer = LearnedOptimizer([frozen, param], SGDUpdate(0.1))
+    optimizer.step()
+    assert torch.equal(frozen, torch.ones(2, dtype=dtype))
+    assert param.item() == pytest.approx(0.9)
+    copy = LearnedOptimizer([frozen, param], SGDUpdate(0.1))
+    copy.load_state_dict(optimizer.state_dict())
+    frozen.grad = torch.ones_like(frozen)
+    with pytest.raises(ValueError, match=r"`param_groups\[0\]\['params'\]\[0\]` should have a dense, real gradient"):
+        copy.step()
+    assert param.item() == pytest.approx(0.9)
 
 
 def test_truth_value_is_no_learning_rate():

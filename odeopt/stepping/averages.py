@@ -28,9 +28,9 @@ def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], wei
         if AVERAGE not in held:
             held[AVERAGE] = param.detach().to(dtype, copy=True)
         else:
-            weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+            part = weight.to(param.device, dtype) if isinstance(weight, Tensor) else weight
             held[AVERAGE] = held[AVERAGE].to(param.device, dtype)  # the model may have been moved
-            held[AVERAGE].lerp_(param.detach().to(dtype), weight)
+            held[AVERAGE].lerp_(param.detach().to(dtype), part)
 
 
 def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -42,12 +42,19 @@ def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
                 param.copy_(held[AVERAGE])
 
 
-def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Put the weights back into the parameters that show averages."""
+def hide(state: Mapping[Tensor, dict[str, Any]], *, unless_changed: bool = False) -> None:
+    """Put the weights back into the parameters that show averages.
+
+    Args:
+        state: States of the parameters.
+        unless_changed: Leave parameters as they are that no longer hold their average, as of a model loaded since.
+    """
     with torch.no_grad():
         for param, held in _of_params(state):
             if _WEIGHTS in held:
-                param.copy_(held.pop(_WEIGHTS))
+                weights = held.pop(_WEIGHTS)
+                if not unless_changed or torch.equal(param, held[AVERAGE].to(param.device, param.dtype)):
+                    param.copy_(weights)
 
 
 def drop(state: Mapping[Tensor, dict[str, Any]]) -> None:

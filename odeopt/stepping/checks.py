@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Real
@@ -85,12 +86,16 @@ def check_spelling(group: Mapping[str, Any]) -> None:
 
 
 def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor, str]:
-    """Name of each parameter in messages, in the order of the groups; those of the groups from the ``first`` on."""
-    names = {}
+    """Name of each parameter in messages, in the order of the groups; those of the groups from the ``first`` on.
+
+    Parameters without a name, or with one that another has too, are named by their place.
+    """
+    n_uses, names = Counter(name for group in groups for name in group.get("param_names", ())), {}
     for number, group in enumerate(groups[first:], first):
         given = group.get("param_names")
         for index, param in enumerate(group["params"]):
-            names[param] = given[index] if given else f"param_groups[{number}]['params'][{index}]"
+            is_named = given and n_uses[given[index]] == 1
+            names[param] = given[index] if is_named else f"param_groups[{number}]['params'][{index}]"
     return names
 
 
