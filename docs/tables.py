@@ -267,7 +267,7 @@ _SUITE = "python -m odeopt suite --untold --untrained"
 
 
 def suite(name: str = "suite", command: str = _SUITE, *, in_full: bool = False) -> str:
-    """Training and held-out losses over that of tuned AdamW: of learned rules with intervals, of opponents; and more."""
+    """Training and held-out losses over those of tuned AdamW, of learned rules with intervals; and all else."""
     found = read_suite(name)
     if found is None:
         return NO_SUITE

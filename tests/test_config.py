@@ -1,5 +1,6 @@
 """Training configurations, the shipped ones among them, and the command that runs them."""
 
+import math
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from variants import train_variants
 import odeopt
 from odeopt.__main__ import main
 from odeopt.cli import arguments
-from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective
+from odeopt.meta import Backpropagation, EvolutionStrategies, Hybrid, MetaConfig, MetaObjective, MetaResult
 from odeopt.meta.files import available_configs, load_config
 from odeopt.meta.search_files import load_search
 from odeopt.rules import HamiltonianUpdate, LSTMUpdate, PortHamiltonianUpdate, UpdateRule
@@ -711,3 +712,12 @@ def test_tuning_sees_before_the_work_that_its_table_can_be_written(tmp_path, mon
     assert "`--out` should be a new file, or --overwrite be given" in capsys.readouterr().err
     assert main(["tune", "--out", str(out), "--overwrite"]) == 0
     assert made == [out, out]
+
+
+def test_validations_that_are_not_finite_are_noted_as_none(tmp_path):
+    config = load_config(write(tmp_path, QUADRATIC, "wild.toml"))
+    result = MetaResult(config.build_rule(), 0.5, 4, validation=[(0, math.inf), (2, math.nan), (4, 0.5)])
+    odeopt.save(result.rule, tmp_path / "rule.safetensors", trained_for=config.trained_for(result))
+    noted = odeopt.load(tmp_path / "rule.safetensors").trained_for
+    assert noted["validations"] == [[0, None], [2, None], [4, 0.5]]
+    assert noted["validation_loss"] == 0.5

@@ -167,3 +167,10 @@ def test_labels_that_touch_lie_around_their_curves():
 def test_labels_that_do_not_touch_stay_where_they_are():
     wanted = {"a": 0.2, "b": 0.5, "c": 0.9}
     assert _spread(wanted, 0.05) == pytest.approx(wanted, abs=1e-15)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_losses_of_which_none_is_finite_are_drawn_as_diverged(tmp_path, value):
+    band = torch.full((3, 4), value, dtype=torch.float64)
+    path = plot_losses({"sgd": band}, {"sgd": False}, tmp_path / "losses.png", title="none", xlabel="", ylabel="")
+    assert path.stat().st_size > 1000

@@ -568,3 +568,17 @@ def test_rule_that_does_not_initialise_its_base_is_refused_by_its_name(monkeypat
 
     with pytest.raises(TypeError, match=r"`Forgetful\.__init__` should begin with `super\(\)\.__init__\(\.\.\.\)`"):
         Forgetful()
+
+
+@pytest.mark.parametrize("given", [{"gain": 0.5}, {"gain": 0.5, "lr": 0.1}], ids=["alone", "beside another"])
+def test_options_that_a_rule_does_not_hand_on_are_refused_by_their_name(monkeypatch, given):
+    monkeypatch.setattr(UpdateRule, "registry", dict(UpdateRule.registry))
+
+    class Gain(SGDUpdate):
+        def __init__(self, gain=1.0, **options):
+            super().__init__(**options)
+            self.gain = gain
+
+    assert "gain" not in Gain(lr=0.1).config  # what is not given may be left to the class
+    with pytest.raises(TypeError, match=r"`Gain\.__init__` should hand `gain` on to `super\(\)\.__init__`"):
+        Gain(**given)

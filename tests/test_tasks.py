@@ -11,6 +11,7 @@ from torch import nn
 from odeopt.tasks import (
     HighDimSaddle,
     ImageDataset,
+    Mixture,
     MLPClassification,
     ModuleTask,
     MonkeySaddle,
@@ -18,6 +19,7 @@ from odeopt.tasks import (
     RandomQuadratic,
     Rosenbrock,
     ScaledTask,
+    TaskFamily,
     TeacherStudent,
     load_dataset,
 )
@@ -413,3 +415,15 @@ def test_units_are_drawn_without_building_the_networks_anew(monkeypatch):
     monkeypatch.setattr(module_task, "make_module", None)
     assert torch.equal(task.sample_batch(indices, 0, 0)[0], units)
     assert units.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "task", [RandomQuadratic(3), Mixture([TaskFamily(RandomQuadratic, {"dim": 3})])], ids=["task", "mixture"]
+)
+def test_a_device_that_is_not_there_leaves_the_task_where_it_is(task):
+    with pytest.raises(RuntimeError, match="nonsense"):
+        task.to("nonsense")
+    device = "cuda" if not torch.cuda.is_available() else f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises((RuntimeError, AssertionError)):
+        task.to(device)
+    assert task.device == torch.device("cpu")

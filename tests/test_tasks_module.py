@@ -9,9 +9,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from odeopt import LearnedOptimizer, load_pretrained, param_groups
-from odeopt.meta import unroll
-from odeopt.rules import SGDUpdate
+from odeopt import LearnedOptimizer, compare, load_pretrained, meta_train, param_groups
+from odeopt.meta import MetaConfig, gradient_flow, unroll
+from odeopt.physics import PortHamiltonianSystem
+from odeopt.rules import AdamUpdate, SGDUpdate
 from odeopt.tasks import MLPClassification, ModuleTask, load_dataset
 from odeopt.tasks import random as rnd
 
@@ -444,3 +445,38 @@ def test_modules_are_stepped_as_by_an_optimizer_with_the_groups_that_fit_them():
     torch.testing.assert_close(found, loss.detach()[None], rtol=1e-3, atol=0)
     with pytest.warns(UserWarning, match="Parameters experts are stacks, which a task steps as one tensor each"):
         ModuleTask(lambda: Mixed(4), data, loss_fn=loss_fn, batch_size=8)
+
+
+class Scaled(nn.Module):
+    """A line with a gain of no axis, and a layer that the loss does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.idle, self.gain = nn.Linear(1, 1), nn.Linear(1, 3), nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return self.gain * self.line(x)
+
+
+@pytest.mark.parametrize("name", ["port-hamiltonian", "port-hamiltonian-spectral", "lstm", "hamiltonian"])
+def test_scalars_and_what_the_loss_does_not_reach_are_trained_and_compared(name):
+    task = line_task(lambda: Scaled().to(f64))
+    rule = load_pretrained(name)
+    meta_train(rule, task, MetaConfig(n_meta_steps=1, n_tasks=2, horizon=3, n_validation_tasks=2), progress_bar=False)
+    found = compare({"rule": rule, "adam": AdamUpdate(0.1)}, task, n_steps=3, n_runs=2)
+    assert all(result.losses.isfinite().all() for result in found.results.values())
+    start = task.init_params(torch.arange(2), 0)
+    run = unroll(AdamUpdate(0.1), task, indices=torch.arange(2), n_steps=3)
+    assert torch.equal(run.params["idle.weight"], start["idle.weight"])
+    assert not torch.equal(run.params["gain"], start["gain"])
+
+
+def test_flow_of_a_module_with_a_scalar():
+    task = line_task(lambda: Scaled().to(f64))
+    flow = gradient_flow(task, PortHamiltonianSystem(1, dissipation=1.0), [0.0, 1.0], indices=torch.arange(2))
+    assert (flow.losses[-1] < flow.losses[0]).all()
+
+
+def test_loss_without_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="`loss_fn` should be a loss that can be differentiated"):
+        line_task(loss_fn=lambda output, target: (output.round() != target).double().mean())

@@ -7,6 +7,7 @@ beside this file.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         for rule in rules:
             made = rule.trained_for
             (_, before), *_, (_, after) = made["validations"]
+            before, after = (math.nan if score is None else score for score in (before, after))  # not finite
             kept = f"{made['validation_loss']:.3f} at meta-step {made['best_meta_step']} (kept)"
             print(f"{name}, meta-seed {seed_of(rule)}: {before:.3f} before, {kept}, {after:.3f} at the end; ", end="")
             print(f"{made['seconds']:.0f} s")
@@ -59,6 +61,7 @@ def plot(groups: Mapping[str, Sequence[UpdateRule]], path: Path) -> Path:
         for axes, (name, rules) in zip(panels, groups.items(), strict=True):
             for rule, dashes in zip(rules, ("-", "--", ":", "-.") * len(rules), strict=False):
                 steps, scores = zip(*rule.trained_for["validations"], strict=True)
+                scores = [math.nan if score is None else score for score in scores]
                 (line,) = axes.plot(steps, scores, dashes, label=str(seed_of(rule)))
                 best = rule.trained_for["best_meta_step"], rule.trained_for["validation_loss"]
                 axes.plot(*best, "o", fillstyle="none", color=line.get_color())

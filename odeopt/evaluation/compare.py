@@ -18,7 +18,7 @@ from odeopt.meta.unroll import unroll
 from odeopt.modes import outside_inference_mode
 from odeopt.progress import tqdm
 from odeopt.rules.base import UpdateRule, check_tasks_apart, initial_state
-from odeopt.tasks.base import Task
+from odeopt.tasks.base import Task, flattened
 from odeopt.tasks.random import EVALUATION_SEED
 from odeopt.timing import clock
 
@@ -182,7 +182,7 @@ def time_step(rule: UpdateRule, task: Task, *, n_steps: int = 15, n_warmup: int 
         leaves = task.init_params(torch.arange(1), 0)
         leaves = {name: param.requires_grad_() for name, param in leaves.items()}
         loss = task.loss(leaves, task.sample_batch(torch.arange(1), 0, 0)).sum()
-        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True))
     shapes = {name: grad.shape[1:] for name, grad in grads.items()}
     grads = {name: grad.reshape(params[name].shape) for name, grad in grads.items()}
     times = []
@@ -198,7 +198,7 @@ def time_step(rule: UpdateRule, task: Task, *, n_steps: int = 15, n_warmup: int 
 
 def _flat_start(rule: UpdateRule, task: Task) -> tuple[dict[str, Tensor], dict[str, NamedTuple]]:
     """Flattened parameters of one task, and the rule's states beside them."""
-    params = {name: param.flatten(1) for name, param in task.init_params(torch.arange(1), 0).items()}
+    params = {name: flattened(param) for name, param in task.init_params(torch.arange(1), 0).items()}
     return params, {name: initial_state(rule, param) for name, param in params.items()}
 
 

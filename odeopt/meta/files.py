@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import pkgutil
 import tomllib
@@ -96,8 +97,9 @@ class Config:
             "tasks_per_meta_step": result.n_tasks_per_step,
             "seconds": round(sum(each.seconds for each in results), 1),
             "best_meta_step": result.best_step,
-            "validation_loss": result.best_score,
-            "validations": result.validation,
+            # null in JSON where it is not finite: an untrained rule may diverge and learn not to
+            "validation_loss": _finite(result.best_score),
+            "validations": [(step, _finite(score)) for step, score in result.validation],
         }
 
     def with_seed(self, seed: int) -> Config:
@@ -160,6 +162,10 @@ class Config:
                 make(**fixed | first | {name: value}, device="cpu")  # what is missing or wrong should show at once
             families.append(tasks.TaskFamily(make, fixed, choices, name=fixed["class"], **numbers))
         return tasks.Mixture(families, **options, device=device)
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
 
 
 def _task(*, split: str, data_dir: str | os.PathLike | None, device: torch.device | str, **options: Any) -> Task:

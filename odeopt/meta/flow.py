@@ -16,7 +16,7 @@ from odeopt.ode.torchdiffeq import ATOL, RTOL, time_of_event
 from odeopt.physics import PhaseState, PortHamiltonianSystem
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.system import Modulation
-from odeopt.tasks.base import Batch, Params, Task
+from odeopt.tasks.base import Batch, Params, Task, flattened
 
 
 class FlowState(NamedTuple):
@@ -134,7 +134,7 @@ def gradient_flow(
     require(system.n_inputs == 1, "rule", f"a system of {system.n_inputs} inputs", "a system of one input")
     params, batch = task.init_params(indices, seed), task.sample_batch(indices, step, seed)
     shapes = {name: value.shape[1:] for name, value in params.items()}
-    theta = torch.cat([value.flatten(1) for value in params.values()], dim=1)
+    theta = torch.cat([flattened(value) for value in params.values()], dim=1)
     rest = theta.new_zeros(*theta.shape, system.dof)
     if is_rule:
         wanted = "quadratic in all modes; a `PortHamiltonianSystem` takes other energies, by `kinetic`"

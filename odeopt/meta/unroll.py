@@ -13,7 +13,7 @@ from odeopt.checks import is_integer, is_number, require, require_counts
 from odeopt.meta.layouts import Separate, layout_for
 from odeopt.modes import outside_inference_mode
 from odeopt.rules.base import UpdateRule, initial_state
-from odeopt.tasks.base import Task
+from odeopt.tasks.base import Task, flattened
 
 
 class Trajectory(NamedTuple):
@@ -99,7 +99,7 @@ def unroll(
     require(is_number(held_out) and 0 <= held_out <= 1, "held_out", held_out, "a number in [0, 1]")
     params = task.init_params(indices, seed) if params is None else dict(params)
     shapes = {name: param.shape for name, param in params.items()}
-    flat = {name: param.reshape(len(indices), shapes[name][1:].numel()) for name, param in params.items()}
+    flat = {name: flattened(param) for name, param in params.items()}
     if states is None:
         states = {name: initial_state(rule, param) for name, param in flat.items()}
     layout = layout_for(rule, shapes, next(iter(flat.values())), task.tables)
@@ -171,7 +171,9 @@ class _Unroll(NamedTuple):
             loss, total, variables = self.evaluate(flat, step)
             losses.append(_kept(loss))
             # where the run is differentiated the graph of the loss is needed again by the meta-gradient
-            grads = torch.autograd.grad(total, variables, create_graph=is_exact, retain_graph=torch.is_grad_enabled())
+            # zeros for parameters that the loss does not reach
+            options = {"create_graph": is_exact, "retain_graph": torch.is_grad_enabled(), "materialize_grads": True}
+            grads = torch.autograd.grad(total, variables, **options)
             progress = None if self.total_steps is None else loss.new_tensor(step / self.total_steps)
             states, new_flat = dict(states), {}
             for (name, param), grad in zip(flat.items(), grads, strict=True):

@@ -39,6 +39,8 @@ def plot_losses(
         styles = line_styles(is_learned)
         finite = torch.cat([mean[mean.isfinite()] for mean, _, _ in bands.values()])
         first = torch.stack([mean[0] for mean, _, _ in bands.values()])
+        finite = finite if len(finite) else torch.zeros(1)  # all have diverged, as the labels say
+        first = first[first.isfinite()] if first.isfinite().any() else finite
         # a rule that diverges leaves the axis and may not squeeze the others
         has_logarithm = bool((finite >= 0).all() and (finite > 0).any())
         if has_logarithm:

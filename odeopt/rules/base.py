@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
@@ -312,8 +313,25 @@ def _checked(init: Callable[..., None]) -> Callable[..., None]:
                 f"`{type(self).__name__}.__init__` should begin with `super().__init__(...)`, given its own arguments "
                 "by name. Found that `UpdateRule.__init__` was not called."
             )
+        given = inspect.signature(init).bind(self, *args, **kwargs)
+        lost = [name for name in _named(given) if name not in self.config]
+        if lost:
+            raise TypeError(
+                f"`{type(self).__name__}.__init__` should hand `{lost[0]}` on to `super().__init__`, by this name: the "
+                "rule is built again from what that keeps, in files and in copies with other options. "
+                f"Found `config = {self.config}`."
+            )
 
     return initialise
+
+
+def _named(given: inspect.BoundArguments) -> list[str]:
+    """Names of the arguments of a call, those of ``**kwargs`` one by one; others have no name."""
+    names = []
+    for name, value in [*given.arguments.items()][1:]:  # all but `self`
+        kind = given.signature.parameters[name].kind
+        names += list(value) if kind is inspect.Parameter.VAR_KEYWORD else [name]
+    return names
 
 
 def initial_state(rule: UpdateRule, param: Tensor) -> NamedTuple:

@@ -170,9 +170,10 @@ class Task(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """Move every tensor, in containers too, to ``device``, in place, and return the task."""
-        self.device = torch.device(device)
+        device = torch.empty(0, device=device).device  # fails before anything is moved where there is none
         for name, value in vars(self).items():
-            setattr(self, name, tree_map_only((Tensor, nn.Module), lambda x: x.to(self.device), value))
+            setattr(self, name, tree_map_only((Tensor, nn.Module), lambda x: x.to(device), value))
+        self.device = device
         return self
 
     def _indices(self, indices: Tensor) -> Tensor:
@@ -181,6 +182,11 @@ class Task(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
+
+
+def flattened(param: Tensor) -> Tensor:
+    """Parameter of several tasks, the first axis, as one row for each."""
+    return param.reshape(len(param), param.shape[1:].numel())
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -212,9 +212,10 @@ class Mixture:
 
     def to(self, device: torch.device | str) -> Self:
         """Move the tasks that are kept to ``device``, in place, where later ones are built; return the mixture."""
-        self.device = torch.device(device)
+        device = torch.empty(0, device=device).device  # fails before anything is moved where there is none
         for task in self._built.values():
             task.to(device)
+        self.device = device
         return self
 
 

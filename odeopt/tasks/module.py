@@ -200,6 +200,10 @@ class ModuleTask(Task):
             raise _unfit("a module whose loss `torch.func.vmap` can take", found) from error
         found = f"a function that returns shape {tuple(losses.shape[1:])}"
         require(losses.shape == indices.shape, "loss_fn", found, "one that returns a 0-d tensor, such as a mean")
+        with torch.enable_grad():
+            variables = {name: x.detach().requires_grad_() for name, x in params.items()}
+            has_gradient = self.loss(variables, batch).requires_grad
+        require(has_gradient, "loss_fn", self.loss_fn, "a loss that can be differentiated by the parameters")
         if not torch.allclose(losses, again, equal_nan=True):
             raise ValueError(
                 "Parameters `make_module` and `loss_fn` should give a loss that depends on parameters and batch alone. "
