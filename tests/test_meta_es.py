@@ -75,7 +75,7 @@ class ThreeWeights(UpdateRule):
     """Momentum and a step size, smooth in three weights, one of which says where the momentum starts."""
 
     def __init__(self, log_lr=-4.0):
-        super().__init__()
+        super().__init__(log_lr=log_lr)
         self.w = nn.Parameter(torch.tensor([log_lr, 0.3, 0.2], dtype=torch.float64))
         self.frozen = nn.Parameter(torch.tensor(0.5, dtype=torch.float64), requires_grad=False)
 

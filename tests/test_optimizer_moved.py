@@ -14,6 +14,8 @@ from odeopt.optimizer import LearnedOptimizer
 from odeopt.rules import AdamUpdate, PortHamiltonianUpdate, UpdateRule
 from odeopt.stepping.guard import Guard
 
+SPECTRAL = "port-hamiltonian-spectral"
+
 
 def step(optimizer, n=1):
     for _ in range(n):
@@ -53,7 +55,8 @@ def test_state_that_is_moved_in_memory_is_stepped_where_it_lies(move, implementa
 
 
 @pytest.mark.parametrize(
-    ("rule", "implementation"), [(None, "auto"), (None, "eager"), ("port-hamiltonian", "auto"), ("lstm", "auto")]
+    ("rule", "implementation"),
+    [(SPECTRAL, "auto"), (SPECTRAL, "eager"), ("port-hamiltonian", "auto"), ("lstm", "auto")],
 )
 def test_state_in_shared_memory_stays_there(rule, implementation):
     params = [nn.Parameter(torch.ones(n, n)) for n in (4, 4, 40)] + [nn.Parameter(torch.ones(3))]

@@ -228,11 +228,12 @@ class Layout:
         if n_matrices != self._n_deep:
             self._n_deep = n_matrices
             self._deepened = functools.cache(lambda rule: rule.for_depth(n_matrices))
-            self.placed = [
-                x._replace(rule=self._deepened(x.rule)) if x.bucket.is_whole and x.rule.is_staged else x
-                for x in self.placed
-            ]
-            self.plans = self._make_plans()
+            if self.placed:
+                self.placed = [
+                    x._replace(rule=self._deepened(x.rule)) if x.bucket.is_whole and x.rule.is_staged else x
+                    for x in self.placed
+                ]
+                self.plans = self._make_plans()
 
     def _place(self, group: Group, params: list[Tensor], states: States, names: dict[Tensor, str]) -> list[Placed]:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""

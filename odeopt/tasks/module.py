@@ -202,7 +202,7 @@ class ModuleTask(Task):
         require(losses.shape == indices.shape, "loss_fn", found, "one that returns a 0-d tensor, such as a mean")
         with torch.enable_grad():
             variables = {name: x.detach().requires_grad_() for name, x in params.items()}
-            has_gradient = self.loss(variables, batch).requires_grad
+            has_gradient = torch.is_inference_mode_enabled() or self.loss(variables, batch).requires_grad
         require(has_gradient, "loss_fn", self.loss_fn, "a loss that can be differentiated by the parameters")
         if not torch.allclose(losses, again, equal_nan=True):
             raise ValueError(
