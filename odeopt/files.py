@@ -7,11 +7,12 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_WAIT = 600.0  # seconds for other processes, each of which holds a shared file for the time of a write
 
 
 @contextmanager
@@ -43,6 +44,11 @@ def locked(path: str | os.PathLike, *, timeout: float) -> Iterator[None]:
         except sqlite3.Error as error:
             raise OSError(f"{path}: not locked for this process alone: {error}") from error
         yield
+
+
+def held_to_add(path: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a file that several processes add to: read it again, add to what it holds by now, and write."""
+    return locked(path.with_name(f".{path.name}.lock"), timeout=_WAIT)
 
 
 def unfit(path: str | os.PathLike, wanted: str, found: str) -> ValueError:

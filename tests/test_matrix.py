@@ -233,12 +233,29 @@ def test_an_interrupted_run_continues_to_the_same_file(two_rates, tmp_path, monk
         with pytest.raises(KeyboardInterrupt, match="in the third cell"):
             evaluate(AdamUpdate(0.05), *cells, path=path)
     assert set(json.loads(path.read_text())["cells"]) == {cell.name for cell in cells[:2]}
-    assert {file.name for file in tmp_path.iterdir()} == {"matrix.json", "whole.json"}
+    names = {"matrix.json", "whole.json"}
+    assert {file.name for file in tmp_path.iterdir()} == names | {f".{name}.lock" for name in names}
     two_rates.clear()
     again = evaluate(AdamUpdate(0.05), *cells, path=path)
     assert len(two_rates) == len(REFERENCES)  # for the one cell that was missing
     assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert again.table() == whole.table()
+
+
+def test_two_processes_may_write_to_one_file(two_rates, tmp_path, monkeypatch):
+    """While the first cell is filled another process fills two: both are kept, and neither is filled again."""
+    path, task = tmp_path / "matrix.json", Cell.task
+    cells = [Cell(**vars(TINY) | {"horizon": horizon}) for horizon in (2, 3, 4)]
+
+    def meanwhile(cell, *args, **options):
+        monkeypatch.setattr(Cell, "task", task)
+        evaluate(AdamUpdate(0.05), *cells[1:], path=path)
+        return cell.task(*args, **options)
+
+    monkeypatch.setattr(Cell, "task", meanwhile)
+    evaluate(AdamUpdate(0.05), *cells[:2], path=path)
+    assert set(json.loads(path.read_text())["cells"]) == {cell.name for cell in cells}
+    assert len(two_rates) == len(cells) * len(REFERENCES)
 
 
 def test_the_folder_of_the_file_is_made_before_any_work(two_rates, tmp_path):
@@ -319,7 +336,7 @@ def test_the_command_prints_the_table_and_leaves_file_and_figure(two_rates, tmp_
     command = ["matrix", "--quick", "--runs", "2", "--cells", "relu 20,|linear", "--out", str(tmp_path / "new")]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert {file.name for file in (tmp_path / "new").iterdir()} == {"matrix.json", "matrix.png"}
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"matrix.json", "matrix.png", ".matrix.json.lock"}
     assert "digits relu 20, 50 steps" in printed
     assert "digits linear, 50 steps" in printed
     assert "To Adam, cosine: " in printed

@@ -22,7 +22,7 @@ from odeopt.evaluation.baselines import Family, tune
 from odeopt.evaluation.compare import run
 from odeopt.evaluation.intervals import RESOLUTION, Interval, ratio_interval, ratio_text
 from odeopt.evaluation.result import DIVERGED, scores_of
-from odeopt.files import read_json, write_json
+from odeopt.files import held_to_add, read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.report import draw_table, plot_ratios
 from odeopt.rules.base import UpdateRule
@@ -255,7 +255,7 @@ def evaluate_matrix(
         cells: Cells by factor and value, as from :func:`grid`.
         name: Name of the rule, for tables and figures.
         path: JSON file to which each cell is written as soon as it is done; cells that it has are not run again. Its
-            folder is made if it is not there.
+            folder is made if it is not there. Several processes may write to one file.
         references_from: JSON file of another rule, with the same settings, from which references are taken.
         n_runs: Runs per cell and optimizer.
         n_tuning_runs: Runs per trial of a learning rate, on data and seeds of their own.
@@ -321,13 +321,16 @@ def _from_json(scores: list[float | None], n_diverged: int, lr: float | None) ->
     return Outcome(torch.tensor(scores, dtype=torch.float64), n_diverged, lr)
 
 
-def _write(path: Path, header: Mapping[str, Any], done: Mapping[str, Mapping[str, Outcome]]) -> None:
-    """Write all finished cells: an interruption leaves the old file or the new one."""
+def _write(path: Path, header: Mapping[str, Any], done: dict[str, dict[str, Outcome]]) -> None:
+    """Write all finished cells, with those that another process wrote meanwhile, which join ``done``."""
 
     def as_json(outcome: Outcome) -> dict[str, Any]:
         # JSON has no numbers that are not finite
         scores = [score if score < math.inf else None for score in outcome.scores.tolist()]
         return {**outcome._asdict(), "scores": scores}
 
-    cells = {cell: {name: as_json(outcome) for name, outcome in outcomes.items()} for cell, outcomes in done.items()}
-    write_json(path, {**header, "cells": cells}, sort_keys=True)
+    with held_to_add(path):
+        if path.exists():
+            done |= {**_read(path, header), **done}
+        cells = {cell: {name: as_json(each) for name, each in outcomes.items()} for cell, outcomes in done.items()}
+        write_json(path, {**header, "cells": cells}, sort_keys=True)

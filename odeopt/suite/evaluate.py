@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from odeopt.checks import is_integer, require, require_counts
-from odeopt.files import locked, read_json, write_json
+from odeopt.files import held_to_add, read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.suite.opponents import REFERENCE, Contender
 from odeopt.suite.problems import Problem
@@ -24,7 +24,6 @@ from odeopt.suite.run import Run, run, smoothed
 
 TUNING_SEED = 1000  # learning rates are chosen by a run of it; comparisons are on the seeds 0, 1, ...
 _N_POINTS = 200  # of a curve, at most
-_WAIT = 600.0  # seconds for other processes, each of which holds the file for the time of a write
 
 
 class Record(NamedTuple):
@@ -159,7 +158,7 @@ class _Store:
         """Add a record to what the file holds by now, another process being free to do so too."""
         self._records[key] = record
         if self._path is not None:
-            with locked(self._path.with_name(f".{self._path.name}.lock"), timeout=_WAIT):
+            with held_to_add(self._path):
                 self._read()
                 self._records[key] = record
                 write_json(self._path, {"runs": self._records}, is_by_row=True, sort_keys=True)
