@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -303,6 +304,8 @@ def test_a_file_of_something_else_is_refused_and_kept(two_rates, tmp_path, rule,
         (lambda text: text.replace('"cells"', '"cell"'), "field 'cells' is missing"),
         (lambda text: text[:100], "Unterminated|Expecting"),
         (lambda text: "[]", "list indices"),
+        (lambda text: text.replace('"Adam"', '"Adamant"'), "field 'Adam' is missing"),
+        (lambda text: re.sub(r'("scores": \[)[^,]*,', r"\1", text, count=1), "`scores` should have 2 numbers. Found"),
     ],
 )
 def test_a_damaged_file_is_refused(two_rates, tmp_path, change, message):

@@ -506,6 +506,16 @@ def test_a_damaged_file_is_refused_before_the_first_run(made, tmp_path, text):
     assert path.read_text() == text
 
 
+def test_a_curve_of_another_length_is_refused(made, tmp_path):
+    path = tmp_path / "suite.json"
+    evaluate(tiny("vit"), grid_of(0.1), path=path)
+    content = json.loads(path.read_text())
+    next(iter(content["runs"].values()))["curve"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{path}: not a suite .*: field `curve` should have 3 numbers. Found 2"):
+        evaluate(tiny("vit"), grid_of(0.1), path=path)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -306,19 +306,22 @@ def _outcome(rule: UpdateRule, task: Task, cell: Cell, n_runs: int, lr: float | 
 
 def _read(path: str | os.PathLike, header: Mapping[str, Any]) -> dict[str, dict[str, Outcome]]:
     """Outcomes by cell and optimizer, from a file whose header is as wanted."""
+    names = (_RULE, *(family.name for family in REFERENCES))
 
     def parse(content: Mapping[str, Any]) -> dict[str, dict[str, Outcome]]:
         return {
-            cell: {name: _from_json(**outcome) for name, outcome in outcomes.items()}
+            cell: {name: _from_json(header["runs"], **outcomes[name]) for name in names}
             for cell, outcomes in content["cells"].items()
         }
 
     return read_json(path, parse, wanted="a matrix that can be used here", header=header)
 
 
-def _from_json(scores: list[float | None], n_diverged: int, lr: float | None) -> Outcome:
-    scores = [math.inf if score is None else score for score in scores]
-    return Outcome(torch.tensor(scores, dtype=torch.float64), n_diverged, lr)
+def _from_json(n_runs: int, scores: list[float | None], n_diverged: int, lr: float | None) -> Outcome:
+    found = torch.tensor([math.inf if score is None else score for score in scores], dtype=torch.float64)
+    if found.shape != (n_runs,):  # else ratios would pair one run with all of another optimizer
+        raise ValueError(f"field `scores` should have {n_of(n_runs, 'number')}. Found {scores}")
+    return Outcome(found, n_diverged, lr)
 
 
 def _write(path: Path, header: Mapping[str, Any], done: dict[str, dict[str, Outcome]]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odeopt.checks import is_integer, require, require_counts
+from odeopt.checks import is_integer, n_of, require, require_counts
 from odeopt.files import held_to_add, read_json, write_json
 from odeopt.progress import tqdm
 from odeopt.suite.opponents import REFERENCE, Contender
@@ -190,4 +190,7 @@ def _from_json(record: Mapping[str, Any]) -> Record:
         return math.inf if value is None else float(value)
 
     *values, curve = (record[name] for name in Record._fields)
+    n_points = len(steps_of(record["settings"]["n_steps"]))
+    if len(curve) != n_points:
+        raise ValueError(f"field `curve` should have {n_of(n_points, 'number')}. Found {len(curve)}")
     return Record(*map(number, values), tuple(map(number, curve)))
