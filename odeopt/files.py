@@ -46,6 +46,23 @@ def locked(path: str | os.PathLike, *, timeout: float) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, unless it is there, and keep other processes out of it.
+
+    Raises:
+        OSError: If another process holds it, or it cannot be written to.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / "lock", timeout=0))
+        except OSError as error:
+            wanted = "one that can be written to and that no other process works on"
+            raise OSError(f"Parameter `folder` should be {wanted}. Found `{folder}`: {error}.") from error
+        yield
+
+
 def held_to_add(path: Path) -> AbstractContextManager[None]:
     """Hold the lock of a file that several processes add to: read it again, add to what it holds by now, and write."""
     return locked(path.with_name(f".{path.name}.lock"), timeout=_WAIT)

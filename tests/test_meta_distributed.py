@@ -1,5 +1,6 @@
 """Meta-training on several ranks: two gloo processes, and what one process makes of the same run."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ from rule_toys import flat_weights
 
 import odeopt
 from odeopt.__main__ import main
+from odeopt.files import held
 from odeopt.meta import LostRankError, MetaConfig, World, meta_train
 from odeopt.meta.distributed import ALONE, current_world
 from odeopt.rules import HamiltonianUpdate, PortHamiltonianUpdate
@@ -117,6 +119,8 @@ def train_on_two(rank, folder):
     out["continued"] = train({}, folder=folder / "one", n_tasks=6)
     out["uneven"] = train({}, folder=folder / "three")
     out["too many ranks"] = raised(train, {}, folder=folder / "single", n_tasks=1)
+    with held(folder / "held") if rank == 0 else contextlib.nullcontext():
+        out["held"] = raised(train, {}, folder=folder / "held")
     config, watched = MetaConfig(**CONFIG), Watched()
     meta_train(tiny_rule(), watched, config)
     out["asked"] = sorted(name for name in watched.asked if name[0] != FINGERPRINT_SEED)
@@ -259,6 +263,13 @@ def test_more_ranks_than_tasks_are_refused(pair):
         assert "has 1 tasks per meta-step, too few for 2 ranks. Continue it on at most 1." in message
 
 
+def test_folder_that_another_process_works_on_is_refused_on_every_rank(pair, folder):
+    for result in pair:
+        kind, message = result["held"]
+        assert kind == "OSError"
+        assert f"that no other process works on. Found `{folder / 'held'}`" in message
+
+
 def test_rank_whose_gradient_is_not_finite_makes_all_skip(pair):
     assert [result["non-finite"] for result in pair] == [(1, 8), (1, 8)]
 
@@ -275,7 +286,7 @@ def test_ranks_that_would_train_different_rules_are_refused(pair):
 
 def test_only_the_first_rank_writes(pair, folder):
     assert [result["own folder"] for result in pair] == [True, False]
-    assert sorted(path.name.split(".")[0] for path in (folder / "own0").iterdir()) == ["checkpoint", "events"]
+    assert sorted(path.name.split(".")[0] for path in (folder / "own0").iterdir()) == ["checkpoint", "events", "lock"]
 
 
 # -------------------- the command line

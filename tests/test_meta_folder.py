@@ -288,6 +288,20 @@ def test_arguments_are_refused_by_name(options, error, match):
         train(line(), None, **options)
 
 
+def test_folder_is_that_of_one_training_at_a_time(tmp_path):
+    refused = []
+
+    def meanwhile(step, score):
+        with pytest.raises(OSError, match=r"`folder` should be one .* no other process works on. Found `") as caught:
+            train(line(), tmp_path, rule(seed=1))
+        refused.append(str(tmp_path) in str(caught.value))
+        return False
+
+    assert len(train(line(), tmp_path, on_validation=meanwhile).meta_losses) == CONFIG.n_meta_steps
+    assert refused == [True] * 3
+    train(line(), tmp_path)  # freed at the end
+
+
 def test_folder_of_another_class_is_refused():
     with pytest.raises(TypeError, match=r"`folder` should be of class str or PathLike or NoneType\. Found `3`"):
         train(line(), 3)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from odeopt.checks import check_class
-from odeopt.files import locked, unfit, write_json
+from odeopt.files import held, unfit, write_json
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
 from odeopt.meta.search_files import SearchConfig, import_optuna
@@ -145,15 +145,14 @@ def search(
 
     Raises:
         MissingExtraError: If Optuna is not installed.
-        ValueError: If a value does not fit the tasks; if ``folder`` holds the study of another search, one that cannot
-            be read, or one that another process is working on; if ``stop_after`` is no number, or gradients are
-            disabled.
+        ValueError: If a value does not fit the tasks; if ``folder`` holds the study of another search, or one that
+            cannot be read; if ``stop_after`` is no number, or gradients are disabled.
+        OSError: If another process works on ``folder``, or it cannot be written to.
         TypeError: If ``config`` is no :class:`~odeopt.meta.search_files.SearchConfig`.
     """
     check_class("config", config, SearchConfig)
     check_call(stop_after)  # before trials would fail by it
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with _opened(config, folder) as study:
         run = _Search(config, study, folder, data_dir, torch.device(device))
         run.check_tasks()
@@ -323,11 +322,7 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
     """Open the study in ``study.db``, new or begun before, for this process alone."""
     module, path = import_optuna(), folder / _STUDY
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder / "lock", timeout=0))
-        except OSError as error:
-            wanted = "one that can be written to and that no other process works on"
-            raise ValueError(f"Parameter `folder` should be {wanted}. Found `{folder}`: {error}.") from error
+        stack.enter_context(held(folder))
         stack.callback(module.logging.set_verbosity, module.logging.get_verbosity())
         module.logging.set_verbosity(module.logging.ERROR)
         pruner = module.pruners.NopPruner()

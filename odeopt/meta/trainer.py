@@ -12,14 +12,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from odeopt.checks import is_number, require
-from odeopt.files import replaced, unfit
+from odeopt.files import held, replaced, unfit
 from odeopt.meta.config import MetaConfig, MetaResult
 from odeopt.meta.distributed import ALONE, LostRankError, World, current_world
 from odeopt.meta.identity import are_close, differences, identity_of
@@ -86,6 +86,7 @@ def meta_train(
             weights have several dtypes, or its steps mix tasks; if ``stop_after`` is no number; if a rank's arguments
             are not those of the others; if ``compile`` is set for a rule that is not staged, or an estimator that does
             not backpropagate; if ``task`` is a mixture and the estimator has runs that go on from call to call.
+        OSError: If another process works on ``folder``, or it cannot be written to.
         TypeError: If an argument is of another class, or the rule returns something else than it should.
         LostRankError: If another rank stopped or cannot be reached. The last checkpoint is whole.
 
@@ -207,7 +208,7 @@ class _Run:
     is_compiled: bool = False
 
     def __post_init__(self) -> None:
-        rule, config, folder = self.rule, self.config, self.folder
+        rule, config = self.rule, self.config
         self.objective, self.estimator = config.objective, config.estimator.fresh()
         is_fit = not (self.estimator.is_stateful and isinstance(self.task, Mixture))
         require(is_fit, "task", self.task, f"no mixture where `estimator = {config.estimator}`, whose runs go on")
@@ -234,13 +235,8 @@ class _Run:
         self.averaged = _copy(rule.state_dict())
         self.n_tasks_seen = 0
         self.n_validated = 0
-        self.path = None if folder is None else folder / "checkpoint.pt"
-        self.writer = None
-        if folder is not None and self.world.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder))
+        self.path = None if self.folder is None else self.folder / "checkpoint.pt"
+        self.hold, self.writer = ExitStack(), None
 
     def episode(self) -> Iterator[float]:
         """Train on one batch of tasks; yield the meta-loss of each meta-step."""
@@ -375,6 +371,7 @@ class _Run:
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one; the first rank reads it for all."""
+        self.world.broadcast_result(self._open)
         if self.path is not None or self.world.size > 1:
             self.identity = identity_of(self.rule, self.task, self.validation_task, self.config)
         self._start_alike()
@@ -413,6 +410,13 @@ class _Run:
         self.estimator.load_state_dict(checkpoint["estimator"])
         self.n_tasks_seen, self.n_validated = checkpoint["n_tasks_seen"], checkpoint["n_validated"]
 
+    def _open(self) -> None:
+        if self.folder is not None:
+            self.hold.enter_context(held(self.folder))  # else a second run would replace the checkpoint of the first
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder))
+
     def _read(self) -> bytes | None:
         return None if self.path is None or not self.path.exists() else self.path.read_bytes()
 
@@ -431,13 +435,14 @@ class _Run:
         self.best_weights, self.averaged = _copy(self.rule.state_dict()), _copy(self.rule.state_dict())
 
     def close(self) -> None:
-        if self.writer is not None and isinstance(sys.exception(), KeyboardInterrupt):
-            # it may have come while a lock of the writer was taken, and then closing never ends
-            closing = threading.Thread(target=self.writer.close, daemon=True)
-            closing.start()
-            closing.join(_PATIENCE)
-        elif self.writer is not None:
-            self.writer.close()
+        with self.hold:
+            if self.writer is not None and isinstance(sys.exception(), KeyboardInterrupt):
+                # it may have come while a lock of the writer was taken, and then closing never ends
+                closing = threading.Thread(target=self.writer.close, daemon=True)
+                closing.start()
+                closing.join(_PATIENCE)
+            elif self.writer is not None:
+                self.writer.close()
 
     def _log(self, name: str, value: float, step: int) -> None:
         if self.writer is not None:
