@@ -721,3 +721,16 @@ def test_validations_that_are_not_finite_are_noted_as_none(tmp_path):
     noted = odeopt.load(tmp_path / "rule.safetensors").trained_for
     assert noted["validations"] == [[0, None], [2, None], [4, 0.5]]
     assert noted["validation_loss"] == 0.5
+
+
+@pytest.mark.parametrize("command", ["train", "search", "tune"])
+@pytest.mark.parametrize("name", ["folder", "tiny.toml/rule", "/proc/rule"])
+def test_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys, command, name):
+    work = {"train": "train.meta_train", "search": "search.search", "tune": "tune.make_baselines_table"}[command]
+    monkeypatch.setattr(f"odeopt.cli.{work}", lambda *args, **options: pytest.fail("begun"))
+    out, searched = tmp_path / name, '[search]\nsampler = "grid"\n[search.space]\ntraining.lr = [0.1]\n'
+    config = write(tmp_path, QUADRATIC + (searched if command == "search" else ""))
+    (tmp_path / "folder").mkdir()
+    given = [] if command == "tune" else ["--config", str(config), "--folder", str(tmp_path / "run")]
+    assert main([command, *given, "--out", str(out), "--overwrite"]) == 2
+    assert re.search(f"`--out` should be a file.* Found (the folder )?`{out}`", capsys.readouterr().err)

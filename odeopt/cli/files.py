@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from odeopt import artifacts, hub
@@ -11,9 +12,16 @@ from odeopt.rules import UpdateRule
 
 def prepare(out: Path, may_overwrite: bool) -> None:
     """See before the work that its result can be written."""
+    if out.is_dir():
+        raise IsADirectoryError(f"Parameter `--out` should be a file. Found the folder `{out}`.")
     if out.exists() and not may_overwrite:
         raise FileExistsError(f"Parameter `--out` should be a new file, or --overwrite be given. Found `{out}`.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):  # permissions alone do not tell, in /proc for instance
+            pass
+    except OSError as error:
+        raise OSError(f"Parameter `--out` should be a file that can be written. Found `{out}`: {error}.") from error
 
 
 def named_rule(text: str) -> tuple[str, UpdateRule]:
