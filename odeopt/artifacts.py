@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -65,16 +66,28 @@ def save(
     """
     require_flags(overwrite=overwrite)
     path = Path(path)
+    require(path.parent.is_dir(), "path", str(path), "in a folder that exists")
+    require(not path.is_dir(), "path", str(path), "a file, not a folder")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"Parameter `path` should be a new file, or `overwrite` be True. Found `path = {path}`.")
+    with replaced(path) as temporary:
+        _write(rule, path, temporary, trained_for)
+
+
+def check_can_be_saved(rule: UpdateRule, path: str | os.PathLike[str], *, trained_for: Mapping[str, Any]) -> None:
+    """Raise what :func:`save` would raise of a rule, and write nothing to ``path``: before a training, say."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write(rule, Path(path), Path(folder, "rule.safetensors"), trained_for)
+
+
+def _write(rule: UpdateRule, path: Path, temporary: Path, trained_for: Mapping[str, Any]) -> None:
+    """Write what will be ``path``, which messages name, to a temporary file, and read it again."""
     rule_class = type(rule).__name__
     is_known = UpdateRule.registry.get(rule_class) is type(rule)
     require(is_known, "rule", rule, "of a class in `UpdateRule.registry`, by a name that no rule of odeopt has")
     wanted = "a dictionary with `horizon` and `task`"
     is_complete = isinstance(trained_for, Mapping) and {"horizon", "task"} <= trained_for.keys()
     require(is_complete, "trained_for", trained_for, f"{wanted}: a number of steps, and a name or `task.describe()`")
-    require(path.parent.is_dir(), "path", str(path), "in a folder that exists")
-    require(not path.is_dir(), "path", str(path), "a file, not a folder")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"Parameter `path` should be a new file, or `overwrite` be True. Found `path = {path}`.")
     fields = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -95,12 +108,11 @@ def save(
             raise _error(path, name, "what JSON can hold", fields) from error
     weights = {name: _storable(path, name, value) for name, value in rule.state_dict().items()}
     metadata["sha256"] = json.dumps(checksum(weights, metadata))
-    with replaced(path) as temporary:
-        try:
-            temporary.write_bytes(safetensors.torch.save(weights, metadata))
-            _check_same(temporary, load(temporary), rule)
-        except ValueError as error:
-            raise ValueError(f"{path}: not saved: {str(error).removeprefix(f'{temporary}: ')}") from error
+    try:
+        temporary.write_bytes(safetensors.torch.save(weights, metadata))
+        _check_same(temporary, load(temporary), rule)
+    except ValueError as error:
+        raise ValueError(f"{path}: not saved: {str(error).removeprefix(f'{temporary}: ')}") from error
 
 
 @_disable_current_modes()

@@ -306,6 +306,14 @@ class OwnEstimator(Backpropagation):
 class Rooms:
     Inner = OwnTask
 
+class DatedRule(HamiltonianUpdate):
+    def __init__(self, since=None):
+        super().__init__()
+        self.config = {"since": since}
+
+class LSTMUpdate(HamiltonianUpdate):
+    pass
+
 def function():
     pass
 """
@@ -320,7 +328,8 @@ def own_classes(tmp_path, monkeypatch):
     text = QUADRATIC.replace('"port-hamiltonian"\nmodes = 1\nhidden = [3]', '"own_classes:OwnRule"')
     text = text.replace('"RandomQuadratic"\ndim = 3', '"own_classes:Rooms.Inner"\nsize = 3')
     yield text + '[training.estimator]\nclass = "own_classes:OwnEstimator"\nspeed = 2.0\n'
-    UpdateRule.registry.pop("OwnRule", None)
+    for name in ("OwnRule", "DatedRule"):
+        UpdateRule.registry.pop(name, None)
 
 
 def test_rule_task_and_estimator_may_be_classes_of_the_users(own_classes, tmp_path, capsys):
@@ -369,6 +378,27 @@ def test_class_that_cannot_be_used_is_refused(own_classes, tmp_path, old, new, m
 
 
 # -------------------- the command
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("DatedRule\"\nsince = 2026-01-01 #", "rule.safetensors: field `config` should be what JSON can hold"),
+        ("LSTMUpdate", "Parameter `rule` should be .* by a name that no rule of odeopt has"),
+    ],
+)
+def test_rule_that_cannot_be_saved_is_refused_before_the_training(
+    own_classes, tmp_path, monkeypatch, capsys, command, name, match
+):
+    for work in ("train.meta_train", "search.search"):
+        monkeypatch.setattr(f"odeopt.cli.{work}", lambda *args, **options: pytest.fail("begun"))
+    searched = '[search]\nsampler = "grid"\n[search.space]\ntraining.lr = [0.1]\n'
+    config = write(tmp_path, own_classes + (searched if command == "search" else ""), OwnRule=name)
+    out = tmp_path / "out" / "rule.safetensors"
+    assert main([command, "--config", str(config), "--out", str(out), "--folder", str(tmp_path / "run")]) == 2
+    assert re.search(match, capsys.readouterr().err)
+    assert list(out.parent.iterdir()) == []
 
 
 def train(config, tmp_path, *options):

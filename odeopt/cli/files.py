@@ -7,6 +7,8 @@ from pathlib import Path
 
 from odeopt import artifacts, hub
 from odeopt.checks import require
+from odeopt.meta.config import MetaResult
+from odeopt.meta.files import Config
 from odeopt.rules import UpdateRule
 
 
@@ -22,6 +24,12 @@ def prepare(out: Path, may_overwrite: bool) -> None:
             pass
     except OSError as error:
         raise OSError(f"Parameter `--out` should be a file that can be written. Found `{out}`: {error}.") from error
+
+
+def check_can_be_saved(config: Config, rule: UpdateRule, out: Path) -> None:
+    """See before the training that its rule can be saved, by the untrained one."""
+    account = config.trained_for(MetaResult(rule, best_score=0.0))  # an infinite one is not JSON
+    artifacts.check_can_be_saved(config.in_use(rule), out, trained_for=account)
 
 
 def named_rule(text: str) -> tuple[str, UpdateRule]:

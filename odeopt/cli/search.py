@@ -8,7 +8,7 @@ from pathlib import Path
 from odeopt import artifacts
 from odeopt.checks import install_command
 from odeopt.cli import arguments
-from odeopt.cli.files import prepare
+from odeopt.cli.files import check_can_be_saved, prepare
 from odeopt.meta.files import available_configs
 from odeopt.meta.search import search
 from odeopt.meta.search_files import load_search
@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder or Path("runs") / f"{config.name}.search"
     out = args.out or Path("runs") / f"{config.name}.safetensors"
     prepare(out, args.overwrite)
+    for values in config.probes():
+        tried = config.at(values)
+        check_can_be_saved(tried, tried.build_rule(), out)
     result = search(config, folder, data_dir=args.data_dir, device=args.device, stop_after=args.stop_after)
     if result.trials:
         print(draw_table(*result.rows(), markdown=args.markdown), end="\n\n")

@@ -14,7 +14,7 @@ import torch
 
 from odeopt import artifacts
 from odeopt.cli import arguments
-from odeopt.cli.files import prepare
+from odeopt.cli.files import check_can_be_saved, prepare
 from odeopt.meta.distributed import World, joined_world, local_rank
 from odeopt.meta.files import START, Config, available_configs, load_config
 from odeopt.meta.trainer import meta_train
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_with(world: World, config: Config, folder: Path, out: Path, args: argparse.Namespace) -> int:
     world.broadcast_result(lambda: prepare(out, args.overwrite))
     rule = config.build_rule().to(args.device)
-    config.in_use(rule)  # what is refused should be refused before the training
+    world.broadcast_result(lambda: check_can_be_saved(config, rule, out))
     task = world.local_first(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
     began, results = time.monotonic(), []
     for stage in config.stages:
