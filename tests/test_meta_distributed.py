@@ -343,7 +343,17 @@ def test_dead_rank_stops_the_run_which_torchrun_continues(tmp_path):
     assert got.trained_for["tasks_per_meta_step"] == 4
 
 
-def test_command_that_is_told_to_stop_says_how_to_continue(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        (None, "told to stop (SIGTERM); "),
+        ("1", "Rank 1 was told to stop (SIGTERM), as torchrun does when another rank has stopped; "),
+    ],
+)
+def test_command_that_is_told_to_stop_says_how_to_continue(tmp_path, monkeypatch, capsys, rank, said):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
     loss, n_evaluations, before = RandomQuadratic.loss, [], signal.getsignal(signal.SIGTERM)
 
     def stopped(self, params, batch):
@@ -355,8 +365,7 @@ def test_command_that_is_told_to_stop_says_how_to_continue(tmp_path, monkeypatch
     monkeypatch.setattr(RandomQuadratic, "loss", stopped)
     assert main(command(tmp_path)) == 128 + signal.SIGTERM
     line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert line.startswith("python -m odeopt train: Rank 0 was told to stop (SIGTERM)")
-    assert line.endswith(f"the same command continues from {tmp_path / 'run'}.")
+    assert line == f"python -m odeopt train: {said}the same command continues from {tmp_path / 'run'}."
     assert signal.getsignal(signal.SIGTERM) is before
     assert main(command(tmp_path)) == 0
     assert "12 of 12 meta-steps" in capsys.readouterr().out

@@ -99,12 +99,12 @@ def _run_with(world: World, config: Config, folder: Path, out: Path, args: argpa
 @contextmanager
 def _stoppable(folder: Path) -> Iterator[None]:
     """Make SIGTERM, which torchrun sends to the ranks that are left when one fails, an exception with a message."""
+    told = "told to stop (SIGTERM)"
+    if "RANK" in os.environ:
+        told = f"Rank {os.environ['RANK']} was {told}, as torchrun does when another rank has stopped"
 
     def stop(number: int, frame: object) -> None:
-        raise Terminated(
-            f"Rank {os.environ.get('RANK', 0)} was told to stop (SIGTERM), as torchrun does when another rank has "
-            f"stopped; the same command continues from {folder}."
-        )
+        raise Terminated(f"{told}; the same command continues from {folder}.")
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
