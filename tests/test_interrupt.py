@@ -108,11 +108,35 @@ def test_training_is_kept_and_continued(tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoint.pt"
     status, output = interrupted([*command, "1000"], tmp_path, checkpoint.exists)
     assert status == 130, output
-    assert output.splitlines()[-1] == f"python -m odeopt train: {arguments.RESUMES}"
+    assert output.splitlines()[-1] == f"python -m odeopt train: {arguments.FROM_VALIDATION}"
     assert "Traceback" not in output
     monkeypatch.chdir(tmp_path)
     assert main([*command[2:], "0"]) == 0
     assert int(re.search(r"(\d+) of 100000 meta-steps", capsys.readouterr().out)[1]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("start", "kept", "message"),
+    [
+        ("", None, arguments.BEGINS_ANEW),
+        ("", "checkpoint.pt", arguments.FROM_VALIDATION),
+        ("[start]\n", "checkpoint.pt", arguments.BEGINS_ANEW),  # of the training without a start
+        ("[start]\n", "start/checkpoint.pt", arguments.FROM_VALIDATION),
+    ],
+)
+def test_training_without_a_checkpoint_begins_anew(tmp_path, monkeypatch, capsys, start, kept, message):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("odeopt.cli.train.meta_train", interrupted)
+    (tmp_path / "tiny.toml").write_text(CONFIG + start)
+    monkeypatch.chdir(tmp_path)
+    if kept is not None:
+        path = tmp_path / "runs" / "tiny" / kept
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert main(["train", "--config", "tiny.toml"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m odeopt train: {message}"
 
 
 def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py

@@ -111,6 +111,7 @@ _SHARED: dict[str, dict[str, Any]] = {
 
 
 RESUMES = "interrupted; what is done is kept, and the same command continues from there"
+FROM_VALIDATION = "interrupted; the same command continues from the last validation"
 BEGINS_ANEW = "interrupted; nothing was kept, and the same command begins anew"
 
 

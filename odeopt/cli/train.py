@@ -48,7 +48,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeout", type=arguments.positive, default=1800, metavar="SECONDS", help="how long a rank "
                        "waits for the others before it counts them as lost (default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
-    parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,8 +59,18 @@ def run(args: argparse.Namespace) -> int:
         config, name = config.with_seed(args.seed), f"{name}-seed{args.seed}"
     folder = args.folder or Path("runs") / name
     out = args.out or Path("runs") / f"{name}.safetensors"
-    with _stoppable(folder), joined_world(args.device, timeout=args.timeout) as world:
-        return _run_with(world, config, folder, out, args)
+    try:
+        with _stoppable(folder), joined_world(args.device, timeout=args.timeout) as world:
+            return _run_with(world, config, folder, out, args)
+    finally:  # the error of an interrupt may be another one
+        is_kept = any((each / "checkpoint.pt").exists() for each in _folders(config, folder))
+        args.on_interrupt = arguments.FROM_VALIDATION if is_kept else arguments.BEGINS_ANEW
+
+
+def _folders(config: Config, folder: Path) -> tuple[Path, ...]:
+    """Folders of the stages."""
+    # apart from the folder of a training without a start, whose checkpoint may not be taken for this one's
+    return (folder,) if config.start is None else (folder / START, folder / "main")
 
 
 def _run_with(world: World, config: Config, folder: Path, out: Path, args: argparse.Namespace) -> int:
@@ -69,11 +79,8 @@ def _run_with(world: World, config: Config, folder: Path, out: Path, args: argpa
     world.broadcast_result(lambda: check_can_be_saved(config, rule, out))
     task = world.local_first(lambda: config.build_task(data_dir=args.data_dir, device=args.device))
     began, results = time.monotonic(), []
-    for stage in config.stages:
-        is_start = stage is config.start
-        # apart from the folder of a training without a start, whose checkpoint may not be taken for this one's
-        where = folder if config.start is None else folder / (START if is_start else "main")
-        what = f"{config.name}, start" if is_start else config.name
+    for stage, where in zip(config.stages, _folders(config, folder), strict=True):
+        what = f"{config.name}, start" if stage is config.start else config.name
         left = None if args.stop_after is None else max(0.0, args.stop_after - (time.monotonic() - began))
         result = meta_train(rule, task, stage, folder=where, stop_after=left, compile=args.compile)
         results.append(result)
