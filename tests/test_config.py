@@ -384,7 +384,7 @@ def test_class_that_cannot_be_used_is_refused(own_classes, tmp_path, old, new, m
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("DatedRule\"\nsince = 2026-01-01 #", "rule.safetensors: field `config` should be what JSON can hold"),
+        ('DatedRule"\nsince = 2026-01-01 #', "rule.safetensors: field `config` should be what JSON can hold"),
         ("LSTMUpdate", "Parameter `rule` should be .* by a name that no rule of odeopt has"),
     ],
 )
@@ -764,3 +764,14 @@ def test_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkey
     given = [] if command == "tune" else ["--config", str(config), "--folder", str(tmp_path / "run")]
     assert main([command, *given, "--out", str(out), "--overwrite"]) == 2
     assert re.search(f"`--out` should be a file.* Found (the folder )?`{out}`", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("option", [[], ["--stop-after", "0"]], ids=["whole", "stopped"])
+def test_training_without_a_finite_validation_saves_no_rule(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.setattr("odeopt.meta.trainer.validation_score", lambda *args, **options: math.inf)
+    with pytest.warns(RuntimeWarning, match="No validation came out finite"):
+        assert train(write(tmp_path), tmp_path, *option) == (0 if option else 2)
+    printed = capsys.readouterr()
+    told = "stopped early before any validation" if option else "without a rule: no validation came out finite"
+    assert told in printed.out + printed.err
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import time
@@ -91,12 +92,17 @@ def _run_with(world: World, config: Config, folder: Path, out: Path, args: argpa
                 f"validation loss {result.best_score:.4f} at meta-step {result.best_step}; skipped "
                 f"{result.n_skipped_outliers} outliers and {result.n_skipped_nonfinite} non-finite meta-gradients"
             )
+        has_rule = math.isfinite(result.best_score)
         if n_done < n_wanted:
             if world.is_first:
                 best = folder / "best.safetensors"
-                artifacts.save(config.in_use(rule), best, trained_for=config.trained_for(*results), overwrite=True)
-                print(f"stopped early with the best rule so far in {best}; the same command continues from {folder}")
+                if has_rule:
+                    artifacts.save(config.in_use(rule), best, trained_for=config.trained_for(*results), overwrite=True)
+                kept = f"with the best rule so far in {best}" if has_rule else "before any validation came out finite"
+                print(f"stopped early {kept}; the same command continues from {folder}")
             return 0
+        if not has_rule:
+            raise ValueError(f"{what} ended without a rule: no validation came out finite. Nothing was saved to {out}.")
     if world.is_first:
         artifacts.save(config.in_use(rule), out, trained_for=config.trained_for(*results), overwrite=args.overwrite)
         print(f"saved {out}")
