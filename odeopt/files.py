@@ -58,7 +58,7 @@ def held(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / "lock", timeout=0))
         except OSError as error:
-            wanted = "one that can be written to and that no other process works on"
+            wanted = "one that can be written to and that nothing else works on"
             raise OSError(f"Parameter `folder` should be {wanted}. Found `{folder}`: {error}.") from error
         yield
 

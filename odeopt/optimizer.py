@@ -532,7 +532,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return final
 
         def take_up(_: torch.optim.Optimizer) -> None:
-            averages.hide(before, unless_changed=True)
+            averages.give_way(before, restored)
             # what is not kept up to date from here on would be taken for current later
             if self._sentry is None:
                 drop_saved(self.param_groups, restored)

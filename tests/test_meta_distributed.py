@@ -267,7 +267,7 @@ def test_folder_that_another_process_works_on_is_refused_on_every_rank(pair, fol
     for result in pair:
         kind, message = result["held"]
         assert kind == "OSError"
-        assert f"that no other process works on. Found `{folder / 'held'}`" in message
+        assert f"that nothing else works on. Found `{folder / 'held'}`" in message
 
 
 def test_rank_whose_gradient_is_not_finite_makes_all_skip(pair):

@@ -292,7 +292,7 @@ def test_folder_is_that_of_one_training_at_a_time(tmp_path):
     refused = []
 
     def meanwhile(step, score):
-        with pytest.raises(OSError, match=r"`folder` should be one .* no other process works on. Found `") as caught:
+        with pytest.raises(OSError, match=r"`folder` should be one .* nothing else works on. Found `") as caught:
             train(line(), tmp_path, rule(seed=1))
         refused.append(str(tmp_path) in str(caught.value))
         return False

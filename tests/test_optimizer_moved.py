@@ -99,6 +99,57 @@ def test_freezing_a_parameter_leaves_the_state_of_others_in_its_place(implementa
         torch.testing.assert_close(param.detach(), other)
 
 
+def test_a_state_that_a_user_puts_in_stays_the_users():
+    param = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+    optimizer = LearnedOptimizer([param])
+    step(optimizer, 2)
+    kept = copy.deepcopy(optimizer.state[param])
+    before = copy.deepcopy(kept)
+    optimizer.state[param] = kept
+    step(optimizer)
+    assert optimizer.state[param]["step"].item() == 3
+    assert all(torch.equal(kept[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("is_stack", [False, True])
+def test_matrices_without_a_gradient_are_not_computed(monkeypatch, is_stack):
+    shapes = [(2, 9, 9), (3, 9, 9), (1, 9, 9)] if is_stack else 3 * [(9, 9)]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    others = copy.deepcopy(params)  # each in a bucket of its own
+    groups = [[{"params": params, "is_stack": is_stack}], [{"params": [x], "is_stack": is_stack} for x in others]]
+    both = [LearnedOptimizer(each, implementation="eager") for each in groups]
+    for optimizer in both:
+        step(optimizer)
+    for some in (params, others):
+        some[1].grad = some[2].grad = None
+    untouched = [param.detach().clone() for param in params[1:]]
+    sizes, forward = [], PortHamiltonianUpdate.forward
+
+    def counted(rule, grad, *args, **options):
+        sizes.append(len(grad))
+        return forward(rule, grad, *args, **options)
+
+    monkeypatch.setattr(PortHamiltonianUpdate, "forward", counted)
+    for optimizer in both:
+        optimizer.step()
+    assert sizes == 2 * [2 if is_stack else 1]
+    torch.testing.assert_close(params, others)
+    assert all(map(torch.equal, params[1:], untouched))
+    assert [both[0].state[param]["step"].max().item() for param in params] == [2, 1, 1]
+
+
+def test_a_parameter_that_gets_its_shape_late_is_stepped_as_a_matrix():
+    early, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.empty(0))
+    optimizer = LearnedOptimizer([early, late])
+    early.grad = torch.ones(3)
+    optimizer.step()
+    late.data = torch.randn(12, 12)
+    late.grad = torch.randn(12, 12)
+    optimizer.step()
+    (factor,) = {placed.rule.depth_factor for placed in optimizer._layout.placed if placed.bucket.is_whole}
+    assert factor == optimizer.rule.for_depth(1).depth_factor
+
+
 @pytest.mark.parametrize("implementation", ["auto", "eager"])
 @pytest.mark.parametrize("rule", [AdamUpdate(0.1), "port-hamiltonian"], ids=["adam", "port-hamiltonian"])
 def test_parameters_that_come_to_share_memory_are_both_stepped(rule, implementation):
@@ -127,11 +178,11 @@ def test_memory_does_not_grow_with_the_sets_of_parameters_that_have_gradients():
     params = [nn.Parameter(torch.ones(2)) for _ in range(20)]
     optimizer = LearnedOptimizer(params, AdamUpdate(0.1))
     generator = torch.Generator().manual_seed(0)
-    for k in range(40):
+    for k in range(100):
         for param, has in zip(params, (torch.rand(20, generator=generator) < 0.5).tolist(), strict=True):
             param.grad = torch.ones(2) if has or k == 0 else None
         optimizer.step()
-    assert max(len(placed.bucket._masks) for placed in optimizer._layout.placed) <= 8
+    assert max(len(placed.bucket._masks) for placed in optimizer._layout.placed) <= 64
 
 
 def test_parameters_of_the_same_name_in_two_groups_are_all_diagnosed():
@@ -191,6 +242,17 @@ def test_loading_while_averages_are_shown_keeps_the_weights(loads_model):
         weights = copy.deepcopy(averaged(2)[0].state_dict())
         model.load_state_dict(weights)
     optimizer.load_state_dict(saved)
+    optimizer.train()
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+
+
+def test_a_state_saved_in_eval_shows_averages_before_and_after_it_is_loaded():
+    model, optimizer = averaged()
+    weights = copy.deepcopy(model.state_dict())
+    optimizer.eval()
+    shown = copy.deepcopy(model.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(x, shown[name]) for name, x in model.state_dict().items())
     optimizer.train()
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
 

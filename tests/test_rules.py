@@ -580,5 +580,15 @@ def test_options_that_a_rule_does_not_hand_on_are_refused_by_their_name(monkeypa
             self.gain = gain
 
     assert "gain" not in Gain(lr=0.1).config  # what is not given may be left to the class
-    with pytest.raises(TypeError, match=r"`Gain\.__init__` should hand `gain` on to `super\(\)\.__init__`"):
+    with pytest.raises(TypeError, match=r"Gain\.__init__` should hand `gain` on to `super\(\)\.__init__`"):
         Gain(**given)
+
+
+def test_options_may_be_passed_on_by_place(monkeypatch):
+    monkeypatch.setattr(UpdateRule, "registry", dict(UpdateRule.registry))
+
+    class Logged(SGDUpdate):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+
+    assert Logged(0.1, momentum=0.5).config == SGDUpdate(0.1, momentum=0.5).config

@@ -345,7 +345,7 @@ def test_folder_that_cannot_be_used_is_refused(tmp_path):
     holder += "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", holder], stdin=-1, stdout=-1) as process:
         process.stdout.readline()
-        with pytest.raises(OSError, match=r"`folder` should be one .* no other process works on. Found `.*study`"):
+        with pytest.raises(OSError, match=r"`folder` should be one .* nothing else works on. Found `.*study`"):
             go(config, folder)
         process.kill()  # which frees it
     assert go(config, folder).is_finished

@@ -22,7 +22,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "matrix",
         help="run a rule beside tuned Adam over networks, data, horizons and scales",
         description="Run a rule beside Adam, constant and with cosine decay, tuned for each cell. Cells are kept as "
-        "they are done: an interrupted run continues with the same command, and two processes may share one.",
+        "they are done: an interrupted run continues with the same command, and two processes may share one, each "
+        "with its own --cells.",
     )
     parser.add_argument("--rule", default="port-hamiltonian", help="a .safetensors file, or one of "
                         f"{', '.join(artifacts.available_pretrained())} (default: %(default)s)")  # fmt: skip

@@ -317,7 +317,7 @@ def _checked(init: Callable[..., None]) -> Callable[..., None]:
         lost = [name for name in _named(given) if name not in self.config]
         if lost:
             raise TypeError(
-                f"`{type(self).__name__}.__init__` should hand `{lost[0]}` on to `super().__init__`, by this name: the "
+                f"`{init.__qualname__}` should hand `{lost[0]}` on to `super().__init__`, by this name: the "
                 "rule is built again from what that keeps, in files and in copies with other options. "
                 f"Found `config = {self.config}`."
             )
@@ -330,7 +330,8 @@ def _named(given: inspect.BoundArguments) -> list[str]:
     names = []
     for name, value in [*given.arguments.items()][1:]:  # all but `self`
         kind = given.signature.parameters[name].kind
-        names += list(value) if kind is inspect.Parameter.VAR_KEYWORD else [name]
+        if kind is not inspect.Parameter.VAR_POSITIONAL:
+            names += list(value) if kind is inspect.Parameter.VAR_KEYWORD else [name]
     return names
 
 

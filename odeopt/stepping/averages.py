@@ -42,19 +42,24 @@ def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
                 param.copy_(held[AVERAGE])
 
 
-def hide(state: Mapping[Tensor, dict[str, Any]], *, unless_changed: bool = False) -> None:
-    """Put the weights back into the parameters that show averages.
-
-    Args:
-        state: States of the parameters.
-        unless_changed: Leave parameters as they are that no longer hold their average, as of a model loaded since.
-    """
+def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Put the weights back into the parameters that show averages."""
     with torch.no_grad():
         for param, held in _of_params(state):
             if _WEIGHTS in held:
-                weights = held.pop(_WEIGHTS)
-                if not unless_changed or torch.equal(param, held[AVERAGE].to(param.device, param.dtype)):
-                    param.copy_(weights)
+                param.copy_(held.pop(_WEIGHTS))
+
+
+def give_way(state: Mapping[Tensor, dict[str, Any]], after: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Put the weights back before another state takes the place of this one, unless that shows averages, too.
+
+    Parameters that no longer hold their average, as those of a model that was loaded first, stay as they are.
+    """
+    with torch.no_grad():
+        for param, held in _of_params(state):
+            is_shown = _WEIGHTS in held and torch.equal(param, held[AVERAGE].to(param.device, param.dtype))
+            if is_shown and _WEIGHTS not in after.get(param, {}):
+                param.copy_(held[_WEIGHTS])
 
 
 def drop(state: Mapping[Tensor, dict[str, Any]]) -> None:

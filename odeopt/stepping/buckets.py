@@ -17,7 +17,7 @@ from odeopt.stepping.shards import Shard
 
 # Most coordinates per row of a packed bucket, and fewest; the last row of a tensor is filled up with zeros.
 ROW, SHORT_ROW = 1024, 16
-_N_MASKS = 8  # that are kept
+_N_MASKS = 64  # that are kept
 
 
 class Bucket:
@@ -54,6 +54,7 @@ class Bucket:
         columns: For each field of the state, which axis the columns are; None where the field holds one value per row.
         has_values: Whether there are numbers, as :func:`odeopt.modes.has_values` tells.
         is_on_host: Whether there are, and reading them takes no host synchronisation.
+        taken: Of wholes, the rows that have a gradient, as :meth:`load` found them; None for all.
         n_skipped: Gradients skipped because they were not finite, int64, ``(n_tensors, 1)``.
     """
 
@@ -96,7 +97,8 @@ class Bucket:
         features = self._make_features(rule) if features is None else features
         self.rows = Rows.packed(features, n_rows) if has_rows else Rows(features)
         self.n_skipped = torch.zeros((len(sizes), 1), dtype=torch.int64, device=self.device)
-        self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._masks: dict[tuple[bool, ...], tuple[Tensor, Tensor | None]] = {}
+        self.taken: Tensor | None = None
         self._addresses: list[int] = []
         self._overlaps = False
 
@@ -140,7 +142,7 @@ class Bucket:
         if self.is_shared:
             pairs = zip(self.shards, grads, strict=True)
             grads = [None if grad is None else shard.local(grad) for shard, grad in pairs]
-        mask = self._mask(has_grad)
+        mask, self.taken = self._mask(has_grad)
         if self.is_stack:
             pairs = zip(grads, self.counts, strict=True)
             driven = [mask.new_zeros(n) if grad is None else are_driven(grad, n) for grad, n in pairs]
@@ -275,17 +277,20 @@ class Bucket:
         start, end = self._starts[index : index + 2]
         return storage.narrow(axis, start, end - start).unflatten(axis, (self.counts[index], -1))
 
-    def _mask(self, has_grad: tuple[bool, ...]) -> Tensor:
-        if has_grad not in self._masks:
-            of_tensors = [has for has, n in zip(has_grad, self.counts, strict=True) for _ in range(n)]
-            if all(of_tensors):  # on the device itself, without a host synchronisation
-                self._masks[has_grad] = torch.ones((len(of_tensors), 1), dtype=torch.bool, device=self.device)
-            else:
-                mask = torch.tensor(of_tensors, device="cpu").to(self.device).unsqueeze(-1)
-                if len(self._masks) >= _N_MASKS:
-                    return mask
-                self._masks[has_grad] = mask  # for good: captured graphs read it
-        return self._masks[has_grad]
+    def _mask(self, has_grad: tuple[bool, ...]) -> tuple[Tensor, Tensor | None]:
+        """Which tensors have a gradient; and their rows, if only those are to be stepped."""
+        if has_grad in self._masks:
+            return self._masks[has_grad]
+        of_tensors = [has for has, n in zip(has_grad, self.counts, strict=True) for _ in range(n)]
+        if all(of_tensors):  # on the device itself, without a host synchronisation
+            mask, taken = torch.ones((len(of_tensors), 1), dtype=torch.bool, device=self.device), None
+        else:
+            mask = torch.tensor(of_tensors, device="cpu")
+            taken = mask.nonzero()[:, 0].to(self.device) if self.is_whole and not self.is_gathered else None
+            mask = mask.to(self.device).unsqueeze(-1)
+        if len(self._masks) < _N_MASKS:  # for good: captured graphs read them
+            self._masks[has_grad] = mask, taken
+        return mask, taken
 
 
 def are_driven(grad: Tensor, n: int) -> Tensor:

@@ -121,6 +121,7 @@ class Layout:
     ) -> None:
         self.rule, self.lr, self.implementation, self.state_dtype = rule, lr, implementation, state_dtype
         self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
+        self._dictionaries: dict[Tensor, dict[str, Any]] = {}  # that were put into the state here
         self._forget()
 
     def update(self, groups: list[Group], states: States) -> None:
@@ -142,6 +143,7 @@ class Layout:
         new = [[p for p in group["params"] if p.grad is not None and p not in self.params] for group in groups]
         if any(new):
             # all groups at once: each parameter may have a group of its own
+            self._deepen(self._n_matrices(groups))  # shapes may have changed, of those that are yet to be placed
             names, placed = parameter_names(groups), []
             for group, params in zip(groups, new, strict=True):
                 if params:
@@ -221,7 +223,7 @@ class Layout:
         self._autocast_kinds: list[str] = []
         self._groups: list[list[int]] = []
         self._trained: list[bool] = []
-        self._n_deep = 0
+        self._n_deep: int | None = None
 
     def _deepen(self, n_matrices: int) -> None:
         """Let matrices be stepped as those of a network of so many."""
@@ -273,7 +275,10 @@ class Layout:
                 else:
                     bucket.init_state(index, rule)
                 given = bucket.views(index)
-                states.setdefault(param, held).update(given)
+                if states.get(param) is self._dictionaries.get(param, states):  # in place: others may hold it
+                    held.update(given)
+                else:
+                    states[param] = self._dictionaries[param] = {**held, **given}
                 handed.append(Handed.of(param, given))
             placed.append(Placed(bucket, rule, group, handed))
         return placed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +50,11 @@ class Piece(NamedTuple):
     columns: tuple[int | None, ...]
     shape: torch.Size
     is_staged: bool
+
+    def of(self, rows: Tensor) -> Self:
+        """Take some of the rows, each of which is a whole tensor."""
+        state = type(self.state)(*(x[rows] for x in self.state))
+        return self._replace(grad=self.grad[rows], theta=self.theta[rows], state=state)
 
 
 class Kernels(Protocol):
@@ -102,11 +107,11 @@ def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, kernels:
     # where every tensor moves no mask is needed; on a CPU that is known without a host synchronisation
     needs_mask = not bucket.is_on_host or not bool(moves.all())
     for chunk in chunks:
-        theta, state = _moved(rule, chunk, shared, options)
+        # matrices are costly, and without a gradient they stay
+        theta, state = _moved(rule, chunk if bucket.taken is None else chunk.of(bucket.taken), shared, options)
         mask = chunk.rows.broadcast(moves) if needs_mask else None
-        _write(chunk.theta, theta, mask)
-        for old, new in zip(chunk.state, state, strict=True):
-            _write(old, new, mask)
+        for old, new in zip((chunk.theta, *chunk.state), (theta, *state), strict=True):
+            _write(old, new if bucket.taken is None else old.index_copy(0, bucket.taken, new.to(old.dtype)), mask)
     bucket.store()
 
 
