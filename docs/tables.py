@@ -535,6 +535,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kinetic": energies,
     "laws": laws,
     "laws_of_the_rule": laws_of_the_rule,
+    "long_runs": lambda: suite("long_runs", "python examples/studies/long_runs.py"),
     "matrix": matrix,
     "meta": meta,
     "meta_seeds": meta_seeds,
