@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in NAMES:
         problem = make_problem(name, dataset=args.dataset, data_dir=args.data_dir)
         n_steps = FACTOR * problem.n_steps
-        problems[name] = replace(problem, n_steps=n_steps, title=f"{problem.title}, {n_steps:,} steps")
+        problems[name] = replace(problem, n_steps=n_steps, title=f"{name}, {n_steps:,} steps")
     compare("long_runs", "Runs of ten times as many steps", problems, ("adamw", "muon"), args)
 
 
