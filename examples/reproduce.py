@@ -66,7 +66,7 @@ STAGES = (
     ("trained-energies", 60, "studies/trained_energies.py --out {out}", QUICK_ENERGIES),
     ("seeds", 15, "studies/seeds.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("scale", 240, "studies/scale.py --out {out}", "--dataset digits --steps 5 --problems perceptron-64"),
-    ("long-runs", 80, "studies/long_runs.py --out {out}", "--dataset digits --steps 2 --problems vit"),
+    ("long-runs", 65, "studies/long_runs.py --out {out}", "--dataset digits --steps 2 --problems vit"),
     ("widest", 60, "studies/widest.py --out {out}", "--dataset digits --steps 1 --problems perceptron-2048"),
     ("step", 8, "benchmarks/step.py --out {out}", "--quick"),
     ("guard-cost", 1, "benchmarks/guard.py --json {out}/guard_cost.json", "--sizes 1e4"),

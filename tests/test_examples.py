@@ -61,7 +61,7 @@ TINY = {
     "trained_energies": ["--dataset", "digits", "--steps", "9", "--problems", "sigmoid", "--meta-steps", "1", "--seeds",
                          "1", "--rows", "^quadratic$"],
     "meta_curves": [str(FOLDER / "studies" / "seeds" / "port-hamiltonian-spectral-seed1.safetensors")],
-    "long_runs": ["--dataset", "digits", "--steps", "2", "--runs", "1", "--problems", "vit", "convnet"],
+    "long_runs": ["--dataset", "digits", "--steps", "2", "--runs", "1", "--problems", "vit", "recurrent"],
     "widest": ["--dataset", "digits", "--steps", "1", "--runs", "1", "--problems", "perceptron-2048"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],

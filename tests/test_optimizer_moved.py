@@ -99,6 +99,28 @@ def test_freezing_a_parameter_leaves_the_state_of_others_in_its_place(implementa
         torch.testing.assert_close(param.detach(), other)
 
 
+@pytest.mark.parametrize("rule", [SPECTRAL, "port-hamiltonian"])
+def test_what_stays_frozen_is_left_out_of_the_buckets(rule):
+    params = [nn.Parameter(torch.linspace(-1, 1, 30).view(5, 6) + k) for k in range(4)]
+    optimizer = LearnedOptimizer(params, rule, implementation="eager")
+    step(optimizer, 2)
+    kept = [copy.deepcopy(optimizer.state[param]) for param in params]
+    for param in params[1:]:
+        param.requires_grad_(False)
+        param.grad = None
+    for _ in range(12):
+        params[0].grad = torch.ones(5, 6)
+        optimizer.step()
+    assert [placed.bucket.params for placed in optimizer._layout.placed] == [params[:1]]
+    assert optimizer.state[params[0]]["step"].item() == 14
+    for param, before in zip(params[1:], kept[1:], strict=True):
+        assert all(torch.equal(optimizer.state[param][name], x) for name, x in before.items())
+    for param in params:
+        param.requires_grad_(True)
+    step(optimizer)
+    assert [optimizer.state[param]["step"].item() for param in params] == [15, 3, 3, 3]
+
+
 def test_a_state_that_a_user_puts_in_stays_the_users():
     param = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
     optimizer = LearnedOptimizer([param])

@@ -1,6 +1,6 @@
 """Does the default rule keep its place on networks of the suite that train for ten times as many steps?
 
-The long runs of ``scale.py`` are of networks so small that any optimizer reaches what they can learn. These are four of
+The long runs of ``scale.py`` are of networks so small that any optimizer reaches what they can learn. These are three of
 those on which the rule is compared in short runs, as they are. AdamW and Muon are tuned anew, as in
 ``python -m odeopt suite``. Runs are kept as they are done.
 """
@@ -13,7 +13,7 @@ from unseen import compare, parse
 
 from odeopt.suite import make_problem
 
-NAMES = ("transformer", "recurrent", "vit", "convnet")
+NAMES = ("transformer", "recurrent", "vit")
 FACTOR = 10
 
 

@@ -28,6 +28,9 @@ from odeopt.stepping.triton import TritonKernels, triton_obstacle
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 # Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
 _EXCHANGES_ALONE = 2**22
+_PATIENCE = (
+    10  # steps with most parameters frozen, after which the others are placed anew: laying out takes as long as many
+)
 _KINDS = itemgetter("is_table", "is_stack")
 
 Group = dict[str, Any]
@@ -134,10 +137,19 @@ class Layout:
                 self.count_skipped(groups)
                 self._forget()
                 self._groups = found
+        if self._n_idle == _PATIENCE:  # what is frozen for good is no longer copied and computed with the others
+            self.count_skipped(groups)
+            self._forget()
+            self._groups = found
         trained = [_is_trained(param) for group in groups for param in group["params"]]
         if trained != self._trained:
             self._trained = trained
             self._deepen(self._n_matrices(groups))
+            sizes = [0, 0]
+            for param in self.params:
+                sizes[_is_trained(param)] += param.numel()
+            self._is_idle, self._n_idle = sizes[False] > sizes[True], 0
+        self._n_idle += self._is_idle
         if len(self.params) == sum(len(group["params"]) for group in groups):
             return  # all are placed
         new = [[p for p in group["params"] if p.grad is not None and p not in self.params] for group in groups]
@@ -224,6 +236,7 @@ class Layout:
         self._groups: list[list[int]] = []
         self._trained: list[bool] = []
         self._n_deep: int | None = None
+        self._is_idle, self._n_idle = False, 0  # whether most is frozen of what is placed, and for how many steps
 
     def _deepen(self, n_matrices: int) -> None:
         """Let matrices be stepped as those of a network of so many."""
