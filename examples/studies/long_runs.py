@@ -1,7 +1,7 @@
 """Does the default rule keep its place on networks of the suite that train for ten times as many steps?
 
-The long runs of ``scale.py`` are of networks so small that any optimizer reaches what they can learn. These are three of
-those on which the rule is compared in short runs, as they are. AdamW and Muon are tuned anew, as in
+The long runs of ``scale.py`` are of networks so small that any optimizer reaches what they can learn. These are three
+of those on which the rule is compared in short runs, as they are. AdamW and Muon are tuned anew, as in
 ``python -m odeopt suite``. Runs are kept as they are done.
 """
 
