@@ -28,8 +28,7 @@ def prepare(out: Path, may_overwrite: bool) -> None:
 
 def check_can_be_saved(config: Config, rule: UpdateRule, out: Path) -> None:
     """See before the training that its rule can be saved, by the untrained one."""
-    account = config.trained_for(MetaResult(rule, best_score=0.0))  # an infinite one is not JSON
-    artifacts.check_can_be_saved(config.in_use(rule), out, trained_for=account)
+    artifacts.check_can_be_saved(config.in_use(rule), out, trained_for=config.trained_for(MetaResult(rule)))
 
 
 def named_rule(text: str) -> tuple[str, UpdateRule]:

@@ -28,9 +28,8 @@ from odeopt.stepping.triton import TritonKernels, triton_obstacle
 _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 # Shards from this size on: each of them exchanges its sums by itself, which takes as long as copying a million.
 _EXCHANGES_ALONE = 2**22
-_PATIENCE = (
-    10  # steps with most parameters frozen, after which the others are placed anew: laying out takes as long as many
-)
+# Steps with most parameters frozen, after which the others are placed anew: laying out takes as long as many steps.
+_PATIENCE = 10
 _KINDS = itemgetter("is_table", "is_stack")
 
 Group = dict[str, Any]
@@ -130,17 +129,15 @@ class Layout:
     def update(self, groups: list[Group], states: States) -> None:
         """Place parameters that have their first gradient, and all of them anew where someone has changed a thing."""
         found = [[id(group), *_KINDS(group), *map(id, group["params"])] for group in groups]
-        if found != self._groups or not all(placed.is_current(states) for placed in self.placed):
-            if found == self._groups and all(placed.follow(states) for placed in self.placed):
+        # what is frozen for good is not copied and computed with the others for ever
+        is_kept = found == self._groups and self._n_idle < _PATIENCE
+        if not is_kept or not all(placed.is_current(states) for placed in self.placed):
+            if is_kept and all(placed.follow(states) for placed in self.placed):
                 self.plans = self._make_plans()
             else:
                 self.count_skipped(groups)
                 self._forget()
                 self._groups = found
-        if self._n_idle == _PATIENCE:  # what is frozen for good is no longer copied and computed with the others
-            self.count_skipped(groups)
-            self._forget()
-            self._groups = found
         trained = [_is_trained(param) for group in groups for param in group["params"]]
         if trained != self._trained:
             self._trained = trained

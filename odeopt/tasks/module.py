@@ -194,15 +194,15 @@ class ModuleTask(Task):
         wanted = "a function that returns tensors, each with a first axis as long as `indices`, here 2"
         require(is_batch, "data", found, wanted)
         try:
-            losses, again = self.loss(params, batch), self.loss(params, batch)
+            losses = self.loss(params, batch)
+            with torch.enable_grad():
+                again = self.loss({name: x.detach().requires_grad_() for name, x in params.items()}, batch)
         except (RuntimeError, NotImplementedError) as error:
             found = f"`{type(self.module).__name__}`, where it fails: {error}"
             raise _unfit("a module whose loss `torch.func.vmap` can take", found) from error
         found = f"a function that returns shape {tuple(losses.shape[1:])}"
         require(losses.shape == indices.shape, "loss_fn", found, "one that returns a 0-d tensor, such as a mean")
-        with torch.enable_grad():
-            variables = {name: x.detach().requires_grad_() for name, x in params.items()}
-            has_gradient = torch.is_inference_mode_enabled() or self.loss(variables, batch).requires_grad
+        has_gradient = again.requires_grad or torch.is_inference_mode_enabled()
         require(has_gradient, "loss_fn", self.loss_fn, "a loss that can be differentiated by the parameters")
         if not torch.allclose(losses, again, equal_nan=True):
             raise ValueError(
