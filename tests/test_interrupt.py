@@ -102,13 +102,18 @@ def interrupted(command, folder, begun, begin=Forked):
     return status, (folder / "output").read_text()
 
 
+def last_words(output):
+    """The last line, less the error that a library made of the interrupt (torch.asarray does, where it comes)."""
+    return re.sub(r" \(then \w+: .*\)$", "", output.splitlines()[-1])
+
+
 def test_training_is_kept_and_continued(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.toml").write_text(CONFIG)
     command = ["-m", "odeopt", "train", "--config", "tiny.toml", "--stop-after"]
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoint.pt"
     status, output = interrupted([*command, "1000"], tmp_path, checkpoint.exists)
     assert status == 130, output
-    assert output.splitlines()[-1] == f"python -m odeopt train: {arguments.FROM_VALIDATION}"
+    assert last_words(output) == f"python -m odeopt train: {arguments.FROM_VALIDATION}"
     assert "Traceback" not in output
     monkeypatch.chdir(tmp_path)
     assert main([*command[2:], "0"]) == 0
@@ -144,7 +149,7 @@ def test_suite_is_kept(tmp_path):  # and continued: tests/test_suite.py
     path = tmp_path / "runs" / "suite" / "suite.json"
     status, output = interrupted(command, tmp_path, path.exists)
     assert status == 130, output
-    assert output.splitlines()[-1] == f"python -m odeopt suite: {arguments.RESUMES}"
+    assert last_words(output) == f"python -m odeopt suite: {arguments.RESUMES}"
     assert "Traceback" not in output
     assert json.loads(path.read_text())["runs"]
 
@@ -161,7 +166,7 @@ def test_scripts_say_how_to_go_on(tmp_path, script, message, begin):
     out = tmp_path / "out"  # made once the arguments are read
     status, output = interrupted([str(EXAMPLES / script), "--out", str(out)], tmp_path, out.exists, begin)
     assert status in (130, -signal.SIGINT), output
-    assert output.splitlines()[-1] == f"{Path(script).name}: {message}"
+    assert last_words(output) == f"{Path(script).name}: {message}"
     assert "Traceback" not in output
 
 
