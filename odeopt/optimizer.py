@@ -22,9 +22,9 @@ from odeopt.stepping.checkpoints import check_saved, in_order_of, read_states, w
 from odeopt.stepping.checks import (
     DTYPES,
     check_options,
+    check_parts,
     check_sharding,
     check_spelling,
-    check_stack,
     is_supported,
     parameter_names,
     warn_caller,
@@ -81,6 +81,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
     its first axis in front. A tensor whose gradient is all zero, such as that of an expert that no input was sent to,
     is left alone. A gradient that is not finite is skipped for that tensor alone.
 
+    A matrix may consist of blocks of rows (``n_blocks`` in its group), such as query, key and value, or the gates of a
+    recurrent layer. Its spectral energy is the sum of those of its blocks then: each is stepped by its own singular
+    values, in its own shape. All else is of the matrix as a whole, which counts once.
+
     Of a sharded parameter each process holds its piece of the state. Matrices that are stepped by their singular values
     are gathered for the step, one after the other. Stacks may be sharded along their first axis if no process is left
     without a tensor: each process steps its own tensors, and counts the gradients that it skips.
@@ -100,9 +104,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         params: Parameters, ``(name, parameter)`` pairs, or groups of either with their own ``lr``,
             ``weight_decay``, ``maximize``, ``total_steps``, ``is_table`` (whether the parameters of the group are
             lookup tables, the rows of which are vectors of their own: rules that step matrices by their singular values
-            step these by coordinates) and ``is_stack`` (whether each of them holds several tensors of one shape along
-            its first axis, such as the weights of experts, ``(experts, out, in)``, which are to be stepped one by one);
-            both are False by default. :func:`odeopt.param_groups` makes such groups.
+            step these by coordinates), ``is_stack`` (whether each of them holds several tensors of one shape along its
+            first axis, such as the weights of experts, ``(experts, out, in)``, which are to be stepped one by one) and
+            ``n_blocks`` (of how many blocks of rows each matrix consists: 3 for query, key and value in one; other
+            tensors, and rules without singular values, have no use for it). False, False and 1 by default;
+            :func:`odeopt.param_groups` makes such groups.
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
@@ -214,7 +220,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._handle = register(self)
         self._layout = self._new_layout(is_fallback=False)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
-        defaults |= {"is_table": False, "is_stack": False}
+        defaults |= {"is_table": False, "is_stack": False, "n_blocks": 1}
         check_options(defaults)
         if self._sentry is not None:
             defaults |= {SAVED_GUARD: self._sentry.saved(), PEAK_LR: 0.0}
@@ -473,8 +479,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             names = parameter_names(self.param_groups, len(self.param_groups) - 1)
             for param in group["params"]:
                 check_sharding(param, names[param])
-                if group["is_stack"]:
-                    check_stack(param, names[param])
+                check_parts(param, names[param], group)
                 if param.requires_grad and not is_supported(param):
                     self._raise_unsupported(
                         param, param, "be dense, real and of a floating-point type of 16 to 64 bits"

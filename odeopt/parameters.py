@@ -14,6 +14,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from odeopt.checks import is_number, require, shown
 from odeopt.rules.port_hamiltonian.kinetic import is_matrix
 
+# number of gates whose matrices a recurrent layer stacks
+_GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
+# names of layers of query, key and value in one, blocks of rows of equal size
+_PROJECTIONS = {"qkv", "qkv_proj", "to_qkv", "wqkv", "c_attn"}
 # how names of tables end
 _TABLES = {"pos", "position", "positions", "emb", "embed", "embedding", "embeddings", "table", "wpe", "wte"}
 
@@ -30,6 +34,10 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     (``is_stack``), and so are parameters of two axes, ``(experts, out)``, that the same module holds beside them.
     Matrices, convolutions and stacks are decayed, where that is asked for; tables, gains and vectors are not.
 
+    Matrices of several blocks of rows are stepped block by block (``n_blocks``): query, key and value in one, of a
+    ``nn.MultiheadAttention`` or of a ``nn.Linear`` with three times as many outputs as inputs, called ``qkv``,
+    ``qkv_proj``, ``to_qkv``, ``Wqkv`` or ``c_attn``; and the gates of ``nn.LSTM``, ``nn.GRU`` and their cells.
+
     The last layer is stepped as the matrix that it is: by coordinates no network that was tried holds out better, and
     perceptrons have 1.3 to 1.5 times the held-out loss (``python examples/studies/heads.py --runs 3``).
 
@@ -45,8 +53,8 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
             :class:`odeopt.LearnedOptimizer`.
 
     Returns:
-        Groups of named parameters: matrices, vectors, tables (with gains of several axes), stacks of matrices and of
-        vectors; those that there are.
+        Groups of named parameters: matrices, those of three and of four blocks, vectors, tables (with gains of several
+        axes), stacks of matrices and of vectors; those that there are.
 
     Raises:
         TypeError: If ``module`` is not a module.
@@ -68,8 +76,8 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     tables |= {key: param for key, param in _held_by(module, nn.LayerNorm, nn.RMSNorm).items() if param.ndim > 1}
     tables |= _gains(module)
     kernels = _held_by(module, _ConvNd, nn.Bilinear)
-    stacks = _stacks(module, kernels)
-    matrices, vectors, by_coordinates, stacked, stacked_vectors = [], [], [], [], []
+    stacks, blocks = _stacks(module, kernels), _blocks(module)
+    matrices, vectors, by_coordinates, stacked, stacked_vectors = {1: [], 3: [], 4: []}, [], [], [], []
     for name, param in module.named_parameters():
         is_row = _is_row(param)
         if id(param) in tables or (id(param) not in kernels and not is_row and _is_table(name, param)):
@@ -79,11 +87,12 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
         elif not is_matrix(tuple(param.shape)) and not (id(param) in kernels and param.ndim > 2):
             kind = vectors
         else:
-            kind = by_coordinates if is_row and param.ndim > 2 and id(param) not in kernels else matrices
+            is_gain = is_row and param.ndim > 2 and id(param) not in kernels
+            kind = by_coordinates if is_gain else matrices[blocks.get(id(param), 1)]
         kind.append((name, param))
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = (
-        {"params": matrices, **decayed},
+        *({"params": some, **decayed} | ({"n_blocks": n} if n > 1 else {}) for n, some in matrices.items()),
         {"params": vectors, "weight_decay": 0.0},
         {"params": by_coordinates, "weight_decay": 0.0, "is_table": True},
         {"params": stacked, **decayed, "is_stack": True},
@@ -115,6 +124,21 @@ def _stacks(module: nn.Module, kernels: Collection[int]) -> set[int]:
         stacks = [x for x in own if x.ndim > 2 and x.shape[0] > 1 and not _is_row(x)]
         lengths = {x.shape[0] for x in stacks}
         found.update(map(id, stacks), (id(x) for x in own if x.ndim == 2 and x.shape[0] in lengths))
+    return found
+
+
+def _blocks(module: nn.Module) -> dict[int, int]:
+    """Number of blocks of rows of the matrices that consist of several, by their identity."""
+    found = {}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
+            found[id(part.in_proj_weight)] = 3
+        elif isinstance(part, nn.RNNBase | nn.RNNCellBase):
+            n = _GATES.get(getattr(part, "mode", type(part).__name__), 1)
+            own = part.named_parameters(recurse=False)
+            found |= {id(param): n for key, param in own if key.startswith(("weight_ih", "weight_hh"))}
+        elif isinstance(part, nn.Linear) and name.rpartition(".")[2].lower() in _PROJECTIONS:
+            found[id(part.weight)] = 3 if part.out_features == 3 * part.in_features else 1
     return found
 
 

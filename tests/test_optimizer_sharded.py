@@ -74,6 +74,7 @@ RUNS = {name: {"rule": name} for name in RULES} | {
     "matrices, tensor parallel": {"rule": "matrices", "mesh": (1, 2), "tensor_parallel": True},
     "matrices, clipped": {"rule": "matrices", "clip": 0.1},
     "matrices, not a number": {"rule": "matrices", "hurt": True},
+    "matrices of blocks": {"rule": "matrices", "n_blocks": 3},
 }
 STACK_RULES = ("matrices", "port-hamiltonian", "adam", "lstm")
 N_STEPS = 5
@@ -97,11 +98,13 @@ class Model(nn.Sequential):
         self.double()
 
 
-def optimizer_of(model, rule="port-hamiltonian", **options):
-    """Mixed groups: weights that decay, and biases whose run has an end."""
+def optimizer_of(model, rule="port-hamiltonian", n_blocks=1, **options):
+    """Mixed groups: weights that decay, and biases whose run has an end; the weight of six rows may have blocks."""
     named = list(model.named_parameters())
     weights, biases = ([(name, p) for name, p in named if (p.dim() > 1) == has_axes] for has_axes in (True, False))
     groups = [{"params": weights, "lr": 0.5, "weight_decay": 0.002}, {"params": biases, "total_steps": 2 * N_STEPS}]
+    if n_blocks > 1:
+        groups.append(groups[0] | {"params": [weights.pop(1)], "n_blocks": n_blocks})
     return LearnedOptimizer(groups, make_rule(rule), **options)
 
 
@@ -205,9 +208,9 @@ def exchanges():
 # -------------------- what a rank does
 
 
-def run(rank, folder, *, rule="port-hamiltonian", threshold=None, clip=None, hurt=False, **options):
+def run(rank, folder, *, rule="port-hamiltonian", threshold=None, clip=None, hurt=False, n_blocks=1, **options):
     model = shard(Model(), **options)
-    optimizer = optimizer_of(model, rule)
+    optimizer = optimizer_of(model, rule, n_blocks)
     batch_of = None if options.get("tensor_parallel") else rank
     with stepped_in_place(threshold), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
@@ -358,9 +361,9 @@ def work(rank, folder):
 # -------------------- beside one process
 
 
-def reference(*, rule="port-hamiltonian", clip=None, hurt=False, **_):
+def reference(*, rule="port-hamiltonian", clip=None, hurt=False, n_blocks=1, **_):
     model = Model()
-    optimizer = optimizer_of(model, rule)
+    optimizer = optimizer_of(model, rule, n_blocks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         train(model, optimizer, range(N_STEPS), clip=clip, hurts_at=[0, 2] if hurt else ())

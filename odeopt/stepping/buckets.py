@@ -39,6 +39,7 @@ class Bucket:
             process holds a piece of them: then the bucket holds the pieces, and :meth:`wholes` gathers one after the
             other.
         is_stack: Whether each parameter is a stack, of which this process holds at least one tensor.
+        n_blocks: Blocks of rows of which each tensor consists.
         features: Of the tensors, as :meth:`odeopt.rules.base.StagedRule.features` gives them, if they are at hand.
 
     Attributes:
@@ -46,7 +47,7 @@ class Bucket:
         shards: Placement of each of them.
         is_gathered: Whether they are stepped as wholes, and each process holds pieces.
         counts: Number of tensors of each parameter: one, but for stacks.
-        shapes: Shape of each tensor, across all processes.
+        shapes: Shape of each tensor, across all processes; or of each of its blocks.
         tensors: Of each tensor its parameter, and its number there.
         dtype: Dtype in which the step is computed.
         state: State of the rule in rows.
@@ -66,9 +67,10 @@ class Bucket:
         dtype: torch.dtype | None = None,
         is_whole: bool = False,
         is_stack: bool = False,
+        n_blocks: int = 1,
         features: Tensor | None = None,
     ) -> None:
-        self.params, self.is_whole, self.is_stack = list(params), is_whole, is_stack
+        self.params, self.is_whole, self.is_stack, self.n_blocks = list(params), is_whole, is_stack, n_blocks
         self.shards = [Shard.of(param) for param in self.params]
         self.is_gathered = is_whole and not is_stack and self.shards[0].n_shards > 1
         self._kept_dtype = dtype
@@ -82,7 +84,7 @@ class Bucket:
         self.is_shared = self.shards[0].mesh is not None
         self.counts = [param.shape[0] if is_stack else 1 for param in local]
         self._shapes = [param.shape for param in local]
-        shapes = [shard.shape[1:] if is_stack else shard.shape for shard in self.shards]
+        shapes = [block_shape(shard.shape[1:] if is_stack else shard.shape, n_blocks) for shard in self.shards]
         self.shapes = [shape for shape, n in zip(shapes, self.counts, strict=True) for _ in range(n)]
         starts = [shard.first_tensor if is_stack else 0 for shard in self.shards]
         places = zip(self.params, starts, self.counts, strict=True)
@@ -181,7 +183,8 @@ class Bucket:
             pieces += [(self._view(self._storage[name], index, axis), axis) for name, axis in along.items()]
             theta, theta.grad, *state = shard.gathered(pieces)
             features = self.rows.features[index : index + 1]
-            bucket = Bucket(rule, [theta], dtype=self._kept_dtype, is_whole=True, features=features)
+            options = {"dtype": self._kept_dtype, "is_whole": True, "n_blocks": self.n_blocks, "features": features}
+            bucket = Bucket(rule, [theta], **options)
             bucket.set_state(0, {name: self._once(name, index) for name in once} | dict(zip(along, state, strict=True)))
             yield bucket
             pieces[0][0].copy_(shard.local(theta))
@@ -291,6 +294,11 @@ class Bucket:
         if len(self._masks) < _N_MASKS:  # for good: captured graphs read them
             self._masks[has_grad] = mask, taken
         return mask, taken
+
+
+def block_shape(shape: torch.Size, n_blocks: int) -> torch.Size:
+    """Shape of each of the blocks of rows of a tensor."""
+    return shape if n_blocks == 1 else torch.Size((shape[0] // n_blocks, *shape[1:]))
 
 
 def are_driven(grad: Tensor, n: int) -> Tensor:

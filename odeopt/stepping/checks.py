@@ -32,7 +32,7 @@ _FOREIGN = {
     "local_shards": "ShardedTensor",
 }
 # Options that a group of parameters may set; other names in it belong to schedulers, trainers or the user.
-_OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack")
+_OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack", "n_blocks")
 # Similarity from which on a name is a misspelt one: `maximise` has .88, and `weight_decay_mult`, which is meant, .83.
 _MISSPELT = 0.85
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
@@ -66,6 +66,8 @@ def check_options(options: dict[str, Any], *, may_wait: bool = True) -> None:
     require(is_length, "total_steps", total_steps, "a positive integer or None")
     for name in ("maximize", "is_table", "is_stack"):
         require(isinstance(options[name], bool), name, options[name], "True or False")
+    n_blocks = options["n_blocks"]
+    require(is_integer(n_blocks) and n_blocks >= 1, "n_blocks", n_blocks, "a positive integer")
 
 
 def check_spelling(group: Mapping[str, Any]) -> None:
@@ -135,13 +137,19 @@ def check_sharding(param: Tensor, name: str) -> None:
         )
 
 
-def check_stack(param: Tensor, name: str) -> None:
-    """Raise a ValueError where a parameter cannot be a stack, whose tensors are stepped one by one."""
-    found = None
-    if param.ndim == 0:
+def check_parts(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a parameter does not hold the tensors, or the blocks, that its group says it does."""
+    is_stack, n_blocks, found = group["is_stack"], group["n_blocks"], None
+    if is_stack and param.ndim == 0:
         found = f"shape {tuple(param.shape)}"
-    elif not Shard.of(param).holds_tensors:
+    elif is_stack and not Shard.of(param).holds_tensors:
         found = f"shape {tuple(param.shape)}, `placements = {param.placements}`"
+    rows = param.shape[is_stack : is_stack + 1]
+    if n_blocks > 1 and found is None and (not rows or rows[0] % n_blocks):
+        raise ValueError(
+            f"Parameter `{name}` should consist of {n_blocks} blocks of as many rows each, as its group says "
+            f"(`n_blocks = {n_blocks}`). Found shape {tuple(param.shape)}."
+        )
     if found is not None:
         raise ValueError(
             f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "

@@ -34,7 +34,9 @@ def _diagnosed(layout: Layout, placed: Placed, index: int) -> dict[str, Tensor]:
     """Quantities of one parameter of a bucket, of a stack those of its tensors along the first axis."""
     bucket, options, param = placed.bucket, layout.options(placed), placed.bucket.params[index]
     tensors = (param, param.grad) if bucket.is_stack else (param.unsqueeze(0), param.grad.unsqueeze(0))
-    found = [_of_tensor(placed, *each, options) for each in zip(*tensors, bucket.rule_states(index), strict=True)]
+    shapes = [shape for (own, _), shape in zip(bucket.tensors, bucket.shapes, strict=True) if own is param]
+    each = zip(*tensors, bucket.rule_states(index), shapes, strict=True)
+    found = [_of_tensor(placed, *parts, options) for parts in each]
     if not bucket.is_stack:
         return found[0]
     total = {name: torch.stack([own[name] for own in found]) for name in found[0]}
@@ -44,12 +46,12 @@ def _diagnosed(layout: Layout, placed: Placed, index: int) -> dict[str, Tensor]:
 
 
 def _of_tensor(
-    placed: Placed, param: Tensor, grad: Tensor, state: NamedTuple, options: StepOptions
+    placed: Placed, param: Tensor, grad: Tensor, state: NamedTuple, shape: torch.Size, options: StepOptions
 ) -> dict[str, Tensor]:
     rule = placed.rule
     theta, grad = (x.detach().flatten().to(placed.bucket.dtype) for x in (param, grad))
     grad = -grad if options.maximize else grad
-    signals = {"param": theta, "shape": param.shape, "progress": options.progress}
+    signals = {"param": theta, "shape": shape, "progress": options.progress}
     change = options.lr * rule(grad, state, **signals)[0]
     if options.decay is not None:
         change = change - options.lr * options.decay * theta

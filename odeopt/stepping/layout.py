@@ -15,8 +15,8 @@ from torch import Tensor
 from odeopt.checks import require
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
-from odeopt.stepping.buckets import Bucket, state_template
-from odeopt.stepping.checks import check_sharding, check_stack, extent_of, overlapping, parameter_names, warn_caller
+from odeopt.stepping.buckets import Bucket, block_shape, state_template
+from odeopt.stepping.checks import check_parts, check_sharding, extent_of, overlapping, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
@@ -30,7 +30,7 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 _EXCHANGES_ALONE = 2**22
 # Steps with most parameters frozen, after which the others are placed anew: laying out takes as long as many steps.
 _PATIENCE = 10
-_KINDS = itemgetter("is_table", "is_stack")
+_KINDS = itemgetter("is_table", "is_stack", "n_blocks")
 
 Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -252,8 +252,7 @@ class Layout:
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
         for param in params:
             check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
-            if is_stack:
-                check_stack(param, names[param])
+            check_parts(param, names[param], group)
         shards = [Shard.of(param) for param in params]
         # each of which is stepped after those before it
         shared = overlapping(extent_of(shard.local(param)) for shard, param in zip(shards, params, strict=True))
@@ -261,7 +260,9 @@ class Layout:
             rule = self.rule_for(param, group["is_table"])
             is_alone = rule.crosses_coordinates and not rule.is_staged
             shape = tensor_shape(param, group)
-            stacked = shape if not is_alone and rule.is_whole(shape) else None
+            # blocks that are too narrow for singular values of their own are not told apart
+            blocks = [n for n in (group["n_blocks"], 1) if not is_alone and rule.is_whole(block_shape(shape, n))]
+            stacked = (shape, blocks[0]) if blocks else None
             # by the average piece, so that all processes choose alike
             size = param.numel() // shard.n_shards
             threshold = _STEPPED_IN_PLACE.get(param.device.type, _STEPPED_IN_PLACE["cpu"])
@@ -273,8 +274,8 @@ class Layout:
         for (rule, *_, is_alone, stacked), together in alike.items():
             if stacked is not None:  # one for all matrices, which go through one call then
                 rule = self._deepened(rule)
-            is_whole = is_alone or stacked is not None
-            bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole, is_stack=is_stack)
+            options = {"dtype": self.state_dtype, "is_whole": is_alone or stacked is not None, "is_stack": is_stack}
+            bucket = Bucket(rule, together, n_blocks=1 if stacked is None else stacked[1], **options)
             handed = []
             for index, param in enumerate(together):
                 held = states.get(param, {})  # others may keep something of theirs there too

@@ -1,4 +1,8 @@
-"""Kinetic energies of the rule's modes: of coordinates, and of matrices, whose step sizes are operator norms."""
+"""Kinetic energies of the rule's modes: of coordinates, and of matrices, whose step sizes are operator norms.
+
+A matrix may consist of several blocks of rows, such as query, key and value, or the gates of a recurrent layer. Its
+energy is the sum of those of its blocks then, whose shape the functions are given.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ def spectral_velocity(
     Args:
         energy: The energy.
         x: Momenta, shape ``(*batch, n)``.
-        shape: Shape of the parameter tensor.
+        shape: Shape of the parameter tensor, or of each of its blocks.
         others: Further momenta of the step, which the held norm bounds as well; without any the norm is that of ``x``,
             and the result is the orthogonalised matrix, but not the gradient of an energy.
         products: Precision of the products: ``"full"``, ``"bfloat16"`` or ``"auto"``, as ``matrix_products`` of the
@@ -67,12 +71,12 @@ def spectral_velocity(
     matrix, norm = _as_matrix(x, shape), _held_norm(shape, x, *others) if others else None
     is_narrow = products == "bfloat16" or (products == "auto" and x.is_cuda and x.dtype == torch.float32)
     dtype = torch.bfloat16 if is_narrow else None
-    return newton_schulz(matrix, norm, energy.coefficients, dtype=dtype).flatten(-2)
+    return newton_schulz(matrix, norm, energy.coefficients, dtype=dtype).flatten(-3)
 
 
 def stored_energy(energy: SpectralEnergy, p: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Spectral energy of momenta ``(*batch, n)`` in units of their own norm, shape ``(*batch,)``."""
-    return energy.energy(_as_matrix(p, shape), _held_norm(shape, p))
+    return energy.energy(_as_matrix(p, shape), _held_norm(shape, p)).sum(-1)
 
 
 def spectral_balance(
@@ -85,8 +89,9 @@ def spectral_balance(
     *others: Tensor,
 ) -> PowerBalance:
     """Account of a spectral mode at the start of a step, as :func:`spectral_velocity`, each field ``(*batch,)``."""
-    norm = _held_norm(shape, p, *others)
-    return spectral_power_balance(_as_matrix(p, shape), _as_matrix(u, shape), friction, gain, energy, norm)
+    p, u, norm = _as_matrix(p, shape), _as_matrix(u, shape), _held_norm(shape, p, *others)
+    rates = (rate.unsqueeze(-1).expand(p.shape[:-2]) for rate in (friction, gain))
+    return PowerBalance(*(power.sum(-1) for power in spectral_power_balance(p, u, *rates, energy, norm)))
 
 
 def coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
@@ -111,18 +116,18 @@ def row_gains(p: Tensor, shape: tuple[int, ...], power: float) -> Tensor:
 
     Args:
         p: Momenta of all modes that share the gains, shape ``(*batch, modes, n)``.
-        shape: Shape of the parameter tensor.
+        shape: Shape of the parameter tensor, or of each of its blocks.
         power: The power, in [0, 1].
 
     Returns:
         Gain of each coordinate's row, shape ``(*batch, n)``.
     """
-    squares = _as_matrix(p, shape).square().sum((-3, -1))
+    squares = _as_matrix(p, shape).square().sum((-4, -1))
     mean = squares.mean(-1, keepdim=True)
     ratio = torch.where(mean > 0, squares / torch.where(mean > 0, mean, 1.0), 1.0)
     gains, weight = (ratio + _SMALL_ROW).pow(-power / 2), ratio / (ratio + _SMALL_ROW)
     gains = gains * (weight.sum(-1, keepdim=True) / (weight * gains.square()).sum(-1, keepdim=True)).sqrt()
-    return gains.unsqueeze(-1).expand(*gains.shape, math.prod(shape[1:])).flatten(-2)
+    return gains.unsqueeze(-1).expand(*gains.shape, math.prod(shape[1:])).flatten(-3)
 
 
 def coordinate_energy(p: Tensor, energies: Mapping[int, CoordinateEnergy]) -> Tensor:
@@ -147,7 +152,8 @@ def coordinate_balance(
 
 
 def _as_matrix(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return x.unflatten(-1, (shape[0], -1))
+    """Blocks of a flat matrix, ``(*batch, n)`` to ``(*batch, n_blocks, out, rest)``."""
+    return x.unflatten(-1, (-1, shape[0], math.prod(shape[1:])))
 
 
 def _held_norm(shape: tuple[int, ...], *momenta: Tensor) -> Tensor:

@@ -110,12 +110,14 @@ class NativeStep:
         self._numbers = [number for number, bucket in enumerate(buckets) for _ in bucket.params]
         tensors = [(bucket, index, shape) for bucket in buckets for index, shape in enumerate(bucket.shapes)]
         numbers = [number for bucket, number in zip(buckets, groups, strict=True) for _ in bucket.shapes]
+        sizes = [bucket.n_blocks * shape.numel() for bucket, _, shape in tensors]
         # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
         self._work = [
-            shape.numel() * (1 + _short_side(shape) // 32 if bucket.is_whole else 1) for bucket, _, shape in tensors
+            n * (1 + _short_side(shape) // 32 if bucket.is_whole else 1)
+            for n, (bucket, _, shape) in zip(sizes, tensors, strict=True)
         ]
         self._all_work = sum(self._work)
-        self._n_bytes = [shape.numel() * bucket.param_dtype.itemsize for bucket, _, shape in tensors]
+        self._n_bytes = [n * bucket.param_dtype.itemsize for n, (bucket, *_) in zip(sizes, tensors, strict=True)]
         # offsets of the tensors of each parameter; None where no parameter is a stack
         self._offsets: list[range] | None = None
         if any(bucket.is_stack for bucket in buckets):
@@ -128,20 +130,21 @@ class NativeStep:
         self._entangled_at: tuple[list[int], set[int]] = [], set()
         self._lock = threading.Lock()
         states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
-        zipped = zip(self._tensors, tensors, numbers, self._work, states, strict=True)
-        for tensor, (bucket, index, shape), number, work, state in zipped:
+        zipped = zip(self._tensors, tensors, sizes, numbers, self._work, states, strict=True)
+        for tensor, (bucket, index, shape), n, number, work, state in zipped:
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
             if bucket.is_whole:
-                tensor.n_rows, tensor.operator_scale = shape[0], operator_scale(shape, rule.matrix_scale)
+                tensor.n_rows, tensor.n_blocks = bucket.n_blocks * shape[0], bucket.n_blocks
+                tensor.operator_scale = operator_scale(shape, rule.matrix_scale)
             if normalization == "coordinate":
                 tensor.second_moment = state["second_moment"].data_ptr()
             tensor.features, tensor.n_skipped = (
                 bucket.rows.features[index].data_ptr(),
                 bucket.n_skipped[index].data_ptr(),
             )
-            tensor.n, tensor.mode_stride, tensor.work = shape.numel(), state["p"].stride(0), work
+            tensor.n, tensor.mode_stride, tensor.work = n, state["p"].stride(0), work
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
             tensor.skips_zeros, tensor.group = bucket.is_stack, number
 

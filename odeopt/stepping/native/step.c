@@ -52,7 +52,7 @@
 #define HAS_AMX 0
 #endif
 
-#define VERSION 9    /* of the structures below */
+#define VERSION 10 /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -126,7 +126,8 @@ typedef struct {
     int64_t n, mode_stride;
     int64_t work;   /* how much there is to do, in coordinates */
     int64_t n_rows; /* of a matrix that is stepped by its singular values; 0 for other tensors */
-    float operator_scale;
+    int64_t n_blocks;     /* of as many rows each, of which that matrix consists: each has singular values of its own */
+    float operator_scale; /* of a block */
     int32_t param_type, state_type;
     int32_t skips_zeros; /* whether a gradient that is zero throughout counts as none, as in stacks */
     int32_t group;
@@ -161,10 +162,11 @@ typedef struct {
 
 /* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
    orthogonalised ones, and the same transposed; gains of the rows; then a packed part of a matrix, and symmetric
-   matrices; or, for products in bfloat16, tiles. */
+   matrices; or, for products in bfloat16, tiles; and sums over each block. */
 typedef struct {
     float *momenta, *others, *sum, *transposed, *gains, *factor;
     void *panel, *gram, *power, *polynomial, *total, *tiles;
+    double *sums;
 } Workspace;
 
 typedef struct {
@@ -496,10 +498,22 @@ static void finish(const Rule *rule, const Tensor *t, const Shared *c)
 
 /* ---------- matrices */
 
+/* Of a matrix, or of each of its blocks. */
 static int short_side(const Tensor *t)
 {
-    const int64_t n_columns = t->n / t->n_rows;
-    return (int)(t->n_rows < n_columns ? t->n_rows : n_columns);
+    const int64_t n_rows = t->n_rows / t->n_blocks, n_columns = t->n / t->n_rows;
+    return (int)(n_rows < n_columns ? n_rows : n_columns);
+}
+
+static int64_t long_side(const Tensor *t)
+{
+    return t->n / t->n_blocks / short_side(t);
+}
+
+/* Sums of squares over a block: of efforts, and of the momenta to be orthogonalised before and after the step and ahead. */
+static int n_squares(const Rule *rule)
+{
+    return 1 + 3 * (rule->n_spectral > 0 ? rule->n_spectral : 1);
 }
 
 static int has_row_gains(const Rule *rule)
@@ -530,7 +544,7 @@ static size_t tiles_of(const Rule *rule, const Tensor *t)
 #if HAS_AMX
     Tiles unused;
     if (rule->in_bfloat16)
-        return lay_out_tiles(short_side(t), t->n / short_side(t), NULL, &unused);
+        return lay_out_tiles(short_side(t), long_side(t), NULL, &unused);
 #endif
     (void)rule, (void)t;
     return 0;
@@ -539,19 +553,20 @@ static size_t tiles_of(const Rule *rule, const Tensor *t)
 /* Bytes that a matrix needs; they are laid out from `at`, or nowhere if that is NULL. */
 static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
 {
-    const int is_double = in_double_precision(short_side(t), t->n / short_side(t));
+    const int is_double = in_double_precision(short_side(t), long_side(t));
     const size_t m = rule->in_bfloat16 ? 0 : padded(short_side(t)), number = is_double ? sizeof(double) : sizeof(float);
     const size_t square = m * m * number, flat = t->n * sizeof(float);
     const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
     const size_t gains = has_row_gains(rule) ? t->n_rows * sizeof(float) : 0;
     const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, gains, m * m * sizeof(float),
-                            m * PANEL * number, square, square, square, square, tiles_of(rule, t)};
-    void *parts[12];
+                            m * PANEL * number, square, square, square, square, tiles_of(rule, t),
+                            t->n_blocks * n_squares(rule) * sizeof(double)};
+    void *parts[13];
     size_t total = 0;
-    for (int k = 0; k < 12; total += whole_lines(sizes[k++]))
+    for (int k = 0; k < 13; total += whole_lines(sizes[k++]))
         parts[k] = at == NULL || sizes[k] == 0 ? NULL : at + total;
     *w = (Workspace){parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], parts[8], parts[9],
-                     parts[10], parts[11]};
+                     parts[10], parts[11], parts[12]};
     return total;
 }
 
@@ -722,29 +737,36 @@ static int sums_of(const Job *job, int pass)
 }
 
 /* The last pass over a matrix. The momenta of spectral modes are damped and driven by one number each, and move it along
-   the velocities at the lookahead point; or along the orthogonalised sum of all outputs. Where the step is one between
-   two moves, there are no products. */
+   the velocities at the lookahead point; or along the orthogonalised sum of all outputs: block by block, each with the
+   norm of its own momentum. Where the step is one between two moves, there are no products. */
 static void advance_matrix(const Job *job, int64_t i, char *workspace)
 {
     const Rule *rule = job->rule;
     const Tensor *t = job->tensors + i;
     const Shared *c = job->shared + i;
     const Kernels *kernels = job->kernels;
-    const int n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1, m = short_side(t);
-    const int64_t n_columns = t->n / t->n_rows;
-    const int is_tall = t->n_rows > n_columns;
+    const int n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1, m = short_side(t), n_sums = n_squares(rule);
+    const int64_t n_columns = t->n / t->n_rows, n_rows = t->n_rows / t->n_blocks, size = n_rows * n_columns;
+    const int is_tall = n_rows > n_columns;
     Workspace w;
     lay_out(rule, t, workspace, &w);
-    /* of squares, of efforts and of each spectral mode's momentum before and after the step and ahead */
-    double *sums = c->sums;
-    memset(sums, 0, (1 + 3 * n_momenta) * sizeof(double));
+    double *sums = c->sums; /* of all blocks */
+    memset(sums, 0, n_sums * sizeof(double));
+    memset(w.sums, 0, t->n_blocks * n_sums * sizeof(double));
     if (w.gains != NULL) {
         kernels->row_squares(rule, t, w.gains);
-        row_gains(rule, t->n_rows, w.gains, w.gains);
+        for (float *gains = w.gains; gains < w.gains + t->n_rows; gains += n_rows)
+            row_gains(rule, n_rows, gains, gains);
     }
-    for (int64_t start = 0; start < t->n; start += CHUNK) {
-        const int64_t stop = start + CHUNK < t->n ? start + CHUNK : t->n;
-        kernels->advance_matrix(rule, t, c, job->grads[i], start, stop, w.momenta, w.others, w.gains, sums);
+    for (int64_t block = 0; block < t->n_blocks; block++) {
+        const int64_t end = (block + 1) * size;
+        double *own = w.sums + block * n_sums;
+        for (int64_t start = block * size; start < end; start += CHUNK) {
+            const int64_t stop = start + CHUNK < end ? start + CHUNK : end;
+            kernels->advance_matrix(rule, t, c, job->grads[i], start, stop, w.momenta, w.others, w.gains, own);
+        }
+        for (int k = 0; k < n_sums; k++)
+            sums[k] += own[k];
     }
     if (!c->moves) {
         if (group_of(job, i)->keep != 1.0f)
@@ -757,25 +779,31 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
             continue;
         const double *squares = sums + 1 + 3 * k;
         const float *rates = c->rates + 4 * mode;
-        float *x = w.momenta + k * t->n;
-        double norm = squares[2], weight = kappa;
+        double weight = kappa;
         if (rule->n_spectral > 0) {
-            norm = fmax(norm, fmax(squares[0], squares[1]));
             weight *= rates[1] / START_GAIN;
             if (c->coherence > 0.0f) {
                 const double rms = sqrt(squares[1] / t->n + 1e-12), effort = sqrt(fmax(sums[0] / t->n, 1.0));
                 weight *= pow(fmin(rms * rates[0] / (rates[1] * effort), 1.0), c->coherence);
             }
         }
-        if (is_tall) {
-            transpose(x, t->n_rows, n_columns, w.transposed);
-            x = w.transposed;
+        for (int64_t block = 0; block < t->n_blocks; block++) {
+            const double *of_block = w.sums + block * n_sums + 1 + 3 * k;
+            const double norm = rule->n_spectral > 0 ? fmax(of_block[2], fmax(of_block[0], of_block[1])) : of_block[2];
+            float *x = w.momenta + k * t->n + block * size;
+            Workspace own = w;
+            own.sum += block * size;
+            if (is_tall) {
+                transpose(x, n_rows, n_columns, w.transposed);
+                x = w.transposed;
+            }
+            orthogonalise(kernels, x, m, size / m, sqrt(norm), weight, &own, k > 0);
         }
-        orthogonalise(kernels, x, m, t->n / m, sqrt(norm), weight, &w, k > 0);
         k++;
     }
     if (is_tall) {
-        transpose(w.sum, n_columns, t->n_rows, w.transposed);
+        for (int64_t start = 0; start < t->n; start += size)
+            transpose(w.sum + start, n_columns, n_rows, w.transposed + start);
         w.sum = w.transposed;
     }
     if (w.gains != NULL)
