@@ -213,6 +213,24 @@ def test_muon_steps_each_matrix_of_a_stack():
 
 
 @needs_muon
+def test_muon_steps_each_block_of_a_matrix():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.body, model.head = nn.GRU(4, 5, bias=False), nn.Identity()
+    blocks = [nn.Parameter(x.clone()) for weight in model.body.parameters() for x in weight.detach().chunk(3)]
+    ours, theirs = MuonAndAdamW(model, 8, 0.02), torch.optim.Muon(blocks, lr=0.02, weight_decay=0.01)
+    for param in model.body.parameters():
+        param.grad = torch.randn_like(param)
+    for block, grad in zip(blocks, (x for param in model.body.parameters() for x in param.grad.chunk(3)), strict=True):
+        block.grad = grad.clone()
+    ours.step()
+    theirs.step()
+    found = [x for param in model.body.parameters() for x in param.detach().chunk(3)]
+    for x, y in zip(found, blocks, strict=True):
+        torch.testing.assert_close(x, y.detach())
+
+
+@needs_muon
 def test_muon_steps_convolutions_as_matrices():
     """As torch's Muon does a matrix of its own, whose gradient is the convolution's, reshaped."""
     torch.manual_seed(0)

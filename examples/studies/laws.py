@@ -1,8 +1,8 @@
 """What does each law buy that the default rule has in use, and had not in training?
 
-The rule without one of them at a time, and the whole one before its meta-training, on eleven problems like those of the
-suite, but smaller, on which the laws were chosen: losses over those of the whole rule, below which nothing is gained by
-leaving the law out. Runs are kept as they are done.
+The rule without one of them at a time, with query, key and value (or gates) as one matrix, and the whole one before its
+meta-training, on eleven problems like those of the suite, but smaller, on which the laws were chosen: losses over those
+of the whole rule, below which nothing is gained by leaving the law out. Runs are kept as they are done.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ LAWS = {
     "decay that grows early, as in training": {"decay_growth": 16.0, "decay_onset": 1.0},
     "decay that does not grow": {"decay_growth": 1.0, "decay_onset": 1.0},
 }
+AS_ONE = "blocks as one matrix"
 NAMES = ("transformer", "deep-transformer", "perceptron", "deep-perceptron", "convnet", "vit", "vae", "coordinates",
          "recurrent", "few-examples", "sigmoid")  # fmt: skip
 
@@ -67,7 +68,7 @@ def problems(dataset: str, data_dir: str | None) -> dict[str, Problem]:
     return {name: Problem(name, name, *parts) for name, parts in zip(NAMES, every, strict=True)}
 
 
-def table(found: Suite, variants: Iterable[str] = LAWS, *, markdown: bool = False) -> str:
+def table(found: Suite, variants: Iterable[str] = (*LAWS, AS_ONE), *, markdown: bool = False) -> str:
     """Training / held-out loss of each variant over that of the whole rule, geometric means of paired runs."""
     names, rows = [name for name in (*variants, UNTRAINED) if name != WHOLE], []
     for problem, of in found.outcomes.items():
@@ -82,6 +83,17 @@ def varied(variants: Mapping[str, dict]) -> dict[str, UpdateRule]:
     """Make the default rule with the options of each variant."""
     rule = odeopt.load_pretrained(RULE)
     return {name: rule.with_options(**options) for name, options in variants.items()}
+
+
+def as_one(rule: UpdateRule) -> Contender:
+    """Make a contender of a rule that steps matrices of several blocks by the singular values of the whole."""
+
+    def make(model: nn.Module, n_steps: int, lr: float) -> odeopt.LearnedOptimizer:
+        groups = [{**group, "n_blocks": 1} for group in odeopt.param_groups(model)]
+        return odeopt.LearnedOptimizer(groups, rule, lr=lr, total_steps=n_steps)
+
+    by_block = learned(rule, AS_ONE)
+    return dataclasses.replace(by_block, make=make, settings=by_block.settings | {"groups": AS_ONE})
 
 
 def compare(args: argparse.Namespace, name: str, title: str, rules: Mapping[str, UpdateRule | Contender]) -> None:
@@ -99,7 +111,9 @@ def compare(args: argparse.Namespace, name: str, title: str, rules: Mapping[str,
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rule with itself without each law."""
-    compare(parse(argv, "laws", __doc__, NAMES), "laws", "Laws of the default rule", varied(LAWS))
+    rules = varied(LAWS)
+    rules[AS_ONE] = as_one(rules[WHOLE])
+    compare(parse(argv, "laws", __doc__, NAMES), "laws", "Laws of the default rule", rules)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,7 @@ class MuonAndAdamW:
     """``torch.optim.Muon`` on the hidden matrices, ``torch.optim.AdamW`` on all else, both with cosine decay.
 
     ``torch.optim.Muon`` takes matrices only: it is handed views of convolutions as (out, rest), of each matrix of a
-    stack, and of each block of rows of a matrix that consists of several, as :func:`odeopt.param_groups` finds them:
-    query, key and value apart take 7 percent off its training loss on the deep transformer.
+    stack, and of each block of rows of a matrix that consists of several, as :func:`odeopt.param_groups` finds them.
 
     Args:
         model: A network of the suite.
