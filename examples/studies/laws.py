@@ -111,9 +111,9 @@ def compare(args: argparse.Namespace, name: str, title: str, rules: Mapping[str,
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rule with itself without each law."""
-    rules = varied(LAWS)
+    args, rules = parse(argv, "laws", __doc__, NAMES), varied(LAWS)
     rules[AS_ONE] = as_one(rules[WHOLE])
-    compare(parse(argv, "laws", __doc__, NAMES), "laws", "Laws of the default rule", rules)
+    compare(args, "laws", "Laws of the default rule", rules)
 
 
 if __name__ == "__main__":
