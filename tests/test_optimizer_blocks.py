@@ -73,6 +73,19 @@ def test_blocks_of_any_size_are_moved_alike(implementation):
 
 
 @over_variants
+@pytest.mark.parametrize("implementation", ["eager", "auto"])
+def test_all_else_is_of_the_matrix_as_a_whole(variant, implementation):
+    rule = port_hamiltonian(**VARIANTS[variant], dtype=torch.float32)
+    (one, whole), (other, in_blocks) = (
+        trained(rule, [(24, 7)], n_blocks, implementation=implementation, n_steps=1) for n_blocks in (1, 3)
+    )
+    for name in ("scale", "slow_scale", "step"):
+        torch.testing.assert_close(in_blocks.state[other[0]][name], whole.state[one[0]][name])
+    mean = (1 + torch.arange(24).unsqueeze(1) // 3) * draws(24, 7).abs().float()
+    torch.testing.assert_close(in_blocks.state[other[0]]["scale"].squeeze(), mean.mean(), rtol=1e-5, atol=0)
+
+
+@over_variants
 def test_energy_and_powers_are_those_of_the_blocks(variant):
     rule = port_hamiltonian(**VARIANTS[variant])
     grad, param, shape = draws(3 * 28), draws(3 * 28, seed=1), (4, 7)

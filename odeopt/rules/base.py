@@ -219,8 +219,13 @@ class StagedRule(UpdateRule):
         """Number of sums that a step waits for, one after the other; at least 1."""
 
     @abstractmethod
-    def features(self, shape: torch.Size | tuple[int, ...]) -> tuple[float, ...]:
-        """Numbers that follow from the shape of a tensor, its size among them: ``n_features`` floats."""
+    def features(self, shape: torch.Size | tuple[int, ...], n_blocks: int = 1) -> tuple[float, ...]:
+        """Numbers that follow from the shape of a tensor, its size among them: ``n_features`` floats.
+
+        Args:
+            shape: Shape of the tensor.
+            n_blocks: Of how many blocks of this shape it consists; more than one only where it is stepped as a whole.
+        """
 
     @abstractmethod
     def statistics(

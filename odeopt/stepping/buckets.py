@@ -261,7 +261,8 @@ class Bucket:
         return [shard.local(param).detach() for shard, param in zip(self.shards, self.params, strict=True)]
 
     def _make_features(self, rule: UpdateRule) -> Tensor:
-        features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
+        options = {"n_blocks": self.n_blocks} if self.n_blocks > 1 else {}
+        features = [rule.features(shape, **options) if rule.is_staged else () for shape in self.shapes]
         return torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
 
     def _once(self, name: str, index: int) -> Tensor:

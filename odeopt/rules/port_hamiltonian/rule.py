@@ -487,9 +487,9 @@ class PortHamiltonianUpdate(StagedRule):
         return before + shared.lookahead.unsqueeze(-1) * (after - before)
 
     def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Shared]:
-        features = shape_features(
-            self, grad.shape[-1:] if shape is None else tuple(shape), state.step.dtype, state.step.device
-        )
+        shape_of_block = tuple(grad.shape[-1:] if shape is None else shape)
+        n_blocks = grad.shape[-1] // max(1, math.prod(shape_of_block))
+        features = shape_features(self, shape_of_block, n_blocks, state.step.dtype, state.step.device)
         return self._observe_and_share(grad, state, Rows(features), param, progress, self.is_whole(shape))[:2]
 
     def forward_rows(self, grad, state, rows, *, param=None, progress=None):
@@ -509,12 +509,13 @@ class PortHamiltonianUpdate(StagedRule):
             shared = self.coefficients(1, sums, state, rows.features, shared, progress, has_param=param is not None)
         return observation, rows.broadcast(shared), shared
 
-    def features(self, shape):
+    def features(self, shape, n_blocks=1):
         shape = tuple(shape)
         if not self.is_spectral:
             return fan_features(shape).joined()
         found = transferring_features(shape, is_table=self.steps_tables)
         if self.is_whole(shape):
+            found = found.of_size(n_blocks * math.prod(shape))
             found = found._replace(step_rms=(energies.step_rms(shape, self.matrix_scale),))
         return found.joined()
 

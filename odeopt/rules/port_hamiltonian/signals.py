@@ -115,6 +115,11 @@ class ShapeFeatures(NamedTuple):
         return tuple(itertools.chain(*self))
 
 
+    def of_size(self, n: int) -> ShapeFeatures:
+        """The same features of a tensor of ``n`` coordinates, such as one of several blocks of the shape."""
+        return self._replace(size=(n,), shrink=(0.5 ** n.bit_length(),))
+
+
 def fan_features(shape: tuple[int, ...]) -> ShapeFeatures:
     """Features of a shape whose signals are the logarithms of fan-in and fan-out, and whether it is a bias."""
     fan_in, fan_out = _fans(shape)
@@ -136,13 +141,13 @@ def transferring_features(shape: tuple[int, ...], *, is_table: bool) -> ShapeFea
 
 
 def _features(shape: tuple[int, ...], fan_in: int, theta_factor: float, signals: tuple[float, ...]) -> ShapeFeatures:
-    n = math.prod(shape)
-    return ShapeFeatures((n,), (0.5 ** n.bit_length(),), (fan_in**-0.25,), (theta_factor,), (1.0,), signals)
+    found = ShapeFeatures((), (), (fan_in**-0.25,), (theta_factor,), (1.0,), signals)
+    return found.of_size(math.prod(shape))
 
 
-def shape_features(rule, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Features of a shape under a rule, as a tensor."""
-    numbers = rule.features(shape)
+def shape_features(rule, shape: tuple[int, ...], n_blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Features of so many blocks of a shape under a rule, as a tensor."""
+    numbers = rule.features(shape, n_blocks)
     # what is made under a mode may be of it: a fake tensor, kept, would reach the steps that come after
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return torch.tensor(numbers, dtype=dtype, device=device)
