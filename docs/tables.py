@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,8 @@ from equal_loss import table as at_equal_loss  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
 from heads import HEAD  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
-from laws import table as losses_without_laws  # noqa: E402
+from laws import LAWS  # noqa: E402
+from laws import table as losses_of_variants  # noqa: E402
 from reporting import ratio, ratio_table, spread  # noqa: E402
 from seeds import OTHERS  # noqa: E402
 from solver_step import REFERENCE as BY_HAND  # noqa: E402
@@ -50,10 +51,10 @@ from unseen import RULE  # noqa: E402
 
 FIGS = ROOT / "figs"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of the table -->", re.DOTALL)
-NO_SUITE = (
-    "The suite has not been run with the rule that ships; `python -m odeopt suite --out figs` makes its numbers, and "
-    "this page then has the table."
-)
+
+
+class UnfinishedError(Exception):
+    """Runs that a table is of have not all been made; the page keeps the table that it has."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -214,13 +215,16 @@ def solvers(title: str) -> str:
     return f"{blocks[index]}:\n\n{blocks[index + 1]}"
 
 
-def read_suite(name: str = "suite", names: Collection[str] = ()) -> Suite | None:
-    """Read the runs of the suite, or of problems like its own; None where there are none, or not those of all.
+def read_suite(name: str = "suite", names: Collection[str] = ()) -> Suite:
+    """Read the runs of the suite, or of problems like its own.
 
     With the names of contenders, their runs alone, on those problems and seeds that all of them have run.
+
+    Raises:
+        UnfinishedError: If there are none, or not those of all.
     """
     if not (FIGS / f"{name}.json").exists():
-        return None
+        raise UnfinishedError
     found: dict[str, dict[str, dict[tuple[str, str], Mapping[str, Any]]]] = {}
     for key, record in read(name)["runs"].items():
         problem, contender, lr, seed, _ = key.split(" | ")
@@ -242,7 +246,7 @@ def read_suite(name: str = "suite", names: Collection[str] = ()) -> Suite | None
     }
     n_runs = {len(x.train) for by_name in outcomes.values() for x in by_name.values()}
     if len(n_runs) > 1 or any(by_name.keys() != contenders.keys() for by_name in outcomes.values()):
-        return None
+        raise UnfinishedError
     contenders = dict(sorted(contenders.items(), key=lambda item: not item[1].is_learned))
     problems = {
         name: SimpleNamespace(title=name, settings=next(iter(next(iter(by_name.values())).values()))["settings"])
@@ -269,8 +273,6 @@ _SUITE = "python -m odeopt suite --untold --untrained"
 def suite(name: str = "suite", command: str = _SUITE, *, in_full: bool = False) -> str:
     """Training and held-out losses over those of tuned AdamW, of learned rules with intervals; and all else."""
     found = read_suite(name)
-    if found is None:
-        return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     others = [name for name in found.contenders if name not in (*learned, REFERENCE)]
     titles = [*(name.removeprefix(f"{learned[0]}, ") for name in learned), *(found.contenders[x].title for x in others)]
@@ -314,8 +316,6 @@ def _with_spread(found: Suite, problem: str, name: str, of: str) -> str:
 def suite_in_short() -> str:
     """Training / held-out losses over those of tuned AdamW: of the first learned rule, and of the opponents."""
     found = read_suite()
-    if found is None:
-        return NO_SUITE
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
     names = [learned[0], *(name for name in found.contenders if name not in (*learned, REFERENCE))]
     untrained = [name for name in learned if name == f"{learned[0]}, untrained"]
@@ -359,8 +359,6 @@ def energies() -> str:
     """Training / held-out losses of each kinetic energy over those of tuned AdamW, on problems that all have run."""
     names = dict.fromkeys(key.split(" | ")[1] for key in read("kinetic")["runs"])
     found = read_suite("kinetic", names)
-    if found is None:
-        return NO_SUITE
     rows = [[name, *(both(found, p, name) for p in found.problems)] for name in names if name != REFERENCE]
     caption = f"Training / held-out loss over that of tuned AdamW, geometric means of {found.n_runs} paired runs."
     return f"{caption}\n\n{table(['kinetic energy', *found.problems], rows)}"
@@ -370,8 +368,6 @@ def orthogonalised() -> str:
     """The default rule beside the orthogonalised updates of another one, on all problems of the suite."""
     names = (REFERENCE, RULE, "port-hamiltonian, orthogonalised")
     found = read_suite("kinetic", names)
-    if found is None:
-        return NO_SUITE
     rows = [
         [p, *(both(found, p, name) for name in names[1:])]
         + [ratio_text(found.ratio(p, names[1], kind, reference=names[2])) for kind in ("train", "held_out")]
@@ -390,8 +386,10 @@ def filled(page: str) -> str:
     """Put each table of a page between its marks, or leave what is there where its runs are not complete."""
 
     def fill(found: re.Match[str]) -> str:
-        text = TABLES[found[1]]()
-        return found[0] if text == NO_SUITE else f"<!-- table: {found[1]} -->\n\n{text}\n\n<!-- end of the table -->"
+        try:
+            return f"<!-- table: {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end of the table -->"
+        except UnfinishedError:
+            return found[0]
 
     return MARKED.sub(fill, page)
 
@@ -421,55 +419,9 @@ def laws_of_the_rule() -> str:
     return table(["argument", "value"], [[f"`{name}`: {text}", f"{config[name]:,g}"] for name, text in _LAWS.items()])
 
 
-def coordinate_check() -> str:
-    """Changes of each layer's output over the width of a perceptron."""
-    return changes_of_outputs(read("coordinate_check"), markdown=True)
-
-
-def depth() -> str:
-    """Losses of perceptrons of several depths over the learning rate."""
-    return losses_over_rates(read("depth"), markdown=True)
-
-
-def laws() -> str:
-    """Losses of the default rule without each of its laws over those of the whole rule."""
-    found = read_suite("laws")
-    return NO_SUITE if found is None else losses_without_laws(found, markdown=True)
-
-
-def seeds() -> str:
-    """Losses of the default rule from other meta-seeds over those of the rule that ships."""
-    found = read_suite("seeds")
-    return NO_SUITE if found is None else losses_without_laws(found, OTHERS, markdown=True)
-
-
-def trained_energies() -> str:
-    """Losses of kinetic energies, trained alike, over those of tuned AdamW."""
-    found = read_suite("trained_energies")
-    return NO_SUITE if found is None else losses_of_trained_energies(found, markdown=True)
-
-
-def cheaper() -> str:
-    """Losses of the default rule with cheaper steps of matrices over those of the rule as it is."""
-    found = read_suite("cheaper")
-    return NO_SUITE if found is None else losses_without_laws(found, WAYS, markdown=True)
-
-
-def heads() -> str:
-    """Losses of the default rule with the last layer stepped by coordinates over those of the rule as it is."""
-    found = read_suite("heads")
-    return NO_SUITE if found is None else losses_without_laws(found, (HEAD,), markdown=True)
-
-
-def taught() -> str:
-    """Losses of the default rule without the training of one kind of outputs over those of the rule as it is."""
-    found = read_suite("taught")
-    return NO_SUITE if found is None else losses_without_laws(found, OUTPUTS, markdown=True)
-
-
-def equal_loss() -> str:
-    """Held-out losses of the default rule over AdamW's, where its training loss is AdamW's."""
-    return at_equal_loss(read("equal_loss")["equal"], markdown=True)
+def varied(name: str, variants: Iterable[str]) -> str:
+    """Losses of variants of the default rule over those of the rule as it is."""
+    return losses_of_variants(read_suite(name), variants, markdown=True)
 
 
 def step() -> str:
@@ -498,21 +450,11 @@ def solver_step() -> str:
     return f"{content['machine']}:\n\n{table(['128 pendulums', 'solver', 'x loop by hand'], rows)}"
 
 
-def guard() -> str:
-    """Final losses of rules alone, of the fallback alone and under the guard."""
-    return guarded_losses(read("guard"), markdown=True)
-
-
 def guard_cost() -> str:
     """Milliseconds of steps with and without a guard, of a snapshot and of a look at diagnostics."""
     content = read("guard_cost")
     rows = [[f"{row['parameters']:,}", *map(spread, row["ms"].values())] for row in content["rows"]]
     return f"{content['machine']}:\n\n{table(['parameters', *content['rows'][0]['ms']], rows)}"
-
-
-def robustness() -> str:
-    """What came of killed runs, flipped bits and odd arguments."""
-    return table(("", "tried", "as it should", "refused in words", "otherwise"), read("robustness"))
 
 
 def tensor(values: Sequence[float | None]) -> torch.Tensor:
@@ -523,17 +465,17 @@ def tensor(values: Sequence[float | None]) -> torch.Tensor:
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
     "blind": lambda: suite("blind", "python examples/studies/blind.py"),
-    "cheaper": cheaper,
-    "coordinate_check": coordinate_check,
-    "depth": depth,
-    "equal_loss": equal_loss,
+    "cheaper": lambda: varied("cheaper", WAYS),
+    "coordinate_check": lambda: changes_of_outputs(read("coordinate_check"), markdown=True),
+    "depth": lambda: losses_over_rates(read("depth"), markdown=True),
+    "equal_loss": lambda: at_equal_loss(read("equal_loss")["equal"], markdown=True),
     "general": general,
     "generalisation": generalisation,
-    "guard": guard,
+    "guard": lambda: guarded_losses(read("guard"), markdown=True),
     "guard_cost": guard_cost,
-    "heads": heads,
+    "heads": lambda: varied("heads", [HEAD]),
     "kinetic": energies,
-    "laws": laws,
+    "laws": lambda: varied("laws", LAWS),
     "laws_of_the_rule": laws_of_the_rule,
     "long_runs": lambda: suite("long_runs", "python examples/studies/long_runs.py"),
     "matrix": matrix,
@@ -545,10 +487,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics": lambda: physics(lambda entry: entry["prediction"]["text"]),
     "physics_parts": lambda: physics(parts, "port-Hamiltonian"),
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
-    "robustness": robustness,
+    "robustness": lambda: table(("", "tried", "as it should", "refused in words", "otherwise"), read("robustness")),
     "saddles": saddles,
     "scale": lambda: suite("scale", "python examples/studies/scale.py"),
-    "seeds": seeds,
+    "seeds": lambda: varied("seeds", OTHERS),
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
     "solvers_orders": lambda: solvers("Orders"),
@@ -556,8 +498,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "suite": lambda: suite(in_full=True),
     "suite_in_short": suite_in_short,
-    "taught": taught,
-    "trained_energies": trained_energies,
+    "taught": lambda: varied("taught", OUTPUTS),
+    "trained_energies": lambda: losses_of_trained_energies(read_suite("trained_energies"), markdown=True),
     "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
     "widest": lambda: suite("widest", "python examples/studies/widest.py"),
 }
