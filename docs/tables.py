@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from odeopt.artifacts import load_pretrained
-from odeopt.evaluation import RESOLUTION, ratio_interval, ratio_text
+from odeopt.evaluation import RESOLUTION, Interval, ratio_interval, ratio_text
 from odeopt.optimizer import LearnedOptimizer
 from odeopt.report import draw_table
 from odeopt.solvers import SolverComparison
@@ -48,6 +48,7 @@ from solver_step import REFERENCE as BY_HAND  # noqa: E402
 from taught import OUTPUTS  # noqa: E402
 from trained_energies import table as losses_of_trained_energies  # noqa: E402
 from unseen import RULE  # noqa: E402
+from variants import Row  # noqa: E402
 
 FIGS = ROOT / "figs"
 MARKED = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of the table -->", re.DOTALL)
@@ -69,15 +70,8 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def score(entry: Mapping[str, Any], *, with_difference: bool = True) -> str:
     """Mean score ± half the range over meta-seeds [interval of the difference], and the runs that diverged."""
-    by_seed, (difference, low, high) = entry["by_seed"], entry["difference"]
-    words = [f"{entry['score']:.3f}"]
-    if len(by_seed) > 1:
-        words.append(f"± {(max(by_seed) - min(by_seed)) / 2:.3f}")
-    if with_difference and difference != 0:
-        words.append(f"[{low:+.3f}, {high:+.3f}]")
-    if entry["n_diverged"]:
-        words.append(f"({entry['n_diverged']} of {entry['n_runs']} runs diverged)")
-    return " ".join(words)
+    row = Row(**entry | {"difference": Interval(*tensor(entry["difference"]).tolist())})
+    return row.text(is_reference=not with_difference or row.difference.mean == 0)
 
 
 def ablation() -> str:
