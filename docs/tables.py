@@ -11,7 +11,6 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,15 +195,9 @@ def rises(entry: Mapping[str, Any]) -> str:
     return " / ".join(str(found[f"{method}, 10 x"]["n"]) for method in ("discrete_gradient", "rk4"))
 
 
-@cache
-def solver_tables() -> tuple[str, ...]:
-    """Titles and tables of the comparison of solvers, one after the other."""
-    return tuple(SolverComparison.load(FIGS / "solvers.json").table(markdown=True).split("\n\n"))
-
-
 def solvers(title: str) -> str:
     """One of the tables of the comparison of solvers, by the words with which its title begins."""
-    blocks = solver_tables()
+    blocks = SolverComparison.load(FIGS / "solvers.json").table(markdown=True).split("\n\n")
     index = next(i for i, block in enumerate(blocks) if block.startswith(title))
     return f"{blocks[index]}:\n\n{blocks[index + 1]}"
 
