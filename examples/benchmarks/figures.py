@@ -39,14 +39,11 @@ def plot_memory(
             axes.plot(horizons, [size / 1e6 for size in sizes], marker=marker, label=name, **styles[name])
         axes.axhline(limit / 1e6, color="#666666", linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(f"{limit / 1e9:g} GB", (0.01, limit / 1e6), xycoords=("axes fraction", "data"), va="bottom")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("horizon [optimizer steps]")
+        axes.set(xscale="log", yscale="log", title=title)
+        axes.set(xlabel="horizon [optimizer steps]", ylabel="peak memory [MB]")
         ticks = sorted({horizon for points in curves.values() for horizon, _ in points})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xticks([], minor=True)
-        axes.set_ylabel("peak memory [MB]")
-        axes.set_title(title)
         axes.legend(frameon=False)
         return save_figure(figure, path)
 
@@ -86,10 +83,8 @@ def plot_step_cost(
             low, middle, high = quartiles(samples).T
             left.plot(list(samples), middle, marker=".", label=name, **styles[name])
             left.fill_between(list(samples), low, high, color=styles[name]["color"], alpha=0.16, linewidth=0)
-        left.set_xscale("log")
-        left.set_yscale("log")
-        left.set_xlabel("parameters, in one tensor")
-        left.set_ylabel("time of a step [ns per parameter]")
+        left.set(xscale="log", yscale="log")
+        left.set(xlabel="parameters, in one tensor", ylabel="time of a step [ns per parameter]")
         shown = [name for name in is_learned if any(name in samples for samples in ratios.values())]
         rows = {name: -i for i, name in enumerate(shown)}
         for i, (workload, samples) in enumerate(ratios.items()):
@@ -99,8 +94,7 @@ def plot_step_cost(
             right.plot(middle, heights, "osD^v"[i % 5], color=PALETTE[i], markersize=4.5, label=workload)
         right.axvline(1, color="#666666", linewidth=1, linestyle=(0, (4, 3)))
         right.set_yticks(list(rows.values()), list(rows))
-        right.set_xscale("log")
-        right.set_xlabel(f"time of a step over that of {reference}")
+        right.set(xscale="log", xlabel=f"time of a step over that of {reference}")
         right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(ratios), columnspacing=1.0)
         for axis in (left.yaxis, right.xaxis):
             use_plain_numbers(axis, (1, 2, 5))

@@ -94,11 +94,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
             axes.plot(*of[UNTRAINED]["means"], "o:", color=PALETTE[0], fillstyle="none", label="the same, untrained")
             ends = torch.tensor(of["adamw"], dtype=torch.float64).log().mean(-1).exp().unsqueeze(-1)
             axes.plot(*ends, "D", color=PALETTE[1], label="tuned AdamW, after all steps")
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.set_title(name)
-            axes.set_xlabel("training loss")
-            axes.set_ylabel("held-out loss")
+            axes.set(xscale="log", yscale="log", xlabel="training loss", ylabel="held-out loss", title=name)
             for axis, losses in zip((axes.xaxis, axes.yaxis), of[RULE]["means"], strict=True):
                 if max(losses) < 50 * min(losses):  # over more decades they would overlap
                     use_plain_numbers(axis, (1, 2, 5))

@@ -39,12 +39,11 @@ def plot_estimators(
             left.hlines(heights, floor, error, color=PALETTE[i], linewidth=4, alpha=0.25)
             left.plot(bias, heights, "osD^"[i % 4], label=f"bias, {stage}", **marks)
             left.plot(spread, heights, "|", markeredgewidth=1.8, label="standard deviation of one estimate", **marks)
-        left.set_xscale("log")
+        left.set(xscale="log", title="distance from the exact gradient")
         left.set_xlim(left=floor)
         left.set_yticks([-row for row in range(len(names))], names)
         left.set_xlabel(f"over the norm of the exact gradient (at the edge: {floor:g} or less)\n"
                         "pale bars: up to here a bias cannot be told from chance")  # fmt: skip
-        left.set_title("distance from the exact gradient")
         styles = line_styles(dict.fromkeys(curves, True))
         for name, points in curves.items():
             right.plot(*zip(*points, strict=True), label=name, **styles[name])
@@ -53,9 +52,7 @@ def plot_estimators(
         finite = [loss for points in curves.values() for _, loss in points if loss < float("inf")]
         first = max(points[0][1] for points in curves.values())
         right.set_ylim(0.95 * min(finite), min(1.03 * max(finite), 1.5 * first))
-        right.set_xlabel("meta-step")
-        right.set_ylabel("validation loss, last tenth of the run")
-        right.set_title("meta-training by them")
+        right.set(xlabel="meta-step", ylabel="validation loss, last tenth of the run", title="meta-training by them")
         label_ends(figure, right, {name: points[-1][1] for name, points in curves.items()}, styles)
         handles, labels = left.get_legend_handles_labels()
         order = [*range(0, len(labels), 2), 1]

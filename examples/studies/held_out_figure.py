@@ -54,8 +54,7 @@ def plot_generalisation(
                     axes.fill_between(levels, low, high, color=styles[optimizer]["color"], alpha=0.16, linewidth=0)
             if drawn:
                 _zoom(axes, list(drawn.values()))
-            axes.set_xlabel("training loss [nats], falling to the right")
-            axes.set_ylabel("held-out loss [nats]")
+            axes.set(xlabel="training loss [nats], falling to the right", ylabel="held-out loss [nats]")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         # of all panels: what diverges in one of them is not drawn there
         lines = {line.get_label(): line for cell in cells for line in cell.get_legend_handles_labels()[0]}

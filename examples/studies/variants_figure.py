@@ -70,8 +70,7 @@ def plot_ablation(
                 [-height for height in range(len(names))], names if axes is panels[0] else [""] * len(names)
             )
             axes.tick_params(axis="y", length=0)
-            axes.set_xlabel(label)
-            axes.set_title(textwrap.fill(column, 80 // len(columns)))  # titles of neighbours may not meet
+            axes.set(xlabel=label, title=textwrap.fill(column, 80 // len(columns)))  # titles of neighbours may not meet
             axes.locator_params(axis="x", nbins=4)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         words = {"better": "better", "neither": "interval holds zero", "worse": "worse"}
