@@ -38,32 +38,35 @@ NAMES = ("transformer", "deep-transformer", "perceptron", "deep-perceptron", "co
          "recurrent", "few-examples", "sigmoid")  # fmt: skip
 
 
+def perceptron(images: Images, *widths: int, activation: type[nn.Module] = nn.ReLU) -> partial:
+    """Make a maker of perceptrons."""
+    return partial(networks.Perceptron, images.side**2, widths, 10, activation)
+
+
+def transformer(text: Characters, width: int, n_layers: int) -> partial:
+    """Make a maker of transformers."""
+    return partial(networks.CharacterTransformer, text.n_characters, text.context, width=width, n_layers=n_layers)
+
+
 def problems(dataset: str, data_dir: str | None) -> dict[str, Problem]:
     """Make all problems."""
     images, few = Images(dataset, data_dir), Images(dataset, data_dir, n_examples=500)
     pixels, text, short = Pixels(8, dataset, data_dir), Characters(), Characters(32, 8)
-
-    def perceptron(*widths: int, activation: type[nn.Module] = nn.ReLU) -> partial:
-        return partial(networks.Perceptron, images.side**2, widths, 10, activation)
-
-    def transformer(data: Characters, width: int, n_layers: int) -> partial:
-        return partial(networks.CharacterTransformer, data.n_characters, data.context, width=width, n_layers=n_layers)
-
     vae = partial(networks.VariationalAutoencoder, pixels.side**2, width=64, n_latents=8)
     vit = partial(networks.VisionTransformer, images.side, width=32, n_layers=2)
     recurrent = partial(networks.CharacterGRU, short.n_characters, n_embedded=32, width=64)
     every = [
         (250, transformer(text, 64, 2), text, next_character),
         (300, transformer(short, 48, 3), short, next_character),
-        (600, perceptron(64, 64), images),
-        (400, perceptron(128, 128, 128, 128), images),
+        (600, perceptron(images, 64, 64), images),
+        (400, perceptron(images, 128, 128, 128, 128), images),
         (300, partial(networks.ResidualNet, (4, 8)), images),
         (300, vit, images),
         (500, vae, pixels, evidence_bound),
         (1000, partial(networks.CoordinateNetwork, 2, (64, 64)), Picture(24), F.mse_loss),
         (250, recurrent, short, next_character),
-        (600, perceptron(50), few),
-        (300, perceptron(20, activation=nn.Sigmoid), images),
+        (600, perceptron(few, 50), few),
+        (300, perceptron(images, 20, activation=nn.Sigmoid), images),
     ]
     return {name: Problem(name, name, *parts) for name, parts in zip(NAMES, every, strict=True)}
 

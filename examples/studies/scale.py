@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from laws import perceptron, transformer
 from unseen import compare, parse
 
-from odeopt.suite.networks import CharacterTransformer, Perceptron, ResidualNet
+from odeopt.suite.networks import ResidualNet
 from odeopt.suite.problems import Characters, Images, Problem, next_character
 
 LONG = 10_000
@@ -27,21 +28,15 @@ def problems(dataset: str, data_dir: str | None) -> dict[str, Problem]:
     """Make all problems."""
     images, text, short = Images(dataset, data_dir), Characters(), Characters(32, 8)
 
-    def perceptron(*widths: int) -> partial:
-        return partial(Perceptron, images.side**2, widths, 10)
-
-    def transformer(data: Characters, width: int, n_layers: int) -> partial:
-        return partial(CharacterTransformer, data.n_characters, data.context, width=width, n_layers=n_layers)
-
     def on_text(name: str, title: str, n_steps: int, data: Characters, *sizes: int) -> Problem:
         return Problem(name, title, n_steps, transformer(data, *sizes), data, next_character)
 
     every = [
-        *(Problem(f"perceptron-{width}", f"perceptron, 2 of {width}", 200, perceptron(width, width), images)
+        *(Problem(f"perceptron-{width}", f"perceptron, 2 of {width}", 200, perceptron(images, width, width), images)
           for width in WIDTHS["perceptron"]),
         *(on_text(f"transformer-{width}", f"transformer, 2 layers of {width}", 200, text, width, 2)
           for width in WIDTHS["transformer"]),
-        Problem("long-perceptron", f"perceptron, 2 of 64, {LONG:,} steps", LONG, perceptron(64, 64), images),
+        Problem("long-perceptron", f"perceptron, 2 of 64, {LONG:,} steps", LONG, perceptron(images, 64, 64), images),
         Problem("long-convnet", f"convnet, {LONG:,} steps", LONG, partial(ResidualNet, (4, 8)), images),
         on_text("long-transformer", f"transformer, 1 layer of 32, {LONG:,} steps", LONG, short, 32, 1),
     ]  # fmt: skip
