@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from unseen import RULE, make_parser
 
 from odeopt import LearnedOptimizer, PortHamiltonianUpdate, load_pretrained, param_groups
-from odeopt.cli import arguments
 from odeopt.physics import newton_schulz
 from odeopt.suite import available_problems, evaluate_suite, learned, make_problem, opponents, untrained
 from odeopt.suite.opponents import REFERENCE, Contender
@@ -35,7 +35,7 @@ VARIANTS = {
     "spectral, coherent": SPECTRAL | {"initial_matrix_kappa": 0.07, "initial_coherence": 0.75},
 }
 TUNED, RATES = {f"{name}, tuned": name for name in ("quadratic", "relativistic")}, (0.1, 0.3, 1.0, 3.0)
-ORTHOGONALISED, DEFAULT = "port-hamiltonian, orthogonalised", "port-hamiltonian-spectral"
+ORTHOGONALISED = "port-hamiltonian, orthogonalised"
 
 
 class Orthogonalised:
@@ -75,14 +75,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the variants and the reference, print the tables and draw the figure."""
     args = parse(argv)
     options = {"dataset": args.dataset, "data_dir": args.data_dir, "n_steps": args.steps}
-    problems = {name: make_problem(name, **options) for name in args.problems}
+    problems = {name: make_problem(name, **options) for name in args.problems or available_problems()}
     contenders = {REFERENCE: opponents()[0][REFERENCE]}
     for name in args.variants:
         if name == ORTHOGONALISED:
             contenders[name] = Contender(name, name, Orthogonalised, (1.0,), {"version": 1}, is_learned=True)
         else:
             variant = VARIANTS.get(TUNED.get(name, name))
-            rule = load_pretrained(name) if name == DEFAULT else untrained(PortHamiltonianUpdate(**COMMON | variant))
+            rule = load_pretrained(name) if name == RULE else untrained(PortHamiltonianUpdate(**COMMON | variant))
             contenders[name] = learned(rule, name)
             if name in TUNED:
                 contenders[name] = replace(contenders[name], rates=RATES)
@@ -93,20 +93,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    names = available_problems()
-    parser = arguments.parser(
-        __doc__,
-        "dataset data_dir markdown",
-        on_interrupt=arguments.RESUMES,
-        device={"default": "cpu"},
-        runs={"default": 2, "help": "paired runs"},
-        out={"default": "runs/kinetic"},
-    )
-    add = parser.add_argument
-    add("--problems", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
-    variants = (DEFAULT, ORTHOGONALISED, *VARIANTS, *TUNED)
-    add("--variants", nargs="+", choices=variants, default=variants, metavar="NAME", help=f"of {', '.join(variants)}")
-    add("--steps", type=arguments.positive, help="length of a run (None: each problem's own)")
+    parser = make_parser("kinetic", __doc__, available_problems())
+    names = (RULE, ORTHOGONALISED, *VARIANTS, *TUNED)
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME",
+                        help=f"of {', '.join(names)}")  # fmt: skip
     return parser.parse_args(argv)
 
 
