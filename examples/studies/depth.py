@@ -68,17 +68,12 @@ def final_loss(rule: odeopt.UpdateRule, task: MLPClassification, rate: float, ar
 def table(content: Mapping[str, Any], *, markdown: bool) -> str:
     """Draw the loss of each depth over the learning rate, and the best rate."""
     rows = [
-        [name, str(depth), *(f"{x:.3f}" for x in losses), f"{content['rates'][min_index(losses)]:g}"]
+        [name, str(depth), *(f"{x:.3f}" for x in losses), f"{content['rates'][losses.index(min(losses))]:g}"]
         for name, by_depth in content["losses"].items()
         for depth, losses in zip(content["depths"], by_depth, strict=True)
     ]
     rates = [(f"{rate:g}", "loss at lr") for rate in content["rates"]]
     return draw_table([("", ""), ("hidden layers", ""), *rates, ("best lr", "")], rows, markdown=markdown)
-
-
-def min_index(losses: list[float]) -> int:
-    """Index of the least loss."""
-    return min(range(len(losses)), key=losses.__getitem__)
 
 
 def plot(content: Mapping[str, Any], path: Path) -> Path:
@@ -90,7 +85,7 @@ def plot(content: Mapping[str, Any], path: Path) -> Path:
         colors = torch.linspace(0.15, 0.85, len(content["depths"])).tolist()
         for axes, (name, by_depth) in zip(panels, content["losses"].items(), strict=True):
             for depth, losses, shade in zip(content["depths"], by_depth, colors, strict=True):
-                color, best = (0.1, 0.45 * shade + 0.2, shade), min_index(losses)
+                color, best = (0.1, 0.45 * shade + 0.2, shade), losses.index(min(losses))
                 label = f"{depth} hidden layer{'s' * (depth != 1)}"
                 axes.plot(content["rates"], losses, color=color, label=label)
                 axes.plot(content["rates"][best], losses[best], "o", color=color)
