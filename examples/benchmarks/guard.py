@@ -24,7 +24,6 @@ from odeopt.timing import clock
 def main(argv: list[str] | None = None) -> None:
     """Print a table of times and sizes."""
     args = parse(argv)
-    torch.set_num_threads(1)
     print(machine(args.device), flush=True)
     rows = []
     for size in map(int, args.sizes):
@@ -78,12 +77,10 @@ def make(size: int, guard: bool | None, device: torch.device) -> odeopt.LearnedO
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = arguments.Parser(description=__doc__)
+    parser = arguments.parser(__doc__, "markdown", device={"default": "cpu"})
     add = parser.add_argument
     add("--sizes", nargs="+", type=float, default=[1e4, 1e6, 1e7], help="parameters")
     add("--repeats", type=arguments.positive, default=9, help="steps, of which the median is told")
-    add("--device", type=arguments.device, default="cpu", help="where to compute; auto takes CUDA if there is one")
-    add("--markdown", action="store_true", help="print the table as markdown")
     add("--json", type=Path, help="file for all numbers")
     return parser.parse_args(argv)
 

@@ -49,7 +49,7 @@ def extra_bytes(make: Callable[[], Optimizer], device: torch.device) -> int | No
     """
     make().step()  # loads libraries, on CUDA compiles
     gc.collect()
-    before = _memory(device, "VmRSS")
+    before = memory(device, "VmRSS")
     if before is None:
         return None
     optimizer = make()
@@ -59,10 +59,11 @@ def extra_bytes(make: Callable[[], Optimizer], device: torch.device) -> int | No
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     optimizer.step()
-    return _memory(device, "VmHWM") - before - state_bytes(optimizer)
+    return memory(device, "VmHWM") - before - state_bytes(optimizer)
 
 
-def _memory(device: torch.device, field: str) -> int | None:
+def memory(device: torch.device, field: str) -> int | None:
+    """Bytes held now (field VmRSS) or at the peak (VmHWM), on a CPU as Linux knows; None where there is none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         ask = torch.cuda.memory_allocated if field == "VmRSS" else torch.cuda.max_memory_allocated

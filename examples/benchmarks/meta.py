@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from figures import plot_memory
-from measuring import machine
+from measuring import machine, memory
 from torch import Tensor
 
 import odeopt
@@ -30,7 +29,7 @@ from odeopt.meta.layouts import CompiledSteps
 from odeopt.progress import tqdm
 from odeopt.report import draw_table
 from odeopt.rules import UpdateRule
-from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
+from odeopt.tasks import DatasetCorrupt, MLPClassification, RandomQuadratic, Task, load_dataset_or_digits
 from odeopt.timing import clock
 
 RULES = ("port-hamiltonian", "lstm", "hamiltonian")
@@ -42,7 +41,6 @@ N_MEMORY_TASKS = 8
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     args = parse(argv)
-    torch.set_num_threads(args.threads)
     try:
         dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
     except DatasetCorrupt as error:
@@ -180,23 +178,20 @@ def peak_bytes(task: Task, horizon: int, checkpoint: int) -> int:
     """Peak memory of one exact gradient, over what the process holds before it."""
     rule = odeopt.load_pretrained("port-hamiltonian-mnist").to(task.device)
     for n_steps in (1, horizon):  # the first loads libraries
-        before, indices = memory(task.device, "VmRSS"), torch.arange(N_MEMORY_TASKS)
+        before, indices = bytes_held(task.device, "VmRSS"), torch.arange(N_MEMORY_TASKS)
         estimator = Backpropagation(checkpoint_every=checkpoint or None)
         list(estimator.gradients(rule, task, MetaObjective(), indices=indices, horizon=n_steps, seed=0))
-    return memory(task.device, "VmHWM") - before
+    return bytes_held(task.device, "VmHWM") - before
 
 
-def memory(device: torch.device, field: str) -> int:
-    """Bytes held now (field VmRSS) or at the peak (VmHWM)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
-    try:
-        # not getrusage, whose peak begins with the parent's
-        return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
-    except OSError:  # not Linux: macOS counts in bytes
+def bytes_held(device: torch.device, field: str) -> int:
+    """Bytes held now (field VmRSS) or at the peak (VmHWM); where there is no Linux, at the peak in both cases."""
+    found = memory(device, field)
+    if found is None:  # not always getrusage, whose peak begins with the parent's
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
+    return found
 
 
 def measured_apart(horizon: int, checkpoint: int, args: argparse.Namespace) -> int:
@@ -214,19 +209,14 @@ def measured_apart(horizon: int, checkpoint: int, args: argparse.Namespace) -> i
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments.parser(__doc__, "dataset data_dir out", device={"default": "cpu"})
     add = parser.add_argument
-    add("--device", type=arguments.device, default="cpu", help="where to compute; auto takes CUDA if there is one")
-    add("--threads", type=arguments.positive, default=torch.get_num_threads(), help="threads of torch on the CPU")
     add("--repeats", type=arguments.positive, default=7, help="timed repeats, after one that is not")
     add("--quick", action="store_true", help="a few steps and short horizons, to see that it runs")
     add("--full", action="store_true", help="memory up to 2,000 steps (takes long)")
-    add("--dataset", choices=DATASETS, default="mnist", help="images; scikit-learn's digits where they are not found")
-    add("--data-dir", type=Path, help="folder of the images, as examples/mnist.py takes it")
     add("--measure", type=int, nargs=2, metavar=("HORIZON", "SEGMENT"), help="print the peak memory in bytes of one "
         "gradient, in segments of so many steps (0: every step kept), and nothing else")  # fmt: skip
     add("--json", type=Path, help="file for all numbers")
-    add("--out", type=arguments.folder, default="figs", help="folder of the figure")
     return parser.parse_args(argv)
 
 

@@ -34,7 +34,6 @@ steps, with states at {outputs}. Graph: the call captured in a CUDA graph."""
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     args = parse(argv)
-    torch.set_num_threads(args.threads)
     print(machine(args.device), flush=True)
     rows = []
     for title, calls in (("bare field", of_field(args)), ("port-Hamiltonian system", of_system(args))):
@@ -129,10 +128,8 @@ def table(found: dict[str, list[float]]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments.parser(__doc__, "", device={"default": "cpu"})
     add = parser.add_argument
-    add("--device", type=arguments.device, default="cpu", help="where to compute; auto takes CUDA if there is one")
-    add("--threads", type=arguments.positive, default=1, help="threads of torch on the CPU")
     add("--batch", type=arguments.positive, default=128, help="pendulums")
     add("--steps", type=arguments.positive, default=100, help="steps of a call")
     add("--dense", action="store_true", help="keep the state after every step")

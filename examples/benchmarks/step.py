@@ -38,7 +38,7 @@ from odeopt.cli import arguments
 from odeopt.evaluation import student_interval
 from odeopt.files import read_json, write_json
 from odeopt.report import draw_table
-from odeopt.tasks import DATASETS, MLPClassification, load_dataset_or_digits
+from odeopt.tasks import MLPClassification
 from odeopt.timing import clock, interleaved
 
 LARGE = 10**6  # parameters from which on memory is measured: less would not be seen
@@ -47,7 +47,6 @@ LARGE = 10**6  # parameters from which on memory is measured: less would not be 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     args = parse(argv)
-    torch.set_num_threads(args.threads)
     if args.memory:
         return print(json.dumps(peak_memory(args)))
     path, content = args.out / "step.json", {"machine": machine(args.device)}
@@ -130,7 +129,7 @@ def measured_apart(argv: list[str], args: argparse.Namespace) -> dict[str, dict[
 
 def narrowed(args: argparse.Namespace) -> dict[str, list[float]]:
     """Print and return what a state in bfloat16 does to the loss, on common networks and batches."""
-    dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
+    dataset = arguments.dataset(args)
     task = MLPClassification(dataset, (20,), activation="sigmoid", split="evaluation", device=args.device)
     n_runs, n_steps = (3, 10) if args.quick else (20, 100)
     wide, narrow = (scores_with_state(task, dtype, n_runs=n_runs, n_steps=n_steps)
@@ -139,7 +138,7 @@ def narrowed(args: argparse.Namespace) -> dict[str, list[float]]:
     sizes = "-".join(map(str, task.sizes))
     lines = [f"{dataset.name}, {sizes}, sigmoid, {n_runs} runs of {n_steps} steps on common networks and batches:",
              "mean of the last ten losses, and its paired difference [95 % Student interval].", ""]  # fmt: skip
-    print(*([notice] if notice else []), *lines, sep="\n")
+    print(*lines, sep="\n")
     rows = [["float32", f"{wide.mean():.5f}", ""],
             ["bfloat16", f"{narrow.mean():.5f}", f"{mean:+.5f} [{low:+.5f}, {high:+.5f}]"]]  # fmt: skip
     print(draw_table([("state in", ""), ("loss", "nats"), ("difference", "nats")], rows), end="\n\n")
@@ -148,17 +147,13 @@ def narrowed(args: argparse.Namespace) -> dict[str, list[float]]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
-    parser = arguments.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = arguments.parser(__doc__, "dataset data_dir", device={"default": "cpu"})
     add = parser.add_argument
-    add("--device", type=arguments.device, default="cpu", help="where to compute; auto takes CUDA if there is one")
-    add("--threads", type=arguments.positive, default=torch.get_num_threads(), help="threads of torch on the CPU")
     add("--sizes", type=workload, nargs="+", help="numbers of parameters in one tensor, and names of models: "
         f"{', '.join(MODELS)} (None: 1e4 to 1e7 and the models; 1e8 too on CUDA or with --full)")  # fmt: skip
     add("--repeats", type=arguments.positive, help="timed repeats, three of a slow step (None: 21; with --quick, 5)")
     add("--quick", action="store_true", help="up to a million parameters and ResNet-18, few repeats")
     add("--full", action="store_true", help="1e8 parameters too, and the LSTM rule up to 1e7 (takes long)")
-    add("--dataset", choices=DATASETS, default="mnist", help="images; scikit-learn's digits where they are not found")
-    add("--data-dir", type=Path, help="folder of the images, as examples/mnist.py takes it")
     add("--memory", action="store_true", help="print the memory of the steps in bytes and nothing else")
     add("--out", "--out-dir", type=arguments.folder, default="figs", help="folder of step.png and step.json, where "
         "numbers of sizes not timed now stay if they are of this machine")  # fmt: skip
