@@ -9,13 +9,12 @@ evaluations of the rule's own field. An interrupted run continues with the rules
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from studies.variants import Row, compare_variants, train_variants
+from studies.variants import Row, compare_variants, shortened, train_variants
 from studies.variants_figure import plot_ablation
 
 import odeopt
@@ -44,10 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
         print(notice or f"Data: {dataset.name}", flush=True)
         config = load_config(Path(__file__).parent / "studies" / "ablation.toml").with_dataset(dataset.name)
-        n_meta_steps = args.steps or config.training.n_meta_steps
-        training = dataclasses.replace(config.training, horizon=args.horizon, n_meta_steps=n_meta_steps)
-        task = config.task | {"horizons": [args.horizon, args.horizon]}
-        config = dataclasses.replace(config, training=training, task=task)
+        config = shortened(config, args.steps, args.horizon)
         variants, where = {name: {"solver": name} for name in args.trained}, {"data_dir": args.data_dir}
         trained = train_variants(config, variants, args.folder, n_seeds=args.seeds, device=args.device, **where)
     except (DatasetCorrupt, ValueError) as error:

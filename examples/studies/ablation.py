@@ -8,11 +8,10 @@ networks, and for three times as many steps. An interrupted run continues with t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
-from variants import compare_variants, train_variants
+from variants import compare_variants, shortened, train_variants
 from variants_figure import plot_ablation
 
 import odeopt
@@ -21,7 +20,7 @@ from odeopt.evaluation import EVALUATION_SEED
 from odeopt.evaluation.baselines import FAMILIES, build, tune_all
 from odeopt.evaluation.result import DIVERGED
 from odeopt.files import write_json
-from odeopt.meta.files import Config, load_config
+from odeopt.meta.files import load_config
 from odeopt.report import draw_table
 from odeopt.tasks import DATASETS, DatasetCorrupt, MLPClassification, load_dataset_or_digits
 
@@ -59,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         dataset, notice = load_dataset_or_digits(args.dataset, args.data_dir)
         print(notice or f"Data: {dataset.name}", flush=True)
-        config, where = configured(args, dataset.name), {"data_dir": args.data_dir, "device": args.device}
+        config = load_config(Path(__file__).with_suffix(".toml")).with_dataset(dataset.name)
+        config = shortened(config, args.steps, args.horizon)
+        where = {"data_dir": args.data_dir, "device": args.device}
         rules = train_variants(config, {DEFAULT: {}} | variants, args.folder, n_seeds=args.seeds, **where)
     except (DatasetCorrupt, ValueError) as error:
         sys.exit(str(error))
@@ -85,15 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     write_json(path, content)
     label = "difference of the last ten losses [nats]"
     print(f"\nFigure: {plot_ablation(columns, path.with_suffix('.png'), reference=DEFAULT, label=label, title=title)}")
-
-
-def configured(args: argparse.Namespace, dataset: str) -> Config:
-    """Configuration that the default is trained by."""
-    config = load_config(Path(__file__).with_suffix(".toml")).with_dataset(dataset)
-    horizon, n_steps = args.horizon or config.training.horizon, args.steps or config.training.n_meta_steps
-    task = config.task | {"horizons": [horizon, horizon]}
-    training = dataclasses.replace(config.training, horizon=horizon, n_meta_steps=n_steps)
-    return dataclasses.replace(config, task=task, training=training)
 
 
 def table(columns: dict[str, dict], seconds: dict[str, list[float]], *, markdown: bool) -> str:

@@ -18,6 +18,7 @@ import torch
 from odeopt.artifacts import load, save
 from odeopt.checks import require
 from odeopt.evaluation import EVALUATION_SEED, Interval, compare, student_interval, time_step
+from odeopt.files import unfit
 from odeopt.meta.config import MetaConfig
 from odeopt.meta.files import Config
 from odeopt.meta.trainer import meta_train
@@ -28,6 +29,13 @@ from odeopt.tasks import Mixture, Task
 from odeopt.tasks.random import VALIDATION_SEED
 
 _N_TIMINGS = 5
+
+
+def shortened(config: Config, n_meta_steps: int | None = None, horizon: int | None = None) -> Config:
+    """The configuration with other numbers of meta-steps and of steps of a run, where they are given."""
+    n_meta_steps, horizon = n_meta_steps or config.training.n_meta_steps, horizon or config.training.horizon
+    training = dataclasses.replace(config.training, n_meta_steps=n_meta_steps, horizon=horizon)
+    return dataclasses.replace(config, task=config.task | {"horizons": [horizon, horizon]}, training=training)
 
 
 def train_variants(
@@ -88,13 +96,11 @@ def _trained(config: Config, task: Task | Mixture, folder: Path, device: torch.d
         spent = {"cpu_seconds": round(time.process_time() - began, 1)} if is_new else {}
         save(rule, path, trained_for=config.trained_for(result) | spent)
     rule = load(path)
-    found = rule.trained_for | {"rule": rule.config}
+    made = rule.trained_for | {"rule": rule.config}
     for name, value in json.loads(json.dumps(wanted)).items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"Parameter `folder` should be empty or hold rules that were trained as asked for. Found `{path}`, of "
-                f"another {name}; choose another folder or delete it."
-            )
+        if made.get(name) != value:
+            found = f", of another {name}; choose another folder or delete it"
+            raise unfit(path, "rules that were trained as asked for", found)
     return rule.to(device)
 
 
