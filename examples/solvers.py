@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from studies.variants import Row, compare_variants, shortened, train_variants
+from studies.variants import Row, compare_variants, shortened, step_times, train_variants
 from studies.variants_figure import plot_ablation
 
 import odeopt
@@ -72,15 +72,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def costs_of(rule: UpdateRule, task: Task, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Evaluations of the field per step, and milliseconds, of each solver; the same rule throughout."""
-    own = {name: [rule.with_options(solver=name)] for name in args.solvers}
-    in_stages = {name: [rule.with_options(solver=name, backend="torchdiffeq")] for name in own if name != "exponential"}
-    costs = {name: {} for name in own}
-    for label, rules in (("ms", own), *([("ms in stages", in_stages)] if in_stages else [])):
-        options = {"n_steps": 1, "n_runs": 2, "progress_bar": False}
-        for name, row in compare_variants(rules, task, reference=next(iter(rules)), **options).items():
-            costs[name][label] = row.ms_per_step
-    for name, (staged,) in in_stages.items():
-        costs[name]["field evaluations"] = evaluations(staged, task, args.horizon)
+    own = {name: rule.with_options(solver=name) for name in args.solvers}
+    in_stages = {name: rule.with_options(solver=name, backend="torchdiffeq") for name in own if name != "exponential"}
+    costs = {name: {"ms": ms} for name, ms in step_times(own, task).items()}
+    for name, ms in step_times(in_stages, task).items():
+        costs[name] |= {"ms in stages": ms, "field evaluations": evaluations(in_stages[name], task, args.horizon)}
     return costs
 
 

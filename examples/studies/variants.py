@@ -246,7 +246,7 @@ def compare_variants(
     comparison = compare(flat, task, reference=names[reference][0], **options)
     scores = {name: torch.stack([comparison.scores(key) for key in keys]) for name, keys in names.items()}
     middle = scores[reference].mean(0)
-    times = _step_times({name: of_seeds[0] for name, of_seeds in rules.items()}, task)
+    times = step_times({name: of_seeds[0] for name, of_seeds in rules.items()}, task)
     rows = {}
     for name, keys in names.items():
         results = [comparison.results[key] for key in keys]
@@ -264,8 +264,8 @@ def compare_variants(
     return rows
 
 
-def _step_times(rules: Mapping[str, UpdateRule], task: Task) -> dict[str, float]:
-    """Least time of a step by rule; taken in turns, so that what else the machine does strikes all alike."""
+def step_times(rules: Mapping[str, UpdateRule], task: Task) -> dict[str, float]:
+    """Least milliseconds of a step by rule; taken in turns, so that what else the machine does strikes all alike."""
     rules = {name: copy.deepcopy(rule).to(task.device) for name, rule in rules.items()}
     times = dict.fromkeys(rules, math.inf)
     for _ in range(_N_TIMINGS):
