@@ -7,22 +7,7 @@ from pathlib import Path
 
 import torch
 from figures import plot_step_cost
-from workloads import (
-    DEFAULT,
-    EAGER,
-    FAST,
-    FOREACH,
-    FUSED,
-    HALF,
-    LEARNED,
-    LOOP,
-    LSTM,
-    MODELS,
-    MUON,
-    NETWORK,
-    REFERENCES,
-    SELDOM,
-)
+from workloads import FOREACH, LEARNED, LOOP, LSTM, MODELS, REFERENCES, SHOWN
 
 from odeopt.report import draw_table
 
@@ -56,7 +41,7 @@ def ratio_table(rows: list[dict]) -> str:
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     table = [
         [name, *(spread(ratio(ms[at, name], ms[at, FOREACH])) if (at, name) in ms else "" for at in workloads)]
-        for name in (FAST, EAGER, DEFAULT, HALF, SELDOM, MUON, FUSED, NETWORK)
+        for name in SHOWN
     ]
     return draw_table([("", ""), *((at, "") for at in workloads)], table, markdown=True)
 

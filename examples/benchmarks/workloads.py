@@ -28,6 +28,7 @@ LEARNED = FAST, NARROW, EAGER, DEFAULT, SELDOM, HALF, LSTM = (
 )
 LOOP, MUON, NETWORK = "lstm, loop of cells", "Muon and fused Adam", "forward and backward"
 FOREACH, FUSED, MOMENTUM = REFERENCES = ("Adam, foreach", "Adam, fused", "SGD, momentum")
+SHOWN = (FAST, EAGER, DEFAULT, HALF, SELDOM, MUON, FUSED, NETWORK)  # in the table that compares all workloads
 Make = Callable[[nn.Module], Optimizer]
 
 models = import_torchvision().models
