@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -64,11 +65,10 @@ def main(argv: list[str] | None = None) -> None:
             if not options:
                 models[row] = model
             if kind == OURS:
-                kinds = ((method, factor) for method in METHODS for factor in (1, 10))
-                rises = {
-                    f"{m}, {f} x": systems.energy_rises(model, clean.prediction, method=m, factor=f) for m, f in kinds
-                }
-                rises = {name: found.as_json() for name, found in rises.items()}
+                rises = {}
+                for method, factor in product(METHODS, (1, 10)):
+                    found = systems.energy_rises(model, clean.prediction, method=method, factor=factor)
+                    rises[f"{method}, {factor} x"] = found.as_json()
                 results[system][row] |= {"parts": systems.part_errors(model.cpu(), truth, q), "rises": rises}
         print(f"\n{system}\n\n{table(results[system], markdown=args.markdown)}", flush=True)
         if OURS in models:

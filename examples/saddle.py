@@ -25,12 +25,12 @@ RULES = ("port-hamiltonian", "port-hamiltonian-mnist", "port-hamiltonian-quadrat
 HAND_DESIGNED = (*(family for family in FAMILIES if family.name in ("Adam", "Momentum")), PLAIN_SGD)
 HEADERS = [
     ("rule", ""),
-    ("lower quartile", "steps"),
-    ("median", "steps"),
-    ("upper quartile", "steps"),
-    ("never left", "runs"),
-    ("not finite", "runs"),
-    ("final loss", "median"),
+    ("lower quartile", "[steps]"),
+    ("median", "[steps]"),
+    ("upper quartile", "[steps]"),
+    ("never left", "[runs]"),
+    ("not finite", "[runs]"),
+    ("final loss", "[median]"),
 ]
 
 
@@ -60,11 +60,10 @@ def main(argv: list[str] | None = None) -> None:
             seed=EVALUATION_SEED + args.seed,
             score="final",
         )
-        headers = [(title, unit and f"[{unit}]") for title, unit in HEADERS]
         print(f"\n{name}, {args.runs} runs of {args.steps} steps\n")
         lines = rows(task, comparison)
         content[name] = {line[0].split(" (")[0]: line[2] for line in lines}
-        print(draw_table(headers, lines))
+        print(draw_table(HEADERS, lines))
         # settings differ between the landscapes, which share one legend
         losses[name] = {rule.split(" (lr")[0]: result.losses for rule, result in comparison.results.items()}
         thresholds[name] = task.escape_value

@@ -10,6 +10,7 @@ import argparse
 import cmath
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,14 @@ from odeopt.tasks import MLPClassification, NoisyQuadratic, Task
 SPECTRAL, QUADRATIC = "port-hamiltonian-spectral", "port-hamiltonian-quadratic"
 LR = 0.01  # of the fallback
 N_BATCHES = 32  # that a final loss is evaluated on, at each of the last steps
-PH, LSTM = {"kind": odeopt.PortHamiltonianUpdate}, {"kind": odeopt.LSTMUpdate, "preprocess": True}
+PH, LSTM = odeopt.PortHamiltonianUpdate, partial(odeopt.LSTMUpdate, preprocess=True)
 
 
 class Case(NamedTuple):
-    """A surface, a rule by name or of random weights, and functions of the share of the run that is done."""
+    """A surface, a rule (by name, or what makes one), and functions of the share of the run that is done."""
 
     surface: str
-    rule: str | dict[str, Any] = SPECTRAL
+    rule: str | Callable[[], odeopt.UpdateRule] = SPECTRAL
     lr: float = 1.0
     is_flipped: Callable[[float], bool] = lambda done: False
     angle: Callable[[float], float] = lambda done: 0.0
@@ -78,7 +79,7 @@ def rule_of(case: Case, seed: int) -> odeopt.UpdateRule | str:
     if isinstance(case.rule, str):
         return case.rule
     torch.manual_seed(seed)
-    rule = case.rule["kind"](**{key: value for key, value in case.rule.items() if key != "kind"})
+    rule = case.rule()
     for weight in rule.parameters():
         weight.data = 0.5 * torch.randn_like(weight)
     return rule

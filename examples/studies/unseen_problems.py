@@ -52,11 +52,6 @@ def perceptron(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> N
     return Network(nn.Sequential(*layers), nn.Linear(*widths[-2:]))
 
 
-def linear() -> Network:
-    """A linear model."""
-    return Network(nn.Identity(), nn.Linear(50, 1))
-
-
 # -------------------- networks
 
 
@@ -366,7 +361,8 @@ def problems(images: Tensor, labels: Tensor, name: str) -> dict[str, Problem]:
     rows = [
         ("sines", "sine network", 800, sine_network, of_picture, F.mse_loss),
         ("poisson", "Poisson's equation", 1000, Poisson, of_square, F.mse_loss),
-        ("regression", "regression, condition 1e4", 500, linear, of_regression, F.mse_loss),
+        ("regression", "regression, condition 1e4", 500, lambda: Network(nn.Identity(), nn.Linear(50, 1)),
+         of_regression, F.mse_loss),
         ("factors", "matrix of rank six", 1500, Factors, of_matrix, F.mse_loss),
         ("adapters", "adapters, new classes", 300, partial(adapted, images, labels, {}),
          partial(of_images, images, labels), F.cross_entropy),
