@@ -75,8 +75,6 @@ class Coordinates(nn.Module):
         Returns:
             Shape ``(*batch, dof)``.
         """
-        if not self.n_circles:
-            return features
         line, cos, sin = features.split((self.n_lines, self.n_circles, self.n_circles), dim=-1)
         q = torch.cat((line, torch.atan2(sin, cos)), dim=-1)
         return q if self._is_sorted else q.index_select(-1, self._back)
@@ -90,8 +88,6 @@ class Coordinates(nn.Module):
         Returns:
             Shape ``(*batch, dof)``; on circles in [-pi, pi], on lines as given. The derivative is one.
         """
-        if not self.n_circles:
-            return difference
         turns = (difference / (2 * math.pi)).round()
         return torch.where(self._is_circle, difference - 2 * math.pi * turns, difference)
 

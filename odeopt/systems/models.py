@@ -213,13 +213,9 @@ def make_model(kind: str, coordinates: str, *, observes: str, seed: int = 0, **o
         return MODELS[kind](coordinates, observes=observes, **options)
 
 
-def _conservative(coordinates: str, **options: object) -> PortHamiltonianModel:
-    return structured(coordinates, dissipative=False, **options)
-
-
 MODELS: dict[str, Callable[..., ObservedSystem]] = {
     "port-Hamiltonian": structured,
-    "without dissipation": _conservative,
+    "without dissipation": partial(structured, dissipative=False),
     "unstructured": UnstructuredHamiltonian,
     "geometric": GeometricBaseline,
     "naive": NaiveBaseline,
