@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,16 @@ _LAST = 0.05  # of the losses, whose mean judges a run
 def main(argv: list[str] | None = None) -> None:
     """Train the networks, print a table and draw the figure."""
     args = parse(argv)
-    options = {key: value for key, value in load_config("port-hamiltonian-spectral").rule.items() if key != "class"}
-    content = {"depths": args.depths, "rates": args.rates, "losses": {}}
+    rule = load_config("port-hamiltonian-spectral").build_rule().to(args.device)
+    rules = {name: rule.with_options(depth_power=power) for name, power in POWERS.items()}
+    of_task = {"batch_size": 64, "activation": "relu", "device": args.device}
     dataset = arguments.dataset(args)
-    bar = tqdm(total=len(POWERS) * len(args.depths) * len(args.rates), desc="runs")
-    for name, power in POWERS.items():
-        rule = odeopt.PortHamiltonianUpdate(**options | {"depth_power": power}).to(args.device)
-        content["losses"][name] = []
-        for depth in args.depths:
-            widths = [args.width] * depth
-            task = MLPClassification(dataset, widths, batch_size=64, activation="relu", device=args.device)
-            content["losses"][name].append([])
-            for rate in args.rates:
-                content["losses"][name][-1].append(final_loss(rule, task, rate, args).item())
-                bar.update()
-    bar.close()
+    tasks = {depth: MLPClassification(dataset, [args.width] * depth, **of_task) for depth in args.depths}
+    found = {}
+    for name, depth, rate in tqdm(list(product(rules, tasks, args.rates)), desc="runs"):
+        found[name, depth, rate] = final_loss(rules[name], tasks[depth], rate, args).item()
+    losses = {name: [[found[name, depth, rate] for rate in args.rates] for depth in args.depths] for name in rules}
+    content = {"depths": args.depths, "rates": args.rates, "losses": losses}
     print(table(content, markdown=args.markdown))
     write_json(args.out / "depth.json", content)
     print(f"Figure: {plot(content, args.out / 'depth.png')}")
