@@ -61,10 +61,10 @@ def measured(size: int, args: argparse.Namespace) -> tuple[dict[str, list[float]
 
 def table(rows: list[dict], *, markdown: bool) -> str:
     """One line per size."""
-    cells = [[f"{row['parameters']:,}", *map(spread, row["ms"].values())] for row in rows]
-    per_parameter = (f"{row['snapshot_bytes'] / row['parameters']:g}" for row in rows)
-    cells = [[*line, each] for line, each in zip(cells, per_parameter, strict=True)]
-    titles = ["parameters", *rows[0]["ms"], "snapshot, bytes each"]
+    titles, cells = ["parameters", *rows[0]["ms"], "snapshot, bytes each"], []
+    for row in rows:
+        n, held = row["parameters"], row["snapshot_bytes"]
+        cells.append([f"{n:,}", *map(spread, row["ms"].values()), f"{held / n:g}"])
     return draw_table([(title, "") for title in titles], cells, markdown=markdown)
 
 

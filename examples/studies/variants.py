@@ -194,15 +194,11 @@ def by_configuration(rules: Sequence[UpdateRule]) -> dict[str, list[UpdateRule]]
         groups.setdefault(made["config"], []).append(rule)
     for name, group in groups.items():
         group.sort(key=lambda rule: rule.trained_for["validation_loss"])
-        trainings = [rule.trained_for["training"] for rule in group]
-        seeds = [training["seed"] for training in trainings]
+        seeds = [rule.trained_for["training"]["seed"] for rule in group]
+        alike = [(rule.config, rule.trained_for["task"], rule.trained_for["training"] | {"seed": 0}) for rule in group]
+        is_right = len(set(seeds)) == len(seeds) and all(each == alike[0] for each in alike)
         wanted = f"of different meta-seeds, and trained alike: those of {name} are not"
-        require(len(set(seeds)) == len(seeds), "rules", seeds, wanted)
-        alike = [
-            [rule.config, rule.trained_for["task"], training | {"seed": None}]
-            for rule, training in zip(group, trainings, strict=True)
-        ]
-        require(all(each == alike[0] for each in alike), "rules", seeds, wanted)
+        require(is_right, "rules", seeds, wanted)
     return groups
 
 
