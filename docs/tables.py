@@ -257,7 +257,7 @@ def outcome(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Outcome:
 _SUITE = "python -m odeopt suite --untold --untrained"
 
 
-def suite(name: str = "suite", command: str = _SUITE, *, in_full: bool = False) -> str:
+def suite(name: str = "suite", *, in_full: bool = False) -> str:
     """Training and held-out losses over those of tuned AdamW, of learned rules with intervals; and all else."""
     found = read_suite(name)
     learned = [name for name, contender in found.contenders.items() if contender.is_learned]
@@ -278,6 +278,7 @@ def suite(name: str = "suite", command: str = _SUITE, *, in_full: bool = False) 
     untuned = " and ".join(
         f"{OPPONENTS[name].title.split(',')[0]}'s" for name in others if len(OPPONENTS[name].rates) == 1
     )
+    command = _SUITE if name == "suite" else f"python examples/studies/{name}.py"
     caption = (
         f"Losses over those of tuned AdamW with warm-up and cosine decay: geometric means of {found.n_runs} paired\n"
         f"runs {spread}, below one is better.\n"
@@ -451,7 +452,7 @@ def tensor(values: Sequence[float | None]) -> torch.Tensor:
 
 TABLES: dict[str, Callable[[], str]] = {
     "ablation": ablation,
-    "blind": lambda: suite("blind", "python examples/studies/blind.py"),
+    "blind": lambda: suite("blind"),
     "cheaper": lambda: varied("cheaper", WAYS),
     "coordinate_check": lambda: changes_of_outputs(read("coordinate_check"), markdown=True),
     "depth": lambda: losses_over_rates(read("depth"), markdown=True),
@@ -464,7 +465,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kinetic": energies,
     "laws": lambda: varied("laws", LAWS),
     "laws_of_the_rule": laws_of_the_rule,
-    "long_runs": lambda: suite("long_runs", "python examples/studies/long_runs.py"),
+    "long_runs": lambda: suite("long_runs"),
     "matrix": matrix,
     "meta": meta,
     "meta_seeds": meta_seeds,
@@ -476,7 +477,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "physics_rises": lambda: physics(rises, "port-Hamiltonian"),
     "robustness": lambda: table(("", "tried", "as it should", "refused in words", "otherwise"), read("robustness")),
     "saddles": saddles,
-    "scale": lambda: suite("scale", "python examples/studies/scale.py"),
+    "scale": lambda: suite("scale"),
     "seeds": lambda: varied("seeds", OTHERS),
     "solvers": lambda: solvers("Evaluations"),
     "solvers_errors": lambda: solvers("Relative errors"),
@@ -487,8 +488,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "suite_in_short": suite_in_short,
     "taught": lambda: varied("taught", OUTPUTS),
     "trained_energies": lambda: losses_of_trained_energies(read_suite("trained_energies"), markdown=True),
-    "unseen": lambda: suite("unseen", "python examples/studies/unseen.py"),
-    "widest": lambda: suite("widest", "python examples/studies/widest.py"),
+    "unseen": lambda: suite("unseen"),
+    "widest": lambda: suite("widest"),
 }
 
 if __name__ == "__main__":
