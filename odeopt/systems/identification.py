@@ -190,14 +190,12 @@ def fit_kept(
             kept = torch.load(io.BytesIO(content), weights_only=True)
             losses, status, message, seconds = kept["result"]
             result, weights = FitResult(losses, Status(status), message, seconds), dict(kept["weights"])
-            is_same = kept["settings"] == wanted
+            names = wanted | kept["settings"]
+            changed = [name for name in sorted(names) if wanted.get(name) != kept["settings"].get(name)]
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
             found = f"Found `{path}`, which cannot be read; delete it to fit anew."
             raise ValueError(f"Parameter `path` should be new or hold a fit. {found}") from error
-        if not is_same:
-            changed = sorted(
-                name for name in wanted | kept["settings"] if wanted.get(name) != kept["settings"].get(name)
-            )
+        if changed:
             raise ValueError(
                 "Parameter `path` should be new or hold a fit of the same settings. "
                 f"Found `{path}`, which differs in {', '.join(changed)}; choose another folder or delete it."
@@ -207,8 +205,7 @@ def fit_kept(
     result = fit(model, data, config, progress_bar=progress_bar)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
-    kept = {"settings": wanted, "weights": weights}
-    kept["result"] = [result.losses, str(result.status), result.message, result.seconds]
+    kept = {"settings": wanted, "weights": weights, "result": [*result._replace(status=str(result.status))]}
     with replaced(path) as temporary:
         torch.save(kept, temporary)
     return result
