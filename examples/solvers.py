@@ -97,10 +97,9 @@ def evaluations(rule: PortHamiltonianUpdate, task: Task, n_steps: int) -> float:
 
 def losses_table(found: dict[str, dict[str, Row]], args: argparse.Namespace) -> str:
     """One line per solver of the run, one column per solver of the training."""
-    rows_of = {
-        name: [rows[name].text(is_reference=name == own) for own, rows in found.items()] for name in args.solvers
-    }
-    lines = [[name, *cells] for name, cells in rows_of.items()]
+    lines = [
+        [name, *(rows[name].text(is_reference=name == own) for own, rows in found.items())] for name in args.solvers
+    ]
     return draw_table([("", "run with"), *(("trained with", own) for own in found)], lines, markdown=args.markdown)
 
 

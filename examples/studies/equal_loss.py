@@ -98,8 +98,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
             for axis, losses in zip((axes.xaxis, axes.yaxis), of[RULE]["means"], strict=True):
                 if max(losses) < 50 * min(losses):  # over more decades they would overlap
                     use_plain_numbers(axis, (1, 2, 5))
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         return save_figure(figure, path)
 
 

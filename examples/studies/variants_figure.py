@@ -53,12 +53,12 @@ def plot_ablation(
         ValueError: If there is no row or column, columns have other rows than the first, or the reference is none of
             them or did not stay finite.
     """
-    _check(columns, reference)
+    references = _checked(columns, reference)
     with style():
         names = list(next(iter(columns.values())))
         figure, panels = new_figure(9.6, 0.235 * len(names) + 1.7, len(columns))
         for axes, (column, rows) in zip(panels, columns.items(), strict=True):
-            own = _reference(reference, column)
+            own = references[column]
             axes.set_xlim(*_limits([row for name, row in rows.items() if name != own], rows[own]))
             spread = rows[own].by_seed
             axes.axvspan(min(spread), max(spread), color="#000000", alpha=0.1, linewidth=0)
@@ -78,31 +78,30 @@ def plot_ablation(
         labels = list(words.values())
         if any(len(row.by_seed) > 1 for rows in columns.values() for row in rows.values()):
             handles += panels[0].plot([], [], color="#000000", **_RING)
-            has_band = any(len(rows[_reference(reference, column)].by_seed) > 1 for column, rows in columns.items())
+            has_band = any(len(rows[references[column]].by_seed) > 1 for column, rows in columns.items())
             labels.append("one meta-training (band: those of the reference)" if has_band else "one meta-training")
         figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)
         return save_figure(figure, path)
 
 
-def _reference(reference: str | Mapping[str, str], column: str) -> str | None:
-    return reference.get(column) if isinstance(reference, Mapping) else reference
-
-
-def _check(columns: Mapping[str, Mapping[str, Row]], reference: str | Mapping[str, str]) -> None:
+def _checked(columns: Mapping[str, Mapping[str, Row]], reference: str | Mapping[str, str]) -> Mapping[str, str]:
+    """Check what is to be drawn, and return the reference of each column."""
     are_columns = isinstance(columns, Mapping) and all(isinstance(rows, Mapping) for rows in columns.values())
     require(are_columns and len(columns) > 0, "columns", columns, "a mapping of titles to rows by name")
     names = list(next(iter(columns.values())))
+    references = reference if isinstance(reference, Mapping) else dict.fromkeys(columns, reference)
     for column, rows in columns.items():
         is_alike = list(rows) == names and len(names) > 0
         require(is_alike, f"columns[{column!r}]", list(rows), f"the rows of the first column, {names}, at least one")
         for name, row in rows.items():
             is_row = len(getattr(row, "by_seed", ())) > 0
             require(is_row, f"columns[{column!r}][{name!r}]", row, "a row of at least one meta-seed")
-        own = _reference(reference, column)
+        own = references.get(column)
         require(own in names, "reference", reference, f"one of {', '.join(names)}, for {column}")
         spread = rows[own].by_seed
         is_finite = all(map(math.isfinite, spread))
         require(is_finite, "reference", reference, f"a row that stayed finite; for {column} it is at {spread}")
+    return references
 
 
 def _draw_row(axes: Axes, row: Row, height: float, *, is_reference: bool) -> None:
