@@ -210,6 +210,7 @@ def measured_apart(horizon: int, checkpoint: int, args: argparse.Namespace) -> i
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
     parser = arguments.parser(__doc__, "dataset data_dir out", device={"default": "cpu"})
+    parser.set_defaults(threads=torch.get_num_threads())
     add = parser.add_argument
     add("--repeats", type=arguments.positive, default=7, help="timed repeats, after one that is not")
     add("--quick", action="store_true", help="a few steps and short horizons, to see that it runs")

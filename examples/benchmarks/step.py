@@ -148,6 +148,7 @@ def narrowed(args: argparse.Namespace) -> dict[str, list[float]]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the options and check them before any work is done."""
     parser = arguments.parser(__doc__, "dataset data_dir", device={"default": "cpu"})
+    parser.set_defaults(threads=torch.get_num_threads())
     add = parser.add_argument
     add("--sizes", type=workload, nargs="+", help="numbers of parameters in one tensor, and names of models: "
         f"{', '.join(MODELS)} (None: 1e4 to 1e7 and the models; 1e8 too on CUDA or with --full)")  # fmt: skip
