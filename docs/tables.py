@@ -39,7 +39,7 @@ from equal_loss import table as at_equal_loss  # noqa: E402
 from guard_figure import table as guarded_losses  # noqa: E402
 from heads import HEAD  # noqa: E402
 from held_out import read_columns, summary_tables  # noqa: E402
-from laws import LAWS  # noqa: E402
+from laws import AS_ONE, LAWS  # noqa: E402
 from laws import table as losses_of_variants  # noqa: E402
 from reporting import ratio, ratio_table, spread  # noqa: E402
 from seeds import OTHERS  # noqa: E402
@@ -462,7 +462,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guard_cost": guard_cost,
     "heads": lambda: varied("heads", [HEAD]),
     "kinetic": energies,
-    "laws": lambda: varied("laws", LAWS),
+    "laws": lambda: varied("laws", (*LAWS, AS_ONE)),
     "laws_of_the_rule": laws_of_the_rule,
     "long_runs": lambda: suite("long_runs"),
     "matrix": matrix,
