@@ -360,7 +360,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         decision, params = sentry.decide(self.param_groups), self._begun_params()
         if decision.restores:
             restore_snapshot(params, self.state)
-            averages.restart(self.state)
+            averages.drop(self.state)
         elif decision.snapshots:
             take_snapshot(params, self.state)
         if decision.begins_anew:

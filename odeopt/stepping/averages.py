@@ -63,7 +63,7 @@ def give_way(state: Mapping[Tensor, dict[str, Any]], after: Mapping[Tensor, dict
 
 
 def drop(state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Forget averages that are not shown, where they are not kept up to date from here on."""
+    """Forget averages that are not shown: nothing keeps them up to date from here on, or they begin anew."""
     for _, held in _of_params(state):
         if _WEIGHTS not in held:
             held.pop(AVERAGE, None)
@@ -77,12 +77,6 @@ def check_shown(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, dict
     is_shown = any(group.get(SHOWS_AVERAGES) for group in groups)
     wanted = f"saved after `optimizer.train()`, or with the entries {_WEIGHTS!r} of the state"
     require(not is_shown or are_shown(state), "state_dict", "averages in place of the weights", wanted)
-
-
-def restart(state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Forget the averages, which begin anew with the next weights."""
-    for _, held in _of_params(state):
-        held.pop(AVERAGE, None)
 
 
 def are_shown(state: Mapping[Tensor, dict[str, Any]]) -> bool:
