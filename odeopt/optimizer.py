@@ -38,9 +38,9 @@ from odeopt.stepping.guard import (
     Guard,
     GuardStatus,
     Sentry,
-    check_unguarded,
     drop_saved,
     restore_snapshot,
+    saved_watch,
     take_snapshot,
 )
 from odeopt.stepping.layout import Layout, is_within
@@ -522,11 +522,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             nonlocal watch, layout, restored
             check_saved(final, self.rule, self.defaults)
             final = in_order_of(self.param_groups, final)
-            if self._sentry is None:
-                check_unguarded(final["param_groups"])
-            else:
-                watch = self._sentry.saved_watch(final["param_groups"])
-            layout = self._new_layout(is_fallback=watch is not None and bool(watch.is_fallback))
+            watch = saved_watch(final["param_groups"], self._sentry)
+            layout = self._new_layout(is_fallback=bool(watch.is_fallback))
             restored = read_states(layout, self.param_groups, final)
             averages.check_shown(final["param_groups"], restored)
             return final
