@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import odeopt.checks
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts, require_flags
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
@@ -61,11 +61,8 @@ def check_options(options: dict[str, Any], *, may_wait: bool = True) -> None:
             is_number, is_read = isinstance(value, (float, int, Real)) and not isinstance(value, bool), True
         require(is_number, name, value, "a number or a one-element tensor")
         require(not is_read or bool(0 <= value < math.inf), name, value, "non-negative and finite")
-    total_steps = options["total_steps"]
-    is_length = total_steps is None or (is_integer(total_steps) and total_steps >= 1)
-    require(is_length, "total_steps", total_steps, "a positive integer or None")
-    for name in ("maximize", "is_table", "is_stack"):
-        require(isinstance(options[name], bool), name, options[name], "True or False")
+    require_counts(or_none=True, total_steps=options["total_steps"])
+    require_flags(**{name: options[name] for name in ("maximize", "is_table", "is_stack")})
 
 
 def check_spelling(group: Mapping[str, Any]) -> None:
@@ -137,18 +134,15 @@ def check_sharding(param: Tensor, name: str) -> None:
 
 def check_stack(param: Tensor, name: str) -> None:
     """Raise a ValueError where a parameter cannot be a stack, whose tensors are stepped one by one."""
-    found = None
-    if param.ndim == 0:
-        found = f"shape {tuple(param.shape)}"
-    elif not Shard.of(param).holds_tensors:
-        found = f"shape {tuple(param.shape)}, `placements = {param.placements}`"
-    if found is not None:
-        raise ValueError(
-            f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "
-            "sharded along that axis, by one axis of the mesh, with some for each process, as its group is one of "
-            "stacks (`is_stack=True`): shard it so, replicate it (`DistributedDataParallel`), or step it by "
-            f"coordinates (`is_table=True` in place of `is_stack`). Found {found}."
-        )
+    if param.ndim > 0 and Shard.of(param).holds_tensors:
+        return
+    placements = f", `placements = {param.placements}`" if is_distributed(param) else ""
+    raise ValueError(
+        f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "
+        "sharded along that axis, by one axis of the mesh, with some for each process, as its group is one of "
+        "stacks (`is_stack=True`): shard it so, replicate it (`DistributedDataParallel`), or step it by "
+        f"coordinates (`is_table=True` in place of `is_stack`). Found shape {tuple(param.shape)}{placements}."
+    )
 
 
 def warn_caller(message: str, category: type[Warning] = RuntimeWarning) -> None:
