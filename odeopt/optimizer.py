@@ -228,8 +228,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if averaging is not None and _LIKE_DECAY <= averaging < 1:
             warn_caller(
                 "Parameter `averaging` should be a power, 8 for instance: the higher, the more the last weights count. "
-                f"Found `averaging = {averaging}`, as if it were the decay of an exponential average.",
-                UserWarning,
+                f"Found `averaging = {averaging}`, as if it were the decay of an exponential average."
             )
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
 
@@ -321,8 +320,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"Parameter `total_steps` should be the number of optimizer steps of the whole run. Found step "
                     f"{group['n_steps'] + 1} and `total_steps = {group['total_steps']}`: rules with a schedule, the "
                     "default one among them, no longer move the parameters. To go on, set `total_steps` in each group "
-                    "of `optimizer.param_groups`.",
-                    UserWarning,
+                    "of `optimizer.param_groups`."
                 )
         self._check_gradients()
         sentry = self._sentry
@@ -342,8 +340,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if "momentum" in group and self._is_first("momentum"):
                 warn_caller(
                     "A scheduler cycles `momentum`, which the rule does not have: only `lr` follows the schedule. "
-                    "`cycle_momentum=False` does the same without a warning.",
-                    UserWarning,
+                    "`cycle_momentum=False` does the same without a warning."
                 )
             if "initial_lr" in group and not self.capturable:
                 self._warn_of_second_schedule(group)
@@ -486,8 +483,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             warn_caller(
                 "Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found `weight_decay = "
                 f"{float(group['weight_decay'])}` and `lr = {float(group['lr'])}`; AdamW's weight decay times its "
-                "learning rate is what corresponds to it: 1e-5 for `AdamW(lr=1e-3, weight_decay=1e-2)`.",
-                UserWarning,
+                "learning rate is what corresponds to it: 1e-5 for `AdamW(lr=1e-3, weight_decay=1e-2)`."
             )
         if "momentum" in self.defaults:  # later than the groups of the constructor, which are looked at together
             self._check_size_of_lr([group])
@@ -606,8 +602,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not isinstance(lr, Tensor) and 0 < lr < 0.5 * group["initial_lr"] and self._is_first("schedule"):
             warn_caller(
                 f"A scheduler has brought `lr` from {group['initial_lr']:g} to {lr:g}, on top of the rule's own "
-                f"schedule, which `total_steps = {total_steps}` begins: step sizes fall twice. Leave it out.",
-                UserWarning,
+                f"schedule, which `total_steps = {total_steps}` begins: step sizes fall twice. Leave it out."
             )
 
     def _check_gradients(self) -> None:
@@ -628,8 +623,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if 0 < lr <= _SMALL_LR and self._is_learned and self._is_first("lr"):
             warn_caller(
                 "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
-                f"rule was trained for. Found `lr = {lr:g}`, as if it were Adam's.",
-                UserWarning,
+                f"rule was trained for. Found `lr = {lr:g}`, as if it were Adam's."
             )
 
     @property

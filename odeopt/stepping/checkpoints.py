@@ -40,7 +40,7 @@ def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any
             "`state_dict`."
         )
     if None in found:
-        warn_caller("`state_dict` does not say by which rule it was made, so it may be another.", UserWarning)
+        warn_caller("`state_dict` does not say by which rule it was made, so it may be another.")
 
 
 def in_order_of(groups: list[Group], state_dict: StateDict) -> StateDict:
@@ -108,6 +108,5 @@ def warn_of_other_length(given: list[int | None], groups: list[Group]) -> None:
         warn_caller(
             f"Parameter `total_steps` is {had[0][1]} from now on, as in `state_dict`; this optimizer had "
             f"`total_steps = {had[0][0]}`. To train as long as that, set it again in each group of "
-            "`optimizer.param_groups`.",
-            UserWarning,
+            "`optimizer.param_groups`."
         )

@@ -145,7 +145,7 @@ def check_stack(param: Tensor, name: str) -> None:
     )
 
 
-def warn_caller(message: str, category: type[Warning] = RuntimeWarning) -> None:
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line outside of this library and torch, however many wrappers stand in between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):

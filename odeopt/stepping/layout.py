@@ -191,7 +191,8 @@ class Layout:
             warn_caller(
                 f"Parameter `{first}` was not moved at {'' if is_on_host else 'or before '}step "
                 f"{int(groups[0]['n_steps'])}: its gradient is not finite. Later such steps are skipped and counted in "
-                "`n_skipped` without a warning."
+                "`n_skipped` without a warning.",
+                RuntimeWarning,
             )
 
     def rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
