@@ -516,7 +516,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> StateDict:
             nonlocal watch, layout, restored
-            check_saved(final, self.rule, self.defaults)
+            check_saved(final, self.rule, self.defaults["rule_digest"])
             final = in_order_of(self.param_groups, final)
             watch = saved_watch(final["param_groups"], self._sentry)
             layout = self._new_layout(is_fallback=bool(watch.is_fallback))

@@ -32,7 +32,7 @@ _FOREIGN = {
     "local_shards": "ShardedTensor",
 }
 # Options that a group of parameters may set; other names in it belong to schedulers, trainers or the user.
-_OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack")
+OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack")
 # Similarity from which on a name is a misspelt one: `maximise` has .88, and `weight_decay_mult`, which is meant, .83.
 _MISSPELT = 0.85
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
@@ -70,9 +70,9 @@ def check_spelling(group: Mapping[str, Any]) -> None:
 
     Other names pass, as in ``torch.optim``, also those in which an option is one of several words.
     """
-    for name in (name for name in group if name not in _OPTIONS):
+    for name in (name for name in group if name not in OPTIONS):
         found = name.lower().replace("-", "_") if isinstance(name, str) else ""
-        for option in get_close_matches(found, _OPTIONS, n=1, cutoff=_MISSPELT):
+        for option in get_close_matches(found, OPTIONS, n=1, cutoff=_MISSPELT):
             words = found.strip("_")
             if words != option and f"_{option}_" in f"_{words}_":  # `use_weight_decay`, of a trainer
                 continue
