@@ -103,19 +103,19 @@ class NativeStep:
     """
 
     def __init__(self, rule: PortHamiltonianUpdate, buckets: Sequence[Bucket], groups: Sequence[int]) -> None:
-        self.buckets, self._constants = list(buckets), _Constants(rule)
+        self.buckets, self._rule = list(buckets), _constants(rule)
         self._groups = (Group * (1 + max(groups)))()
         self.params = [param for bucket in buckets for param in bucket.params]
         self._sizes, self._dtypes = zip(*((param.numel(), param.dtype) for param in self.params), strict=True)
         self._numbers = [number for number, bucket in enumerate(buckets) for _ in bucket.params]
-        tensors = [(bucket, index, shape) for bucket in buckets for index, shape in enumerate(bucket.shapes)]
-        numbers = [number for bucket, number in zip(buckets, groups, strict=True) for _ in bucket.shapes]
+        members = zip(buckets, groups, strict=True)
+        tensors = [(bucket, group, *each) for bucket, group in members for each in enumerate(bucket.shapes)]
         # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
         self._work = [
-            shape.numel() * (1 + _short_side(shape) // 32 if bucket.is_whole else 1) for bucket, _, shape in tensors
+            shape.numel() * (1 + _short_side(shape) // 32 if bucket.is_whole else 1) for bucket, *_, shape in tensors
         ]
         self._all_work = sum(self._work)
-        self._n_bytes = [shape.numel() * bucket.param_dtype.itemsize for bucket, _, shape in tensors]
+        self._n_bytes = [shape.numel() * bucket.param_dtype.itemsize for bucket, *_, shape in tensors]
         # offsets of the tensors of each parameter; None where no parameter is a stack
         self._offsets: list[range] | None = None
         if any(bucket.is_stack for bucket in buckets):
@@ -128,8 +128,8 @@ class NativeStep:
         self._entangled_at: tuple[list[int], set[int]] = [], set()
         self._lock = threading.Lock()
         states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
-        zipped = zip(self._tensors, tensors, numbers, self._work, states, strict=True)
-        for tensor, (bucket, index, shape), number, work, state in zipped:
+        zipped = zip(self._tensors, tensors, self._work, states, strict=True)
+        for tensor, (bucket, group, index, shape), work, state in zipped:
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
@@ -137,13 +137,11 @@ class NativeStep:
                 tensor.n_rows, tensor.operator_scale = shape[0], operator_scale(shape, rule.matrix_scale)
             if normalization == "coordinate":
                 tensor.second_moment = state["second_moment"].data_ptr()
-            tensor.features, tensor.n_skipped = (
-                bucket.rows.features[index].data_ptr(),
-                bucket.n_skipped[index].data_ptr(),
-            )
+            tensor.features = bucket.rows.features[index].data_ptr()
+            tensor.n_skipped = bucket.n_skipped[index].data_ptr()
             tensor.n, tensor.mode_stride, tensor.work = shape.numel(), state["p"].stride(0), work
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
-            tensor.skips_zeros, tensor.group = bucket.is_stack, number
+            tensor.skips_zeros, tensor.group = bucket.is_stack, group
 
     def step(self, groups: Sequence[StepOptions]) -> tuple[int, Sequence[int]]:
         """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
@@ -164,23 +162,17 @@ class NativeStep:
             return 0, range(len(self.buckets))
         grads, values, copies, odd = [], [], [], set()
         for param, n, dtype in zip(self.params, self._sizes, self._dtypes, strict=True):
-            grad = param.grad
-            if grad is not None and (
-                type(grad) is not Tensor or grad.dtype is not dtype or not n == grad.numel() == param.numel()
-            ):
-                odd.add(self._numbers[len(grads)])
-                grad = None
+            grad, value = param.grad, param
             if grad is None:
-                grads.append(None)
-                values.append(None)
-                continue
-            if not grad.is_contiguous() or grad.is_neg():
-                grad = grad.resolve_neg().contiguous()
-            if param.is_contiguous() and not param.is_neg():
-                value = param
+                value = None
+            elif type(grad) is not Tensor or grad.dtype is not dtype or not n == grad.numel() == param.numel():
+                odd.add(self._numbers[len(grads)])
             else:
-                value = param.detach().resolve_neg().contiguous()
-                copies.append((len(values), value))
+                if not grad.is_contiguous() or grad.is_neg():
+                    grad = grad.resolve_neg().contiguous()
+                if not param.is_contiguous() or param.is_neg():
+                    value = param.detach().resolve_neg().contiguous()
+                    copies.append((len(values), value))
             grads.append(grad)
             values.append(value)
         if copies:
@@ -199,7 +191,7 @@ class NativeStep:
             pointers = self._pointers_to(values)
             options.n_threads = self._n_threads(pointers)
             arrays = self._pointers(*self._pointers_to(grads)), self._pointers(*pointers)
-            n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, self._groups, options)
+            n_skipped = found.step(self._rule, self._tensors, len(pointers), *arrays, self._groups, options)
         if n_skipped < 0:
             raise MemoryError("There is no memory for the sums of a step.")
         for index, value in copies:
@@ -250,43 +242,37 @@ class NativeStep:
         return n_threads
 
 
-# what step.c takes under the names of the rule
-_AS_THEY_ARE = ("speed_limit", "initial_kappa", "horizon_power", "initial_lookahead", "initial_coherence",
-                "decay_growth", "decay_onset", "decay_horizon", "alignment_rate", "alignment_horizon", "trust_ratio",
-                "row_power", "matrix_interval", "n_gain", "n_friction", "n_memory", "coordinatewise",
-                "uses_progress")  # fmt: skip
-
-
-class _Constants:
-    """Constants of a rule, and the memory that they lie in."""
-
-    @_disable_current_modes()
-    def __init__(self, rule: PortHamiltonianUpdate) -> None:
-        layers = [layer for layer in rule.coefficient_network if isinstance(layer, nn.Linear)]
-        weights = torch.cat([x.detach().flatten() for layer in layers for x in (layer.weight.mT, layer.bias)])
-        numbers = {"weights": weights, "start": rule.start.float(), "time_scales": rule.time_scales.float()}
-        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
-        numbers["widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
-        numbers |= {"is_relativistic": rule.is_relativistic_mode.int(), "is_spectral": rule.is_spectral_mode.int()}
-        self._numbers = {name: x.contiguous() for name, x in numbers.items()}
-        at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule.output_sizes)), strict=False))
-        self.rule = Rule(
-            **{name: x.data_ptr() for name, x in self._numbers.items()},
-            **{name: getattr(rule, name) for name in _AS_THEY_ARE},
-            psi=(ctypes.c_float * 7)(*_PSI[rule.solver]),
-            decays=(ctypes.c_float * 2)(*rule.decays.tolist()),
-            initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor * rule.matrix_interval,
-            initial_decay=rule.initial_decay / rule.depth_factor,
-            log_floor=math.log2(rule.ratio_floor) if rule.ratio_floor > 0 else -math.inf,
-            in_bfloat16=rule.matrix_products == "bfloat16",
-            n_layers=len(layers),
-            n_modes=rule.modes,
-            n_time_scales=len(rule.time_scales),
-            n_moved=rule.memory,
-            at_kappa=at["log_kappa"],
-            at_memory=at["memory_moves"],
-            at_exponent=at["log_exponent"] if rule.schedule == "power" else -1,
-            at_matrix=at["log_matrix_kappa"] if rule.is_spectral else -1,
-            n_spectral=len(rule.spectral_modes),
-            n_psi=len(_PSI[rule.solver]),
-        )
+@_disable_current_modes()
+def _constants(rule: PortHamiltonianUpdate) -> Rule:
+    """Constants of a rule; what is not computed here has the name that the rule itself gives it."""
+    layers = [layer for layer in rule.coefficient_network if isinstance(layer, nn.Linear)]
+    weights = torch.cat([x.detach().flatten() for layer in layers for x in (layer.weight.mT, layer.bias)])
+    numbers = {"weights": weights, "start": rule.start.float(), "time_scales": rule.time_scales.float()}
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    numbers["widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
+    numbers |= {"is_relativistic": rule.is_relativistic_mode.int(), "is_spectral": rule.is_spectral_mode.int()}
+    numbers = {name: x.contiguous() for name, x in numbers.items()}
+    at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule.output_sizes)), strict=False))
+    computed = {
+        **{name: x.data_ptr() for name, x in numbers.items()},
+        "psi": (ctypes.c_float * 7)(*_PSI[rule.solver]),
+        "decays": (ctypes.c_float * 2)(*rule.decays.tolist()),
+        "initial_matrix_kappa": rule.initial_matrix_kappa * rule.depth_factor * rule.matrix_interval,
+        "initial_decay": rule.initial_decay / rule.depth_factor,
+        "log_floor": math.log2(rule.ratio_floor) if rule.ratio_floor > 0 else -math.inf,
+        "in_bfloat16": rule.matrix_products == "bfloat16",
+        "n_layers": len(layers),
+        "n_modes": rule.modes,
+        "n_time_scales": len(rule.time_scales),
+        "n_moved": rule.memory,
+        "at_kappa": at["log_kappa"],
+        "at_memory": at["memory_moves"],
+        "at_exponent": at["log_exponent"] if rule.schedule == "power" else -1,
+        "at_matrix": at["log_matrix_kappa"] if rule.is_spectral else -1,
+        "n_spectral": len(rule.spectral_modes),
+        "n_psi": len(_PSI[rule.solver]),
+    }
+    others = {name: getattr(rule, name) for name, _ in Rule._fields_ if name not in computed}
+    constants = Rule(**computed, **others)
+    constants.numbers = numbers  # which own the memory that the constants point to
+    return constants
