@@ -94,7 +94,9 @@ class Bucket:
         starts, first = [0, *accumulate(n_rows)], [0, *accumulate(self.counts)]
         self._starts = [starts[index] for index in first]  # of the parameters
         self.shape = (starts[-1], n_columns)
-        features = self._make_features(rule) if features is None else features
+        if features is None:
+            features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
+            features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
         self.rows = Rows.packed(features, n_rows) if has_rows else Rows(features)
         self.n_skipped = torch.zeros((len(sizes), 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], tuple[Tensor, Tensor | None]] = {}
@@ -182,7 +184,8 @@ class Bucket:
             theta, theta.grad, *state = shard.gathered(pieces)
             features = self.rows.features[index : index + 1]
             bucket = Bucket(rule, [theta], dtype=self._kept_dtype, is_whole=True, features=features)
-            bucket.set_state(0, {name: self._once(name, index) for name in once} | dict(zip(along, state, strict=True)))
+            held = {name: self._field(name, index) for name in once}
+            bucket.set_state(0, held | dict(zip(along, state, strict=True)))
             yield bucket
             pieces[0][0].copy_(shard.local(theta))
             self.set_state(index, bucket.views(0))
@@ -195,13 +198,7 @@ class Bucket:
 
     def views(self, index: int) -> dict[str, Tensor]:
         """State of one parameter under the rule's names, in the shape of the parameter; it changes with each step."""
-        views = {}
-        for name, axis in self._axes.items():
-            if axis is None:
-                views[name] = self._once(name, index)
-            else:
-                views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
-        return views
+        return {name: self._field(name, index) for name in self._axes}
 
     def tensor_views(self, index: int) -> list[dict[str, Tensor]]:
         """The same of each tensor of one parameter."""
@@ -213,13 +210,12 @@ class Bucket:
 
     def rule_states(self, index: int) -> list[NamedTuple]:
         """State of each tensor of one parameter as the rule takes it, flattened, in the dtype of the step."""
-        states, shape = self.tensor_views(index), self._shapes[index][1 if self.is_stack else 0 :]
-        for state in states:
-            for name, axis in self._axes.items():
-                if axis is not None:
-                    before, after = state[name].shape[:axis], state[name].shape[axis + len(shape) :]
-                    state[name] = state[name].reshape(*before, shape.numel(), *after).to(self.dtype)
-        return [self._type(**state) for state in states]
+        states = []
+        for k in range(self.counts[index]):
+            fields = {name: self._of_tensor(name, index, k) for name in self._axes}
+            wide = {name: x[0] if self._axes[name] is None else x.to(self.dtype) for name, x in fields.items()}
+            states.append(self._type(**wide))
+        return states
 
     def set_state(self, index: int, state: dict[str, Tensor]) -> None:
         """Overwrite the state of one parameter."""
@@ -238,39 +234,40 @@ class Bucket:
         shard = self.shards[index]
         param = shard.local(self.params[index]).detach()
         if self.is_gathered:  # pieces of what a rule makes of the whole
-            param, shard = shard.gathered([(param, 0)])[0], Shard(shard.shape)
-        tensors = param.reshape(self.counts[index], -1).to(self.dtype)
-        states, state = [rule.init_state(tensor) for tensor in tensors], {}
-        for name, axis in self._axes.items():
-            if axis is not None:
-                parts = [getattr(own, name) for own in states]
-                like = torch.stack(parts, axis) if len(parts) > 1 else parts[0].unsqueeze(axis)
-                piece = like.reshape((*like.shape[:axis], *param.shape, *like.shape[axis + 2 :]))
-                state[name] = shard.whole(piece, axis)
-            elif self.is_stack:
-                state[name] = shard.per_tensor.whole(torch.stack([getattr(own, name) for own in states]), 0)
-            else:
-                state[name] = getattr(states[0], name)
-        self.set_state(index, state)
+            whole = Bucket(rule, shard.gathered([(param, 0)]), dtype=self._kept_dtype, is_whole=True)
+            whole.init_state(0, rule)
+            self.set_state(index, whole.views(0))
+            return
+        for k, tensor in enumerate(param.reshape(self.counts[index], -1).to(self.dtype)):
+            for name, value in rule.init_state(tensor)._asdict().items():
+                self._of_tensor(name, index, k).copy_(value)
 
     def _local_params(self) -> list[Tensor]:
         """This process's pieces of the parameters."""
         return [shard.local(param).detach() for shard, param in zip(self.shards, self.params, strict=True)]
 
-    def _make_features(self, rule: UpdateRule) -> Tensor:
-        features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
-        return torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
+    def _field(self, name: str, index: int) -> Tensor:
+        """Field of the state of one parameter, as :meth:`views` gives it."""
+        shard, storage, axis = self.shards[index], self._storage[name], self._axes[name]
+        if axis is not None:
+            return shard.whole(self._view(storage, index, axis), axis)
+        held = self._rows_of(storage, index)[:, 0]
+        return shard.per_tensor.whole(held, 0) if self.is_stack else held[0]
 
-    def _once(self, name: str, index: int) -> Tensor:
-        """Field of the state that each tensor of one parameter holds once, as the parameter's state has it."""
-        held = self._rows_of(self._storage[name], index)[:, 0]
-        return self.shards[index].per_tensor.whole(held, 0) if self.is_stack else held[0]
+    def _of_tensor(self, name: str, index: int, k: int) -> Tensor:
+        """Field of the state of one tensor of a parameter, flattened; one that it holds once as each row has it."""
+        storage, axis = self._storage[name], self._axes[name]
+        return self._rows_of(storage, index)[k] if axis is None else self._flat(storage, index, axis).select(axis, k)
 
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
         """Coordinates of one parameter in its own shape; ``axis`` is that of the rows, columns follow."""
-        shape, n = self._shapes[index], self.counts[index]
-        flat = self._rows_of(storage, index, axis).flatten(axis + 1, axis + 2).narrow(axis + 1, 0, shape.numel() // n)
-        return flat.view((*flat.shape[:axis], *shape, *flat.shape[axis + 2 :]))
+        flat = self._flat(storage, index, axis)
+        return flat.view((*flat.shape[:axis], *self._shapes[index], *flat.shape[axis + 2 :]))
+
+    def _flat(self, storage: Tensor, index: int, axis: int) -> Tensor:
+        """Coordinates of one parameter, as two axes: its tensors, ``axis``, and the coordinates of each."""
+        n = self._shapes[index].numel() // self.counts[index]
+        return self._rows_of(storage, index, axis).flatten(axis + 1, axis + 2).narrow(axis + 1, 0, n)
 
     def _rows_of(self, storage: Tensor, index: int, axis: int = 0) -> Tensor:
         """Rows of one parameter, ``axis``, as two axes: its tensors, and the rows of each."""
