@@ -17,7 +17,6 @@ from odeopt.artifacts import digest, find_pretrained
 from odeopt.checks import is_number, require, require_flags, shown
 from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.stepping import averages
-from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checkpoints import check_saved, in_order_of, read_states, warn_of_other_length
 from odeopt.stepping.checks import (
     DTYPES,
@@ -193,12 +192,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
-        require(
-            state_dtype in (None, *DTYPES),
-            "state_dtype",
-            state_dtype,
-            "a floating-point dtype of 16 to 64 bits or None",
-        )
+        is_dtype = state_dtype in (None, *DTYPES)
+        require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype of 16 to 64 bits or None")
         require_flags(capturable=capturable)
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
@@ -363,7 +358,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if decision.begins_anew:
             self._layout.count_skipped(self.param_groups)
             for param in params:
-                for name in state_template(self._layout.rule, param, self.state_dtype):
+                for name in self._begun_names - {averages.AVERAGE, SNAPSHOT}:
                     self.state[param].pop(name, None)
             self._layout = self._new_layout(is_fallback=sentry.is_fallback)
             self._layout.update(self.param_groups, self.state)
