@@ -74,19 +74,17 @@ def _short_side(shape: torch.Size) -> int:
 
 
 def _sharing(params: list[Tensor], numbers: list[int]) -> list[int]:
-    """Numbers of those parameters that share elements with others, one of all being copied; extents may interleave."""
+    """Numbers of those parameters that share a byte with others, one of all being copied; extents may interleave.
+
+    The parameters come in the order of their addresses.
+    """
     if len(params) == 1 or all(param.is_contiguous() for param in params):
         return []
-    start, size = params[0].data_ptr(), params[0].itemsize
-    offsets = [param.data_ptr() - start for param in params]
-    if any(param.itemsize != size or offset % size for param, offset in zip(params, offsets, strict=True)):
-        return numbers
-    end = max(offset + extent_of(param)[1] for param, offset in zip(params, offsets, strict=True))
-    users = torch.zeros(end // size, dtype=torch.int8, device="cpu")
-    places = [users.as_strided(param.shape, param.stride(), offset // size)
-              for param, offset in zip(params, offsets, strict=True)]  # fmt: skip
-    for place in places:
-        place.add_(1)
+    start, end = params[0].data_ptr(), max(sum(extent_of(param)) for param in params)
+    users, places = torch.zeros(end - start, dtype=torch.int8, device="cpu"), []
+    for param in params:
+        shape, stride = (*param.shape, param.itemsize), (*(param.itemsize * n for n in param.stride()), 1)
+        places.append(users.as_strided(shape, stride, param.data_ptr() - start).add_(1))
     return [number for number, place in zip(numbers, places, strict=True) if (place > 1).any()]
 
 
