@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import odeopt.checks
-from odeopt.checks import require, require_counts, require_flags
+from odeopt.checks import is_integer, require
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
@@ -61,8 +61,11 @@ def check_options(options: dict[str, Any], *, may_wait: bool = True) -> None:
             is_number, is_read = isinstance(value, (float, int, Real)) and not isinstance(value, bool), True
         require(is_number, name, value, "a number or a one-element tensor")
         require(not is_read or bool(0 <= value < math.inf), name, value, "non-negative and finite")
-    require_counts(or_none=True, total_steps=options["total_steps"])
-    require_flags(**{name: options[name] for name in ("maximize", "is_table", "is_stack")})
+    total_steps = options["total_steps"]
+    is_length = total_steps is None or (is_integer(total_steps) and total_steps >= 1)
+    require(is_length, "total_steps", total_steps, "a positive integer or None")
+    for name in ("maximize", "is_table", "is_stack"):
+        require(isinstance(options[name], bool), name, options[name], "True or False")
 
 
 def check_spelling(group: Mapping[str, Any]) -> None:
