@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -91,9 +91,10 @@ class Bucket:
         has_rows = self.is_packed and (not is_whole or self.is_gathered)
         n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if has_rows else sizes[0]
         n_rows = [max(1, -(-n // n_columns)) for n in sizes] if has_rows else [1] * len(sizes)
-        starts, first = [0, *accumulate(n_rows)], [0, *accumulate(self.counts)]
-        self._starts = [starts[index] for index in first]  # of the parameters
-        self.shape = (starts[-1], n_columns)
+        self._sizes, self._starts = sizes, [0, *accumulate(n_rows)]
+        # of the tensors of each parameter
+        self._numbers = [range(*pair) for pair in pairwise([0, *accumulate(self.counts)])]
+        self.shape = (self._starts[-1], n_columns)
         if features is None:
             features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
             features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
@@ -200,20 +201,20 @@ class Bucket:
         """State of one parameter under the rule's names, in the shape of the parameter; it changes with each step."""
         return {name: self._field(name, index) for name in self._axes}
 
-    def tensor_views(self, index: int) -> list[dict[str, Tensor]]:
-        """The same of each tensor of one parameter."""
-        views = self.views(index)
-        if not self.is_stack:
-            return [views]
-        count = range(self.counts[index])
-        return [{name: x.select(self._axes[name] or 0, k) for name, x in views.items()} for k in count]
+    def flat_views(self, number: int) -> dict[str, Tensor]:
+        """State of one tensor, flattened; of what it holds once a copy in each of its rows."""
+        (start, end), views = self._starts[number : number + 2], {}
+        for name, axis in self._axes.items():
+            rows = self._storage[name].narrow(axis or 0, start, end - start)
+            views[name] = rows if axis is None else rows.flatten(axis, axis + 1).narrow(axis, 0, self._sizes[number])
+        return views
 
     def rule_states(self, index: int) -> list[NamedTuple]:
         """State of each tensor of one parameter as the rule takes it, flattened, in the dtype of the step."""
         states = []
-        for k in range(self.counts[index]):
-            fields = {name: self._of_tensor(name, index, k) for name in self._axes}
-            wide = {name: x[0] if self._axes[name] is None else x.to(self.dtype) for name, x in fields.items()}
+        for number in self._numbers[index]:
+            views = self.flat_views(number).items()
+            wide = {name: x[0] if self._axes[name] is None else x.to(self.dtype) for name, x in views}
             states.append(self._type(**wide))
         return states
 
@@ -238,9 +239,10 @@ class Bucket:
             whole.init_state(0, rule)
             self.set_state(index, whole.views(0))
             return
-        for k, tensor in enumerate(param.reshape(self.counts[index], -1).to(self.dtype)):
-            for name, value in rule.init_state(tensor)._asdict().items():
-                self._of_tensor(name, index, k).copy_(value)
+        tensors = param.reshape(self.counts[index], -1).to(self.dtype)
+        for number, tensor in zip(self._numbers[index], tensors, strict=True):
+            for view, value in zip(self.flat_views(number).values(), rule.init_state(tensor), strict=True):
+                view.copy_(value)
 
     def _local_params(self) -> list[Tensor]:
         """This process's pieces of the parameters."""
@@ -254,25 +256,17 @@ class Bucket:
         held = self._rows_of(storage, index)[:, 0]
         return shard.per_tensor.whole(held, 0) if self.is_stack else held[0]
 
-    def _of_tensor(self, name: str, index: int, k: int) -> Tensor:
-        """Field of the state of one tensor of a parameter, flattened; one that it holds once as each row has it."""
-        storage, axis = self._storage[name], self._axes[name]
-        return self._rows_of(storage, index)[k] if axis is None else self._flat(storage, index, axis).select(axis, k)
-
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
         """Coordinates of one parameter in its own shape; ``axis`` is that of the rows, columns follow."""
-        flat = self._flat(storage, index, axis)
-        return flat.view((*flat.shape[:axis], *self._shapes[index], *flat.shape[axis + 2 :]))
-
-    def _flat(self, storage: Tensor, index: int, axis: int) -> Tensor:
-        """Coordinates of one parameter, as two axes: its tensors, ``axis``, and the coordinates of each."""
-        n = self._shapes[index].numel() // self.counts[index]
-        return self._rows_of(storage, index, axis).flatten(axis + 1, axis + 2).narrow(axis + 1, 0, n)
+        shape, n = self._shapes[index], self.counts[index]
+        flat = self._rows_of(storage, index, axis).flatten(axis + 1, axis + 2).narrow(axis + 1, 0, shape.numel() // n)
+        return flat.view((*flat.shape[:axis], *shape, *flat.shape[axis + 2 :]))
 
     def _rows_of(self, storage: Tensor, index: int, axis: int = 0) -> Tensor:
         """Rows of one parameter, ``axis``, as two axes: its tensors, and the rows of each."""
-        start, end = self._starts[index : index + 2]
-        return storage.narrow(axis, start, end - start).unflatten(axis, (self.counts[index], -1))
+        numbers = self._numbers[index]
+        start, end = self._starts[numbers.start], self._starts[numbers.stop]
+        return storage.narrow(axis, start, end - start).unflatten(axis, (len(numbers), -1))
 
     def _mask(self, has_grad: tuple[bool, ...]) -> tuple[Tensor, Tensor | None]:
         """Which tensors have a gradient; and their rows, if only those are to be stepped."""

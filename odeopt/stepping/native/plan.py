@@ -125,9 +125,8 @@ class NativeStep:
         self._disjoint_at: list[int | None] = []
         self._entangled_at: tuple[list[int], set[int]] = [], set()
         self._lock = threading.Lock()
-        states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
-        zipped = zip(self._tensors, tensors, self._work, states, strict=True)
-        for tensor, (bucket, group, index, shape), work, state in zipped:
+        for tensor, (bucket, group, index, shape), work in zip(self._tensors, tensors, self._work, strict=True):
+            state = bucket.flat_views(index)
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
