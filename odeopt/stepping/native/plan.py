@@ -114,12 +114,10 @@ class NativeStep:
         ]
         self._all_work = sum(self._work)
         self._n_bytes = [shape.numel() * bucket.param_dtype.itemsize for bucket, *_, shape in tensors]
-        # offsets of the tensors of each parameter; None where no parameter is a stack
-        self._offsets: list[range] | None = None
-        if any(bucket.is_stack for bucket in buckets):
-            n_tensors = [n for bucket in buckets for n in bucket.counts]
-            totals = [n * dtype.itemsize for n, dtype in zip(self._sizes, self._dtypes, strict=True)]
-            self._offsets = [range(0, total, total // n) for total, n in zip(totals, n_tensors, strict=True)]
+        # of the tensors of each parameter, in bytes
+        totals = [n * dtype.itemsize for n, dtype in zip(self._sizes, self._dtypes, strict=True)]
+        counts = [n for bucket in buckets for n in bucket.counts]
+        self._offsets = [range(0, total, total // n) for total, n in zip(totals, counts, strict=True)]
         self._tensors, self._options = (TensorState * len(tensors))(), Options()
         self._pointers = ctypes.c_void_p * len(tensors)
         self._disjoint_at: list[int | None] = []
@@ -215,7 +213,7 @@ class NativeStep:
 
     def _pointers_to(self, values: list[Tensor | None]) -> list[int | None]:
         """Addresses of all tensors, from the parameters or their gradients; None for those without a gradient."""
-        if self._offsets is None:
+        if len(self._offsets) == len(self._tensors):  # no parameter is a stack
             return [None if x is None else x.data_ptr() for x in values]
         pointers = []
         for x, offsets in zip(values, self._offsets, strict=True):
