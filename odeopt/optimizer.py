@@ -23,7 +23,6 @@ from odeopt.stepping.checks import (
     check_options,
     check_sharding,
     check_spelling,
-    check_stack,
     is_supported,
     parameter_names,
     warn_caller,
@@ -464,9 +463,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             check_options(group)
             names = parameter_names(self.param_groups, len(self.param_groups) - 1)
             for param in group["params"]:
-                check_sharding(param, names[param])
-                if group["is_stack"]:
-                    check_stack(param, names[param])
+                check_sharding(param, names[param], is_stack=group["is_stack"])
                 if param.requires_grad and not is_supported(param):
                     self._raise_unsupported(
                         param, param, "be dense, real and of a floating-point type of 16 to 64 bits"
@@ -522,14 +519,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         def take_up(_: torch.optim.Optimizer) -> None:
             averages.give_way(before, restored)
             # what is not kept up to date from here on would be taken for current later
-            if self._sentry is None:
-                drop_saved(self.param_groups, restored)
             if self.averaging is None:
                 averages.drop(restored)
+            if self._sentry is None:
+                drop_saved(self.param_groups, restored)
+            else:
+                self._sentry.watch = watch
             self.state.update(restored)
             self._layout = layout
-            if self._sentry is not None:
-                self._sentry.watch = watch
 
         given = [group["total_steps"] for group in self.param_groups]
         with (

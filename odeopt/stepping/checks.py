@@ -77,12 +77,11 @@ def check_spelling(group: Mapping[str, Any]) -> None:
         found = name.lower().replace("-", "_") if isinstance(name, str) else ""
         for option in get_close_matches(found, OPTIONS, n=1, cutoff=_MISSPELT):
             words = found.strip("_")
-            if words != option and f"_{option}_" in f"_{words}_":  # `use_weight_decay`, of a trainer
-                continue
-            raise ValueError(
-                f"Parameter `{option}` should be given by this name in a group of parameters. "
-                f"Found `{name} = {group[name]!r}`."
-            )
+            if words == option or f"_{option}_" not in f"_{words}_":  # not `use_weight_decay`, of a trainer
+                raise ValueError(
+                    f"Parameter `{option}` should be given by this name in a group of parameters. "
+                    f"Found `{name} = {group[name]!r}`."
+                )
 
 
 def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor, str]:
@@ -122,8 +121,11 @@ def overlapping(pieces: Iterable[tuple[int, int]]) -> set[int]:
     return found
 
 
-def check_sharding(param: Tensor, name: str) -> None:
-    """Raise a ValueError where a parameter is a piece of a tensor in a way that the sums across it cannot follow."""
+def check_sharding(param: Tensor, name: str, *, is_stack: bool) -> None:
+    """Raise a ValueError where a parameter is a piece of a tensor in a way that the sums across it cannot follow.
+
+    Nor may it be a stack whose tensors cannot be stepped one by one.
+    """
     found = next((owner for mark, owner in _FOREIGN.items() if hasattr(param, mark)), None)
     if found is None and is_distributed(param) and any(placement.is_partial() for placement in param.placements):
         found = f"DTensor of placements {param.placements}"
@@ -133,19 +135,14 @@ def check_sharding(param: Tensor, name: str) -> None:
             f"model by `torch.distributed.fsdp.fully_shard`, or replicate it by `DistributedDataParallel`. "
             f"Found a tensor that belongs to {found}."
         )
-
-
-def check_stack(param: Tensor, name: str) -> None:
-    """Raise a ValueError where a parameter cannot be a stack, whose tensors are stepped one by one."""
-    if param.ndim > 0 and Shard.of(param).holds_tensors:
-        return
-    placements = f", `placements = {param.placements}`" if is_distributed(param) else ""
-    raise ValueError(
-        f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "
-        "sharded along that axis, by one axis of the mesh, with some for each process, as its group is one of "
-        "stacks (`is_stack=True`): shard it so, replicate it (`DistributedDataParallel`), or step it by "
-        f"coordinates (`is_table=True` in place of `is_stack`). Found shape {tuple(param.shape)}{placements}."
-    )
+    if is_stack and not (param.ndim > 0 and Shard.of(param).holds_tensors):
+        placements = f", `placements = {param.placements}`" if is_distributed(param) else ""
+        raise ValueError(
+            f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "
+            "sharded along that axis, by one axis of the mesh, with some for each process, as its group is one of "
+            "stacks (`is_stack=True`): shard it so, replicate it (`DistributedDataParallel`), or step it by "
+            f"coordinates (`is_table=True` in place of `is_stack`). Found shape {tuple(param.shape)}{placements}."
+        )
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

@@ -16,7 +16,7 @@ from odeopt.checks import require
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import Bucket, state_template
-from odeopt.stepping.checks import check_sharding, check_stack, extent_of, overlapping, parameter_names, warn_caller
+from odeopt.stepping.checks import check_sharding, extent_of, overlapping, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
@@ -155,8 +155,7 @@ class Layout:
             self._deepen(self._n_matrices(groups))  # shapes may have changed, of those that are yet to be placed
             names, placed = parameter_names(groups), []
             for group, params in zip(groups, new, strict=True):
-                if params:
-                    placed += self._place(group, [p for p in params if p.numel() > 0], states, names)
+                placed += self._place(group, [p for p in params if p.numel() > 0], states, names)
                 for param in params:
                     if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
                         rule, is_stack = self.rule_for(param), group["is_stack"]
@@ -252,9 +251,8 @@ class Layout:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
         for param in params:
-            check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
-            if is_stack:
-                check_stack(param, names[param])
+            # again: models are wrapped after their optimizer is built, too
+            check_sharding(param, names[param], is_stack=is_stack)
         shards = [Shard.of(param) for param in params]
         # each of which is stepped after those before it
         shared = overlapping(extent_of(shard.local(param)) for shard, param in zip(shards, params, strict=True))
