@@ -274,9 +274,7 @@ class Watch:
         fall, self.countdown = self.level - mean, self.interval
         if self.is_tried:
             self.is_tried, self.level = 0.0, mean
-            if fall < _PROBATION * self.pace / 2:
-                return self._hand_over()
-            return Decision()
+            return self._hand_over() if fall < _PROBATION * self.pace / 2 else Decision()
         self.n_looks += 1
         total = self.start - mean
         is_level = total > _PERSISTENTLY_HIGH * error and fall < total / self.n_looks / 4
@@ -371,9 +369,8 @@ class Sentry:
             self.rule(theta, self.rule.init_state(theta), param=theta, shape=theta.shape)
         except ValueError as error:
             wanted = "given in all groups under this guard"
-            raise ValueError(
-                f"Parameter `total_steps` should be {wanted}. Found `total_steps = None`: {error}"
-            ) from error
+            message = f"Parameter `total_steps` should be {wanted}. Found `total_steps = None`: {error}"
+            raise ValueError(message) from error
 
     @property
     def is_fallback(self) -> bool:

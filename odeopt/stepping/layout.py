@@ -122,7 +122,7 @@ class Layout:
         state_dtype: torch.dtype | None,
     ) -> None:
         self.rule, self.lr, self.implementation, self.state_dtype = rule, lr, implementation, state_dtype
-        self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
+        self._rules: dict[tuple[torch.device, bool], tuple[UpdateRule, UpdateRule]] = {}  # the latter for tables
         self._dictionaries: dict[Tensor, dict[str, Any]] = {}  # that were put into the state here
         self._forget()
 
@@ -156,12 +156,12 @@ class Layout:
             names, placed = parameter_names(groups), []
             for group, params in zip(groups, new, strict=True):
                 placed += self._place(group, [p for p in params if p.numel() > 0], states, names)
-                for param in params:
-                    if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
-                        rule, is_stack = self.rule_for(param), group["is_stack"]
-                        template = state_template(rule, param, self.state_dtype, is_stack=is_stack)
-                        begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
-                        states[param] = begun | states.get(param, {})
+                # checkpoints that are loaded strictly ask for the state of empty ones, too
+                for param in (p for p in params if p.numel() == 0):
+                    rule, is_stack = self.rule_for(param), group["is_stack"]
+                    template = state_template(rule, param, self.state_dtype, is_stack=is_stack)
+                    begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
+                    states[param] = begun | states.get(param, {})
             # only now: none of them counts as placed if the state of one is refused
             self.placed += placed
             kinds = {placed.bucket.device.type for placed in self.placed}
@@ -197,10 +197,10 @@ class Layout:
     def rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
         """Return the copy of the rule that steps a parameter, on its device."""
         key = param.device, has_values(param)
-        if (*key, is_table) not in self._rules:
+        if key not in self._rules:
             rule = copy_beside(self.rule, param)
-            self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
-        return self._rules[*key, is_table]
+            self._rules[key] = rule, rule.for_tables()
+        return self._rules[key][is_table]
 
     def options(self, placed: Placed) -> StepOptions:
         """Options of the next step of a bucket, on its device."""

@@ -47,8 +47,7 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     found = library()
     if isinstance(found, str):
         return found
-    obstacle = rule_obstacle(rule)
-    if obstacle is not None:
+    if obstacle := rule_obstacle(rule):
         return obstacle
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"

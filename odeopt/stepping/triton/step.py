@@ -31,8 +31,7 @@ def triton_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and bucket.device.type == "cpu"
     if not bucket.has_values or not (bucket.device.type == "cuda" or is_interpreted):
         return "the parameters are not on CUDA"
-    obstacle = rule_obstacle(rule)
-    if obstacle is not None:
+    if obstacle := rule_obstacle(rule):
         return obstacle
     if bucket.is_whole:
         return "matrices are stepped by their singular values"
