@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import ExitStack
 from operator import is_, itemgetter
 from typing import Any, NamedTuple, Self
@@ -36,43 +36,39 @@ Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
 
 
-class Handed(NamedTuple):
-    """What the state of a parameter was given, and the memory of these tensors, or of this process's pieces of them."""
-
-    param: Tensor
-    given: dict[str, Tensor]
-    local: list[Tensor]
-    addresses: list[int]
-
-    @classmethod
-    def of(cls, param: Tensor, given: dict[str, Tensor]) -> Self:
-        """Note where the state lies; nowhere if it has no values."""
-        local = [x.to_local() if is_distributed(x) else x for x in given.values()]
-        local = local if all(map(has_values, local)) else []
-        return cls(param, given, local, [*map(Tensor.data_ptr, local)])
-
-    def is_in(self, states: States) -> bool:
-        """Return True while the state holds these tensors."""
-        held = states.get(self.param, {})
-        return all(map(is_, map(held.get, self.given), self.given.values()))
-
-    def has_moved(self) -> bool:
-        """Return True once these tensors lie in other memory."""
-        return self.addresses != [*map(Tensor.data_ptr, self.local)]
-
-
 class Placed(NamedTuple):
-    """A bucket, its rule, the group whose options it follows, and of each parameter what its state was given."""
+    """A bucket, its rule, the group whose options it follows, and what the state of each parameter was given.
+
+    Attributes:
+        local: What was given, or this process's pieces of it, where it has values.
+        addresses: Those of its memory.
+    """
 
     bucket: Bucket
     rule: UpdateRule
     group: Group
-    handed: list[Handed]
+    given: dict[Tensor, dict[str, Tensor]]
+    local: list[Tensor]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, bucket: Bucket, rule: UpdateRule, group: Group, given: dict[Tensor, dict[str, Tensor]]) -> Self:
+        """Note where the state lies."""
+        local = _pieces(given.values())
+        return cls(bucket, rule, group, given, local, [*map(Tensor.data_ptr, local)])
 
     def is_current(self, states: States) -> bool:
         """Return True while the bucket steps these parameters and this state."""
-        is_held = all(handed.is_in(states) and not handed.has_moved() for handed in self.handed)
-        return is_held and not self.bucket.has_moved()
+        is_there = self.addresses == [*map(Tensor.data_ptr, self.local)]
+        return is_there and self.is_in(states) and not self.bucket.has_moved()
+
+    def is_in(self, states: States) -> bool:
+        """Return True while the state holds what it was given."""
+        for param, given in self.given.items():
+            held = states.get(param, {})
+            if not all(map(is_, map(held.get, given), given.values())):
+                return False
+        return True
 
     def follow(self, states: States) -> bool:
         """Take up new addresses of the state, where it was moved together with the bucket's memory.
@@ -82,12 +78,9 @@ class Placed(NamedTuple):
         Returns:
             Whether the bucket steps these parameters and this state.
         """
-        for index, handed in enumerate(self.handed):
-            own = Handed.of(handed.param, self.bucket.views(index)).addresses
-            if not handed.is_in(states) or own != [*map(Tensor.data_ptr, handed.local)]:
-                return False
-            handed.addresses[:] = own
-        return not self.bucket.has_moved()
+        own = _pieces(map(self.bucket.views, range(len(self.bucket.params))))
+        self.addresses[:] = map(Tensor.data_ptr, own)
+        return self.is_current(states)
 
 
 class Plan(NamedTuple):
@@ -178,7 +171,7 @@ class Layout:
         """Bring the counts of skipped gradients to the groups, or those on the host, and warn of the first ones."""
         had = any(group["n_skipped"] for group in groups)
         first = None
-        for bucket, _, group, _ in self.placed:
+        for bucket, _, group, *_ in self.placed:
             if bucket.is_on_host if is_on_host else bucket.has_values:
                 counts = bucket.n_skipped.flatten().tolist()
                 for (param, index), count in zip(bucket.tensors, counts, strict=True):
@@ -204,7 +197,7 @@ class Layout:
 
     def options(self, placed: Placed) -> StepOptions:
         """Options of the next step of a bucket, on its device."""
-        bucket, _, group, _ = placed
+        bucket, group = placed.bucket, placed.group
 
         def scalar(x: float | Tensor) -> Tensor:
             return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype, device="cpu")
@@ -274,7 +267,7 @@ class Layout:
                 rule = self._deepened(rule)
             is_whole = is_alone or stacked is not None
             bucket = Bucket(rule, together, dtype=self.state_dtype, is_whole=is_whole, is_stack=is_stack)
-            handed = []
+            given = {}
             for index, param in enumerate(together):
                 held = states.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}
@@ -283,13 +276,12 @@ class Layout:
                     bucket.set_state(index, matched)
                 else:
                     bucket.init_state(index, rule)
-                given = bucket.views(index)
+                given[param] = bucket.views(index)
                 if states.get(param) is self._dictionaries.get(param, states):  # in place: others may hold it
-                    held.update(given)
+                    held.update(given[param])
                 else:
-                    states[param] = self._dictionaries[param] = {**held, **given}
-                handed.append(Handed.of(param, given))
-            placed.append(Placed(bucket, rule, group, handed))
+                    states[param] = self._dictionaries[param] = {**held, **given[param]}
+            placed.append(Placed.of(bucket, rule, group, given))
         return placed
 
     def _n_matrices(self, groups: list[Group]) -> int:
@@ -341,6 +333,12 @@ class Layout:
         progress = None if done is None else float(done)
         decay = float(group["weight_decay"] * is_within(group))
         return StepOptions(float(self.lr(group)), decay, progress, group["maximize"])
+
+
+def _pieces(states: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """The tensors of some states, or this process's pieces of them, that lie in memory."""
+    local = (x.to_local() if is_distributed(x) else x for state in states for x in state.values())
+    return [*filter(has_values, local)]
 
 
 def _native_plan(placed: list[Placed]) -> Plan:
