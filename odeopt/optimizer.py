@@ -17,13 +17,11 @@ from odeopt.artifacts import digest, find_pretrained
 from odeopt.checks import is_number, require, require_flags, shown
 from odeopt.rules.base import UpdateRule, initial_state
 from odeopt.stepping import averages
-from odeopt.stepping.buckets import state_template
 from odeopt.stepping.checkpoints import check_saved, in_order_of, read_states, warn_of_other_length
 from odeopt.stepping.checks import (
     DTYPES,
     check_options,
     check_parts,
-    check_sharding,
     check_spelling,
     is_supported,
     parameter_names,
@@ -38,9 +36,9 @@ from odeopt.stepping.guard import (
     Guard,
     GuardStatus,
     Sentry,
-    check_unguarded,
     drop_saved,
     restore_snapshot,
+    saved_watch,
     take_snapshot,
 )
 from odeopt.stepping.layout import Layout, is_within
@@ -199,12 +197,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             )
         choices = ("auto", "native", "eager")
         require(implementation in choices, "implementation", implementation, "'auto', 'native' or 'eager'")
-        require(
-            state_dtype in (None, *DTYPES),
-            "state_dtype",
-            state_dtype,
-            "a floating-point dtype of 16 to 64 bits or None",
-        )
+        is_dtype = state_dtype in (None, *DTYPES)
+        require(is_dtype, "state_dtype", state_dtype, "a floating-point dtype of 16 to 64 bits or None")
         require_flags(capturable=capturable)
         is_power = averaging is None or (is_number(averaging) and averaging >= 0)
         require(is_power, "averaging", averaging, "a non-negative number or None")
@@ -234,8 +228,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if averaging is not None and _LIKE_DECAY <= averaging < 1:
             warn_caller(
                 "Parameter `averaging` should be a power, 8 for instance: the higher, the more the last weights count. "
-                f"Found `averaging = {averaging}`, as if it were the decay of an exponential average.",
-                UserWarning,
+                f"Found `averaging = {averaging}`, as if it were the decay of an exponential average."
             )
         self.defaults["momentum"] = 0.0  # schedulers that cycle one ask here whether they may; see step()
 
@@ -327,8 +320,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"Parameter `total_steps` should be the number of optimizer steps of the whole run. Found step "
                     f"{group['n_steps'] + 1} and `total_steps = {group['total_steps']}`: rules with a schedule, the "
                     "default one among them, no longer move the parameters. To go on, set `total_steps` in each group "
-                    "of `optimizer.param_groups`.",
-                    UserWarning,
+                    "of `optimizer.param_groups`."
                 )
         self._check_gradients()
         sentry = self._sentry
@@ -348,8 +340,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             if "momentum" in group and self._is_first("momentum"):
                 warn_caller(
                     "A scheduler cycles `momentum`, which the rule does not have: only `lr` follows the schedule. "
-                    "`cycle_momentum=False` does the same without a warning.",
-                    UserWarning,
+                    "`cycle_momentum=False` does the same without a warning."
                 )
             if "initial_lr" in group and not self.capturable:
                 self._warn_of_second_schedule(group)
@@ -366,13 +357,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         decision, params = sentry.decide(self.param_groups), self._begun_params()
         if decision.restores:
             restore_snapshot(params, self.state)
-            averages.restart(self.state)
+            averages.drop(self.state)
         elif decision.snapshots:
             take_snapshot(params, self.state)
         if decision.begins_anew:
             self._layout.count_skipped(self.param_groups)
             for param in params:
-                for name in state_template(self._layout.rule, param, self.state_dtype):
+                for name in self._begun_names - {averages.AVERAGE, SNAPSHOT}:
                     self.state[param].pop(name, None)
             self._layout = self._new_layout(is_fallback=sentry.is_fallback)
             self._layout.update(self.param_groups, self.state)
@@ -478,7 +469,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             check_options(group)
             names = parameter_names(self.param_groups, len(self.param_groups) - 1)
             for param in group["params"]:
-                check_sharding(param, names[param])
                 check_parts(param, names[param], group)
                 if param.requires_grad and not is_supported(param):
                     self._raise_unsupported(
@@ -491,8 +481,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             warn_caller(
                 "Parameter `weight_decay` takes `lr * weight_decay` of every parameter per step. Found `weight_decay = "
                 f"{float(group['weight_decay'])}` and `lr = {float(group['lr'])}`; AdamW's weight decay times its "
-                "learning rate is what corresponds to it: 1e-5 for `AdamW(lr=1e-3, weight_decay=1e-2)`.",
-                UserWarning,
+                "learning rate is what corresponds to it: 1e-5 for `AdamW(lr=1e-3, weight_decay=1e-2)`."
             )
         if "momentum" in self.defaults:  # later than the groups of the constructor, which are looked at together
             self._check_size_of_lr([group])
@@ -525,13 +514,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         # Hooks, not code after super(): the user's own edit the dict before and see the exact state after.
         def read(_: torch.optim.Optimizer, final: StateDict) -> StateDict:
             nonlocal watch, layout, restored
-            check_saved(final, self.rule, self.defaults)
+            check_saved(final, self.rule, self.defaults["rule_digest"])
             final = in_order_of(self.param_groups, final)
-            if self._sentry is None:
-                check_unguarded(final["param_groups"])
-            else:
-                watch = self._sentry.saved_watch(final["param_groups"])
-            layout = self._new_layout(is_fallback=watch is not None and bool(watch.is_fallback))
+            watch = saved_watch(final["param_groups"], self._sentry)
+            layout = self._new_layout(is_fallback=bool(watch.is_fallback))
             restored = read_states(layout, self.param_groups, final)
             averages.check_shown(final["param_groups"], restored)
             return final
@@ -539,14 +525,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         def take_up(_: torch.optim.Optimizer) -> None:
             averages.give_way(before, restored)
             # what is not kept up to date from here on would be taken for current later
-            if self._sentry is None:
-                drop_saved(self.param_groups, restored)
             if self.averaging is None:
                 averages.drop(restored)
+            if self._sentry is None:
+                drop_saved(self.param_groups, restored)
+            else:
+                self._sentry.watch = watch
             self.state.update(restored)
             self._layout = layout
-            if self._sentry is not None:
-                self._sentry.watch = watch
 
         given = [group["total_steps"] for group in self.param_groups]
         with (
@@ -614,8 +600,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not isinstance(lr, Tensor) and 0 < lr < 0.5 * group["initial_lr"] and self._is_first("schedule"):
             warn_caller(
                 f"A scheduler has brought `lr` from {group['initial_lr']:g} to {lr:g}, on top of the rule's own "
-                f"schedule, which `total_steps = {total_steps}` begins: step sizes fall twice. Leave it out.",
-                UserWarning,
+                f"schedule, which `total_steps = {total_steps}` begins: step sizes fall twice. Leave it out."
             )
 
     def _check_gradients(self) -> None:
@@ -636,8 +621,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if 0 < lr <= _SMALL_LR and self._is_learned and self._is_first("lr"):
             warn_caller(
                 "Parameter `lr` should be about 1: it multiplies the rule's own step sizes, and 1 takes those that the "
-                f"rule was trained for. Found `lr = {lr:g}`, as if it were Adam's.",
-                UserWarning,
+                f"rule was trained for. Found `lr = {lr:g}`, as if it were Adam's."
             )
 
     @property

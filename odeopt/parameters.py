@@ -72,22 +72,21 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
         )
     is_right = weight_decay is None or (is_number(weight_decay) and weight_decay >= 0)
     require(is_right, "weight_decay", weight_decay, "a non-negative number or None")
-    tables = _held_by(module, nn.Embedding, nn.EmbeddingBag)
-    tables |= {key: param for key, param in _held_by(module, nn.LayerNorm, nn.RMSNorm).items() if param.ndim > 1}
-    tables |= _gains(module)
-    kernels = _held_by(module, _ConvNd, nn.Bilinear)
+    gains = [*_held_by(module, nn.LayerNorm, nn.RMSNorm), *_gains(module)]
+    tables = {*map(id, _held_by(module, nn.Embedding, nn.EmbeddingBag)), *(id(x) for x in gains if x.ndim > 1)}
+    kernels = {*map(id, _held_by(module, _ConvNd, nn.Bilinear))}
     stacks, blocks = _stacks(module, kernels), _blocks(module)
     matrices, vectors, by_coordinates, stacked, stacked_vectors = {1: [], 3: [], 4: []}, [], [], [], []
     for name, param in module.named_parameters():
-        is_row = _is_row(param)
-        if id(param) in tables or (id(param) not in kernels and not is_row and _is_table(name, param)):
+        is_kernel, is_row = id(param) in kernels, _is_row(param)
+        if id(param) in tables or (not is_kernel and not is_row and _is_table(name, param)):
             kind = by_coordinates
         elif id(param) in stacks:
             kind = stacked if param.ndim > 2 else stacked_vectors
-        elif not is_matrix(tuple(param.shape)) and not (id(param) in kernels and param.ndim > 2):
+        elif not is_matrix(tuple(param.shape)) and not (is_kernel and param.ndim > 2):
             kind = vectors
         else:
-            is_gain = is_row and param.ndim > 2 and id(param) not in kernels
+            is_gain = is_row and param.ndim > 2 and not is_kernel
             kind = by_coordinates if is_gain else matrices[blocks.get(id(param), 1)]
         kind.append((name, param))
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
@@ -142,18 +141,17 @@ def _blocks(module: nn.Module) -> dict[int, int]:
     return found
 
 
-def _gains(module: nn.Module) -> dict[int, nn.Parameter]:
-    """Gains of several axes that weight normalisation gives to layers, by their identity."""
+def _gains(module: nn.Module) -> list[nn.Parameter]:
+    """Gains that weight normalisation gives to layers."""
     found = []
     for part in module.modules():
         if isinstance(part, ParametrizationList) and isinstance(part[0], _WeightNorm):
             found.append(part.original0)
         hooks = (hook for hook in part._forward_pre_hooks.values() if isinstance(hook, WeightNorm))
         found += [getattr(part, f"{hook.name}_g") for hook in hooks]
-    return {id(gain): gain for gain in found if gain.ndim > 1}
+    return found
 
 
-def _held_by(module: nn.Module, *kinds: type[nn.Module]) -> dict[int, nn.Parameter]:
-    """Parameters of the submodules of some kinds, by whatever parametrization, by their identity."""
-    parts = (part for part in module.modules() if isinstance(part, kinds))
-    return {id(param): param for part in parts for param in part.parameters()}
+def _held_by(module: nn.Module, *kinds: type[nn.Module]) -> list[nn.Parameter]:
+    """Parameters of the submodules of some kinds, by whatever parametrization."""
+    return [param for part in module.modules() if isinstance(part, kinds) for param in part.parameters()]

@@ -33,37 +33,37 @@ def follow(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]], wei
             held[AVERAGE].lerp_(param.detach().to(dtype), part)
 
 
+@torch.no_grad()
 def show(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Put the averages into the parameters, and keep the weights; parameters that show theirs stay so."""
-    with torch.no_grad():
-        for param, held in _of_params(state):
-            if AVERAGE in held and _WEIGHTS not in held:
-                held[_WEIGHTS] = param.detach().clone()
-                param.copy_(held[AVERAGE])
+    for param, held in _of_params(state):
+        if AVERAGE in held and _WEIGHTS not in held:
+            held[_WEIGHTS] = param.detach().clone()
+            param.copy_(held[AVERAGE])
 
 
+@torch.no_grad()
 def hide(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Put the weights back into the parameters that show averages."""
-    with torch.no_grad():
-        for param, held in _of_params(state):
-            if _WEIGHTS in held:
-                param.copy_(held.pop(_WEIGHTS))
+    for param, held in _of_params(state):
+        if _WEIGHTS in held:
+            param.copy_(held.pop(_WEIGHTS))
 
 
+@torch.no_grad()
 def give_way(state: Mapping[Tensor, dict[str, Any]], after: Mapping[Tensor, dict[str, Any]]) -> None:
     """Put the weights back before another state takes the place of this one, unless that shows averages, too.
 
     Parameters that no longer hold their average, as those of a model that was loaded first, stay as they are.
     """
-    with torch.no_grad():
-        for param, held in _of_params(state):
-            is_shown = _WEIGHTS in held and torch.equal(param, held[AVERAGE].to(param.device, param.dtype))
-            if is_shown and _WEIGHTS not in after.get(param, {}):
-                param.copy_(held[_WEIGHTS])
+    for param, held in _of_params(state):
+        is_shown = _WEIGHTS in held and torch.equal(param, held[AVERAGE].to(param.device, param.dtype))
+        if is_shown and _WEIGHTS not in after.get(param, {}):
+            param.copy_(held[_WEIGHTS])
 
 
 def drop(state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Forget averages that are not shown, where they are not kept up to date from here on."""
+    """Forget averages that are not shown: nothing keeps them up to date from here on, or they begin anew."""
     for _, held in _of_params(state):
         if _WEIGHTS not in held:
             held.pop(AVERAGE, None)
@@ -77,12 +77,6 @@ def check_shown(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, dict
     is_shown = any(group.get(SHOWS_AVERAGES) for group in groups)
     wanted = f"saved after `optimizer.train()`, or with the entries {_WEIGHTS!r} of the state"
     require(not is_shown or are_shown(state), "state_dict", "averages in place of the weights", wanted)
-
-
-def restart(state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Forget the averages, which begin anew with the next weights."""
-    for _, held in _of_params(state):
-        held.pop(AVERAGE, None)
 
 
 def are_shown(state: Mapping[Tensor, dict[str, Any]]) -> bool:

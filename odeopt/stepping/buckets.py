@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -93,10 +93,13 @@ class Bucket:
         has_rows = self.is_packed and (not is_whole or self.is_gathered)
         n_columns = min(ROW, max(SHORT_ROW, 1 << (max(sizes) - 1).bit_length())) if has_rows else sizes[0]
         n_rows = [max(1, -(-n // n_columns)) for n in sizes] if has_rows else [1] * len(sizes)
-        starts, first = [0, *accumulate(n_rows)], [0, *accumulate(self.counts)]
-        self._starts = [starts[index] for index in first]  # of the parameters
-        self.shape = (starts[-1], n_columns)
-        features = self._make_features(rule) if features is None else features
+        self._sizes, self._starts = sizes, [0, *accumulate(n_rows)]
+        # of the tensors of each parameter
+        self._numbers = [range(*pair) for pair in pairwise([0, *accumulate(self.counts)])]
+        self.shape = (self._starts[-1], n_columns)
+        if features is None:
+            features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
+            features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
         self.rows = Rows.packed(features, n_rows) if has_rows else Rows(features)
         self.n_skipped = torch.zeros((len(sizes), 1), dtype=torch.int64, device=self.device)
         self._masks: dict[tuple[bool, ...], tuple[Tensor, Tensor | None]] = {}
@@ -185,7 +188,8 @@ class Bucket:
             features = self.rows.features[index : index + 1]
             options = {"dtype": self._kept_dtype, "is_whole": True, "n_blocks": self.n_blocks, "features": features}
             bucket = Bucket(rule, [theta], **options)
-            bucket.set_state(0, {name: self._once(name, index) for name in once} | dict(zip(along, state, strict=True)))
+            held = {name: self._field(name, index) for name in once}
+            bucket.set_state(0, held | dict(zip(along, state, strict=True)))
             yield bucket
             pieces[0][0].copy_(shard.local(theta))
             self.set_state(index, bucket.views(0))
@@ -198,31 +202,24 @@ class Bucket:
 
     def views(self, index: int) -> dict[str, Tensor]:
         """State of one parameter under the rule's names, in the shape of the parameter; it changes with each step."""
-        views = {}
-        for name, axis in self._axes.items():
-            if axis is None:
-                views[name] = self._once(name, index)
-            else:
-                views[name] = self.shards[index].whole(self._view(self._storage[name], index, axis), axis)
-        return views
+        return {name: self._field(name, index) for name in self._axes}
 
-    def tensor_views(self, index: int) -> list[dict[str, Tensor]]:
-        """The same of each tensor of one parameter."""
-        views = self.views(index)
-        if not self.is_stack:
-            return [views]
-        count = range(self.counts[index])
-        return [{name: x.select(self._axes[name] or 0, k) for name, x in views.items()} for k in count]
+    def flat_views(self, number: int) -> dict[str, Tensor]:
+        """State of one tensor, flattened; of what it holds once a copy in each of its rows."""
+        (start, end), views = self._starts[number : number + 2], {}
+        for name, axis in self._axes.items():
+            rows = self._storage[name].narrow(axis or 0, start, end - start)
+            views[name] = rows if axis is None else rows.flatten(axis, axis + 1).narrow(axis, 0, self._sizes[number])
+        return views
 
     def rule_states(self, index: int) -> list[NamedTuple]:
         """State of each tensor of one parameter as the rule takes it, flattened, in the dtype of the step."""
-        states, shape = self.tensor_views(index), self._shapes[index][1 if self.is_stack else 0 :]
-        for state in states:
-            for name, axis in self._axes.items():
-                if axis is not None:
-                    before, after = state[name].shape[:axis], state[name].shape[axis + len(shape) :]
-                    state[name] = state[name].reshape(*before, shape.numel(), *after).to(self.dtype)
-        return [self._type(**state) for state in states]
+        states = []
+        for number in self._numbers[index]:
+            views = self.flat_views(number).items()
+            wide = {name: x[0] if self._axes[name] is None else x.to(self.dtype) for name, x in views}
+            states.append(self._type(**wide))
+        return states
 
     def set_state(self, index: int, state: dict[str, Tensor]) -> None:
         """Overwrite the state of one parameter."""
@@ -241,34 +238,26 @@ class Bucket:
         shard = self.shards[index]
         param = shard.local(self.params[index]).detach()
         if self.is_gathered:  # pieces of what a rule makes of the whole
-            param, shard = shard.gathered([(param, 0)])[0], Shard(shard.shape)
+            whole = Bucket(rule, shard.gathered([(param, 0)]), dtype=self._kept_dtype, is_whole=True)
+            whole.init_state(0, rule)
+            self.set_state(index, whole.views(0))
+            return
         tensors = param.reshape(self.counts[index], -1).to(self.dtype)
-        states, state = [rule.init_state(tensor) for tensor in tensors], {}
-        for name, axis in self._axes.items():
-            if axis is not None:
-                parts = [getattr(own, name) for own in states]
-                like = torch.stack(parts, axis) if len(parts) > 1 else parts[0].unsqueeze(axis)
-                piece = like.reshape((*like.shape[:axis], *param.shape, *like.shape[axis + 2 :]))
-                state[name] = shard.whole(piece, axis)
-            elif self.is_stack:
-                state[name] = shard.per_tensor.whole(torch.stack([getattr(own, name) for own in states]), 0)
-            else:
-                state[name] = getattr(states[0], name)
-        self.set_state(index, state)
+        for number, tensor in zip(self._numbers[index], tensors, strict=True):
+            for view, value in zip(self.flat_views(number).values(), rule.init_state(tensor), strict=True):
+                view.copy_(value)
 
     def _local_params(self) -> list[Tensor]:
         """This process's pieces of the parameters."""
         return [shard.local(param).detach() for shard, param in zip(self.shards, self.params, strict=True)]
 
-    def _make_features(self, rule: UpdateRule) -> Tensor:
-        options = {"n_blocks": self.n_blocks} if self.n_blocks > 1 else {}
-        features = [rule.features(shape, **options) if rule.is_staged else () for shape in self.shapes]
-        return torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
-
-    def _once(self, name: str, index: int) -> Tensor:
-        """Field of the state that each tensor of one parameter holds once, as the parameter's state has it."""
-        held = self._rows_of(self._storage[name], index)[:, 0]
-        return self.shards[index].per_tensor.whole(held, 0) if self.is_stack else held[0]
+    def _field(self, name: str, index: int) -> Tensor:
+        """Field of the state of one parameter, as :meth:`views` gives it."""
+        shard, storage, axis = self.shards[index], self._storage[name], self._axes[name]
+        if axis is not None:
+            return shard.whole(self._view(storage, index, axis), axis)
+        held = self._rows_of(storage, index)[:, 0]
+        return shard.per_tensor.whole(held, 0) if self.is_stack else held[0]
 
     def _view(self, storage: Tensor, index: int, axis: int) -> Tensor:
         """Coordinates of one parameter in its own shape; ``axis`` is that of the rows, columns follow."""
@@ -278,8 +267,9 @@ class Bucket:
 
     def _rows_of(self, storage: Tensor, index: int, axis: int = 0) -> Tensor:
         """Rows of one parameter, ``axis``, as two axes: its tensors, and the rows of each."""
-        start, end = self._starts[index : index + 2]
-        return storage.narrow(axis, start, end - start).unflatten(axis, (self.counts[index], -1))
+        numbers = self._numbers[index]
+        start, end = self._starts[numbers.start], self._starts[numbers.stop]
+        return storage.narrow(axis, start, end - start).unflatten(axis, (len(numbers), -1))
 
     def _mask(self, has_grad: tuple[bool, ...]) -> tuple[Tensor, Tensor | None]:
         """Which tensors have a gradient; and their rows, if only those are to be stepped."""

@@ -10,28 +10,25 @@ from torch.optim.optimizer import StateDict
 
 from odeopt.checks import require
 from odeopt.rules.base import UpdateRule
-from odeopt.stepping.averages import SHOWS_AVERAGES
 from odeopt.stepping.buckets import state_template
-from odeopt.stepping.checks import check_options, parameter_names, warn_caller
+from odeopt.stepping.checks import OPTIONS, check_options, parameter_names, warn_caller
 from odeopt.stepping.copies import copied
-from odeopt.stepping.guard import PEAK_LR, SAVED_GUARD
 from odeopt.stepping.layout import Group, Layout, matched_state
 from odeopt.stepping.shards import Shard
 
 
-def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any]) -> None:
+def check_saved(state_dict: StateDict, rule: UpdateRule, digest: int) -> None:
     """Refuse the state of another kind of optimizer or of another rule, or an option that is out of range.
 
     Where the rule's digest was removed, warn.
     """
-    # loading leaves a default of torch's own behind, `differentiable`, which no group has
-    options = defaults.keys() - {"rule_digest", "momentum", "differentiable", SAVED_GUARD, PEAK_LR, SHOWS_AVERAGES}
-    missing = {name for group in state_dict.get("param_groups", [{}]) for name in options - group.keys()}
+    wanted = {*OPTIONS, "n_steps", "n_skipped"}
+    missing = {name for group in state_dict.get("param_groups", [{}]) for name in wanted - group.keys()}
     lacks = f", with {', '.join(sorted(missing))} in each group"
     require(not missing, "state_dict", sorted(state_dict), f"the state of a LearnedOptimizer{lacks}")
     for group in state_dict["param_groups"]:
         check_options(group)
-    digest, found = defaults["rule_digest"], {group.get("rule_digest") for group in state_dict["param_groups"]}
+    found = {group.get("rule_digest") for group in state_dict["param_groups"]}
     if others := found - {None, digest}:
         raise ValueError(
             "Parameter `rule` should be the one that `state_dict` was saved with: the same class, configuration and "
@@ -40,7 +37,7 @@ def check_saved(state_dict: StateDict, rule: UpdateRule, defaults: dict[str, Any
             "`state_dict`."
         )
     if None in found:
-        warn_caller("`state_dict` does not say by which rule it was made, so it may be another.", UserWarning)
+        warn_caller("`state_dict` does not say by which rule it was made, so it may be another.")
 
 
 def in_order_of(groups: list[Group], state_dict: StateDict) -> StateDict:
@@ -108,6 +105,5 @@ def warn_of_other_length(given: list[int | None], groups: list[Group]) -> None:
         warn_caller(
             f"Parameter `total_steps` is {had[0][1]} from now on, as in `state_dict`; this optimizer had "
             f"`total_steps = {had[0][0]}`. To train as long as that, set it again in each group of "
-            "`optimizer.param_groups`.",
-            UserWarning,
+            "`optimizer.param_groups`."
         )

@@ -32,7 +32,7 @@ _FOREIGN = {
     "local_shards": "ShardedTensor",
 }
 # Options that a group of parameters may set; other names in it belong to schedulers, trainers or the user.
-_OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack", "n_blocks")
+OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack", "n_blocks")
 # Similarity from which on a name is a misspelt one: `maximise` has .88, and `weight_decay_mult`, which is meant, .83.
 _MISSPELT = 0.85
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
@@ -75,16 +75,15 @@ def check_spelling(group: Mapping[str, Any]) -> None:
 
     Other names pass, as in ``torch.optim``, also those in which an option is one of several words.
     """
-    for name in (name for name in group if name not in _OPTIONS):
+    for name in (name for name in group if name not in OPTIONS):
         found = name.lower().replace("-", "_") if isinstance(name, str) else ""
-        for option in get_close_matches(found, _OPTIONS, n=1, cutoff=_MISSPELT):
+        for option in get_close_matches(found, OPTIONS, n=1, cutoff=_MISSPELT):
             words = found.strip("_")
-            if words != option and f"_{option}_" in f"_{words}_":  # `use_weight_decay`, of a trainer
-                continue
-            raise ValueError(
-                f"Parameter `{option}` should be given by this name in a group of parameters. "
-                f"Found `{name} = {group[name]!r}`."
-            )
+            if words == option or f"_{option}_" not in f"_{words}_":  # not `use_weight_decay`, of a trainer
+                raise ValueError(
+                    f"Parameter `{option}` should be given by this name in a group of parameters. "
+                    f"Found `{name} = {group[name]!r}`."
+                )
 
 
 def parameter_names(groups: list[dict[str, Any]], first: int = 0) -> dict[Tensor, str]:
@@ -124,8 +123,11 @@ def overlapping(pieces: Iterable[tuple[int, int]]) -> set[int]:
     return found
 
 
-def check_sharding(param: Tensor, name: str) -> None:
-    """Raise a ValueError where a parameter is a piece of a tensor in a way that the sums across it cannot follow."""
+def check_parts(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a parameter is a piece of a tensor in a way that the sums across it cannot follow.
+
+    Nor may its group say of it that it is a stack or consists of blocks where it cannot.
+    """
     found = next((owner for mark, owner in _FOREIGN.items() if hasattr(param, mark)), None)
     if found is None and is_distributed(param) and any(placement.is_partial() for placement in param.placements):
         found = f"DTensor of placements {param.placements}"
@@ -135,31 +137,24 @@ def check_sharding(param: Tensor, name: str) -> None:
             f"model by `torch.distributed.fsdp.fully_shard`, or replicate it by `DistributedDataParallel`. "
             f"Found a tensor that belongs to {found}."
         )
-
-
-def check_parts(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a parameter does not hold the tensors, or the blocks, that its group says it does."""
-    is_stack, n_blocks, found = group["is_stack"], group["n_blocks"], None
-    if is_stack and param.ndim == 0:
-        found = f"shape {tuple(param.shape)}"
-    elif is_stack and not Shard.of(param).holds_tensors:
-        found = f"shape {tuple(param.shape)}, `placements = {param.placements}`"
-    rows = param.shape[is_stack : is_stack + 1]
-    if n_blocks > 1 and found is None and (not rows or rows[0] % n_blocks):
-        raise ValueError(
-            f"Parameter `{name}` should consist of {n_blocks} blocks of as many rows each, as its group says "
-            f"(`n_blocks = {n_blocks}`). Found shape {tuple(param.shape)}."
-        )
-    if found is not None:
+    is_stack, n_blocks = group["is_stack"], group["n_blocks"]
+    if is_stack and not (param.ndim > 0 and Shard.of(param).holds_tensors):
+        placements = f", `placements = {param.placements}`" if is_distributed(param) else ""
         raise ValueError(
             f"Parameter `{name}` should hold several tensors along its first axis, and be whole on each process or "
             "sharded along that axis, by one axis of the mesh, with some for each process, as its group is one of "
             "stacks (`is_stack=True`): shard it so, replicate it (`DistributedDataParallel`), or step it by "
-            f"coordinates (`is_table=True` in place of `is_stack`). Found {found}."
+            f"coordinates (`is_table=True` in place of `is_stack`). Found shape {tuple(param.shape)}{placements}."
+        )
+    rows = param.shape[is_stack : is_stack + 1]
+    if n_blocks > 1 and (not rows or rows[0] % n_blocks):
+        raise ValueError(
+            f"Parameter `{name}` should consist of {n_blocks} blocks of as many rows each, as its group says "
+            f"(`n_blocks = {n_blocks}`). Found shape {tuple(param.shape)}."
         )
 
 
-def warn_caller(message: str, category: type[Warning] = RuntimeWarning) -> None:
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line outside of this library and torch, however many wrappers stand in between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):

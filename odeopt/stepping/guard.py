@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from odeopt.checks import check_class, is_integer, is_number, require
+from odeopt.checks import check_class, is_integer, is_number, require, require_counts, require_positive
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.classical import AdamUpdate
 from odeopt.stepping.copies import frozen_copy
@@ -96,8 +96,8 @@ class Guard:
         name = type(self.fallback).__name__
         require(not self.fallback.crosses_coordinates, "fallback", name, "a rule that steps each coordinate by itself")
         require(is_integer(self.window) and self.window >= 4, "window", self.window, "an integer of at least 4")
-        require(is_integer(self.patience) and self.patience >= 1, "patience", self.patience, "a positive integer")
-        require(is_number(self.tolerance) and self.tolerance > 0, "tolerance", self.tolerance, "positive")
+        require_counts(patience=self.patience)
+        require_positive(tolerance=self.tolerance)
         is_part = self.min_progress is None or (is_number(self.min_progress) and 0 < self.min_progress < 1)
         require(is_part, "min_progress", self.min_progress, "in (0, 1) or None")
 
@@ -167,26 +167,24 @@ class Watch:
         return decision
 
     def _decide(self, loss: float, options: Guard, steps_left: float) -> Decision:
-        if math.isnan(self.start):
+        is_first = math.isnan(self.start)
+        if is_first:
             if not math.isfinite(loss):
                 return Decision()  # nothing to return to yet
             self.start = self.kept = self.best = self.level = loss
             self.countdown = self.interval = self.stay = options.patience
-            decision = Decision(snapshots=True)
-        else:
-            decision = Decision()
         is_spike = loss > self._ceiling()
         if not math.isfinite(loss) or (is_spike and self.n_spikes):
             return self._fail(options)
         self.n_spikes = float(is_spike)
         if is_spike:  # of a bad batch, unless another one follows
-            return decision
+            return Decision(snapshots=is_first)
         if self.is_new:
             self._begin(loss, options)
         if self.n > 0:
             self.squares += (loss - self.last) ** 2 / 2
         self.n, self.total, self.last = self.n + 1, self.total + loss, loss
-        return self._close(options, steps_left) if self.n >= options.window else decision
+        return self._close(options, steps_left) if self.n >= options.window else Decision(snapshots=is_first)
 
     def _begin(self, loss: float, options: Guard) -> None:
         """Compare with the best mean still, unless the surface has risen since the parameters were kept."""
@@ -276,9 +274,7 @@ class Watch:
         fall, self.countdown = self.level - mean, self.interval
         if self.is_tried:
             self.is_tried, self.level = 0.0, mean
-            if fall < _PROBATION * self.pace / 2:
-                return self._hand_over()
-            return Decision()
+            return self._hand_over() if fall < _PROBATION * self.pace / 2 else Decision()
         self.n_looks += 1
         total = self.start - mean
         is_level = total > _PERSISTENTLY_HIGH * error and fall < total / self.n_looks / 4
@@ -373,9 +369,8 @@ class Sentry:
             self.rule(theta, self.rule.init_state(theta), param=theta, shape=theta.shape)
         except ValueError as error:
             wanted = "given in all groups under this guard"
-            raise ValueError(
-                f"Parameter `total_steps` should be {wanted}. Found `total_steps = None`: {error}"
-            ) from error
+            message = f"Parameter `total_steps` should be {wanted}. Found `total_steps = None`: {error}"
+            raise ValueError(message) from error
 
     @property
     def is_fallback(self) -> bool:
@@ -446,24 +441,26 @@ class Sentry:
         """Watch and digest of the fallback, float64."""
         return torch.tensor([self.digest, *astuple(self.watch)], dtype=torch.float64)
 
-    def saved_watch(self, groups: list[dict[str, Any]]) -> Watch:
-        """Return the watch of saved groups, or a new one if they were saved without a guard."""
-        saved = groups[0].get(SAVED_GUARD) if groups else None
-        if saved is None:
-            return Watch()
-        found = torch.as_tensor(saved).tolist()
-        n = 1 + len(fields(Watch))
-        require(len(found) == n, SAVED_GUARD, found, f"{n} numbers in the groups of `state_dict`")
-        require(int(found[0]) == self.digest, "guard", int(found[0]), f"saved with this fallback, of {self.digest}")
-        return Watch(*found[1:])
 
+def saved_watch(groups: list[dict[str, Any]], sentry: Sentry | None) -> Watch:
+    """Return the watch of saved groups, a new one if they were saved without a guard.
 
-def check_unguarded(groups: list[dict[str, Any]]) -> None:
-    """Refuse saved groups whose state is that of a fallback, which an optimizer without a guard could not read."""
-    saved = next((group[SAVED_GUARD] for group in groups if SAVED_GUARD in group), None)
-    if saved is not None:
-        is_fallback = Watch(*torch.as_tensor(saved).tolist()[1:]).is_fallback
-        require(not is_fallback, "guard", None, "the one that `state_dict` was saved with, whose fallback steps there")
+    Those of another fallback are refused, and where there is no guard, which could not read the state of a fallback,
+    those in which the fallback steps.
+    """
+    saved = next((group[SAVED_GUARD] for group in groups if group.get(SAVED_GUARD) is not None), None)
+    if saved is None:
+        return Watch()
+    digest, *numbers = torch.as_tensor(saved).tolist()
+    n = len(fields(Watch))
+    require(len(numbers) == n, SAVED_GUARD, [digest, *numbers], f"{1 + n} numbers in the groups of `state_dict`")
+    watch = Watch(*numbers)
+    if sentry is not None:
+        require(digest == sentry.digest, "guard", int(digest), f"saved with this fallback, of {sentry.digest}")
+    else:
+        wanted = "the one that `state_dict` was saved with, whose fallback steps there"
+        require(not watch.is_fallback, "guard", None, wanted)
+    return watch
 
 
 def drop_saved(groups: Iterable[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import ExitStack
 from operator import is_, itemgetter
 from typing import Any, NamedTuple, Self
@@ -16,7 +16,7 @@ from odeopt.checks import require
 from odeopt.modes import has_values
 from odeopt.rules.base import UpdateRule
 from odeopt.stepping.buckets import Bucket, block_shape, state_template
-from odeopt.stepping.checks import check_parts, check_sharding, extent_of, overlapping, parameter_names, warn_caller
+from odeopt.stepping.checks import check_parts, extent_of, overlapping, parameter_names, warn_caller
 from odeopt.stepping.copies import copy_beside
 from odeopt.stepping.loops import StepOptions, step_bucket
 from odeopt.stepping.native import NativeStep, native_obstacle
@@ -36,43 +36,39 @@ Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
 
 
-class Handed(NamedTuple):
-    """What the state of a parameter was given, and the memory of these tensors, or of this process's pieces of them."""
-
-    param: Tensor
-    given: dict[str, Tensor]
-    local: list[Tensor]
-    addresses: list[int]
-
-    @classmethod
-    def of(cls, param: Tensor, given: dict[str, Tensor]) -> Self:
-        """Note where the state lies; nowhere if it has no values."""
-        local = [x.to_local() if is_distributed(x) else x for x in given.values()]
-        local = local if all(map(has_values, local)) else []
-        return cls(param, given, local, [*map(Tensor.data_ptr, local)])
-
-    def is_in(self, states: States) -> bool:
-        """Return True while the state holds these tensors."""
-        held = states.get(self.param, {})
-        return all(map(is_, map(held.get, self.given), self.given.values()))
-
-    def has_moved(self) -> bool:
-        """Return True once these tensors lie in other memory."""
-        return self.addresses != [*map(Tensor.data_ptr, self.local)]
-
-
 class Placed(NamedTuple):
-    """A bucket, its rule, the group whose options it follows, and of each parameter what its state was given."""
+    """A bucket, its rule, the group whose options it follows, and what the state of each parameter was given.
+
+    Attributes:
+        local: What was given, or this process's pieces of it, where it has values.
+        addresses: Those of its memory.
+    """
 
     bucket: Bucket
     rule: UpdateRule
     group: Group
-    handed: list[Handed]
+    given: dict[Tensor, dict[str, Tensor]]
+    local: list[Tensor]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, bucket: Bucket, rule: UpdateRule, group: Group, given: dict[Tensor, dict[str, Tensor]]) -> Self:
+        """Note where the state lies."""
+        local = _pieces(given.values())
+        return cls(bucket, rule, group, given, local, [*map(Tensor.data_ptr, local)])
 
     def is_current(self, states: States) -> bool:
         """Return True while the bucket steps these parameters and this state."""
-        is_held = all(handed.is_in(states) and not handed.has_moved() for handed in self.handed)
-        return is_held and not self.bucket.has_moved()
+        is_there = self.addresses == [*map(Tensor.data_ptr, self.local)]
+        return is_there and self.is_in(states) and not self.bucket.has_moved()
+
+    def is_in(self, states: States) -> bool:
+        """Return True while the state holds what it was given."""
+        for param, given in self.given.items():
+            held = states.get(param, {})
+            if not all(map(is_, map(held.get, given), given.values())):
+                return False
+        return True
 
     def follow(self, states: States) -> bool:
         """Take up new addresses of the state, where it was moved together with the bucket's memory.
@@ -82,12 +78,9 @@ class Placed(NamedTuple):
         Returns:
             Whether the bucket steps these parameters and this state.
         """
-        for index, handed in enumerate(self.handed):
-            own = Handed.of(handed.param, self.bucket.views(index)).addresses
-            if not handed.is_in(states) or own != [*map(Tensor.data_ptr, handed.local)]:
-                return False
-            handed.addresses[:] = own
-        return not self.bucket.has_moved()
+        own = _pieces(map(self.bucket.views, range(len(self.bucket.params))))
+        self.addresses[:] = map(Tensor.data_ptr, own)
+        return self.is_current(states)
 
 
 class Plan(NamedTuple):
@@ -122,7 +115,7 @@ class Layout:
         state_dtype: torch.dtype | None,
     ) -> None:
         self.rule, self.lr, self.implementation, self.state_dtype = rule, lr, implementation, state_dtype
-        self._rules: dict[tuple[torch.device, bool, bool], UpdateRule] = {}
+        self._rules: dict[tuple[torch.device, bool], tuple[UpdateRule, UpdateRule]] = {}  # the latter for tables
         self._dictionaries: dict[Tensor, dict[str, Any]] = {}  # that were put into the state here
         self._forget()
 
@@ -155,14 +148,13 @@ class Layout:
             self._deepen(self._n_matrices(groups))  # shapes may have changed, of those that are yet to be placed
             names, placed = parameter_names(groups), []
             for group, params in zip(groups, new, strict=True):
-                if params:
-                    placed += self._place(group, [p for p in params if p.numel() > 0], states, names)
-                for param in params:
-                    if param.numel() == 0:  # checkpoints that are loaded strictly ask for its state, too
-                        rule, is_stack = self.rule_for(param), group["is_stack"]
-                        template = state_template(rule, param, self.state_dtype, is_stack=is_stack)
-                        begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
-                        states[param] = begun | states.get(param, {})
+                placed += self._place(group, [p for p in params if p.numel() > 0], states, names)
+                # checkpoints that are loaded strictly ask for the state of empty ones, too
+                for param in (p for p in params if p.numel() == 0):
+                    rule, is_stack = self.rule_for(param), group["is_stack"]
+                    template = state_template(rule, param, self.state_dtype, is_stack=is_stack)
+                    begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
+                    states[param] = begun | states.get(param, {})
             # only now: none of them counts as placed if the state of one is refused
             self.placed += placed
             kinds = {placed.bucket.device.type for placed in self.placed}
@@ -179,7 +171,7 @@ class Layout:
         """Bring the counts of skipped gradients to the groups, or those on the host, and warn of the first ones."""
         had = any(group["n_skipped"] for group in groups)
         first = None
-        for bucket, _, group, _ in self.placed:
+        for bucket, _, group, *_ in self.placed:
             if bucket.is_on_host if is_on_host else bucket.has_values:
                 counts = bucket.n_skipped.flatten().tolist()
                 for (param, index), count in zip(bucket.tensors, counts, strict=True):
@@ -191,20 +183,21 @@ class Layout:
             warn_caller(
                 f"Parameter `{first}` was not moved at {'' if is_on_host else 'or before '}step "
                 f"{int(groups[0]['n_steps'])}: its gradient is not finite. Later such steps are skipped and counted in "
-                "`n_skipped` without a warning."
+                "`n_skipped` without a warning.",
+                RuntimeWarning,
             )
 
     def rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
         """Return the copy of the rule that steps a parameter, on its device."""
         key = param.device, has_values(param)
-        if (*key, is_table) not in self._rules:
+        if key not in self._rules:
             rule = copy_beside(self.rule, param)
-            self._rules[*key, False], self._rules[*key, True] = rule, rule.for_tables()
-        return self._rules[*key, is_table]
+            self._rules[key] = rule, rule.for_tables()
+        return self._rules[key][is_table]
 
     def options(self, placed: Placed) -> StepOptions:
         """Options of the next step of a bucket, on its device."""
-        bucket, _, group, _ = placed
+        bucket, group = placed.bucket, placed.group
 
         def scalar(x: float | Tensor) -> Tensor:
             return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=bucket.dtype, device="cpu")
@@ -251,7 +244,7 @@ class Layout:
         """Lay out parameters of a group that have their first gradient, and begin or take up their state."""
         placed, alike, is_stack = [], defaultdict(list), group["is_stack"]
         for param in params:
-            check_sharding(param, names[param])  # again: models are wrapped after their optimizer is built, too
+            # again: models are wrapped after their optimizer is built, too
             check_parts(param, names[param], group)
         shards = [Shard.of(param) for param in params]
         # each of which is stepped after those before it
@@ -276,7 +269,7 @@ class Layout:
                 rule = self._deepened(rule)
             options = {"dtype": self.state_dtype, "is_whole": is_alone or stacked is not None, "is_stack": is_stack}
             bucket = Bucket(rule, together, n_blocks=1 if stacked is None else stacked[1], **options)
-            handed = []
+            given = {}
             for index, param in enumerate(together):
                 held = states.get(param, {})  # others may keep something of theirs there too
                 begun = {name: held[name] for name in bucket.state._fields if name in held}
@@ -285,13 +278,12 @@ class Layout:
                     bucket.set_state(index, matched)
                 else:
                     bucket.init_state(index, rule)
-                given = bucket.views(index)
+                given[param] = bucket.views(index)
                 if states.get(param) is self._dictionaries.get(param, states):  # in place: others may hold it
-                    held.update(given)
+                    held.update(given[param])
                 else:
-                    states[param] = self._dictionaries[param] = {**held, **given}
-                handed.append(Handed.of(param, given))
-            placed.append(Placed(bucket, rule, group, handed))
+                    states[param] = self._dictionaries[param] = {**held, **given[param]}
+            placed.append(Placed.of(bucket, rule, group, given))
         return placed
 
     def _n_matrices(self, groups: list[Group]) -> int:
@@ -343,6 +335,12 @@ class Layout:
         progress = None if done is None else float(done)
         decay = float(group["weight_decay"] * is_within(group))
         return StepOptions(float(self.lr(group)), decay, progress, group["maximize"])
+
+
+def _pieces(states: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """The tensors of some states, or this process's pieces of them, that lie in memory."""
+    local = (x.to_local() if is_distributed(x) else x for state in states for x in state.values())
+    return [*filter(has_values, local)]
 
 
 def _native_plan(placed: list[Placed]) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from odeopt.rules.base import UpdateRule, checked
 from odeopt.rules.rows import Rows
 from odeopt.stepping.buckets import Bucket
+
+if TYPE_CHECKING:
+    from odeopt.stepping.triton.step import TritonKernels
 
 
 class StepOptions(NamedTuple):
@@ -57,27 +60,15 @@ class Piece(NamedTuple):
         return self._replace(grad=self.grad[rows], theta=self.theta[rows], state=state)
 
 
-class Kernels(Protocol):
-    """The parts of a staged step that are done per coordinate, in place of the rule's own operations."""
-
-    def can_take(self, grad: Tensor, theta: Tensor) -> bool:
-        """Return True where these tensors, as :meth:`Bucket.load` gives them, lie in memory that kernels can read."""
-
-    def sums(self, stage: int, grad: Tensor, theta: Tensor, shared: NamedTuple | None, options: StepOptions) -> Tensor:
-        """Sums of one stage for each tensor; in those of the first, a count of infinities and NaN comes first."""
-
-    def move(self, grad: Tensor, theta: Tensor, shared: NamedTuple, moves: Tensor, options: StepOptions) -> None:
-        """Step parameters and state in place, of the tensors for which ``moves``, bool, ``(n_tensors, 1)``, is True."""
-
-
-def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, kernels: Kernels | None = None) -> None:
+def step_bucket(rule: UpdateRule, bucket: Bucket, options: StepOptions, kernels: TritonKernels | None = None) -> None:
     """Step every tensor of a bucket that has a finite gradient, and count those whose gradient is not finite.
 
     Args:
         rule: The rule, on the device of the bucket.
         bucket: Parameters and state; both change in place.
         options: The step's factors.
-        kernels: Kernels of this rule and bucket; without any the step is taken in tensor operations.
+        kernels: Kernels of this rule and bucket for the parts of a staged step that are done per coordinate; without
+            any the step is taken in tensor operations.
     """
     if bucket.is_gathered:
         for whole in bucket.wholes(rule):
@@ -124,9 +115,8 @@ def _sums(rule: UpdateRule, stage: int, piece: Piece, shared: NamedTuple | None,
     sums = [_is_broken(grad)] if stage == 0 else []
     if piece.is_staged:
         state = _wide(piece.state, grad.dtype)
-        sums.append(
-            rule.statistics(stage, grad, state, rows.broadcast(rows.features), rows.broadcast(shared), piece.theta)
-        )
+        features, shared = rows.broadcast(rows.features), rows.broadcast(shared)
+        sums.append(rule.statistics(stage, grad, state, features, shared, piece.theta))
     return torch.cat(sums, dim=-1)
 
 
@@ -215,12 +205,6 @@ def _chunks(rule: UpdateRule, bucket: Bucket, piece: Piece) -> Iterator[Piece]:
             return x.narrow(axis, start, stop - start)
 
         axes = [0] * len(piece.columns) if bucket.is_packed else piece.columns
-        yield Piece(
-            piece.rows.part(slice(start, stop)) if bucket.is_packed else piece.rows,
-            cut(piece.grad, along),
-            cut(piece.theta, along),
-            type(piece.state)(*map(cut, piece.state, axes)),
-            piece.columns,
-            piece.shape,
-            piece.is_staged,
-        )
+        rows = piece.rows.part(slice(start, stop)) if bucket.is_packed else piece.rows
+        state = type(piece.state)(*map(cut, piece.state, axes))
+        yield piece._replace(rows=rows, grad=cut(piece.grad, along), theta=cut(piece.theta, along), state=state)

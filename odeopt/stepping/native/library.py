@@ -100,7 +100,8 @@ def library() -> Library | str:
         loaded = ctypes.CDLL(str(file))
         layout = loaded.odeopt_layout
         layout.restype = c_int64
-        if layout() != _layout():
+        sizes = map(ctypes.sizeof, (Rule, TensorState, Group, Options))
+        if layout() != _VERSION + sum(1000**k * size for k, size in enumerate(sizes, 1)):
             return f"{file.name} belongs to another version of odeopt; reinstall it"
         step, functions = loaded.odeopt_step, loaded.odeopt_functions
         instructions, has_bfloat16 = loaded.odeopt_instructions, loaded.odeopt_has_bfloat16
@@ -122,9 +123,3 @@ def _parallel() -> int | None:
     except (OSError, AttributeError):
         return None
     return ctypes.cast(found, c_void_p).value
-
-
-def _layout() -> int:
-    return _VERSION + 1000 * sum(
-        1000**k * ctypes.sizeof(kind) for k, kind in enumerate((Rule, TensorState, Group, Options))
-    )

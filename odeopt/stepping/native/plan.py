@@ -47,8 +47,7 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     found = library()
     if isinstance(found, str):
         return found
-    obstacle = rule_obstacle(rule)
-    if obstacle is not None:
+    if obstacle := rule_obstacle(rule):
         return obstacle
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
@@ -74,19 +73,17 @@ def _short_side(shape: torch.Size) -> int:
 
 
 def _sharing(params: list[Tensor], numbers: list[int]) -> list[int]:
-    """Numbers of those parameters that share elements with others, one of all being copied; extents may interleave."""
+    """Numbers of those parameters that share a byte with others, one of all being copied; extents may interleave.
+
+    The parameters come in the order of their addresses.
+    """
     if len(params) == 1 or all(param.is_contiguous() for param in params):
         return []
-    start, size = params[0].data_ptr(), params[0].itemsize
-    offsets = [param.data_ptr() - start for param in params]
-    if any(param.itemsize != size or offset % size for param, offset in zip(params, offsets, strict=True)):
-        return numbers
-    end = max(offset + extent_of(param)[1] for param, offset in zip(params, offsets, strict=True))
-    users = torch.zeros(end // size, dtype=torch.int8, device="cpu")
-    places = [users.as_strided(param.shape, param.stride(), offset // size)
-              for param, offset in zip(params, offsets, strict=True)]  # fmt: skip
-    for place in places:
-        place.add_(1)
+    start, end = params[0].data_ptr(), max(sum(extent_of(param)) for param in params)
+    users, places = torch.zeros(end - start, dtype=torch.int8, device="cpu"), []
+    for param in params:
+        shape, stride = (*param.shape, param.itemsize), (*(param.itemsize * n for n in param.stride()), 1)
+        places.append(users.as_strided(shape, stride, param.data_ptr() - start).add_(1))
     return [number for number, place in zip(numbers, places, strict=True) if (place > 1).any()]
 
 
@@ -103,35 +100,33 @@ class NativeStep:
     """
 
     def __init__(self, rule: PortHamiltonianUpdate, buckets: Sequence[Bucket], groups: Sequence[int]) -> None:
-        self.buckets, self._constants = list(buckets), _Constants(rule)
+        self.buckets, self._rule = list(buckets), _constants(rule)
         self._groups = (Group * (1 + max(groups)))()
         self.params = [param for bucket in buckets for param in bucket.params]
         self._sizes, self._dtypes = zip(*((param.numel(), param.dtype) for param in self.params), strict=True)
         self._numbers = [number for number, bucket in enumerate(buckets) for _ in bucket.params]
-        tensors = [(bucket, index, shape) for bucket in buckets for index, shape in enumerate(bucket.shapes)]
-        numbers = [number for bucket, number in zip(buckets, groups, strict=True) for _ in bucket.shapes]
-        sizes = [bucket.n_blocks * shape.numel() for bucket, _, shape in tensors]
+        members = zip(buckets, groups, strict=True)
+        tensors = [(bucket, group, *each) for bucket, group in members for each in enumerate(bucket.shapes)]
+        sizes = [bucket.n_blocks * shape.numel() for bucket, *_, shape in tensors]
         # in coordinates: orthogonalising a matrix takes that much longer than stepping its coordinates
         self._work = [
             n * (1 + _short_side(shape) // 32 if bucket.is_whole else 1)
-            for n, (bucket, _, shape) in zip(sizes, tensors, strict=True)
+            for n, (bucket, *_, shape) in zip(sizes, tensors, strict=True)
         ]
         self._all_work = sum(self._work)
         self._n_bytes = [n * bucket.param_dtype.itemsize for n, (bucket, *_) in zip(sizes, tensors, strict=True)]
-        # offsets of the tensors of each parameter; None where no parameter is a stack
-        self._offsets: list[range] | None = None
-        if any(bucket.is_stack for bucket in buckets):
-            n_tensors = [n for bucket in buckets for n in bucket.counts]
-            totals = [n * dtype.itemsize for n, dtype in zip(self._sizes, self._dtypes, strict=True)]
-            self._offsets = [range(0, total, total // n) for total, n in zip(totals, n_tensors, strict=True)]
+        # of the tensors of each parameter, in bytes
+        totals = [n * dtype.itemsize for n, dtype in zip(self._sizes, self._dtypes, strict=True)]
+        counts = [n for bucket in buckets for n in bucket.counts]
+        self._offsets = [range(0, total, total // n) for total, n in zip(totals, counts, strict=True)]
         self._tensors, self._options = (TensorState * len(tensors))(), Options()
         self._pointers = ctypes.c_void_p * len(tensors)
         self._disjoint_at: list[int | None] = []
         self._entangled_at: tuple[list[int], set[int]] = [], set()
         self._lock = threading.Lock()
-        states = [state for bucket in buckets for k in range(len(bucket.params)) for state in bucket.tensor_views(k)]
-        zipped = zip(self._tensors, tensors, sizes, numbers, self._work, states, strict=True)
-        for tensor, (bucket, index, shape), n, number, work, state in zipped:
+        zipped = zip(self._tensors, tensors, sizes, self._work, strict=True)
+        for tensor, (bucket, group, index, shape), n, work in zipped:
+            state = bucket.flat_views(index)
             for name in ("p", "scale", "slow_scale", "step", "memory"):
                 setattr(tensor, name, state[name].data_ptr())
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
@@ -140,13 +135,11 @@ class NativeStep:
                 tensor.operator_scale = operator_scale(shape, rule.matrix_scale)
             if normalization == "coordinate":
                 tensor.second_moment = state["second_moment"].data_ptr()
-            tensor.features, tensor.n_skipped = (
-                bucket.rows.features[index].data_ptr(),
-                bucket.n_skipped[index].data_ptr(),
-            )
+            tensor.features = bucket.rows.features[index].data_ptr()
+            tensor.n_skipped = bucket.n_skipped[index].data_ptr()
             tensor.n, tensor.mode_stride, tensor.work = n, state["p"].stride(0), work
             tensor.param_type, tensor.state_type = _TYPES[bucket.param_dtype], _TYPES[state["p"].dtype]
-            tensor.skips_zeros, tensor.group = bucket.is_stack, number
+            tensor.skips_zeros, tensor.group = bucket.is_stack, group
 
     def step(self, groups: Sequence[StepOptions]) -> tuple[int, Sequence[int]]:
         """Step every parameter that has a finite gradient, and count those whose gradient is not finite.
@@ -167,23 +160,17 @@ class NativeStep:
             return 0, range(len(self.buckets))
         grads, values, copies, odd = [], [], [], set()
         for param, n, dtype in zip(self.params, self._sizes, self._dtypes, strict=True):
-            grad = param.grad
-            if grad is not None and (
-                type(grad) is not Tensor or grad.dtype is not dtype or not n == grad.numel() == param.numel()
-            ):
-                odd.add(self._numbers[len(grads)])
-                grad = None
+            grad, value = param.grad, param
             if grad is None:
-                grads.append(None)
-                values.append(None)
-                continue
-            if not grad.is_contiguous() or grad.is_neg():
-                grad = grad.resolve_neg().contiguous()
-            if param.is_contiguous() and not param.is_neg():
-                value = param
+                value = None
+            elif type(grad) is not Tensor or grad.dtype is not dtype or not n == grad.numel() == param.numel():
+                odd.add(self._numbers[len(grads)])
             else:
-                value = param.detach().resolve_neg().contiguous()
-                copies.append((len(values), value))
+                if not grad.is_contiguous() or grad.is_neg():
+                    grad = grad.resolve_neg().contiguous()
+                if not param.is_contiguous() or param.is_neg():
+                    value = param.detach().resolve_neg().contiguous()
+                    copies.append((len(values), value))
             grads.append(grad)
             values.append(value)
         if copies:
@@ -202,7 +189,7 @@ class NativeStep:
             pointers = self._pointers_to(values)
             options.n_threads = self._n_threads(pointers)
             arrays = self._pointers(*self._pointers_to(grads)), self._pointers(*pointers)
-            n_skipped = found.step(self._constants.rule, self._tensors, len(pointers), *arrays, self._groups, options)
+            n_skipped = found.step(self._rule, self._tensors, len(pointers), *arrays, self._groups, options)
         if n_skipped < 0:
             raise MemoryError("There is no memory for the sums of a step.")
         for index, value in copies:
@@ -229,7 +216,7 @@ class NativeStep:
 
     def _pointers_to(self, values: list[Tensor | None]) -> list[int | None]:
         """Addresses of all tensors, from the parameters or their gradients; None for those without a gradient."""
-        if self._offsets is None:
+        if len(self._offsets) == len(self._tensors):  # no parameter is a stack
             return [None if x is None else x.data_ptr() for x in values]
         pointers = []
         for x, offsets in zip(values, self._offsets, strict=True):
@@ -253,43 +240,37 @@ class NativeStep:
         return n_threads
 
 
-# what step.c takes under the names of the rule
-_AS_THEY_ARE = ("speed_limit", "initial_kappa", "horizon_power", "initial_lookahead", "initial_coherence",
-                "decay_growth", "decay_onset", "decay_horizon", "alignment_rate", "alignment_horizon", "trust_ratio",
-                "row_power", "matrix_interval", "n_gain", "n_friction", "n_memory", "coordinatewise",
-                "uses_progress")  # fmt: skip
-
-
-class _Constants:
-    """Constants of a rule, and the memory that they lie in."""
-
-    @_disable_current_modes()
-    def __init__(self, rule: PortHamiltonianUpdate) -> None:
-        layers = [layer for layer in rule.coefficient_network if isinstance(layer, nn.Linear)]
-        weights = torch.cat([x.detach().flatten() for layer in layers for x in (layer.weight.mT, layer.bias)])
-        numbers = {"weights": weights, "start": rule.start.float(), "time_scales": rule.time_scales.float()}
-        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
-        numbers["widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
-        numbers |= {"is_relativistic": rule.is_relativistic_mode.int(), "is_spectral": rule.is_spectral_mode.int()}
-        self._numbers = {name: x.contiguous() for name, x in numbers.items()}
-        at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule.output_sizes)), strict=False))
-        self.rule = Rule(
-            **{name: x.data_ptr() for name, x in self._numbers.items()},
-            **{name: getattr(rule, name) for name in _AS_THEY_ARE},
-            psi=(ctypes.c_float * 7)(*_PSI[rule.solver]),
-            decays=(ctypes.c_float * 2)(*rule.decays.tolist()),
-            initial_matrix_kappa=rule.initial_matrix_kappa * rule.depth_factor * rule.matrix_interval,
-            initial_decay=rule.initial_decay / rule.depth_factor,
-            log_floor=math.log2(rule.ratio_floor) if rule.ratio_floor > 0 else -math.inf,
-            in_bfloat16=rule.matrix_products == "bfloat16",
-            n_layers=len(layers),
-            n_modes=rule.modes,
-            n_time_scales=len(rule.time_scales),
-            n_moved=rule.memory,
-            at_kappa=at["log_kappa"],
-            at_memory=at["memory_moves"],
-            at_exponent=at["log_exponent"] if rule.schedule == "power" else -1,
-            at_matrix=at["log_matrix_kappa"] if rule.is_spectral else -1,
-            n_spectral=len(rule.spectral_modes),
-            n_psi=len(_PSI[rule.solver]),
-        )
+@_disable_current_modes()
+def _constants(rule: PortHamiltonianUpdate) -> Rule:
+    """Constants of a rule; what is not computed here has the name that the rule itself gives it."""
+    layers = [layer for layer in rule.coefficient_network if isinstance(layer, nn.Linear)]
+    weights = torch.cat([x.detach().flatten() for layer in layers for x in (layer.weight.mT, layer.bias)])
+    numbers = {"weights": weights, "start": rule.start.float(), "time_scales": rule.time_scales.float()}
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    numbers["widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
+    numbers |= {"is_relativistic": rule.is_relativistic_mode.int(), "is_spectral": rule.is_spectral_mode.int()}
+    numbers = {name: x.contiguous() for name, x in numbers.items()}
+    at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule.output_sizes)), strict=False))
+    computed = {
+        **{name: x.data_ptr() for name, x in numbers.items()},
+        "psi": (ctypes.c_float * 7)(*_PSI[rule.solver]),
+        "decays": (ctypes.c_float * 2)(*rule.decays.tolist()),
+        "initial_matrix_kappa": rule.initial_matrix_kappa * rule.depth_factor * rule.matrix_interval,
+        "initial_decay": rule.initial_decay / rule.depth_factor,
+        "log_floor": math.log2(rule.ratio_floor) if rule.ratio_floor > 0 else -math.inf,
+        "in_bfloat16": rule.matrix_products == "bfloat16",
+        "n_layers": len(layers),
+        "n_modes": rule.modes,
+        "n_time_scales": len(rule.time_scales),
+        "n_moved": rule.memory,
+        "at_kappa": at["log_kappa"],
+        "at_memory": at["memory_moves"],
+        "at_exponent": at["log_exponent"] if rule.schedule == "power" else -1,
+        "at_matrix": at["log_matrix_kappa"] if rule.is_spectral else -1,
+        "n_spectral": len(rule.spectral_modes),
+        "n_psi": len(_PSI[rule.solver]),
+    }
+    others = {name: getattr(rule, name) for name, _ in Rule._fields_ if name not in computed}
+    constants = Rule(**computed, **others)
+    constants.numbers = numbers  # which own the memory that the constants point to
+    return constants

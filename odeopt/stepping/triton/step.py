@@ -31,8 +31,7 @@ def triton_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1" and bucket.device.type == "cpu"
     if not bucket.has_values or not (bucket.device.type == "cuda" or is_interpreted):
         return "the parameters are not on CUDA"
-    obstacle = rule_obstacle(rule)
-    if obstacle is not None:
+    if obstacle := rule_obstacle(rule):
         return obstacle
     if bucket.is_whole:
         return "matrices are stepped by their singular values"
@@ -69,9 +68,9 @@ class TritonKernels:
 
     def __init__(self, rule: PortHamiltonianUpdate, bucket: Bucket) -> None:
         self.bucket, self._kernels = bucket, _kernels_on(bucket.device)
-        n_rows, n_columns = bucket.shape
-        self._block = min(_BLOCK, max(_SHORT_BLOCK, 1 << (n_columns - 1).bit_length()))
-        self._n_blocks = n_rows * -(-n_columns // self._block)
+        n_rows, self._n_columns = bucket.shape
+        self._block = min(_BLOCK, max(_SHORT_BLOCK, 1 << (self._n_columns - 1).bit_length()))
+        self._n_blocks = n_rows * -(-self._n_columns // self._block)
         tensor = bucket.rows.tensor
         self._tensor = torch.zeros(n_rows, dtype=torch.int64, device=bucket.device) if tensor is None else tensor
         kinds = {"coordinate": self._kernels.BY_COORDINATE, "tensor": self._kernels.BY_TENSOR}
@@ -89,7 +88,10 @@ class TritonKernels:
         }
 
     def can_take(self, grad: Tensor, theta: Tensor) -> bool:
-        """Return True for tensors of torch itself, outside of all that would have to see each operation on them."""
+        """Return True for tensors, as :meth:`Bucket.load` gives them, that lie in memory which kernels can read.
+
+        They are torch's own, outside of all that would have to see each operation on them.
+        """
         return not is_watched() and all(type(x) in (Tensor, nn.Parameter) for x in (grad, theta))
 
     def sums(self, stage: int, grad: Tensor, theta: Tensor, shared: NamedTuple | None, options: StepOptions) -> Tensor:
@@ -118,7 +120,7 @@ class TritonKernels:
         return self._total(out)
 
     def move(self, grad: Tensor, theta: Tensor, shared: NamedTuple, moves: Tensor, options: StepOptions) -> None:
-        """Step parameters and state in place, of the tensors that ``moves`` names."""
+        """Step parameters and state in place, of the tensors for which ``moves``, bool, ``(n_tensors, 1)``, is True."""
         state, kept = self.bucket.state, torch.ones_like(shared.kappa)
         if options.decay is not None:
             kept = kept - options.lr * options.decay
@@ -136,10 +138,6 @@ class TritonKernels:
         )
         # autograd has to know that tensors which it keeps have changed
         torch.autograd.graph.increment_version(theta)
-
-    @property
-    def _n_columns(self) -> int:
-        return self.bucket.shape[1]
 
     def _launch(self, kernel, *arguments: Tensor | int, **options: object) -> None:
         _launch(kernel, self._n_blocks, *arguments, BLOCK=self._block, **options)
