@@ -98,7 +98,8 @@ class Bucket:
         self._numbers = [range(*pair) for pair in pairwise([0, *accumulate(self.counts)])]
         self.shape = (self._starts[-1], n_columns)
         if features is None:
-            features = [rule.features(shape) if rule.is_staged else () for shape in self.shapes]
+            options = {"n_blocks": n_blocks} if n_blocks > 1 else {}
+            features = [rule.features(shape, **options) if rule.is_staged else () for shape in self.shapes]
             features = torch.tensor(features, dtype=self.dtype, device="cpu").to(self.device)  # whatever the default is
         self.rows = Rows.packed(features, n_rows) if has_rows else Rows(features)
         self.n_skipped = torch.zeros((len(sizes), 1), dtype=torch.int64, device=self.device)
