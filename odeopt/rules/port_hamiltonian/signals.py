@@ -114,7 +114,6 @@ class ShapeFeatures(NamedTuple):
         """Join the numbers into one tuple, in the order that :meth:`split` reads."""
         return tuple(itertools.chain(*self))
 
-
     def of_size(self, n: int) -> ShapeFeatures:
         """The same features of a tensor of ``n`` coordinates, such as one of several blocks of the shape."""
         return self._replace(size=(n,), shrink=(0.5 ** n.bit_length(),))
