@@ -94,7 +94,7 @@ def test_nothing_kept_is_of_fake_tensors():
     rule, shape = port_hamiltonian(), (11, 13)  # a shape that no other test has had features kept for
     for mode in (FakeTensorMode, contextlib.nullcontext):
         with mode():
-            features = shape_features(rule, shape, torch.float32, torch.device("cpu"))
+            features = shape_features(rule, shape, 1, torch.float32, torch.device("cpu"))
         assert isinstance(features, FakeTensor) == (mode is FakeTensorMode)
 
 
