@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,27 +87,21 @@ class Perturbed:
         def one(weights, param):
             return functional_call(self.rule, weights, ("init_state", param))
 
-        if self.n == 1:
-            return one(self._only(), param)
-        return tree_map(self._joined, vmap(one)(self.weights, self._apart(param)))
+        return self._map(one, param)
 
     def __call__(self, grad, state, *, param, shape, progress):
         def one(weights, grad, state, param):
             signals = {"param": param, "shape": shape, "progress": progress}
             return functional_call(self.rule, weights, ("__call__", grad, state), signals)
 
+        return self._map(one, grad, state, param)
+
+    def _map(self, one: Callable[..., Any], *args: Any) -> Any:
+        """Call a function under each set of weights, with the part of the batch that is its own."""
         if self.n == 1:
-            return one(self._only(), grad, state, param)
-        return tree_map(self._joined, vmap(one)(self.weights, *tree_map(self._apart, (grad, state, param))))
-
-    def _only(self) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.weights.items()}
-
-    def _apart(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.n, len(x) // self.n))
-
-    def _joined(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1)
+            return one({name: value[0] for name, value in self.weights.items()}, *args)
+        parts = tree_map(lambda x: x.unflatten(0, (self.n, len(x) // self.n)), args)
+        return tree_map(lambda x: x.flatten(0, 1), vmap(one)(self.weights, *parts))
 
 
 class _Methods(nn.Module):
