@@ -138,16 +138,17 @@ def tune(
         return value
 
     low, high = (_nearest_index(lr) for lr in family.lr)
-    first = range(low, high + 1, _STRIDES[0])
+    lattice = range(low - _N_EXTENSIONS, high + _N_EXTENSIONS + 1)
+
+    def best_lr(**other: float) -> float:
+        first = range(low, high + 1, _STRIDES[0])
+        return _search(lambda i: trial(lr=_lr(i), **other), first, lattice, strides=_STRIDES)
+
     if family.other is None:
-        _search(lambda i: trial(lr=_lr(i)), first, strides=_STRIDES)
+        best_lr()
     else:
-
-        def best_of(j: int) -> float:
-            value = family.values[j]
-            return _search(lambda i: trial(lr=_lr(i), **{family.other: value}), first, strides=_STRIDES)
-
-        _search(best_of, [family.values.index(v) for v in family.first], last=len(family.values) - 1)
+        first = [family.values.index(value) for value in family.first]
+        _search(lambda j: best_lr(**{family.other: family.values[j]}), first, range(len(family.values)))
     settings, value = min(tried, key=lambda item: item[1])
     if not value < float("inf"):
         raise RuntimeError(
@@ -158,23 +159,15 @@ def tune(
 
 
 def _search(
-    score: Callable[[int], float],
-    first: Sequence[int],
-    *,
-    strides: Sequence[int] = (1,),
-    last: int | None = None,
+    score: Callable[[int], float], first: Sequence[int], lattice: range, *, strides: Sequence[int] = (1,)
 ) -> float:
-    """Least score over a lattice of integers: a coarse grid, extended at its edges, then refined.
-
-    ``last`` bounds the lattice to 0 ... last; without it a walk of _N_EXTENSIONS beyond the grid ends it.
-    """
-    lower, upper = (first[0] - _N_EXTENSIONS, first[-1] + _N_EXTENSIONS) if last is None else (0, last)
+    """Least score over a lattice of integers: a coarse grid, extended at its edges, then refined."""
     scores = {i: score(i) for i in first}
     for stride in strides:
         while True:
             # of equal ones the least: where all diverge, the walk goes down
             best = min(scores, key=lambda i: (scores[i], i))
-            missing = [i for i in (best - stride, best + stride) if i not in scores and lower <= i <= upper]
+            missing = [i for i in (best - stride, best + stride) if i in lattice and i not in scores]
             if not missing:
                 break
             scores |= {i: score(i) for i in missing}
