@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from odeopt.checks import require, require_counts, require_positive
 from odeopt.meta.distributed import ALONE, World
@@ -43,10 +43,6 @@ class _Group:
     params: dict[str, Tensor] | None = None
     states: dict[str, NamedTuple] | None = None
     first: Tensor | None = None
-
-    def rows(self, start: int, end: int) -> dict[str, dict]:
-        """Parameters and states of some entries."""
-        return tree_map(lambda x: x[start:end], {"params": self.params, "states": self.states})
 
 
 @dataclasses.dataclass
@@ -142,6 +138,7 @@ class PersistentEvolutionStrategies(Estimator):
             self._restore(rule, task, seed, weights, is_mine)
         n_segments = -(-horizon // self.truncation)
         options = {"seed": seed, "total_steps": horizon if tells_horizon else None, "update_scale": update_scale}
+        options["held_out"] = objective.held_out
         losses = []
         for g, (part, mine) in enumerate(zip(positions, is_mine, strict=True)):
             group = self._runs.groups[g]
@@ -163,9 +160,8 @@ class PersistentEvolutionStrategies(Estimator):
         grads = {}
         for group, part in zip(self._runs.groups, losses, strict=True):
             # a task counts alike in a large group and in a small one
-            slopes = differences_of_pairs(part, self.clip).sum(0) / (
-                2 * self.sigma**2 * self.n_pairs * self._runs.n_tasks
-            )
+            differences = differences_of_pairs(part, self.clip).sum(0)
+            slopes = differences / (2 * self.sigma**2 * self.n_pairs * self._runs.n_tasks)
             for name, xi in group.xi.items():
                 grads[name] = grads.get(name, 0.0) + torch.tensordot(slopes.to(xi.device), xi, dims=1)
         return grads
@@ -194,12 +190,12 @@ class PersistentEvolutionStrategies(Estimator):
             return torch.zeros(0, n_runs, dtype=torch.float64, device=group.first.device)
         # an adaptive solver would choose its steps for all perturbations together
         length, pieces = n_runs if rule.has_fixed_step else 1, []
+        options = {"indices": group.indices.repeat(length), "n_steps": n_steps, "start": start, **options}
         for at in range(0, n_runs, length):
             stacked = perturbed(rule, noise.perturbed(range(at, at + length), self.sigma))
-            carried = {} if group.params is None else group.rows(at * n, (at + length) * n)
-            carried["held_out"] = objective.held_out
-            indices = group.indices.repeat(length)
-            pieces.append(unroll(stacked, task, indices=indices, n_steps=n_steps, start=start, **carried, **options))
+            rows = slice(at * n, (at + length) * n)
+            params, states = tree_map_only(Tensor, lambda x, rows=rows: x[rows], (group.params, group.states))
+            pieces.append(unroll(stacked, task, params=params, states=states, **options))
         losses = torch.cat([piece.losses for piece in pieces], dim=1)
         group.first = losses[0] if group.params is None else group.first
         ends = [(piece.params, piece.states) for piece in pieces]
