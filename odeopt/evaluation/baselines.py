@@ -305,17 +305,9 @@ def make_baselines_table(
     jobs += [(MLPClassification(mnist, activation=name), "last ten", 32) for name in ("sigmoid", "relu")]
     entries = []
     for task, score, n_tasks in jobs:
-        outcomes = tune_all(task, n_steps=100, n_tasks=n_tasks, score=score, progress_bar=progress_bar)
-        entries.append(
-            {
-                "task": _key(task),
-                "n_steps": 100,
-                "score": score,
-                "n_tasks": n_tasks,
-                "seed": TUNING_SEED,
-                "baselines": [_as_json(tuned) for tuned in outcomes],
-            }
-        )
+        options = {"n_steps": 100, "score": score, "n_tasks": n_tasks, "seed": TUNING_SEED}
+        outcomes = tune_all(task, progress_bar=progress_bar, **options)
+        entries.append({"task": _key(task), **options, "baselines": [_as_json(tuned) for tuned in outcomes]})
     table = {
         "command": "python -m odeopt tune --out odeopt/pretrained/baselines.json",
         "library_version": __version__,
