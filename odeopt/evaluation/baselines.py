@@ -75,7 +75,7 @@ class Tuned:
         family: Name of the family.
         settings: The best settings.
         score: Their mean score.
-        tried: Every pair of settings and mean score; infinity where a run did not stay finite.
+        tried: Every pair of settings and mean score; infinity where a run did not stay finite, or the score is NaN.
     """
 
     family: str
@@ -104,7 +104,7 @@ def tune(
     For each value of the second setting the learning rates 1, 3.2, 10, ... times a power of ten are tried,
     the grid is extended while the best lies on its edge, then refined, in the end to twenty a decade, around
     the best until that lies inside; the grid of the second setting is extended likewise. Settings with a run
-    that does not stay finite are out.
+    that does not stay finite, or without a score, are out.
 
     Args:
         family: What to tune.
@@ -131,7 +131,8 @@ def tune(
     def trial(**settings: float) -> float:
         rule = family.make(**settings).to(task.device)
         losses, _ = run(rule, task, n_steps=n_steps, n_runs=n_tasks, seed=seed, with_accuracy=False)
-        value = scores_of(losses, score).mean().item() if losses.isfinite().all() else float("inf")
+        value = scores_of(losses, score).mean().item() if losses.isfinite().all() else math.inf
+        value = math.inf if math.isnan(value) else value
         tried.append((settings, value))
         if on_trial is not None:
             on_trial()
