@@ -197,7 +197,7 @@ def _flat_start(rule: UpdateRule, task: Task) -> tuple[dict[str, Tensor], dict[s
 
 def _n_bytes(tensors: Any) -> int:
     """Bytes of all tensors in nested containers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(tensors))
+    return sum(tensor.nbytes for tensor in tree_leaves(tensors))
 
 
 def _state_bytes(rule: UpdateRule, task: Task) -> float:

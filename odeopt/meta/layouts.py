@@ -84,8 +84,7 @@ class Packed(Separate):
         n_rows = [-(-n // self.n_columns) for n in sizes]
         self.padding = [rows * self.n_columns - n for n, rows in zip(sizes, n_rows, strict=True)]
         self.pieces = [size for pair in zip(sizes, self.padding, strict=True) for size in pair]
-        for_tables = rule.for_tables()
-        features = [(for_tables if name in tables else rule).features(shape[1:]) for name, shape in shapes.items()]
+        features = [self.placed(rule, name).features(shape[1:]) for name, shape in shapes.items()]
         features = torch.tensor(features, dtype=like.dtype, device=like.device)
         self.rows = Rows.packed(features, n_rows, has_tasks=True)
 
