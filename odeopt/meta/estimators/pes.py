@@ -219,18 +219,12 @@ class PersistentEvolutionStrategies(Estimator):
         def whole(x: Tensor) -> Tensor:
             return world.gather(x.unflatten(0, (2 * self.n_pairs, len(x) // (2 * self.n_pairs))).transpose(0, 1))
 
-        groups = [
-            {
-                "indices": world.gather(group.indices),
-                "end": group.end,
-                "step": group.step,
-                "xi": dict(group.xi),
-                "params": tree_map(whole, group.params),
-                "states": {name: [whole(x) for x in state] for name, state in group.states.items()},
-                "first": whole(group.first),
-            }
-            for group in self._runs.groups
-        ]
+        groups = []
+        for group in self._runs.groups:
+            saved = {"indices": world.gather(group.indices), "end": group.end, "step": group.step, "xi": dict(group.xi)}
+            states = {name: list(state) for name, state in group.states.items()}
+            parts = {"params": group.params, "states": states, "first": group.first}
+            groups.append(saved | tree_map(whole, parts))
         return {"groups": groups} | {name: getattr(self._runs, name) for name in _COUNTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,14 +247,15 @@ class PersistentEvolutionStrategies(Estimator):
             def part(x: Tensor, like: Tensor, mine: Tensor = mine) -> Tensor:
                 return x[mine.to(x.device)].transpose(0, 1).flatten(0, 1).to(like)
 
-            xi = {name: x.to(weights[name].device) for name, x in saved["xi"].items()}
-            group = _Group(saved["indices"][mine], saved["end"], xi, saved["step"])
-            group.params = {name: part(saved["params"][name], like) for name, like in params.items()}
-            group.states = {
-                name: type(state)(*map(part, saved["states"][name], state)) for name, state in states.items()
-            }
-            group.first = part(saved["first"], first)
-            self._runs.groups[g] = group
+            self._runs.groups[g] = _Group(
+                indices=saved["indices"][mine],
+                end=saved["end"],
+                xi={name: x.to(weights[name].device) for name, x in saved["xi"].items()},
+                step=saved["step"],
+                params={name: part(saved["params"][name], x) for name, x in params.items()},
+                states={name: type(x)(*map(part, saved["states"][name], x)) for name, x in states.items()},
+                first=part(saved["first"], first),
+            )
         self._runs.loaded = None
 
 
