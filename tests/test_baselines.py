@@ -88,6 +88,14 @@ def test_candidates_that_diverge_are_out():
     assert any(math.isinf(score) for settings, score in tuned.tried if settings["lr"] > 10)
 
 
+def test_candidates_without_a_score_are_out():
+    """Scores that are no numbers count as infinite, and a search that begins among them walks out."""
+    family = Family("SGD", SGDUpdate, lr=(10.0, 100.0))
+    tuned = tune(family, Bowl(1.0), n_steps=3, n_tasks=1, score=lambda losses: -(losses[0] - losses[-1]).log())
+    assert tuned.settings["lr"] == 1.0
+    assert any(math.isinf(score) for settings, score in tuned.tried if settings["lr"] > 2)
+
+
 def test_no_setting_left_is_an_error():
     with pytest.raises(RuntimeError, match="SGD: no setting kept all 1 runs finite over 2 steps"):
         tune(PLAIN_SGD, Bowl(math.nan), n_steps=2, n_tasks=1)

@@ -75,7 +75,7 @@ class Tuned:
         family: Name of the family.
         settings: The best settings.
         score: Their mean score.
-        tried: Every pair of settings and mean score; infinity where a run did not stay finite.
+        tried: Every pair of settings and mean score; infinity where a run did not stay finite, or the score is NaN.
     """
 
     family: str
@@ -104,7 +104,7 @@ def tune(
     For each value of the second setting the learning rates 1, 3.2, 10, ... times a power of ten are tried,
     the grid is extended while the best lies on its edge, then refined, in the end to twenty a decade, around
     the best until that lies inside; the grid of the second setting is extended likewise. Settings with a run
-    that does not stay finite are out.
+    that does not stay finite, or without a score, are out.
 
     Args:
         family: What to tune.
@@ -131,23 +131,25 @@ def tune(
     def trial(**settings: float) -> float:
         rule = family.make(**settings).to(task.device)
         losses, _ = run(rule, task, n_steps=n_steps, n_runs=n_tasks, seed=seed, with_accuracy=False)
-        value = scores_of(losses, score).mean().item() if losses.isfinite().all() else float("inf")
+        value = scores_of(losses, score).mean().item() if losses.isfinite().all() else math.inf
+        value = math.inf if math.isnan(value) else value
         tried.append((settings, value))
         if on_trial is not None:
             on_trial()
         return value
 
     low, high = (_nearest_index(lr) for lr in family.lr)
-    first = range(low, high + 1, _STRIDES[0])
+    lattice = range(low - _N_EXTENSIONS, high + _N_EXTENSIONS + 1)
+
+    def best_lr(**other: float) -> float:
+        first = range(low, high + 1, _STRIDES[0])
+        return _search(lambda i: trial(lr=_lr(i), **other), first, lattice, strides=_STRIDES)
+
     if family.other is None:
-        _search(lambda i: trial(lr=_lr(i)), first, strides=_STRIDES)
+        best_lr()
     else:
-
-        def best_of(j: int) -> float:
-            value = family.values[j]
-            return _search(lambda i: trial(lr=_lr(i), **{family.other: value}), first, strides=_STRIDES)
-
-        _search(best_of, [family.values.index(v) for v in family.first], last=len(family.values) - 1)
+        first = [family.values.index(value) for value in family.first]
+        _search(lambda j: best_lr(**{family.other: family.values[j]}), first, range(len(family.values)))
     settings, value = min(tried, key=lambda item: item[1])
     if not value < float("inf"):
         raise RuntimeError(
@@ -158,23 +160,15 @@ def tune(
 
 
 def _search(
-    score: Callable[[int], float],
-    first: Sequence[int],
-    *,
-    strides: Sequence[int] = (1,),
-    last: int | None = None,
+    score: Callable[[int], float], first: Sequence[int], lattice: range, *, strides: Sequence[int] = (1,)
 ) -> float:
-    """Least score over a lattice of integers: a coarse grid, extended at its edges, then refined.
-
-    ``last`` bounds the lattice to 0 ... last; without it a walk of _N_EXTENSIONS beyond the grid ends it.
-    """
-    lower, upper = (first[0] - _N_EXTENSIONS, first[-1] + _N_EXTENSIONS) if last is None else (0, last)
+    """Least score over a lattice of integers: a coarse grid, extended at its edges, then refined."""
     scores = {i: score(i) for i in first}
     for stride in strides:
         while True:
             # of equal ones the least: where all diverge, the walk goes down
             best = min(scores, key=lambda i: (scores[i], i))
-            missing = [i for i in (best - stride, best + stride) if i not in scores and lower <= i <= upper]
+            missing = [i for i in (best - stride, best + stride) if i in lattice and i not in scores]
             if not missing:
                 break
             scores |= {i: score(i) for i in missing}
@@ -312,17 +306,9 @@ def make_baselines_table(
     jobs += [(MLPClassification(mnist, activation=name), "last ten", 32) for name in ("sigmoid", "relu")]
     entries = []
     for task, score, n_tasks in jobs:
-        outcomes = tune_all(task, n_steps=100, n_tasks=n_tasks, score=score, progress_bar=progress_bar)
-        entries.append(
-            {
-                "task": _key(task),
-                "n_steps": 100,
-                "score": score,
-                "n_tasks": n_tasks,
-                "seed": TUNING_SEED,
-                "baselines": [_as_json(tuned) for tuned in outcomes],
-            }
-        )
+        options = {"n_steps": 100, "score": score, "n_tasks": n_tasks, "seed": TUNING_SEED}
+        outcomes = tune_all(task, progress_bar=progress_bar, **options)
+        entries.append({"task": _key(task), **options, "baselines": [_as_json(tuned) for tuned in outcomes]})
     table = {
         "command": "python -m odeopt tune --out odeopt/pretrained/baselines.json",
         "library_version": __version__,

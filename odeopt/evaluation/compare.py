@@ -81,6 +81,7 @@ def compare(
     require_one_of(SCORES, score=score)
     if device is not None:
         task.to(device)
+    options = {"n_steps": n_steps, "n_runs": n_runs, "seed": seed, "runs_per_batch": runs_per_batch}
     results = {}
     with tqdm(total=len(rules) * n_runs, disable=not progress_bar, desc="comparing", unit=" runs") as bar:
         for name, rule in rules.items():
@@ -88,15 +89,7 @@ def compare(
             # a copy, so that the caller's rule stays where it is
             rule = copy.deepcopy(rule).to(task.device)
             check_tasks_apart(rule)
-            losses, accuracies = run(
-                rule,
-                task,
-                n_steps=n_steps,
-                n_runs=n_runs,
-                seed=seed,
-                runs_per_batch=runs_per_batch,
-                on_runs=bar.update,
-            )
+            losses, accuracies = run(rule, task, on_runs=bar.update, **options)
             results[name] = RuleResult(
                 losses,
                 accuracies,
@@ -204,7 +197,7 @@ def _flat_start(rule: UpdateRule, task: Task) -> tuple[dict[str, Tensor], dict[s
 
 def _n_bytes(tensors: Any) -> int:
     """Bytes of all tensors in nested containers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(tensors))
+    return sum(tensor.nbytes for tensor in tree_leaves(tensors))
 
 
 def _state_bytes(rule: UpdateRule, task: Task) -> float:

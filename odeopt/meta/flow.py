@@ -198,5 +198,5 @@ def _loss_and_gradient(task: Task, theta: Tensor, shapes: dict[str, torch.Size],
 
 def _unflattened(theta: Tensor, shapes: dict[str, torch.Size]) -> Params:
     pieces = theta.split([shape.numel() for shape in shapes.values()], dim=-1)
-    return {name: piece.reshape(*theta.shape[:-1], *shape) for (name, shape), piece in zip(shapes.items(), pieces,
-                                                                                           strict=True)}  # fmt: skip
+    named = zip(shapes.items(), pieces, strict=True)
+    return {name: piece.reshape(*theta.shape[:-1], *shape) for (name, shape), piece in named}

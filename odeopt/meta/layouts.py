@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,7 @@ class Packed(Separate):
         n_rows = [-(-n // self.n_columns) for n in sizes]
         self.padding = [rows * self.n_columns - n for n, rows in zip(sizes, n_rows, strict=True)]
         self.pieces = [size for pair in zip(sizes, self.padding, strict=True) for size in pair]
-        for_tables = rule.for_tables()
-        features = [(for_tables if name in tables else rule).features(shape[1:]) for name, shape in shapes.items()]
+        features = [self.placed(rule, name).features(shape[1:]) for name, shape in shapes.items()]
         features = torch.tensor(features, dtype=like.dtype, device=like.device)
         self.rows = Rows.packed(features, n_rows, has_tasks=True)
 
@@ -175,13 +174,15 @@ class Grouped(Separate):
         self.layouts = layouts
 
     def pack(self, params, states):
-        return _merged(layout.pack(params, states) for layout in self.layouts)
+        params, states = zip(*(layout.pack(params, states) for layout in self.layouts), strict=True)
+        return _merged(params), _merged(states)
 
     def unpack(self, packed, states):
-        return super().pack(*_merged(layout.unpack(packed, states) for layout in self.layouts))
+        params, states = zip(*(layout.unpack(packed, states) for layout in self.layouts), strict=True)
+        return super().pack(_merged(params), _merged(states))
 
     def views(self, packed):
-        views = {name: view for layout in self.layouts for name, view in layout.views(packed).items()}
+        views = _merged(layout.views(packed) for layout in self.layouts)
         return {name: views[name] for name in self.shapes}
 
     def step(self, rule, name, grad, state, param, progress):
@@ -189,12 +190,8 @@ class Grouped(Separate):
         return layout.step(rule, name, grad, state, param, progress)
 
 
-def _merged(parts: Iterable[tuple[Params, States]]) -> tuple[Params, States]:
-    params, states = {}, {}
-    for own, own_states in parts:
-        params |= own
-        states |= own_states
-    return params, states
+def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 class CompiledSteps:
@@ -215,8 +212,7 @@ class CompiledSteps:
     """
 
     def __init__(self, rule: UpdateRule) -> None:
-        is_staged = isinstance(rule, StagedRule) and rule.is_staged
-        require(is_staged, "rule", type(rule).__name__, "a staged rule where its steps are to be compiled")
+        require(rule.is_staged, "rule", type(rule).__name__, "a staged rule where its steps are to be compiled")
         is_simple = not rule.stores_q
         require(is_simple, "rule", rule, "one without networks of positions where its steps are to be compiled")
         self.rule = rule

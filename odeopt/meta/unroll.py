@@ -104,15 +104,13 @@ def unroll(
         states = {name: initial_state(rule, param) for name, param in flat.items()}
     layout = layout_for(rule, shapes, next(iter(flat.values())), task.tables)
     flat, states = layout.pack(flat, states)
-    run = _Unroll(
-        rule, task, indices, seed, layout, total_steps, detach, update_scale, damping, held_out, torch.is_grad_enabled()
-    )
+    run = _Unroll(rule, task, indices, seed, layout, total_steps, detach, update_scale, damping, held_out)
     steps = run.checkpointed if checkpoint_every is not None and torch.is_grad_enabled() else run.steps
     end, length, losses = start + n_steps, checkpoint_every or n_steps, []
     for first in range(start, end, length):
         piece, flat, states = steps(first, min(first + length, end), flat, states)
         losses += piece
-    losses.append(_kept(run.evaluate(flat, end)[0]))
+    losses.append(run.evaluate(flat, end)[0])
     flat, states = layout.unpack(flat, states)
     params = {name: param.view(shapes[name]) for name, param in flat.items()}
     return Trajectory(torch.stack(losses), params, states)
@@ -144,18 +142,20 @@ class _Unroll(NamedTuple):
     update_scale: float
     damping: float
     held_out: float
-    is_differentiated: bool
 
-    @torch.enable_grad()
     def evaluate(self, flat: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Losses of a step, what they sum to on its batch, and the parameters by which that can be differentiated."""
-        variables = {name: _variable(param) for name, param in flat.items()}
-        params = self.layout.views(variables)
-        loss = self.task.loss(params, self.task.sample_batch(self.indices, step, self.seed))
-        total = loss.sum()
+        """Losses of a step, what they sum to on its batch, and the parameters by which that can be differentiated.
+
+        The losses have a graph only where gradients are enabled, so where the run is to be differentiated.
+        """
+        with torch.enable_grad():
+            variables = {name: _differentiable(param) for name, param in flat.items()}
+            params = self.layout.views(variables)
+            loss = self.task.loss(params, self.task.sample_batch(self.indices, step, self.seed))
+            total = loss.sum()
+        loss = loss if torch.is_grad_enabled() else loss.detach()
         if self.held_out > 0:
-            with torch.set_grad_enabled(self.is_differentiated):
-                held_out = self.task.loss(params, self.task.sample_held_out(self.indices, step, self.seed))
+            held_out = self.task.loss(params, self.task.sample_held_out(self.indices, step, self.seed))
             loss = torch.lerp(loss, held_out, self.held_out)
         return loss, total, list(variables.values())
 
@@ -169,7 +169,7 @@ class _Unroll(NamedTuple):
             if is_damped:  # the same numbers; what a later loss says of them is damped on its way back
                 flat, states = tree_map(lambda x: _Damped.apply(x, self.damping), (flat, states))
             loss, total, variables = self.evaluate(flat, step)
-            losses.append(_kept(loss))
+            losses.append(loss)
             # where the run is differentiated the graph of the loss is needed again by the meta-gradient
             # zeros for parameters that the loss does not reach
             options = {"create_graph": is_exact, "retain_graph": torch.is_grad_enabled(), "materialize_grads": True}
@@ -197,17 +197,7 @@ class _Unroll(NamedTuple):
         return list(outputs[: end - start]), *tree_unflatten(outputs[end - start :], kind)
 
 
-def _kept(loss: Tensor) -> Tensor:
-    """A loss without its graph, unless the run is to be differentiated."""
-    return loss if torch.is_grad_enabled() else loss.detach()
-
-
 def _differentiable(value: Tensor) -> Tensor:
-    """A tensor that requires a gradient, where its dtype can have one."""
-    return value if value.requires_grad or not value.is_floating_point() else value.detach().requires_grad_()
-
-
-def _variable(param: Tensor) -> Tensor:
-    """View of a parameter with respect to which a gradient can be taken."""
-    variable = param.view(param.shape)
-    return variable if variable.requires_grad else variable.requires_grad_()
+    """View of a tensor with respect to which a gradient can be taken, where its dtype can have one."""
+    view = value.view(value.shape)
+    return view if view.requires_grad or not view.is_floating_point() else view.requires_grad_()

@@ -98,7 +98,7 @@ def plot_diagnostics(
         has_lines = len(tensors) <= _MOST_LINES
         # nine lines of names below each panel
         width, height = 3.6 * n_columns, (2.6 if has_lines else 3.7) * -(-len(panels) // n_columns) + 0.6
-        figure, _ = new_figure(width, height, n_columns=0)
+        figure, _ = new_figure(width, height, n_columns=0, title=title)
         cells = panel_grid(figure, len(panels), n_columns)
         for axes, quantity in zip(cells, panels, strict=False):
             name, scale = _PANELS[quantity]
@@ -121,8 +121,6 @@ def plot_diagnostics(
         n_characters = max((len(handle.get_label()) for handle in handles), default=0)
         n_entries = max(1, min(4, int(12 * width / (n_characters + 6))))  # twelve characters take about an inch
         figure.legend(handles=handles, loc="outside lower center", ncols=n_entries, frameon=False)
-        if title:
-            figure.suptitle(title)
         return save_figure(figure, path)
 
 

@@ -33,13 +33,11 @@ def plot_ledger(
         return [0.0, *part.reshape(len(part), -1).mean(1).cumsum(0).tolist()]
 
     with style():
-        figure, (left, right) = new_figure(8.4, 3.2, n_columns=2)
+        figure, (left, right) = new_figure(8.4, 3.2, n_columns=2, title=title)
         for (name, part), colour, dashes in zip(parts.items(), PALETTE, _DASHES, strict=False):
             left.plot(t, cumulated(part), color=colour, label=name, linestyle=dashes)
         left.legend()
         left.set(xlabel="t", ylabel="energy since the start")
         right.plot(t, cumulated(residual), color="#000000")
         right.set(xlabel="t", ylabel="residual since the start")
-        if title:
-            figure.suptitle(title)
         return save_figure(figure, path)

@@ -47,13 +47,14 @@ def style() -> AbstractContextManager[None]:
     return context(_STYLE, after_reset=True)
 
 
-def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float, height: float, n_columns: int = 1, *, title: str = "") -> tuple[Figure, list[Axes]]:
     """Make a figure without a window; call it inside :func:`style`.
 
     Args:
         width: In inches.
         height: In inches.
         n_columns: Number of axes side by side; 0 for a figure that is laid out by its caller.
+        title: Stands above.
 
     Returns:
         The figure and its axes.
@@ -63,6 +64,8 @@ def new_figure(width: float, height: float, n_columns: int = 1) -> tuple[Figure,
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title)
     return figure, panel_grid(figure, n_columns, n_columns) if n_columns else []
 
 

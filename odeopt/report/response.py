@@ -38,7 +38,7 @@ def plot_response(
         The path.
     """
     with style():
-        figure, (left, middle, right) = new_figure(11.0, 3.4, n_columns=3)
+        figure, (left, middle, right) = new_figure(11.0, 3.4, n_columns=3, title=title)
         for (name, values), colour in zip(update.items(), PALETTE, strict=False):
             left.plot(gradient, values, color=colour, label=f"after {name}")
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3}
@@ -52,6 +52,4 @@ def plot_response(
         right.plot(singular_value, matrix_update / matrix_update.abs().max(), color=PALETTE[0], marker=".")
         right.set(title="matrices, the same gradient again", xscale="log")
         right.set(xlabel="singular value of the gradient, over the largest", ylabel="update along it, over the largest")
-        if title:
-            figure.suptitle(title)
         return save_figure(figure, path)

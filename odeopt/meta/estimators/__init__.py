@@ -7,17 +7,9 @@ from odeopt.meta.estimators.es import EvolutionStrategies
 from odeopt.meta.estimators.hybrid import Hybrid
 from odeopt.meta.estimators.pes import PersistentEvolutionStrategies
 
+_ALL = (Backpropagation, DampedBackpropagation, EvolutionStrategies, Hybrid, PersistentEvolutionStrategies)
 # by the names that configurations have for them
-ESTIMATORS: dict[str, type[Estimator]] = {
-    estimator.key: estimator
-    for estimator in (
-        Backpropagation,
-        DampedBackpropagation,
-        EvolutionStrategies,
-        Hybrid,
-        PersistentEvolutionStrategies,
-    )
-}
+ESTIMATORS: dict[str, type[Estimator]] = {estimator.key: estimator for estimator in _ALL}
 
 __all__ = [
     "ESTIMATORS",

@@ -69,9 +69,9 @@ class Backpropagation(Estimator):
             first = trajectory.losses[0].detach() if first is None else first
             meta_loss = objective(trajectory.losses[1:], start=start, horizon=horizon, first=first).mean()
             # a segment's weights sum to its share of the horizon; gradients of segments should be comparable
-            (meta_loss * (horizon / n_steps)).backward()
-            params, states = tree_map(Tensor.detach, (trajectory.params, trajectory.states))
-            meta_loss = meta_loss.detach() * (horizon / n_steps)
+            meta_loss = meta_loss * (horizon / n_steps)
+            meta_loss.backward()
+            params, states, meta_loss = tree_map(Tensor.detach, (trajectory.params, trajectory.states, meta_loss))
             yield meta_loss if world.size == 1 else _averaged(rule, meta_loss, len(indices), world)
 
 

@@ -88,9 +88,8 @@ class EvolutionStrategies(Estimator):
             stacked = perturbed(rule, noise.perturbed(runs, self.sigma))
             with torch.no_grad():
                 run = unroll(stacked, task, indices=indices.repeat(len(runs)), **options)
-            meta_losses = objective(
-                bounded(run.losses[1:], run.losses[0], self.ceiling), start=0, horizon=horizon, first=run.losses[0]
-            )
+            first = run.losses[0]
+            meta_losses = objective(bounded(run.losses[1:], first, self.ceiling), start=0, horizon=horizon, first=first)
             losses.append(meta_losses.view(len(runs), len(indices)).mT)
         # in double precision: what follows are small differences
         losses = world.gather(torch.cat(losses, dim=1).double())

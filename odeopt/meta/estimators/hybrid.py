@@ -56,17 +56,14 @@ class Hybrid(DampedBackpropagation):
         require(is_evolution, "evolution", self.evolution, "evolution strategies")
         require_positive(coordinates=self.coordinates)
 
-    def gradients(self, rule, task, objective, *, indices, horizon, seed, update_scale=1.0, tells_horizon=True,
-                  world=ALONE):  # fmt: skip
-        options = {"horizon": horizon, "seed": seed, "update_scale": update_scale, "tells_horizon": tells_horizon}
-        run = {"indices": indices, "world": world} | options
-        meta_loss, is_calm = self.first_calm(self.attempts(horizon), rule, task, objective, **run)
+    def gradients(self, rule, task, objective, *, indices, world=ALONE, **options):
+        attempts = self.attempts(options["horizon"])
+        meta_loss, is_calm = self.first_calm(attempts, rule, task, objective, indices=indices, world=world, **options)
         if is_calm:
             yield meta_loss
             return
         weights = [p for p in rule.parameters() if p.requires_grad]
-        for p in weights:
-            p.grad = None
+        rule.zero_grad()
         n, n_pairs = sum(shape.numel() for shape in task.param_shapes.values()), self.evolution.n_pairs
         while n_pairs > 2 and 2 * n_pairs * n > self.coordinates:
             n_pairs = max(2, n_pairs // 2)

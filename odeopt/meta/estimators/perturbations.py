@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,60 +65,49 @@ class Perturbed:
     """
 
     def __init__(self, rule: UpdateRule, weights: dict[str, Tensor]) -> None:
-        self.rule, self.weights = _Methods(rule), {f"rule.{name}": value for name, value in weights.items()}
+        self.rule, self.weights = rule, weights
         self.n = len(next(iter(weights.values())))
 
     def for_tables(self) -> Perturbed:
         """As :meth:`odeopt.UpdateRule.for_tables`."""
-        return self._of(self.rule.rule.for_tables())
+        return Perturbed(self.rule.for_tables(), self.weights)
 
     def for_depth(self, n_matrices: int) -> Perturbed:
         """As :meth:`odeopt.UpdateRule.for_depth`."""
-        return self._of(self.rule.rule.for_depth(n_matrices))
-
-    def _of(self, rule: UpdateRule) -> Perturbed:
-        perturbed = copy.copy(self)
-        perturbed.rule = _Methods(rule)
-        return perturbed
+        return Perturbed(self.rule.for_depth(n_matrices), self.weights)
 
     def init_state(self, param: Tensor) -> NamedTuple:
         """As :meth:`odeopt.UpdateRule.init_state`, for all perturbations."""
-
-        def one(weights, param):
-            return functional_call(self.rule, weights, ("init_state", param))
-
-        if self.n == 1:
-            return one(self._only(), param)
-        return tree_map(self._joined, vmap(one)(self.weights, self._apart(param)))
+        return self._map(lambda rule, param: rule.init_state(param), param)
 
     def __call__(self, grad, state, *, param, shape, progress):
-        def one(weights, grad, state, param):
-            signals = {"param": param, "shape": shape, "progress": progress}
-            return functional_call(self.rule, weights, ("__call__", grad, state), signals)
+        def step(rule, grad, state, param):
+            return rule(grad, state, param=param, shape=shape, progress=progress)
+
+        return self._map(step, grad, state, param)
+
+    def _map(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function of the rule under each set of weights, with the part of the batch that is its own."""
+        held, weights = _Held(self.rule), {f"rule.{name}": value for name, value in self.weights.items()}
+
+        def one(weights, *args):
+            return functional_call(held, weights, (function, *args))
 
         if self.n == 1:
-            return one(self._only(), grad, state, param)
-        return tree_map(self._joined, vmap(one)(self.weights, *tree_map(self._apart, (grad, state, param))))
-
-    def _only(self) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.weights.items()}
-
-    def _apart(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.n, len(x) // self.n))
-
-    def _joined(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1)
+            return one({name: value[0] for name, value in weights.items()}, *args)
+        parts = tree_map(lambda x: x.unflatten(0, (self.n, len(x) // self.n)), args)
+        return tree_map(lambda x: x.flatten(0, 1), vmap(one)(weights, *parts))
 
 
-class _Methods(nn.Module):
-    """A rule whose methods ``functional_call`` can call, all of them."""
+class _Held(nn.Module):
+    """A rule that ``functional_call`` can hand to any function."""
 
     def __init__(self, rule: UpdateRule) -> None:
         super().__init__()
         self.rule = rule
 
-    def forward(self, method, *args, **kwargs):
-        return getattr(self.rule, method)(*args, **kwargs)
+    def forward(self, function, *args):
+        return function(self.rule, *args)
 
 
 def differences_of_pairs(losses: Tensor, clip: float | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from odeopt.checks import require, require_counts, require_positive
 from odeopt.meta.distributed import ALONE, World
@@ -43,10 +43,6 @@ class _Group:
     params: dict[str, Tensor] | None = None
     states: dict[str, NamedTuple] | None = None
     first: Tensor | None = None
-
-    def rows(self, start: int, end: int) -> dict[str, dict]:
-        """Parameters and states of some entries."""
-        return tree_map(lambda x: x[start:end], {"params": self.params, "states": self.states})
 
 
 @dataclasses.dataclass
@@ -142,6 +138,7 @@ class PersistentEvolutionStrategies(Estimator):
             self._restore(rule, task, seed, weights, is_mine)
         n_segments = -(-horizon // self.truncation)
         options = {"seed": seed, "total_steps": horizon if tells_horizon else None, "update_scale": update_scale}
+        options["held_out"] = objective.held_out
         losses = []
         for g, (part, mine) in enumerate(zip(positions, is_mine, strict=True)):
             group = self._runs.groups[g]
@@ -163,9 +160,8 @@ class PersistentEvolutionStrategies(Estimator):
         grads = {}
         for group, part in zip(self._runs.groups, losses, strict=True):
             # a task counts alike in a large group and in a small one
-            slopes = differences_of_pairs(part, self.clip).sum(0) / (
-                2 * self.sigma**2 * self.n_pairs * self._runs.n_tasks
-            )
+            differences = differences_of_pairs(part, self.clip).sum(0)
+            slopes = differences / (2 * self.sigma**2 * self.n_pairs * self._runs.n_tasks)
             for name, xi in group.xi.items():
                 grads[name] = grads.get(name, 0.0) + torch.tensordot(slopes.to(xi.device), xi, dims=1)
         return grads
@@ -194,12 +190,12 @@ class PersistentEvolutionStrategies(Estimator):
             return torch.zeros(0, n_runs, dtype=torch.float64, device=group.first.device)
         # an adaptive solver would choose its steps for all perturbations together
         length, pieces = n_runs if rule.has_fixed_step else 1, []
+        options = {"indices": group.indices.repeat(length), "n_steps": n_steps, "start": start, **options}
         for at in range(0, n_runs, length):
             stacked = perturbed(rule, noise.perturbed(range(at, at + length), self.sigma))
-            carried = {} if group.params is None else group.rows(at * n, (at + length) * n)
-            carried["held_out"] = objective.held_out
-            indices = group.indices.repeat(length)
-            pieces.append(unroll(stacked, task, indices=indices, n_steps=n_steps, start=start, **carried, **options))
+            rows = slice(at * n, (at + length) * n)
+            params, states = tree_map_only(Tensor, lambda x, rows=rows: x[rows], (group.params, group.states))
+            pieces.append(unroll(stacked, task, params=params, states=states, **options))
         losses = torch.cat([piece.losses for piece in pieces], dim=1)
         group.first = losses[0] if group.params is None else group.first
         ends = [(piece.params, piece.states) for piece in pieces]
@@ -223,18 +219,12 @@ class PersistentEvolutionStrategies(Estimator):
         def whole(x: Tensor) -> Tensor:
             return world.gather(x.unflatten(0, (2 * self.n_pairs, len(x) // (2 * self.n_pairs))).transpose(0, 1))
 
-        groups = [
-            {
-                "indices": world.gather(group.indices),
-                "end": group.end,
-                "step": group.step,
-                "xi": dict(group.xi),
-                "params": tree_map(whole, group.params),
-                "states": {name: [whole(x) for x in state] for name, state in group.states.items()},
-                "first": whole(group.first),
-            }
-            for group in self._runs.groups
-        ]
+        groups = []
+        for group in self._runs.groups:
+            saved = {"indices": world.gather(group.indices), "end": group.end, "step": group.step, "xi": dict(group.xi)}
+            states = {name: list(state) for name, state in group.states.items()}
+            parts = {"params": group.params, "states": states, "first": group.first}
+            groups.append(saved | tree_map(whole, parts))
         return {"groups": groups} | {name: getattr(self._runs, name) for name in _COUNTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -257,14 +247,15 @@ class PersistentEvolutionStrategies(Estimator):
             def part(x: Tensor, like: Tensor, mine: Tensor = mine) -> Tensor:
                 return x[mine.to(x.device)].transpose(0, 1).flatten(0, 1).to(like)
 
-            xi = {name: x.to(weights[name].device) for name, x in saved["xi"].items()}
-            group = _Group(saved["indices"][mine], saved["end"], xi, saved["step"])
-            group.params = {name: part(saved["params"][name], like) for name, like in params.items()}
-            group.states = {
-                name: type(state)(*map(part, saved["states"][name], state)) for name, state in states.items()
-            }
-            group.first = part(saved["first"], first)
-            self._runs.groups[g] = group
+            self._runs.groups[g] = _Group(
+                indices=saved["indices"][mine],
+                end=saved["end"],
+                xi={name: x.to(weights[name].device) for name, x in saved["xi"].items()},
+                step=saved["step"],
+                params={name: part(saved["params"][name], x) for name, x in params.items()},
+                states={name: type(x)(*map(part, saved["states"][name], x)) for name, x in states.items()},
+                first=part(saved["first"], first),
+            )
         self._runs.loaded = None
 
 
