@@ -283,8 +283,8 @@ def _check_task(path: Path, options: dict[str, Any]) -> None:
     allowed = set(inspect.signature(tasks.Mixture).parameters) - {"device"}
     check_keys(path, "task", {key: value for key, value in options.items() if key != "class"}, allowed)
     families = options.get("families")
-    if not isinstance(families, list) or not families or not all(isinstance(family, dict) for family in families):
-        raise ValueError(f"{path}: `families` in [task] should be tables [[task.families]]. Found `{families}`.")
+    are_tables = isinstance(families, list) and families and all(isinstance(family, dict) for family in families)
+    check_option(path, "task", are_tables, "families", families, "tables [[task.families]]")
     for family in families:
         own = {key: value for key, value in family.items() if key not in ("share", "log_range", "choices")}
         choices = family.get("choices", {})
@@ -334,3 +334,9 @@ def check_keys(path: Path, section: str, options: dict[str, Any], allowed: set[s
     unknown = sorted(set(options) - allowed)
     if unknown:
         raise ValueError(f"{path}: [{section}] should hold only {', '.join(sorted(allowed))}. Found `{unknown[0]}`.")
+
+
+def check_option(path: Path, section: str, is_right: bool, name: str, value: Any, wanted: str) -> None:
+    """Refuse the value of an option of a section, unless it is right."""
+    if not is_right:
+        raise ValueError(f"{path}: `{name}` in [{section}] should be {wanted}. Found `{name} = {value!r}`.")
