@@ -165,14 +165,10 @@ def _train(
     run: _Run, stop_after: float | None, on_validation: Callable[[int, float], bool] | None, progress_bar: bool
 ) -> None:
     n_done, n_wanted = len(run.result.meta_losses), run.config.n_meta_steps
-    began, seconds_before = time.perf_counter(), run.result.seconds
+    # seconds are those of all calls together
+    began = time.perf_counter() - run.result.seconds
+    stop_at = math.inf if stop_after is None else run.result.seconds + stop_after
     is_hidden = not (progress_bar and run.world.is_first)
-
-    def count_seconds() -> float:
-        """Seconds of this call, which are added to those of the calls before."""
-        seconds = time.perf_counter() - began
-        run.result.seconds = seconds_before + seconds
-        return seconds
 
     def is_end(news: Iterable[tuple[int, float]], is_late: bool = False) -> bool:
         is_heard = on_validation is not None and run.world.is_first
@@ -183,16 +179,16 @@ def _train(
     with tqdm(total=n_wanted, initial=n_done, disable=is_hidden, desc="meta-training") as bar:
         if not run.result.validation:
             run.validate(0)
-            count_seconds()
+            run.result.seconds = time.perf_counter() - began
         is_ended = is_end(run.result.validation)
         while not is_ended and len(run.result.meta_losses) < n_wanted:
             for loss in run.episode():
                 bar.update()
                 bar.set_postfix({"meta-loss": f"{loss:.3f}", "best score": f"{run.result.best_score:.4f}"})
             if run.after_episode():
-                seconds = count_seconds()
+                run.result.seconds = time.perf_counter() - began
                 run.save()
-                is_ended = is_end(run.result.validation[-1:], stop_after is not None and seconds > stop_after)
+                is_ended = is_end(run.result.validation[-1:], run.result.seconds > stop_at)
 
 
 @dataclasses.dataclass(eq=False)
