@@ -18,7 +18,7 @@ import torch
 from odeopt.checks import check_class
 from odeopt.files import held, unfit, write_json
 from odeopt.meta.config import MetaResult
-from odeopt.meta.files import Config
+from odeopt.meta.files import Config, finite
 from odeopt.meta.search_files import SearchConfig, import_optuna
 from odeopt.meta.trainer import check_call, meta_train
 from odeopt.progress import tqdm
@@ -291,8 +291,7 @@ class _Search:
     def write_table(self) -> None:
         """Write the table, and delete the checkpoints of all trials but the best."""
         result = self.so_far
-        rows = [trial._asdict() for trial in result.ranked]
-        rows = [{**row, "score": row["score"] if math.isfinite(row["score"]) else None} for row in rows]
+        rows = [{**trial._asdict(), "score": finite(trial.score)} for trial in result.ranked]
         content = {"config": self.config.name, "n_trials": self.config.n_trials, "settings": self.config.identity()}
         write_json(self.folder / "trials.json", {**content, "trials": rows})
         for trial in result.trials:

@@ -196,10 +196,9 @@ def _flat(table: dict[str, Any]) -> dict[str, Any]:
 
 def _shorten(training: dict[str, Any], options: dict[str, Any], n_meta_steps: int) -> None:
     before = training.get("n_meta_steps", MetaConfig.n_meta_steps)
-    training["n_meta_steps"] = n_meta_steps
     every = training.get("validate_every", MetaConfig.validate_every)
-    training["validate_every"] = max(1, round(every * n_meta_steps / before))
-    if "warmup_steps" in options and is_integer(options["warmup_steps"]):
+    training |= {"n_meta_steps": n_meta_steps, "validate_every": max(1, round(every * n_meta_steps / before))}
+    if is_integer(options.get("warmup_steps")):
         options["warmup_steps"] = round(options["warmup_steps"] * n_meta_steps / before)
 
 
