@@ -176,8 +176,11 @@ class _Search:
     @property
     def so_far(self) -> SearchResult:
         """The trials that have ended, which the study keeps."""
-        ended = (trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished())
-        return SearchResult(self.config, tuple(Trial(**trial.user_attrs["row"]) for trial in ended))
+        return SearchResult(self.config, tuple(Trial(**trial.user_attrs["row"]) for trial in self.ended()))
+
+    def ended(self) -> list[optuna.trial.FrozenTrial]:
+        # a study of an earlier version has others, too
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def check_tasks(self) -> None:
         """Build every task that the values to be tried ask for, before any work, and compare them with the study's."""
@@ -204,54 +207,56 @@ class _Search:
         """Make the trials that are left, or as many as there is time for."""
         began, n_done, n_wanted = time.perf_counter(), len(self.so_far.trials), self.config.n_trials
         with tqdm(total=n_wanted, initial=n_done, disable=not progress_bar, desc="search", unit=" trials") as bar:
-            for number in range(n_done + 1, n_wanted + 1):
+            for number in range(n_done, n_wanted):
                 seconds_left = None if stop_after is None else stop_after - (time.perf_counter() - began)
-                is_late = seconds_left is not None and seconds_left < 0 and number > n_done + 1
-                if is_late or not self.run(number, seconds_left, bar):
+                is_late = seconds_left is not None and seconds_left < 0 and number > n_done
+                if is_late or not self.run(seconds_left, bar):
                     return
                 self.write_table()
                 bar.update()
 
-    def ask(self, number: int) -> tuple[optuna.Trial, dict[str, Any], int | None]:
-        """Return the next trial, the values that are tried in it, and the last meta-step that it reported before.
+    def ask(self) -> tuple[optuna.Study, optuna.Trial, dict[str, Any]]:
+        """Ask for the next trial in a copy of the study, of which nothing is kept until the trial has ended.
 
-        It is the interrupted one if there is one. The values depend on the seed, on the number of the trial and on what
-        came of those before it, not on how often the search was interrupted.
+        Returns:
+            The copy, the trial and the values that are tried in it. They depend on the seed, on the number of the trial
+            and on what came of those before it, not on how often the search was interrupted.
         """
-        module, values, last_step = import_optuna(), {}, None
-        running = self.study.get_trials(deepcopy=False, states=(module.trial.TrialState.RUNNING,))
-        if running:
-            asked, last_step = module.Trial(self.study, running[0]._trial_id), running[0].last_step
-        else:
-            asked = self.study.ask()
-        self.study.sampler = self.sampler(number, "")
+        module, config = import_optuna(), self.config
+        pruner = module.pruners.NopPruner()
+        if config.pruner == "median":
+            pruner = module.pruners.MedianPruner(config.startup_trials, config.warmup_steps)
+        study = module.create_study(pruner=pruner)
+        study.add_trials(self.ended())
+        if config.sampler == "grid":
+            tried = config.probes()[len(study.trials)]
+            study.enqueue_trial({name: repr(value) for name, value in tried.items()})
+        asked, values = study.ask(), {}
+        study.sampler = self.sampler(asked.number, "")
         _ = asked.relative_params  # drawn here and kept: those that the sampler draws together
-        for name in self.config.space:
-            self.study.sampler = self.sampler(number, name)
-            values[name] = self.config.suggest(asked, name)
-        return asked, values, last_step
+        for name in config.space:
+            study.sampler = self.sampler(asked.number, name)
+            values[name] = config.suggest(asked, name)
+        return study, asked, values
 
     def sampler(self, number: int, name: str) -> optuna.samplers.BaseSampler:
         """Make the sampler of a name in a trial: a common one would depend on how much it has drawn before."""
         samplers = import_optuna().samplers
-        seed = random.Random(f"{self.config.seed}/{number - 1}/{name}").getrandbits(32)
+        seed = random.Random(f"{self.config.seed}/{number}/{name}").getrandbits(32)
         if self.config.sampler == "tpe":
             return samplers.TPESampler(n_startup_trials=self.config.startup_trials, seed=seed)
         return samplers.RandomSampler(seed)
 
-    def run(self, number: int, seconds_left: float | None, bar: tqdm) -> bool:
+    def run(self, seconds_left: float | None, bar: tqdm) -> bool:
         """Make the next trial, and keep what comes of it; False where there was no time to end it."""
-        asked, values, last_step = self.ask(number)
-        state, reason = "complete", ""
+        study, asked, values = self.ask()
+        number, state, reason = asked.number + 1, "complete", ""
         best = "" if self.so_far.best is None else f", best {self.so_far.best.score:.4f}"
 
         def on_validation(step: int, score: float) -> bool:
             nonlocal state, reason
             bar.set_postfix_str(f"meta-step {step} of {n_wanted}{best}")
-            if last_step is not None and step < last_step:  # judged before an interruption, and not ended by
-                return False
-            if step != last_step:
-                asked.report(score, step)
+            asked.report(score, step)
             if step > 0 and not math.isfinite(score):  # an untrained rule may diverge and learn not to
                 state, reason = "diverged", f"validation not finite at meta-step {step}"
             elif asked.should_prune() and step < n_wanted:
@@ -263,8 +268,8 @@ class _Search:
             n_wanted = config.training.n_meta_steps
             result = self.train(config, number, stop_after=seconds_left, on_validation=on_validation)
         except ValueError as error:
-            if last_step is not None and self.checkpoint(number).exists():  # it cannot be continued, says the error
-                raise
+            if self.checkpoint(number).exists() and study.trials[-1].last_step is None:
+                raise  # it cannot be continued, says the error
             # values that are good one by one and not together
             trial = Trial(number, values, "failed", reason=str(error).rstrip("."))
         else:
@@ -274,7 +279,7 @@ class _Search:
             trial = Trial(number, values, state, result.best_score, result.best_step, n_taken, seconds, reason)
         asked.set_user_attr("row", trial._asdict())
         told = import_optuna().trial.TrialState[_STATES[trial.state]]
-        self.study.tell(asked, trial.score if trial.state == "complete" else None, told)
+        self.study.add_trial(study.tell(asked, trial.score if trial.state == "complete" else None, told))
         return True
 
     def train(self, config: Config, number: int, **options: Any) -> MetaResult:
@@ -317,14 +322,11 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
         stack.enter_context(held(folder))
         stack.callback(module.logging.set_verbosity, module.logging.get_verbosity())
         module.logging.set_verbosity(module.logging.ERROR)
-        pruner = module.pruners.NopPruner()
-        if config.pruner == "median":
-            pruner = module.pruners.MedianPruner(config.startup_trials, config.warmup_steps)
         try:
             storage = module.storages.RDBStorage(f"sqlite:///{path}")
             stack.callback(storage.engine.dispose)  # else the file stays open
             stack.callback(storage.remove_session)
-            study = module.create_study(storage=storage, pruner=pruner, study_name="search", load_if_exists=True)
+            study = module.create_study(storage=storage, study_name="search", load_if_exists=True)
             kept = study.user_attrs.get("settings")
         except Exception as error:  # SQLite's, SQLAlchemy's, Alembic's or Optuna's
             found = f", which cannot be read ({str(error).splitlines()[0]}); delete it to start anew"
@@ -338,6 +340,4 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
             names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
             changed = ", ".join(f"`{name} = {kept.get(name)!r}` in place of {wanted.get(name)!r}" for name in names)
             raise unfit(path, "a study of the same search", f" with {changed}; choose another folder or delete it")
-        for values in config.probes() if config.sampler == "grid" else ():
-            study.enqueue_trial({name: repr(value) for name, value in values.items()}, skip_if_exists=True)
         yield study
