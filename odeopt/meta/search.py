@@ -233,14 +233,14 @@ class _Search:
             study.enqueue_trial({name: repr(value) for name, value in tried.items()})
         asked, values = study.ask(), {}
         study.sampler = self.sampler(asked.number, "")
-        _ = asked.relative_params  # drawn here and kept: those that the sampler draws together
+        _ = asked.relative_params  # drawn here, with a seed of their own: those that the sampler draws together
         for name in config.space:
             study.sampler = self.sampler(asked.number, name)
             values[name] = config.suggest(asked, name)
         return study, asked, values
 
     def sampler(self, number: int, name: str) -> optuna.samplers.BaseSampler:
-        """Make the sampler of a name in a trial: a common one would depend on how much it has drawn before."""
+        """Make the sampler of a name in a trial, with a seed of its own: a search proposes what it always did."""
         samplers = import_optuna().samplers
         seed = random.Random(f"{self.config.seed}/{number}/{name}").getrandbits(32)
         if self.config.sampler == "tpe":
