@@ -213,12 +213,12 @@ def check_pieces(whole, config, folder, steps, more_calls_than, **options):
     assert [(row["number"], row["score"]) for row in kept] == [(t.number, t.score) for t in whole.ranked]
 
 
-def interrupt(monkeypatch, target, name, when):
-    """Make every other call of a method end as by Ctrl-C, before or after its work."""
+def interrupt(monkeypatch, target, name, when, every=2):
+    """Make every so many calls of a method end as by Ctrl-C, before or after its work."""
     original, calls = getattr(target, name), itertools.count(1)
 
     def interrupted(*args, **options):
-        is_now = next(calls) % 2 == 0
+        is_now = next(calls) % every == 0
         if is_now and when == "before":
             raise KeyboardInterrupt
         result = original(*args, **options)
@@ -251,7 +251,9 @@ def test_search_that_is_killed_between_two_writes_ends_as_the_uninterrupted_one(
     tmp_path, monkeypatch, whole, steps, name, when
 ):
     owners = {"set_user_attr": optuna.Trial, "tell": optuna.Study, "report": optuna.Trial}
-    interrupt(monkeypatch, owners.get(name, optuna.storages._CachedStorage), name, when)
+    # what is made anew after an interruption is not interrupted at once again
+    every = 5 if name in ("report", "set_trial_param") else 2
+    interrupt(monkeypatch, owners.get(name, optuna.storages.InMemoryStorage), name, when, every)
     check_pieces(whole, whole.config, tmp_path, steps, 1)
     # Optuna, whose samplers and pruners look at its own states, holds the same
     storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
@@ -274,6 +276,7 @@ def test_search_that_is_killed_while_a_trial_is_proposed_ends_as_the_uninterrupt
     whole = go(config, tmp_path / "whole")
     interrupt(monkeypatch, trainer_module._Run, "save", "after")  # so that trials are taken up again
     interrupt(monkeypatch, optuna.storages._CachedStorage, name, "after")
+    interrupt(monkeypatch, optuna.storages.InMemoryStorage, name, "after", every=7)
     result, n_calls = None, 0
     while result is None or not result.is_finished:
         n_calls += 1
@@ -426,6 +429,20 @@ def test_values_that_do_not_go_together_are_a_row_with_the_reason(tmp_path):
     assert {trial.state for trial in result.trials if trial not in failed} == {"complete"}
     assert result.best.state == "complete"
     assert told(go(written(tmp_path, "random", 8, space, seed=1), tmp_path / "study")) == told(result)
+
+
+def test_trial_that_fails_after_an_interruption_is_a_row_as_without_one(tmp_path, scores):
+    def script(config, step):
+        if step == 2 and config.lr > 0.05:
+            raise ValueError("no more")
+        return 1.0
+
+    scores(script)
+    config = written(tmp_path, space="training.lr = [0.1, 0.01]\n")
+    whole = go(config, tmp_path / "whole")
+    assert [(trial.state, trial.reason) for trial in whole.trials] == [("failed", "no more"), ("complete", "")]
+    assert go(config, tmp_path / "pieces", stop_after=0).trials == ()
+    assert told(go(config, tmp_path / "pieces")) == told(whole)
 
 
 # -------------------- Optuna is not needed for anything else

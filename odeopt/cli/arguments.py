@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
 import signal
 import sys
-import threading
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +62,19 @@ def device(text: str) -> torch.device:
 
 
 def folder(text: str) -> Path:
-    """Make a folder, unless it is there, and see that it can be written to."""
-    path = Path(text)
+    """Read a folder that can be written to."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError("no permission to write")
+        return writable(Path(text))
     except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"should be a folder that can be written to; found {text} ({error})"
-        ) from error
-    return path
+        wanted = "should be a folder that can be written to"
+        raise argparse.ArgumentTypeError(f"{wanted}; found {text} ({error})") from error
+
+
+def writable(path: Path) -> Path:
+    """Make a folder, unless it is there, and see that it can be written to; an OSError says that it cannot."""
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):  # permissions alone do not tell, in /proc for instance
+        return path
 
 
 def threads(text: str) -> int:
@@ -106,6 +110,9 @@ _SHARED: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "default": 0, "help": "changes initialisations and batches"},
     "out": {"type": folder, "default": "figs", "help": "folder of figures and numbers"},
     "markdown": {"action": "store_true", "help": "print the tables as markdown"},
+    "stop_after": {"type": seconds, "metavar": "SECONDS", "help": "stop at the next validation after so long; the same "
+                   "command continues"},
+    "overwrite": {"action": "store_true", "help": "replace the file that --out names"},
     "threads": {"type": threads, "default": "auto", "help": "threads of the CPU; auto is OMP_NUM_THREADS, else one"},
 }  # fmt: skip
 
@@ -115,16 +122,19 @@ FROM_VALIDATION = "interrupted; the same command continues from the last validat
 BEGINS_ANEW = "interrupted; nothing was kept, and the same command begins anew"
 
 
+def install(number: int, handler: Callable[[int, object], None], until: contextlib.ExitStack) -> None:
+    """Let a function handle a signal until a stack is closed, where signals arrive: in the main thread alone."""
+    with contextlib.suppress(ValueError):
+        until.callback(signal.signal, number, signal.signal(number, handler))
+
+
 class Interrupts:
     """Raises KeyboardInterrupt at Ctrl-C and remembers it: torch and safetensors turn some into errors of their own."""
 
     def __init__(self):
-        self.came = False
-        self._before = signal.getsignal(signal.SIGINT)
-        in_main = threading.current_thread() is threading.main_thread()
-        self._hears = in_main and self._before is signal.default_int_handler
-        if self._hears:
-            signal.signal(signal.SIGINT, self)
+        self.came, self._restored = False, contextlib.ExitStack()
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            install(signal.SIGINT, self, self._restored)
 
     def __call__(self, number, frame):
         self.came = True
@@ -134,8 +144,7 @@ class Interrupts:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self._hears:
-            signal.signal(signal.SIGINT, self._before)
+        self._restored.close()
         if self.came and isinstance(error, Exception):
             raise KeyboardInterrupt from error
 

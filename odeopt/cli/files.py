@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from odeopt import artifacts, hub
 from odeopt.checks import require
+from odeopt.cli.arguments import writable
 from odeopt.meta.config import MetaResult
 from odeopt.meta.files import Config
 from odeopt.rules import UpdateRule
@@ -19,9 +19,7 @@ def prepare(out: Path, may_overwrite: bool) -> None:
     if out.exists() and not may_overwrite:
         raise FileExistsError(f"Parameter `--out` should be a new file, or --overwrite be given. Found `{out}`.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):  # permissions alone do not tell, in /proc for instance
-            pass
+        writable(out.parent)
     except OSError as error:
         raise OSError(f"Parameter `--out` should be a file that can be written. Found `{out}`: {error}.") from error
 

@@ -32,10 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--trials", type=arguments.positive, help="trials in all, in place of the configuration's")
     parser.add_argument("--meta-steps", type=arguments.positive, help="meta-steps per trial, in place of the "
                         "configuration's, with as many validations: for a quick look")  # fmt: skip
-    arguments.add(parser, "data_dir markdown", device={"default": "cpu"})
-    parser.add_argument("--stop-after", type=arguments.seconds, metavar="SECONDS", help="stop at the next validation "
-                        "after so long; the same command continues")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
+    arguments.add(parser, "data_dir markdown stop_after overwrite", device={"default": "cpu"})
     parser.set_defaults(run=run, on_interrupt=arguments.RESUMES)
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -44,11 +44,9 @@ def add(commands: argparse._SubParsersAction) -> None:
                   "%(default)s); under torchrun, cuda is one GPU for each rank"})  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="compile the rule's steps: a minute, then about twice "
                        "as fast (port-Hamiltonian rules)")  # fmt: skip
-    parser.add_argument("--stop-after", type=arguments.seconds, metavar="SECONDS", help="stop at the next validation "
-                       "after so long; the same command continues")  # fmt: skip
     parser.add_argument("--timeout", type=arguments.positive, default=1800, metavar="SECONDS", help="how long a rank "
                        "waits for the others before it counts them as lost (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace the file that --out names")
+    arguments.add(parser, "stop_after overwrite")
     parser.set_defaults(run=run)
 
 
@@ -119,15 +117,9 @@ def _stoppable(folder: Path) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Terminated(f"{told}; the same command continues from {folder}.")
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread, where alone signals arrive
+    with ExitStack() as stack:
+        arguments.install(signal.SIGTERM, stop, stack)
         yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _device(text: str) -> torch.device:

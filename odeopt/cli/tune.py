@@ -14,8 +14,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     parser = commands.add_parser("tune", help="tune the hand-designed optimizers and write their table")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    arguments.add(parser, "data_dir")
+    arguments.add(parser, "data_dir overwrite")
     parser.set_defaults(run=run)
 
 

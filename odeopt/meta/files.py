@@ -10,7 +10,6 @@ import pkgutil
 import tomllib
 from collections.abc import Callable
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from odeopt.tasks.base import Task
 T = TypeVar("T")
 SECTIONS = ("rule", "task", "training")
 START, USE = "start", "use"
+_SHIPPED = Path(__file__).parents[1] / "configs"
 _TASKS = {
     task.__name__: task
     for task in (
@@ -97,9 +97,9 @@ class Config:
             "tasks_per_meta_step": result.n_tasks_per_step,
             "seconds": round(sum(each.seconds for each in results), 1),
             "best_meta_step": result.best_step,
-            # null in JSON where it is not finite: an untrained rule may diverge and learn not to
-            "validation_loss": _finite(result.best_score),
-            "validations": [(step, _finite(score)) for step, score in result.validation],
+            # an untrained rule may diverge and learn not to
+            "validation_loss": finite(result.best_score),
+            "validations": [(step, finite(score)) for step, score in result.validation],
         }
 
     def with_seed(self, seed: int) -> Config:
@@ -164,7 +164,8 @@ class Config:
         return tasks.Mixture(families, **options, device=device)
 
 
-def _finite(score: float) -> float | None:
+def finite(score: float) -> float | None:
+    """A score in JSON, which has no numbers that are not finite."""
     return score if math.isfinite(score) else None
 
 
@@ -207,7 +208,7 @@ def read_toml(name: str | os.PathLike, kind: str = "") -> tuple[Path, dict[str, 
     """
     path = Path(name)
     if path.suffix != ".toml":
-        path = _shipped(kind) / f"{name}.toml"
+        path = _SHIPPED / kind / f"{name}.toml"
     if not path.is_file():
         raise FileNotFoundError(
             f"Parameter `name` should be a TOML file or one of {', '.join(available_configs(kind))}. Found `{name}`."
@@ -229,17 +230,16 @@ def make_config(path: Path, content: dict[str, Any]) -> Config:
     rule_class, use = _check_class(path, "rule", content["rule"], _RULES, UpdateRule), content.get(USE, {})
     check_keys(path, USE, use, set(inspect.signature(rule_class).parameters))
     _check_task(path, content["task"])
-    fields = {field.name for field in dataclasses.fields(MetaConfig)}
-    config = Config(path.stem, content["rule"], content["task"], _settings(path, "training", content, fields), use=use)
+    config = Config(path.stem, content["rule"], content["task"], _settings(path, "training", content), use=use)
     if START in content:
-        start = _settings(path, START, content, fields - {"seed"})  # which is that of the training
-        config = dataclasses.replace(config, start=start).with_seed(config.training.seed)
+        # its seed is that of the training
+        check_keys(path, START, content[START], {field.name for field in dataclasses.fields(MetaConfig)} - {"seed"})
+        config = dataclasses.replace(config, start=_settings(path, START, content)).with_seed(config.training.seed)
     return config
 
 
-def _settings(path: Path, section: str, content: dict[str, Any], allowed: set[str]) -> MetaConfig:
+def _settings(path: Path, section: str, content: dict[str, Any]) -> MetaConfig:
     options = dict(content[section])
-    check_keys(path, section, options, allowed)
     if "estimator" in options:
         options["estimator"] = _estimator(path, f"{section}.estimator", options["estimator"])
     if "objective" in options:
@@ -269,11 +269,7 @@ def _built(path: Path, section: str, kind: Callable[..., T], options: Any) -> T:
 
 def available_configs(kind: str = "") -> tuple[str, ...]:
     """Names of the configurations that ship with the package: of trainings, or of ``kind = "search"``."""
-    return tuple(sorted(path.stem for path in _shipped(kind).glob("*.toml")))
-
-
-def _shipped(kind: str) -> Path:
-    return Path(str(resources.files("odeopt"))) / "configs" / kind
+    return tuple(sorted(path.stem for path in (_SHIPPED / kind).glob("*.toml")))
 
 
 def _check_task(path: Path, options: dict[str, Any]) -> None:
@@ -283,8 +279,8 @@ def _check_task(path: Path, options: dict[str, Any]) -> None:
     allowed = set(inspect.signature(tasks.Mixture).parameters) - {"device"}
     check_keys(path, "task", {key: value for key, value in options.items() if key != "class"}, allowed)
     families = options.get("families")
-    if not isinstance(families, list) or not families or not all(isinstance(family, dict) for family in families):
-        raise ValueError(f"{path}: `families` in [task] should be tables [[task.families]]. Found `{families}`.")
+    are_tables = isinstance(families, list) and families and all(isinstance(family, dict) for family in families)
+    check_option(path, "task", are_tables, "families", families, "tables [[task.families]]")
     for family in families:
         own = {key: value for key, value in family.items() if key not in ("share", "log_range", "choices")}
         choices = family.get("choices", {})
@@ -334,3 +330,9 @@ def check_keys(path: Path, section: str, options: dict[str, Any], allowed: set[s
     unknown = sorted(set(options) - allowed)
     if unknown:
         raise ValueError(f"{path}: [{section}] should hold only {', '.join(sorted(allowed))}. Found `{unknown[0]}`.")
+
+
+def check_option(path: Path, section: str, is_right: bool, name: str, value: Any, wanted: str) -> None:
+    """Refuse the value of an option of a section, unless it is right."""
+    if not is_right:
+        raise ValueError(f"{path}: `{name}` in [{section}] should be {wanted}. Found `{name} = {value!r}`.")

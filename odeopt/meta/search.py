@@ -18,7 +18,7 @@ import torch
 from odeopt.checks import check_class
 from odeopt.files import held, unfit, write_json
 from odeopt.meta.config import MetaResult
-from odeopt.meta.files import Config
+from odeopt.meta.files import Config, finite
 from odeopt.meta.search_files import SearchConfig, import_optuna
 from odeopt.meta.trainer import check_call, meta_train
 from odeopt.progress import tqdm
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from odeopt.meta.search_files import optuna
 
 _STUDY = "study.db"
-_STATES = ("complete", "pruned", "diverged", "failed")
+# those of trials, best first, and what Optuna is told: samplers keep away from what diverged as from what was pruned
+_STATES = {"complete": "COMPLETE", "pruned": "PRUNED", "diverged": "PRUNED", "failed": "FAIL"}
 
 
 class Trial(NamedTuple):
@@ -82,7 +83,7 @@ class SearchResult:
     @property
     def ranked(self) -> list[Trial]:
         """The trials, best first: complete ones by their score, then those that were pruned, diverged and failed."""
-        return sorted(self.trials, key=lambda trial: (_STATES.index(trial.state), trial.score, trial.number))
+        return sorted(self.trials, key=lambda trial: (list(_STATES).index(trial.state), trial.score, trial.number))
 
     @property
     def best(self) -> Trial | None:
@@ -172,13 +173,14 @@ class _Search:
     device: torch.device
     task: tuple[dict[str, Any], Task | Mixture] | None = None
 
-    def __post_init__(self) -> None:
-        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        self.trials = [Trial(**trial.user_attrs["row"]) for trial in ended]
-
     @property
     def so_far(self) -> SearchResult:
-        return SearchResult(self.config, tuple(self.trials))
+        """The trials that have ended, which the study keeps."""
+        return SearchResult(self.config, tuple(Trial(**trial.user_attrs["row"]) for trial in self.ended()))
+
+    def ended(self) -> list[optuna.trial.FrozenTrial]:
+        # a study of an earlier version has others, too
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def check_tasks(self) -> None:
         """Build every task that the values to be tried ask for, before any work, and compare them with the study's."""
@@ -189,9 +191,9 @@ class _Search:
                 seen.append(config.task)
                 fingerprints.append(self.task_of(config).fingerprint())
         kept = self.study.user_attrs.get("tasks")
-        if kept is None and not self.trials:
+        if kept is None:
             self.study.set_user_attr("tasks", fingerprints)
-        elif kept is None or len(kept) != len(fingerprints) or not all(map(are_alike, fingerprints, kept)):
+        elif not all(map(are_alike, fingerprints, kept)):
             found = ", whose trials were made on other tasks, or on other data; choose another folder or delete it"
             raise unfit(self.folder / _STUDY, "a study of the same search", found)
 
@@ -203,108 +205,103 @@ class _Search:
 
     def go_on(self, stop_after: float | None, progress_bar: bool) -> None:
         """Make the trials that are left, or as many as there is time for."""
-        began, n_done, n_wanted = time.perf_counter(), len(self.trials), self.config.n_trials
+        began, n_done, n_wanted = time.perf_counter(), len(self.so_far.trials), self.config.n_trials
         with tqdm(total=n_wanted, initial=n_done, disable=not progress_bar, desc="search", unit=" trials") as bar:
-            for _ in range(n_done, n_wanted):
+            for number in range(n_done, n_wanted):
                 seconds_left = None if stop_after is None else stop_after - (time.perf_counter() - began)
-                if seconds_left is not None and seconds_left < 0 and len(self.trials) > n_done:
+                is_late = seconds_left is not None and seconds_left < 0 and number > n_done
+                if is_late or not self.run(seconds_left, bar):
                     return
-                trial = self.run(seconds_left, bar)
-                if trial is None:
-                    return
-                self.trials.append(trial)
                 self.write_table()
                 bar.update()
 
-    def ask(self) -> tuple[optuna.Trial, dict[str, Any]]:
-        """Return the next trial, the interrupted one if there is one, and the values that are tried in it.
+    def ask(self) -> tuple[optuna.Study, optuna.Trial, dict[str, Any]]:
+        """Ask for the next trial in a copy of the study, of which nothing is kept until the trial has ended.
 
-        They depend on the seed, on the number of the trial and on what came of those before it, not on how often the
-        search was interrupted.
+        Returns:
+            The copy, the trial and the values that are tried in it. They depend on the seed, on the number of the trial
+            and on what came of those before it, not on how often the search was interrupted.
         """
-        module, values = import_optuna(), {}
-        running = self.study.get_trials(deepcopy=False, states=(module.trial.TrialState.RUNNING,))
-        asked = module.Trial(self.study, running[0]._trial_id) if running else self.study.ask()
-        self.study.sampler = self.sampler("")
-        _ = asked.relative_params  # drawn here and kept: those that the sampler draws together
-        for name in self.config.space:
-            self.study.sampler = self.sampler(name)
-            values[name] = self.config.suggest(asked, name)
-        return asked, values
+        module, config = import_optuna(), self.config
+        pruner = module.pruners.NopPruner()
+        if config.pruner == "median":
+            pruner = module.pruners.MedianPruner(config.startup_trials, config.warmup_steps)
+        study = module.create_study(pruner=pruner)
+        study.add_trials(self.ended())
+        if config.sampler == "grid":
+            tried = config.probes()[len(study.trials)]
+            study.enqueue_trial({name: repr(value) for name, value in tried.items()})
+        asked, values = study.ask(), {}
+        study.sampler = self.sampler(asked.number, "")
+        _ = asked.relative_params  # drawn here, with a seed of their own: those that the sampler draws together
+        for name in config.space:
+            study.sampler = self.sampler(asked.number, name)
+            values[name] = config.suggest(asked, name)
+        return study, asked, values
 
-    def sampler(self, name: str) -> optuna.samplers.BaseSampler:
-        """Make the sampler of a name in the next trial: a common one would depend on how much it has drawn before."""
-        samplers, number = import_optuna().samplers, len(self.trials)
+    def sampler(self, number: int, name: str) -> optuna.samplers.BaseSampler:
+        """Make the sampler of a name in a trial, with a seed of its own: a search proposes what it always did."""
+        samplers = import_optuna().samplers
         seed = random.Random(f"{self.config.seed}/{number}/{name}").getrandbits(32)
         if self.config.sampler == "tpe":
             return samplers.TPESampler(n_startup_trials=self.config.startup_trials, seed=seed)
         return samplers.RandomSampler(seed)
 
-    def run(self, seconds_left: float | None, bar: tqdm) -> Trial | None:
-        """Make the next trial, and keep what comes of it; None where there was no time to end it."""
-        asked, values = self.ask()
-        # judged before an interruption, which it did not end the trial at
-        last_step = self.study.get_trials(deepcopy=False)[asked.number].last_step
-        trial, ends = Trial(asked.number + 1, values, "complete"), []
+    def run(self, seconds_left: float | None, bar: tqdm) -> bool:
+        """Make the next trial, and keep what comes of it; False where there was no time to end it."""
+        study, asked, values = self.ask()
+        number, state, reason = asked.number + 1, "complete", ""
         best = "" if self.so_far.best is None else f", best {self.so_far.best.score:.4f}"
 
         def on_validation(step: int, score: float) -> bool:
+            nonlocal state, reason
             bar.set_postfix_str(f"meta-step {step} of {n_wanted}{best}")
-            if last_step is not None and step < last_step:
-                return False
-            if step != last_step:
-                asked.report(score, step)
+            asked.report(score, step)
             if step > 0 and not math.isfinite(score):  # an untrained rule may diverge and learn not to
-                ends.append(("diverged", f"validation not finite at meta-step {step}"))
+                state, reason = "diverged", f"validation not finite at meta-step {step}"
             elif asked.should_prune() and step < n_wanted:
-                ends.append(("pruned", f"worse than the median at meta-step {step}"))
-            return bool(ends)
+                state, reason = "pruned", f"worse than the median at meta-step {step}"
+            return state != "complete"
 
         try:
             config = self.config.at(values)
             n_wanted = config.training.n_meta_steps
-            result = self.train(config, trial, stop_after=seconds_left, on_validation=on_validation)
+            result = self.train(config, number, stop_after=seconds_left, on_validation=on_validation)
         except ValueError as error:
-            if last_step is not None and self.checkpoint(trial).exists():  # it cannot be continued, says the error
-                raise
+            if self.checkpoint(number).exists() and study.trials[-1].last_step is None:
+                raise  # it cannot be continued, says the error
             # values that are good one by one and not together
-            trial = trial._replace(state="failed", reason=str(error).rstrip("."))
+            trial = Trial(number, values, "failed", reason=str(error).rstrip("."))
         else:
-            n_taken = len(result.meta_losses)
-            if not ends and n_taken < n_wanted:
-                return None
-            state, reason = ends[0] if ends else ("complete", "")
-            numbers = {"score": result.best_score, "best_step": result.best_step, "seconds": round(result.seconds, 3)}
-            trial = trial._replace(state=state, reason=reason, n_meta_steps=n_taken, **numbers)
+            n_taken, seconds = len(result.meta_losses), round(result.seconds, 3)
+            if state == "complete" and n_taken < n_wanted:
+                return False
+            trial = Trial(number, values, state, result.best_score, result.best_step, n_taken, seconds, reason)
         asked.set_user_attr("row", trial._asdict())
-        states = import_optuna().trial.TrialState
-        if trial.state == "complete":
-            self.study.tell(asked, trial.score)
-        else:  # samplers keep away from what diverged as from what was pruned
-            self.study.tell(asked, state=states.FAIL if trial.state == "failed" else states.PRUNED)
-        return trial
+        told = import_optuna().trial.TrialState[_STATES[trial.state]]
+        self.study.add_trial(study.tell(asked, trial.score if trial.state == "complete" else None, told))
+        return True
 
-    def train(self, config: Config, trial: Trial, **options: Any) -> MetaResult:
+    def train(self, config: Config, number: int, **options: Any) -> MetaResult:
         """Train, or go on from the checkpoint of the trial."""
         rule = config.build_rule().to(self.device)
-        options |= {"folder": self.checkpoint(trial).parent, "progress_bar": False}
+        options |= {"folder": self.checkpoint(number).parent, "progress_bar": False}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No validation came out finite", RuntimeWarning)
             return meta_train(rule, self.task_of(config), config.training, **options)
 
-    def checkpoint(self, trial: Trial) -> Path:
-        return self.folder / f"trial-{trial.number:03d}" / "checkpoint.pt"
+    def checkpoint(self, number: int) -> Path:
+        return self.folder / f"trial-{number:03d}" / "checkpoint.pt"
 
     def write_table(self) -> None:
         """Write the table, and delete the checkpoints of all trials but the best."""
         result = self.so_far
-        rows = [trial._asdict() for trial in result.ranked]
-        rows = [{**row, "score": row["score"] if math.isfinite(row["score"]) else None} for row in rows]
+        rows = [{**trial._asdict(), "score": finite(trial.score)} for trial in result.ranked]
         content = {"config": self.config.name, "n_trials": self.config.n_trials, "settings": self.config.identity()}
         write_json(self.folder / "trials.json", {**content, "trials": rows})
         for trial in result.trials:
             if trial != result.best:
-                self.checkpoint(trial).unlink(missing_ok=True)
+                self.checkpoint(trial.number).unlink(missing_ok=True)
 
     def result(self) -> SearchResult:
         """Return the trials and the rule of the best one, which its checkpoint holds."""
@@ -312,7 +309,7 @@ class _Search:
         if best is None:
             return found
         config = self.config.at(best.values)
-        trained = self.train(config, best)
+        trained = self.train(config, best.number)
         account = {**config.trained_for(trained), "search": {"trial": best.number, "values": best.values}}
         return replace(found, rule=config.in_use(trained.rule.cpu()), trained_for=account)
 
@@ -325,14 +322,11 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
         stack.enter_context(held(folder))
         stack.callback(module.logging.set_verbosity, module.logging.get_verbosity())
         module.logging.set_verbosity(module.logging.ERROR)
-        pruner = module.pruners.NopPruner()
-        if config.pruner == "median":
-            pruner = module.pruners.MedianPruner(config.startup_trials, config.warmup_steps)
         try:
             storage = module.storages.RDBStorage(f"sqlite:///{path}")
             stack.callback(storage.engine.dispose)  # else the file stays open
             stack.callback(storage.remove_session)
-            study = module.create_study(storage=storage, pruner=pruner, study_name="search", load_if_exists=True)
+            study = module.create_study(storage=storage, study_name="search", load_if_exists=True)
             kept = study.user_attrs.get("settings")
         except Exception as error:  # SQLite's, SQLAlchemy's, Alembic's or Optuna's
             found = f", which cannot be read ({str(error).splitlines()[0]}); delete it to start anew"
@@ -346,6 +340,4 @@ def _opened(config: SearchConfig, folder: Path) -> Iterator[optuna.Study]:
             names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
             changed = ", ".join(f"`{name} = {kept.get(name)!r}` in place of {wanted.get(name)!r}" for name in names)
             raise unfit(path, "a study of the same search", f" with {changed}; choose another folder or delete it")
-        for values in config.probes() if config.sampler == "grid" else ():
-            study.enqueue_trial({name: repr(value) for name, value in values.items()}, skip_if_exists=True)
         yield study

@@ -9,14 +9,13 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from odeopt.checks import MissingExtraError, install_command, is_integer, is_number, require
 from odeopt.meta.config import MetaConfig
-from odeopt.meta.files import SECTIONS, START, USE, Config, check_keys, check_table, make_config, read_toml
+from odeopt.meta.files import SECTIONS, USE, Config, check_keys, check_option, check_table, make_config, read_toml
 
 if TYPE_CHECKING:
     import optuna
@@ -158,13 +157,13 @@ def load_search(
 
 def _sections(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Sections of a training configuration: those of ``base`` with what the file adds, or the file's own."""
-    given = {section: content[section] for section in (*SECTIONS, USE) if section in content}
+    given = {section: table for section, table in content.items() if section not in ("base", "search")}
     if "base" not in content:
         return given
     base = str(content["base"])
     base_path, lent = read_toml(path.parent / base if base.endswith(".toml") else base)
     config = make_config(base_path, lent)
-    require(config.start is None, "base", content["base"], f"of one training: {base_path} has a section [{START}]")
+    require(config.start is None, "base", content["base"], f"of one training: {base_path} has a section [start]")
     return {section: _merged(lent.get(section, {}), given.get(section, {})) for section in lent | given}
 
 
@@ -186,64 +185,59 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
     table[option] = value
 
 
-def _flat(table: dict[str, Any], is_value: Callable[[Any], bool] = lambda value: False) -> dict[str, Any]:
-    """Entries of nested tables by dotted names."""
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    """Entries of nested tables by dotted names; a range is one of them."""
     flat = {}
     for key, value in table.items():
-        is_table = isinstance(value, dict) and value and not is_value(value)
-        flat |= {f"{key}.{name}": x for name, x in _flat(value, is_value).items()} if is_table else {key: value}
+        is_table = isinstance(value, dict) and value and value.keys().isdisjoint(("low", "high"))
+        flat |= {f"{key}.{name}": x for name, x in _flat(value).items()} if is_table else {key: value}
     return flat
 
 
 def _shorten(training: dict[str, Any], options: dict[str, Any], n_meta_steps: int) -> None:
     before = training.get("n_meta_steps", MetaConfig.n_meta_steps)
-    training["n_meta_steps"] = n_meta_steps
     every = training.get("validate_every", MetaConfig.validate_every)
-    training["validate_every"] = max(1, round(every * n_meta_steps / before))
-    if "warmup_steps" in options and is_integer(options["warmup_steps"]):
+    training |= {"n_meta_steps": n_meta_steps, "validate_every": max(1, round(every * n_meta_steps / before))}
+    if is_integer(options.get("warmup_steps")):
         options["warmup_steps"] = round(options["warmup_steps"] * n_meta_steps / before)
 
 
 def _check_search(path: Path, options: dict[str, Any], space: dict[str, list[Any] | dict[str, Any]]) -> None:
     """Check the options of a search; a grid makes all of its trials unless they say how many."""
 
-    def check(name: str, is_right: bool, wanted: str) -> None:
-        if not is_right:
-            found = options.get(name)
-            raise ValueError(f"{path}: `{name}` in [search] should be {wanted}. Found `{name} = {found!r}`.")
+    def check(is_right: bool, name: str, wanted: str) -> None:
+        check_option(path, "search", is_right, name, options.get(name), wanted)
 
     sampler, pruner = options.get("sampler"), options.get("pruner", _DEFAULTS["pruner"])
-    check("sampler", sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
-    check("pruner", pruner in PRUNERS, f"one of {', '.join(PRUNERS)}")
+    check(sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
+    check(pruner in PRUNERS, "pruner", f"one of {', '.join(PRUNERS)}")
     if sampler == "grid":
         for name, tried in space.items():
-            if isinstance(tried, dict):
-                wanted = 'a list of values where `sampler = "grid"`'
-                raise ValueError(f"{path}: `{name}` in [search.space] should be {wanted}. Found a range.")
+            wanted = 'a list of values where `sampler = "grid"`'
+            check_option(path, "search.space", isinstance(tried, list), name, tried, wanted)
         size = math.prod(map(len, space.values()))
         options.setdefault("n_trials", size)
     for name, least in (("n_trials", 1), ("startup_trials", 1), ("warmup_steps", 0), ("seed", 0)):
         value = options.get(name, _DEFAULTS.get(name))
-        check(name, is_integer(value) and value >= least, f"an integer of at least {least}")
+        check(is_integer(value) and value >= least, name, f"an integer of at least {least}")
     if sampler == "grid":
-        check("n_trials", options["n_trials"] <= size, f"at most {size}, the size of the grid")
+        check(options["n_trials"] <= size, "n_trials", f"at most {size}, the size of the grid")
     wanted = f'left out where `sampler = "{sampler}"` and `pruner = "{pruner}"`, which have no such option'
     for name, readers in _READ_BY.items():
-        check(name, name not in options or bool(readers & {sampler, pruner}), wanted)
+        check(name not in options or bool(readers & {sampler, pruner}), name, wanted)
 
 
 def _read_space(path: Path, table: Any) -> dict[str, list[Any] | dict[str, Any]]:
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path} should have a section [search.space] with what is tried. Found `space = {table!r}`.")
-    # training.lr = ... is a table in TOML, "training.lr" = ... is not
-    flat = _flat(table, is_value=lambda value: not value.keys().isdisjoint(("low", "high")))
+    flat = _flat(table)  # training.lr = ... is a table in TOML, "training.lr" = ... is not
     for name, tried in flat.items():
         section, _, option = name.partition(".")
         if section not in SECTIONS or not option:
             wanted = f"names such as training.lr, in one of {', '.join(SECTIONS)}"
             raise ValueError(f"{path}: [search.space] should hold {wanted}. Found `{section}`.")
-        if wanted := _wanted_of(path, name, tried):
-            raise ValueError(f"{path}: `{name}` in [search.space] should be {wanted}. Found `{name} = {tried!r}`.")
+        wanted = _wanted_of(path, name, tried)
+        check_option(path, "search.space", not wanted, name, tried, wanted)
     return flat
 
 
@@ -259,8 +253,7 @@ def _wanted_of(path: Path, name: str, tried: Any) -> str:
     config = SearchConfig(path, {}, {name: tried}, "random", 1)
     try:
         with warnings.catch_warnings(action="error"):  # of a step that does not lead to the end
-            for end in ("low", "high"):
-                config.suggest(import_optuna().trial.FixedTrial({name: tried.get(end)}), name)
+            config.suggest(import_optuna().trial.FixedTrial({name: tried.get("low")}), name)
     except (ValueError, TypeError, UserWarning) as error:
         return f"a table with low and high, and log or step if wanted, that Optuna takes ({str(error).rstrip('.')})"
     return ""

@@ -165,14 +165,10 @@ def _train(
     run: _Run, stop_after: float | None, on_validation: Callable[[int, float], bool] | None, progress_bar: bool
 ) -> None:
     n_done, n_wanted = len(run.result.meta_losses), run.config.n_meta_steps
-    began, seconds_before = time.perf_counter(), run.result.seconds
+    # seconds are those of all calls together
+    began = time.perf_counter() - run.result.seconds
+    stop_at = math.inf if stop_after is None else run.result.seconds + stop_after
     is_hidden = not (progress_bar and run.world.is_first)
-
-    def count_seconds() -> float:
-        """Seconds of this call, which are added to those of the calls before."""
-        seconds = time.perf_counter() - began
-        run.result.seconds = seconds_before + seconds
-        return seconds
 
     def is_end(news: Iterable[tuple[int, float]], is_late: bool = False) -> bool:
         is_heard = on_validation is not None and run.world.is_first
@@ -183,16 +179,16 @@ def _train(
     with tqdm(total=n_wanted, initial=n_done, disable=is_hidden, desc="meta-training") as bar:
         if not run.result.validation:
             run.validate(0)
-            count_seconds()
+            run.result.seconds = time.perf_counter() - began
         is_ended = is_end(run.result.validation)
         while not is_ended and len(run.result.meta_losses) < n_wanted:
             for loss in run.episode():
                 bar.update()
                 bar.set_postfix({"meta-loss": f"{loss:.3f}", "best score": f"{run.result.best_score:.4f}"})
             if run.after_episode():
-                seconds = count_seconds()
+                run.result.seconds = time.perf_counter() - began
                 run.save()
-                is_ended = is_end(run.result.validation[-1:], stop_after is not None and seconds > stop_after)
+                is_ended = is_end(run.result.validation[-1:], run.result.seconds > stop_at)
 
 
 @dataclasses.dataclass(eq=False)
@@ -224,7 +220,7 @@ class _Run:
         lr, beta2 = float(config.lr), float(config.beta2)  # a checkpoint with a number of NumPy's cannot be read back
         self.meta_optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, beta2))
         self.outliers = Outliers(config.outlier_factor)
-        self.parts = {"meta_optimizer": self.meta_optimizer, "outliers": self.outliers}
+        self.parts = {"rule": rule, "meta_optimizer": self.meta_optimizer, "outliers": self.outliers}
         self.scheduler = None
         if config.schedule == "one-cycle":
             self.scheduler = self.parts["scheduler"] = torch.optim.lr_scheduler.OneCycleLR(
@@ -234,7 +230,6 @@ class _Run:
         self.best_weights = _copy(rule.state_dict())
         self.averaged = _copy(rule.state_dict())
         self.n_tasks_seen = 0
-        self.n_validated = 0
         self.path = None if self.folder is None else self.folder / "checkpoint.pt"
         self.hold, self.writer = ExitStack(), None
 
@@ -328,10 +323,9 @@ class _Run:
         """Validate when it is time; return whether it was."""
         n_done = len(self.result.meta_losses)
         self._log("meta/loss", self.result.meta_losses[-1], n_done)
-        is_due = n_done // self.config.validate_every > self.n_validated
-        if not is_due and n_done < self.config.n_meta_steps:
+        every, n_validated = self.config.validate_every, self.result.validation[-1][0]
+        if n_done // every == n_validated // every and n_done < self.config.n_meta_steps:
             return False
-        self.n_validated = n_done // self.config.validate_every
         self.validate(n_done)
         return True
 
@@ -359,12 +353,10 @@ class _Run:
         estimator = {} if self.path is None else self.estimator.state_dict(self.world)  # every rank's part of it
         if self.path is None or not self.world.is_first:
             return
-        result = {f.name: getattr(self.result, f.name) for f in dataclasses.fields(MetaResult) if f.name != "rule"}
-        checkpoint = {"format": _FORMAT, "rule": self.rule.state_dict(), "estimator": estimator, "result": result}
-        checkpoint |= {
-            name: getattr(self, name)
-            for name in ("identity", "initial", "best_weights", "averaged", "n_tasks_seen", "n_validated")
-        }
+        result = {name: value for name, value in vars(self.result).items() if name != "rule"}
+        checkpoint = {"format": _FORMAT, "estimator": estimator, "result": result}
+        for name in ("identity", "initial", "best_weights", "averaged", "n_tasks_seen"):
+            checkpoint[name] = getattr(self, name)
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         with replaced(self.path) as temporary:
             torch.save(checkpoint, temporary)
@@ -400,7 +392,6 @@ class _Run:
                 f"The run in `{self.path}` has {result.n_tasks_per_step} tasks per meta-step, too few for "
                 f"{self.world.size} ranks. Continue it on at most {result.n_tasks_per_step}."
             )
-        self.rule.load_state_dict(checkpoint["rule"])
         for name, value in self.rule.state_dict().items():
             self.best_weights[name] = checkpoint["best_weights"][name].to(value.device)
             self.averaged[name] = checkpoint["averaged"][name].to(value.device)
@@ -408,7 +399,7 @@ class _Run:
             part.load_state_dict(checkpoint[name])
         self.result = result
         self.estimator.load_state_dict(checkpoint["estimator"])
-        self.n_tasks_seen, self.n_validated = checkpoint["n_tasks_seen"], checkpoint["n_validated"]
+        self.n_tasks_seen = checkpoint["n_tasks_seen"]
 
     def _open(self) -> None:
         if self.folder is not None:

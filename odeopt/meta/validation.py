@@ -28,35 +28,33 @@ def validation_score(
 
     With a mixture the mean over draws of the logarithm of that loss over the first one of the run.
     """
+
+    def losses_of(task: Task, indices: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+        """Losses at the start of a run, and those over the last tenth of its horizon."""
+        options = {"n_steps": horizon, "seed": seed, "total_steps": horizon, "held_out": held_out}
+        losses = unroll(rule, task, indices=indices, **options).losses
+        return losses[0], losses[-max(1, horizon // 10) :]
+
+    indices = indices[world.share(len(indices))]
     if isinstance(task, Mixture):
-        return _mixture_score(rule, task, indices=indices, seed=seed, held_out=held_out, world=world)
-    indices, n_last = indices[world.share(len(indices))], max(1, horizon // 10)
-    if len(indices) > 0:
-        options = {"n_steps": horizon, "seed": seed, "total_steps": horizon, "held_out": held_out}
-        trajectory = unroll(rule, task, indices=indices, **options)
-        losses = trajectory.losses[-n_last:]
+        draws = (task.draw(number, seed) for number in indices.tolist())
+        scores = [_log_ratio(draw.task, *losses_of(draw.task, draw.indices, draw.horizon)) for draw in draws]
+        scores = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64, device=task.device)
+    elif len(indices) > 0:
+        scores = losses_of(task, indices, horizon)[1].mT
     else:  # more ranks than tasks
-        losses = torch.zeros(n_last, 0, dtype=task.dtype, device=task.device)
-    score = world.gather(losses.mT).mT.mean().item()
-    return score if score == score else float("inf")
-
-
-def _mixture_score(
-    rule: UpdateRule, mixture: Mixture, *, indices: Tensor, seed: int, held_out: float, world: World
-) -> float:
-    scores = []
-    for number in indices[world.share(len(indices))].tolist():
-        task, problems, horizon, _ = mixture.draw(number, seed)
-        options = {"n_steps": horizon, "seed": seed, "total_steps": horizon, "held_out": held_out}
-        losses = unroll(rule, task, indices=problems, **options).losses
-        last = losses[-max(1, horizon // 10) :].mean(0)
-        ratio = last / losses[0] + _LEAST
-        if (torch.stack((losses[0], ratio)) < 0).any():
-            raise ValueError(
-                "Parameter `task` should have losses above zero: validation of a mixture compares their logarithms. "
-                f"Found {losses[0].tolist()} at the start and {last.tolist()} at the end, of {task!r}."
-            )
-        scores.append(ratio.log().mean().double())
-    scores = torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64, device=mixture.device)
+        scores = torch.zeros(0, max(1, horizon // 10), dtype=task.dtype, device=task.device)
     score = world.gather(scores).mean().item()
     return score if score == score else float("inf")
+
+
+def _log_ratio(task: Task, first: Tensor, last: Tensor) -> Tensor:
+    """Mean logarithm of the last losses over the first ones of the runs of a draw."""
+    last = last.mean(0)
+    ratio = last / first + _LEAST
+    if (torch.stack((first, ratio)) < 0).any():
+        raise ValueError(
+            "Parameter `task` should have losses above zero: validation of a mixture compares their logarithms. "
+            f"Found {first.tolist()} at the start and {last.tolist()} at the end, of {task!r}."
+        )
+    return ratio.log().mean().double()
