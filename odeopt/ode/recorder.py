@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -50,11 +51,8 @@ class Timed:
         if t.dtype is self.dtype or self._is_rounded is False or torch.compiler.is_compiling():
             return self.function(t, *arguments)
         if self._is_rounded is None:
-            try:
+            with suppress(RuntimeError):  # which the second call raises again if the time is not its cause
                 value = self.function(t, *arguments)
-            except RuntimeError:  # which the second call raises again if the time is not its cause
-                pass
-            else:
                 self._is_rounded = False
                 return value
         value = self.function(t.to(self.dtype), *arguments)
@@ -115,7 +113,6 @@ class Recorder:
         self.is_reusing_memory = torch.compiler.is_compiling()
         # They are kept alive meanwhile, so that no memory is given out twice.
         self._seen: list[Tensor] | None = [] if self._has_versions else None
-        self._seen_places: set[int] = set()
         # SciPy's solvers may evaluate at one time for ever once values overflow (LSODA on dx/dt = x^2). Their
         # one good reason to stay, a Jacobian by differences, takes an evaluation per number of the state.
         self._patience = 1000 + 10 * sum(x.numel() for x in tensors_of(x0)) if is_external else None
@@ -191,13 +188,9 @@ class Recorder:
     def _answered(self, derivatives: Sequence[Tensor]) -> State:
         """Derivatives in the dtype and shape of the solver's state, and in memory that nobody fills again."""
         is_copied = self.is_reusing_memory
-        if not is_copied and self._seen is None and self._has_axis and isinstance(self.x0, Tensor):  # the usual case
-            return derivatives[0] if derivatives[0].dtype is self._work else derivatives[0].to(self._work)
         if self._seen is not None:
-            places = [d.untyped_storage()._cdata for d in derivatives if type(d) is Tensor and not d.is_sparse]
             is_copied = True
-            self.is_reusing_memory |= not self._seen_places.isdisjoint(places)
-            self._seen_places.update(places)
+            self.is_reusing_memory |= not _places(self._seen).isdisjoint(_places(derivatives))
             self._seen += derivatives
             if self.n_evals >= _N_WATCHED:
                 self._seen = None
@@ -251,6 +244,11 @@ class Recorder:
         if self.time is None:
             return 1
         return max(1, int(((self.time - t) * self._direction >= 0).sum()))
+
+
+def _places(tensors: Iterable[Tensor]) -> set[int]:
+    """Where plain tensors keep their numbers."""
+    return {x.untyped_storage()._cdata for x in tensors if type(x) is Tensor and not x.is_sparse}
 
 
 def leaves_of(tensors: Iterable[Tensor], known: Iterable[Tensor] = ()) -> dict[int, Tensor]:

@@ -59,8 +59,8 @@ class _Sum(NamedTuple):
 _PLANS = {name: (tuple(zip(c, map(_Sum.of, a), strict=True)), _Sum.of(b)) for name, (a, b, c) in TABLEAUX.items()}
 LINEAR_METHODS: tuple[str, ...] = (*EXPLICIT_METHODS, "exponential")
 
-# psi(z) of an explicit method is the series sum z^k / (k + 2)! up to this power; -1 stands for psi = 0.
-_PSI_DEGREE = {"euler": -1, "midpoint": 0, "heun2": 0, "heun3": 1, "rk4": 2}
+# psi(z) of an explicit method is the series sum z^k / (k + 2)! with these factors; that of Euler's is zero.
+_PSI = {"midpoint": (1 / 2,), "heun2": (1 / 2,), "heun3": (1 / 2, 1 / 6), "rk4": (1 / 2, 1 / 6, 1 / 24)}
 
 # Under this |z| the closed forms of the exponential cancel (at it, second derivatives lose a factor of 60), and
 # Bernoulli's series is used: z / (exp(z) - 1) = 1 - z a(z), a(z) = 1/2 - sum B_2k / (2k)! z^(2k - 1). Its terms fall
@@ -193,15 +193,12 @@ def linear_step(p: Tensor, force: Tensor | float, friction: Tensor | float, meth
         decay, phi, psi = _exponentials(-friction)
         # not through F - D p: at a large friction it would take small numbers as differences of large ones
         return decay * p + phi * force, phi * p + psi * force
-    degree = _PSI_DEGREE[method]
-    if degree < 0:
+    if method == "euler":
         end = p + (force - friction * p)
         return end, p.expand_as(end).to(end.dtype, copy=True)
-    psi = 0.5
-    if degree == 1:
-        psi = 0.5 - friction * (1 / 6)
-    elif degree == 2:
-        psi = 0.5 - friction * (1 / 6 - friction * (1 / 24))
+    *factors, psi = _PSI[method]
+    for factor in reversed(factors):  # at z = -D
+        psi = factor - friction * psi
     integral = p + (force - friction * p) * psi
     return p + (force - friction * integral), integral
 

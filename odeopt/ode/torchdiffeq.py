@@ -76,13 +76,7 @@ def is_fixed_step(method: str) -> bool:
     Raises:
         ValueError: If there is no such method.
     """
-    return _has_fixed_grid(solver_class(method))
-
-
-def _has_fixed_grid(solver: type) -> bool:
-    from torchdiffeq._impl.solvers import FixedGridODESolver
-
-    return issubclass(solver, FixedGridODESolver)
+    return solver_class(method).valid_callbacks() == {"callback_step"}  # adaptive ones accept and reject steps, too
 
 
 def solver_class(method: str) -> type:
@@ -348,10 +342,7 @@ def _held_warnings() -> Iterator[list[str]]:
 
 def is_external(method: str) -> bool:
     """Return whether the steps are taken outside torch, where neither gradients nor callbacks reach."""
-    from torchdiffeq._impl.solvers import AdaptiveStepsizeODESolver
-
-    solver = _solvers()[method]
-    return not (_has_fixed_grid(solver) or issubclass(solver, AdaptiveStepsizeODESolver))
+    return not solver_class(method).valid_callbacks()
 
 
 def fill(x: Tensor, n_times: int) -> Tensor:
@@ -419,7 +410,7 @@ def unit_step(field: Field, x0: Tensor, t0: Tensor, t1: Tensor, method: str) -> 
         # the gradient would not be missing but silently wrong: what surrounds the step still passes its own
         wanted = "one that passes gradients on where they are recorded; use `torch.no_grad`, or another method"
         require(False, "method", method, wanted)
-    if not _has_fixed_grid(solver):
+    if not is_fixed_step(method):
         from torchdiffeq import odeint
 
         return odeint(field, x0, torch.stack((t0, t1)), rtol=RTOL, atol=ATOL, method=method)[-1]
