@@ -188,9 +188,7 @@ class ImageNetwork(ImageTask):
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
         require_one_of(ARCHITECTURES, architecture=self.architecture)
-        check_network(self.width, self.depth, self.activation)
-        is_right = self.architecture != "attention" or self.width % 2 == 0
-        require(is_right, "width", self.width, "even for two heads")
+        check_network(self.width, self.depth, self.activation, has_two_heads=self.architecture == "attention")
         super().__post_init__(dataset)
 
     def build(self) -> nn.Module:
