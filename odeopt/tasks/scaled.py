@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -74,11 +72,6 @@ class ScaledTask(Task):
             units = _by_tensor(units, params)
             params = {name: param * units[name] for name, param in params.items()}
         return self.loss_scale * self.task.loss(params, tuple(batch))
-
-    def to(self, device: torch.device | str) -> Self:
-        """Move the task, in place; see :meth:`Task.to`."""
-        self.task.to(device)
-        return super().to(device)
 
     def _units(self, indices: Tensor, seed: int) -> Tensor:
         n, indices = self._n_tensors, self._indices(indices)
