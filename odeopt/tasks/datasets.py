@@ -106,7 +106,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
     raw = _raw_folder(folder, name)
     if not all((raw / file).is_file() for file in _FILES):
         if not download:
-            raise DatasetUnavailable(_unavailable(name, folder, "downloading is off"))
+            raise _unavailable(name, folder, "downloading is off")
         _download(name, folder)
     states = [(raw / file).stat() for file in _FILES]
     return _read(name, raw, tuple((state.st_size, state.st_mtime_ns) for state in states))
@@ -197,13 +197,13 @@ def _raw_folder(folder: Path, name: str) -> Path:
     return folder / _CLASSES[name] / "raw"
 
 
-def _unavailable(name: str, folder: Path, reason: str) -> str:
+def _unavailable(name: str, folder: Path, reason: str) -> DatasetUnavailable:
     """One sentence: what is missing where, why, and the command to fetch it."""
     raw = _raw_folder(folder, name)
     missing = ", ".join(file for file in _FILES if not (raw / file).is_file())
     # Not torchvision's own command: its import may fail (see import_torchvision).
     code = f"from odeopt.tasks.datasets import load_dataset; load_dataset('{name}', '{folder.as_posix()}')"
-    return (
+    return DatasetUnavailable(
         f"{_CLASSES[name]} is not in the folder {folder}: as torchvision lays it out, {raw} should hold "
         f"{missing}{_misplaced(name, folder)}; it was not downloaded ({reason}); "
         f'fetch it with: python -c "{code}"'
@@ -248,7 +248,7 @@ def _download(name: str, folder: Path) -> None:
         # torchvision's text runs over many lines, one per mirror; the last says why. The whole is chained.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-        raise DatasetUnavailable(_unavailable(name, folder, reason)) from error
+        raise _unavailable(name, folder, reason) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
