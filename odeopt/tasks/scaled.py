@@ -74,10 +74,8 @@ class ScaledTask(Task):
         return self.loss_scale * self.task.loss(params, tuple(batch))
 
     def _units(self, indices: Tensor, seed: int) -> Tensor:
-        n, indices = self._n_tensors, self._indices(indices)
-        if self.log_range == 0:
-            return torch.ones(len(indices), n, dtype=self.dtype, device=self.device)
-        u = uniform(indices, (n,), seed=seed, stream="rescaled/factors", dtype=self.dtype)
+        shape = (self._n_tensors,)
+        u = uniform(self._indices(indices), shape, seed=seed, stream="rescaled/factors", dtype=self.dtype)
         return (self.log_range * (2 * u - 1)).exp()
 
 
