@@ -185,12 +185,10 @@ def import_torchvision() -> ModuleType:
 
 
 @cache
-def _declare_operators() -> torch.library.Library:
-    """Declare the operators; they live as long as the library object, which the cache keeps."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+def _declare_operators() -> None:
+    """Declare the operators, once in a process."""
     for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _raw_folder(folder: Path, name: str) -> Path:
