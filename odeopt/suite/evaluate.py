@@ -106,19 +106,15 @@ def _tuned(
     rates: Sequence[float], trial: Callable[[float], Record], criterion: str, n_extensions: int
 ) -> tuple[float, bool]:
     """Choose a learning rate; and say whether it is at an edge of those that were tried."""
-    trials = {lr: trial(lr) for lr in rates}
-
-    def best() -> tuple[float, bool]:
-        lr = min(trials, key=lambda rate: (getattr(trials[rate], criterion), rate))  # the least, where all diverge
-        return lr, lr in (min(trials), max(trials))
-
-    for _ in range(n_extensions):
-        lr, is_edge = best()
-        if not is_edge:
-            break
-        beyond = neighbour(lr, 1 if lr == max(trials) else -1)
-        trials[beyond] = trial(beyond)
-    return best()
+    losses = {lr: getattr(trial(lr), criterion) for lr in rates}
+    n_most = len(losses) + n_extensions
+    while True:
+        lr = min(losses, key=lambda rate: (losses[rate], rate))  # the least, where all diverge
+        is_edge = lr in (min(losses), max(losses))
+        if not is_edge or len(losses) == n_most:
+            return lr, is_edge
+        beyond = neighbour(lr, 1 if lr == max(losses) else -1)
+        losses[beyond] = getattr(trial(beyond), criterion)
 
 
 def neighbour(lr: float, direction: int) -> float:

@@ -27,6 +27,7 @@ _WARM_UP = 0.05  # part of the run
 _DECAY = 0.01
 _LR_BESIDE_MUON = 3e-3
 _GROUPS = "blocks of rows apart"  # as param_groups finds them: tells runs apart that were made by others
+_PACKAGES = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
 _AVERAGING = 8  # power of the averages of rules that are not told the number of steps
 
 
@@ -54,7 +55,7 @@ class Contender:
 def opponents() -> tuple[dict[str, Contender], tuple[str, ...]]:
     """Return the hand-designed contenders that are installed, by name, and a note on each of the others."""
     remedies = {} if hasattr(torch.optim, "Muon") else {"muon": "torch 2.9 or later"}
-    for name, package in (("schedule-free", "schedulefree"), ("prodigy", "prodigyopt")):
+    for name, package in _PACKAGES.items():
         if importlib.util.find_spec(package) is None:
             remedies[name] = install_command("opponents")
     found = {name: contender for name, contender in OPPONENTS.items() if name not in remedies}
@@ -195,7 +196,6 @@ _RECIPES = {
     "schedule-free": f"warm-up {_WARM_UP}, decay {_DECAY}",
     "prodigy": f"cosine, decay {_DECAY}",
 }
-_PACKAGES = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
 
 
 def _settings(name: str) -> dict[str, str]:

@@ -202,12 +202,12 @@ class Images:
 
     def batch(self, step: int, seed: int) -> Batch:
         """Draw images at random."""
-        return self._labelled("train", self._draw(step, seed))
+        drawn = self._draw(step, seed)
+        return self._labelled(self._images.train_images[drawn], self._images.train_labels[drawn])
 
     def held_out(self, seed: int) -> Iterator[Batch]:
         """Yield the test images."""
-        for numbers in torch.arange(len(self._images.test_images)).split(500):
-            yield self._labelled("test", numbers)
+        yield from map(self._labelled, self._images.test_images.split(500), self._images.test_labels.split(500))
 
     def _draw(self, step: int, seed: int) -> Tensor:
         picked = integers(_ONE, (self.batch_size,), self.n_examples, seed=seed, stream="suite/images", step=step)[0]
@@ -215,10 +215,9 @@ class Images:
             picked = permutation(len(self._members), seed=seed, stream="suite/examples")[picked]
         return self._members[picked]
 
-    def _labelled(self, part: str, numbers: Tensor) -> Batch:
-        pixels = getattr(self._images, f"{part}_images")[numbers].float()
-        images = ((pixels - self._shift) / self._scale).unflatten(1, (1, self.side, self.side))
-        return Batch((images,), getattr(self._images, f"{part}_labels")[numbers])
+    def _labelled(self, pixels: Tensor, labels: Tensor) -> Batch:
+        images = ((pixels.float() - self._shift) / self._scale).unflatten(1, (1, self.side, self.side))
+        return Batch((images,), labels)
 
 
 class Pixels(Images):

@@ -145,15 +145,15 @@ class Suite:
     def _rows(self, problem: str) -> tuple[list[tuple[str, str]], list[list[str]]]:
         headers = [(self.problems[problem].title, ""), ("lr", ""), ("train", ""), ("ratio", ""), ("held out", "")]
         headers += [("ratio", ""), ("to AdamW's loss", "[steps]"), ("", "[s]"), ("run", "[s]"), ("diverged", "[runs]")]
-        rows = []
+        rows, levels = [], self.outcomes[problem][REFERENCE].train
         for name, contender in self.contenders.items():
             outcome = self.outcomes[problem][name]
-            steps = outcome.steps_to(self.outcomes[problem][REFERENCE].train).quantile(0.5, interpolation="higher")
+            steps = outcome.steps_to(levels).quantile(0.5, interpolation="higher")
             seconds = steps / outcome.steps[-1] * outcome.run_seconds
-            ratios = {of: self.ratio(problem, name, of) for of in TARGETS}
             row = [contender.title, f"{outcome.lr:g}{'*' * outcome.is_edge}"]
-            for of, ratio in ratios.items():
-                row += [f"{getattr(outcome, of).mean():.4g}", "" if name == REFERENCE else ratio_text(ratio)]
+            for of in TARGETS:
+                ratio = "" if name == REFERENCE else ratio_text(self.ratio(problem, name, of))
+                row += [f"{getattr(outcome, of).mean():.4g}", ratio]
             at_level, whole = ("" if math.isnan(time) else f"{time:.1f}" for time in (seconds, outcome.run_seconds))
             row += [f"{steps:.0f}", at_level] if steps.isfinite() else ["never", ""]
             rows.append([*row, whole, str(outcome.n_diverged)])

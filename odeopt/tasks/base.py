@@ -169,10 +169,10 @@ class Task(ABC):
         return losses
 
     def to(self, device: torch.device | str) -> Self:
-        """Move every tensor, in containers too, to ``device``, in place, and return the task."""
+        """Move every tensor, module and task, in containers too, to ``device``, in place, and return the task."""
         device = torch.empty(0, device=device).device  # fails before anything is moved where there is none
         for name, value in vars(self).items():
-            setattr(self, name, tree_map_only((Tensor, nn.Module), lambda x: x.to(device), value))
+            setattr(self, name, tree_map_only((Tensor, nn.Module, Task), lambda x: x.to(device), value))
         self.device = device
         return self
 

@@ -17,7 +17,7 @@ import struct
 import sys
 import tempfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -106,7 +106,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, download: boo
     raw = _raw_folder(folder, name)
     if not all((raw / file).is_file() for file in _FILES):
         if not download:
-            raise DatasetUnavailable(_unavailable(name, folder, "downloading is off"))
+            raise _unavailable(name, folder, "downloading is off")
         _download(name, folder)
     states = [(raw / file).stat() for file in _FILES]
     return _read(name, raw, tuple((state.st_size, state.st_mtime_ns) for state in states))
@@ -123,15 +123,10 @@ def _pooled(dataset: ImageDataset, factor: str) -> ImageDataset:
 
     def pool(images: Tensor) -> Tensor:
         squares = images.view(len(images), height, k, width, k)
-        return squares.float().mean(dim=(2, 4)).round().to(images.dtype).flatten(1)
+        return squares.float().mean(dim=(2, 4)).round().to(images.dtype)
 
-    return replace(
-        dataset,
-        name=f"{dataset.name}/{factor}",
-        train_images=pool(dataset.train_images),
-        test_images=pool(dataset.test_images),
-        image_shape=(height, width),
-    )
+    train, test = pool(dataset.train_images), pool(dataset.test_images)
+    return _dataset(f"{dataset.name}/{factor}", train, dataset.train_labels, test, dataset.test_labels)
 
 
 def load_dataset_or_digits(
@@ -162,9 +157,7 @@ def default_data_dir() -> Path:
     """Folder of the datasets: environment variable ``ODEOPT_DATA``, else ``odeopt`` in the user's cache."""
     if data := os.environ.get("ODEOPT_DATA"):
         return Path(data)
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "odeopt"
-    cache = os.environ.get("XDG_CACHE_HOME")
+    cache = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "odeopt"
 
 
@@ -192,25 +185,23 @@ def import_torchvision() -> ModuleType:
 
 
 @cache
-def _declare_operators() -> torch.library.Library:
-    """Declare the operators; they live as long as the library object, which the cache keeps."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+def _declare_operators() -> None:
+    """Declare the operators, once in a process."""
     for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _raw_folder(folder: Path, name: str) -> Path:
     return folder / _CLASSES[name] / "raw"
 
 
-def _unavailable(name: str, folder: Path, reason: str) -> str:
+def _unavailable(name: str, folder: Path, reason: str) -> DatasetUnavailable:
     """One sentence: what is missing where, why, and the command to fetch it."""
     raw = _raw_folder(folder, name)
     missing = ", ".join(file for file in _FILES if not (raw / file).is_file())
     # Not torchvision's own command: its import may fail (see import_torchvision).
     code = f"from odeopt.tasks.datasets import load_dataset; load_dataset('{name}', '{folder.as_posix()}')"
-    return (
+    return DatasetUnavailable(
         f"{_CLASSES[name]} is not in the folder {folder}: as torchvision lays it out, {raw} should hold "
         f"{missing}{_misplaced(name, folder)}; it was not downloaded ({reason}); "
         f'fetch it with: python -c "{code}"'
@@ -255,7 +246,7 @@ def _download(name: str, folder: Path) -> None:
         # torchvision's text runs over many lines, one per mirror; the last says why. The whole is chained.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-        raise DatasetUnavailable(_unavailable(name, folder, reason)) from error
+        raise _unavailable(name, folder, reason) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -275,16 +266,7 @@ def _read(name: str, raw: Path, stamps: tuple[tuple[int, int], ...] = ()) -> Ima
         if len(labels) == 0 or int(labels.max()) >= _N_CLASSES:
             found = f"label {int(labels.max())}, out of 0 to {_N_CLASSES - 1}" if len(labels) else "no label"
             raise _corrupt(file, f"it holds {found}")
-    height, width = train_images.shape[1:]
-    return ImageDataset(
-        name=name,
-        train_images=train_images.flatten(1),
-        train_labels=train_labels.long(),
-        test_images=test_images.flatten(1),
-        test_labels=test_labels.long(),
-        n_classes=_N_CLASSES,
-        image_shape=(height, width),
-    )
+    return _dataset(name, *parts)
 
 
 def _read_idx(path: Path, md5: str | None) -> Tensor:
@@ -318,17 +300,25 @@ def _digits() -> ImageDataset:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = (torch.as_tensor(bunch.data) * (255 / 16)).round().to(torch.uint8)
-    labels = torch.as_tensor(bunch.target).long()
+    images = (torch.as_tensor(bunch.images) * (255 / 16)).round().to(torch.uint8)
+    labels = torch.as_tensor(bunch.target)
     order = permutation(len(images), seed=0, stream="datasets/digits")
     images, labels = images[order], labels[order]
     n_train = len(images) * 4 // 5
+    return _dataset("digits", images[:n_train], labels[:n_train], images[n_train:], labels[n_train:])
+
+
+def _dataset(
+    name: str, train_images: Tensor, train_labels: Tensor, test_images: Tensor, test_labels: Tensor
+) -> ImageDataset:
+    """A dataset of ten classes from images of shape ``(n, height, width)``."""
+    height, width = train_images.shape[1:]
     return ImageDataset(
-        name="digits",
-        train_images=images[:n_train],
-        train_labels=labels[:n_train],
-        test_images=images[n_train:],
-        test_labels=labels[n_train:],
-        n_classes=10,
-        image_shape=(8, 8),
+        name=name,
+        train_images=train_images.flatten(1),
+        train_labels=train_labels.long(),
+        test_images=test_images.flatten(1),
+        test_labels=test_labels.long(),
+        n_classes=_N_CLASSES,
+        image_shape=(height, width),
     )

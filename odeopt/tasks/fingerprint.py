@@ -98,8 +98,13 @@ def _bytes(value: Tensor) -> bytes:
     header = f"{value.dtype} {tuple(value.shape)}".encode()
     if value.is_meta or (isinstance(value, nn.Parameter) and value.requires_grad):
         return header
+    return header + elements(value)
+
+
+def elements(value: Tensor) -> bytes:
+    """Bytes of the elements of a tensor, in their order, whatever its layout and its device."""
     value = value.detach().to_dense().resolve_conj().resolve_neg().cpu()
-    return header + value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _cell(cell: types.CellType) -> Any:

@@ -86,10 +86,11 @@ def attention_layers(
     return [*layers, nn.LayerNorm(width)] if norm == "pre" else layers
 
 
-def check_network(width: int, depth: int, activation: str) -> None:
+def check_network(width: int, depth: int, activation: str, *, has_two_heads: bool = False) -> None:
     """Raise a ValueError that names what is out of range."""
     require_counts(width=width, depth=depth)
     require_one_of(ACTIVATIONS, activation=activation)
+    require(width % 2 == 0 or not has_two_heads, "width", width, "even for two heads")
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

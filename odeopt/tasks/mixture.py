@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -17,7 +18,7 @@ from torch import Tensor
 from odeopt.checks import is_integer, is_list, is_number, require, require_counts, require_positive
 
 from .base import Task
-from .fingerprint import digest
+from .fingerprint import digest, elements
 from .random import uniform
 from .scaled import ScaledTask
 
@@ -147,8 +148,7 @@ class Mixture:
             return uniform(index, (1,), seed=seed, stream=f"mixture/{name}", dtype=torch.float64).item()
 
         bounds = list(itertools.accumulate(family.share for family in self.families))
-        u = bounds[-1] * unit("family")
-        which = next((k for k, bound in enumerate(bounds) if u < bound), len(bounds) - 1)
+        which = min(bisect.bisect(bounds, bounds[-1] * unit("family")), len(bounds) - 1)
         choices = self.families[which].choices
         picked = tuple(int(len(values) * unit(f"{which}/{name}")) for name, values in choices.items())
         task = self._task(which, picked, is_rescaled=unit("rescaled") < 0.5)
@@ -246,9 +246,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else repr(float(value))
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        return {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": digest}
+        sha256 = hashlib.sha256(elements(value)).hexdigest()[:16]
+        return {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": sha256}
     if isinstance(value, Mapping):
         return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

@@ -215,7 +215,7 @@ class ModuleTask(Task):
         )
         for name, source, first, second in both:
             pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
-            if not all(x.shape == y.shape and torch.allclose(x, y, equal_nan=True) for x, y in pairs):
+            if not all(_are_equal(x, y) for x, y in pairs):
                 warnings.warn(
                     f"`{name}` gives something else each time for the same index and seed, so rules are compared on "
                     f"unlike problems and runs cannot be resumed exactly. Draw its random numbers by {source} alone.",
@@ -275,7 +275,7 @@ def _shared(module: nn.Module) -> Params:
 
 
 def _are_equal(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and torch.allclose(x, y, equal_nan=True) if x.is_floating_point() else torch.equal(x, y)
+    return x.shape == y.shape and torch.allclose(x, y, equal_nan=True)
 
 
 def _tables(module: nn.Module) -> frozenset[str]:

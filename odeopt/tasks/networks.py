@@ -71,28 +71,24 @@ class _ConvolutionalBlock(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, activation: str, stride: int) -> None:
         super().__init__()
-        self.block = nn.Sequential(
-            nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=False),
-            _batch_norm(n_out),
-            Activation(activation),
-            nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
-            _batch_norm(n_out),
-        )
+        first, second = _convolution(n_in, n_out, 3, stride), _convolution(n_out, n_out, 3, 1)
+        self.block = nn.Sequential(*first, Activation(activation), *second)
         is_same = n_in == n_out and stride == 1
-        skip = () if is_same else (nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False), _batch_norm(n_out))
+        skip = () if is_same else _convolution(n_in, n_out, 1, stride)
         self.skip, self.activation = nn.Sequential(*skip), Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.skip(x) + self.block(x))
 
 
-def _batch_norm(n: int) -> nn.Module:
-    """A batch norm that keeps no running statistics, which all problems would write into at once."""
-    return nn.BatchNorm2d(n, track_running_stats=False)
+def _convolution(n_in: int, n_out: int, size: int, stride: int) -> tuple[nn.Module, nn.Module]:
+    """A convolution and a batch norm that keeps no running statistics, which all problems would write into at once."""
+    convolution = nn.Conv2d(n_in, n_out, size, stride=stride, padding=size // 2, bias=False)
+    return convolution, nn.BatchNorm2d(n_out, track_running_stats=False)
 
 
 def _residual_convolutional(n_in: int, n_out: int, width: int, depth: int, activation: str) -> nn.Module:
-    stem = (nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False), _batch_norm(width), Activation(activation))
+    stem = *_convolution(1, width, 3, 2), Activation(activation)
     blocks = [_ConvolutionalBlock(width, width, activation, 1)]
     blocks += [_ConvolutionalBlock(width << k, width << k + 1, activation, 2) for k in range(depth - 1)]
     ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(width << depth - 1, n_out)
@@ -192,9 +188,7 @@ class ImageNetwork(ImageTask):
 
     def __post_init__(self, dataset: ImageDataset | str) -> None:
         require_one_of(ARCHITECTURES, architecture=self.architecture)
-        check_network(self.width, self.depth, self.activation)
-        is_right = self.architecture != "attention" or self.width % 2 == 0
-        require(is_right, "width", self.width, "even for two heads")
+        check_network(self.width, self.depth, self.activation, has_two_heads=self.architecture == "attention")
         super().__post_init__(dataset)
 
     def build(self) -> nn.Module:

@@ -50,9 +50,8 @@ class PerceptronTask(DeclaredTask):
         require_counts(batch_size=self.batch_size, n_inputs=n_inputs, n_outputs=n_outputs)
         are_counts = is_list(self.widths) and all(is_integer(width) and width >= 1 for width in self.widths)
         require(are_counts, "widths", self.widths, "a list of positive integers")
-        widths = tuple(self.widths)
         require_one_of(ACTIVATIONS, activation=self.activation)
-        self.widths, self.sizes, self.stream = list(widths), (n_inputs, *widths, n_outputs), stream
+        self.widths, self.sizes, self.stream = list(self.widths), (n_inputs, *self.widths, n_outputs), stream
         super().__post_init__()
 
     @property

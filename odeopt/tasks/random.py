@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from odeopt.checks import require
 
 # of streams that meta-training never draws from, the same for all meta-seeds, so that their scores compare
 VALIDATION_SEED, TUNING_SEED, EVALUATION_SEED = 1_000_003, 2_000_003, 3_000_017
+T = TypeVar("T", int, Tensor)
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -171,27 +173,22 @@ def _host_key(seed: int, stream: str, step: int) -> int:
     key = 0
     for part in (seed, number, step):
         # The constant keeps the fixed point of the mixing, 0, out of the way of the usual seed, 0.
-        key = _mix_host((key ^ part) + _GOLDEN)
+        key = _mix((key ^ part) + _GOLDEN) & _WORD
     return key
 
 
-def _mix_host(z: int) -> int:
-    """SplitMix64's finaliser, a bijection of 64-bit words, on a Python number."""
-    z &= _WORD
-    z = ((z ^ (z >> 30)) * _MULTIPLIERS[0]) & _WORD
-    z = ((z ^ (z >> 27)) * _MULTIPLIERS[1]) & _WORD
-    return z ^ (z >> 31)
+def _mix(z: T) -> T:
+    """SplitMix64's finaliser, a bijection of 64-bit words.
 
-
-def _mix(z: Tensor) -> Tensor:
-    """The same finaliser on int64 tensors, whose products wrap."""
+    Products of int64 tensors wrap; those of Python numbers grow, but no bit above the word finds its way down into it.
+    """
     z = (z ^ _shift(z, 30)) * _signed(_MULTIPLIERS[0])
     z = (z ^ _shift(z, 27)) * _signed(_MULTIPLIERS[1])
     return z ^ _shift(z, 31)
 
 
-def _shift(z: Tensor, n: int) -> Tensor:
-    """Logical shift to the right; torch's ``>>`` drags the sign along."""
+def _shift(z: T, n: int) -> T:
+    """Logical shift of a 64-bit word to the right; ``>>`` drags the sign along, or what is above the word."""
     return (z >> n) & ((1 << (64 - n)) - 1)
 
 

@@ -63,9 +63,8 @@ class TeacherStudent(PerceptronTask):
             return normal(indices, shape, seed=seed, stream=f"teacher-student/{name}", step=step, dtype=self.dtype)
 
         x = draw((self.batch_size, self.n_inputs), "inputs", step)
-        if self.spread > 0:
-            scales = (self.spread * draw((1, self.n_inputs), "scales")).exp()
-            x = x * (scales * scales.square().mean(-1, keepdim=True).rsqrt())
+        scales = (self.spread * draw((1, self.n_inputs), "scales")).exp()
+        x = x * (scales * scales.square().mean(-1, keepdim=True).rsqrt())
         teacher = {}
         for gain, (name, shape) in zip((2.0, 0.0, 1.0, 0.0), self.teacher_shapes.items(), strict=True):
             teacher[name] = draw(shape, f"teacher/{name}") * (gain / math.sqrt(shape[-1]))

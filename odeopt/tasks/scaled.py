@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -75,16 +73,9 @@ class ScaledTask(Task):
             params = {name: param * units[name] for name, param in params.items()}
         return self.loss_scale * self.task.loss(params, tuple(batch))
 
-    def to(self, device: torch.device | str) -> Self:
-        """Move the task, in place; see :meth:`Task.to`."""
-        self.task.to(device)
-        return super().to(device)
-
     def _units(self, indices: Tensor, seed: int) -> Tensor:
-        n, indices = self._n_tensors, self._indices(indices)
-        if self.log_range == 0:
-            return torch.ones(len(indices), n, dtype=self.dtype, device=self.device)
-        u = uniform(indices, (n,), seed=seed, stream="rescaled/factors", dtype=self.dtype)
+        shape = (self._n_tensors,)
+        u = uniform(self._indices(indices), shape, seed=seed, stream="rescaled/factors", dtype=self.dtype)
         return (self.log_range * (2 * u - 1)).exp()
 
 

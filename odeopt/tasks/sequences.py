@@ -51,9 +51,7 @@ class SequencePrediction(NetworkTask):
 
     def __post_init__(self) -> None:
         require_one_of(SEQUENCE_ARCHITECTURES, architecture=self.architecture)
-        check_network(self.width, self.depth, self.activation)
-        is_right = self.architecture != "attention" or self.width % 2 == 0
-        require(is_right, "width", self.width, "even for two heads")
+        check_network(self.width, self.depth, self.activation, has_two_heads=self.architecture == "attention")
         for name in ("n_symbols", "length"):
             value = getattr(self, name)
             require(is_integer(value) and value >= 2, name, value, "at least 2")
