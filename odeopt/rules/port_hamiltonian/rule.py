@@ -28,11 +28,11 @@ from odeopt.rules.port_hamiltonian.coefficients import (
     Outputs,
     Shared,
     aligned_move,
-    coefficient_network,
     decay_growth,
     depth_factor,
     horizon_factor,
     long_run_factor,
+    network_from_zero,
     power_schedule,
     trust,
 )
@@ -345,7 +345,7 @@ class PortHamiltonianUpdate(StagedRule):
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
         of_matrices = [int(self.is_spectral)] * 4
         self.output_sizes = Outputs(self.n_numbers * modes, 1, memory, int(schedule == "power"), *of_matrices)
-        self.coefficient_network = coefficient_network(n_signals, hidden, sum(self.output_sizes))
+        self.coefficient_network = network_from_zero(n_signals, sum(self.output_sizes), hidden)
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
         start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
