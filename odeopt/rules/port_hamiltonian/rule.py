@@ -49,8 +49,7 @@ from odeopt.rules.port_hamiltonian.signals import (
     transferring_features,
 )
 from odeopt.rules.port_hamiltonian.system import (
-    HeldFriction,
-    HeldPort,
+    HeldPart,
     Modulation,
     bounded_inverse_mass,
     potential_network,
@@ -328,8 +327,8 @@ class PortHamiltonianUpdate(StagedRule):
             modes,
             inverse_mass=bounded_inverse_mass(modes) if mass == "network" else None,
             potential=potential_network(modes) if potential == "network" else None,
-            dissipation=HeldFriction(modes, depends_on_q=friction == "network"),
-            port=HeldPort(modes, depends_on_q=port == "network"),
+            dissipation=HeldPart("friction", modes, depends_on_q=friction == "network"),
+            port=HeldPart("gain", modes, depends_on_q=port == "network"),
         )
         for name in ("spectral", "relativistic"):
             mask = torch.tensor([kinetic == name for kinetic in self.kinetic])

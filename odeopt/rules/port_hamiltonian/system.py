@@ -16,6 +16,7 @@ from odeopt.physics import MatrixPart, PositiveDefinite, Potential
 from odeopt.rules.port_hamiltonian.coefficients import network_from_zero
 
 _WIDTHS = (8,)
+_LIMITS = {"friction": 0.3, "gain": 1.0}  # of the logarithm of the factor that a network of q is
 
 
 class Modulation(NamedTuple):
@@ -49,38 +50,24 @@ def potential_network(dof: int) -> Potential:
     return Potential(dof, network=network_from_zero(dof, 1, _WIDTHS))
 
 
-class HeldFriction(MatrixPart):
-    """Diagonal friction that the modulation holds, optionally times a bounded network of q.
+class HeldPart(MatrixPart):
+    """Diagonal friction, or port gains, that the modulation holds, optionally times a bounded network of q.
 
     Args:
+        field: ``"friction"`` or ``"gain"``, which it is of a :class:`Modulation`.
         dof: Number of modes.
         depends_on_q: Whether the network is there.
     """
 
-    is_diagonal = True
-    is_semidefinite = True
-
-    def __init__(self, dof: int, *, depends_on_q: bool) -> None:
+    def __init__(self, field: str, dof: int, *, depends_on_q: bool) -> None:
         super().__init__()
-        self.shape, self.depends_on_q = (dof,), depends_on_q
-        self.network = nn.Sequential(network_from_zero(dof, dof, _WIDTHS), _Bounded(0.3)) if depends_on_q else None
+        self.field, self.depends_on_q = field, depends_on_q
+        self.is_diagonal = self.is_semidefinite = field == "friction"
+        self.shape = (dof,) if self.is_diagonal else (dof, 1)
+        self.network = None
+        if depends_on_q:
+            self.network = nn.Sequential(network_from_zero(dof, dof, _WIDTHS), _Bounded(_LIMITS[field]))
 
     def forward(self, q, z=None):
-        return z.friction if self.network is None else z.friction * self.network(q).exp()
-
-
-class HeldPort(MatrixPart):
-    """Port gains that the modulation holds, optionally times a bounded network of q.
-
-    Args:
-        dof: Number of modes.
-        depends_on_q: Whether the network is there.
-    """
-
-    def __init__(self, dof: int, *, depends_on_q: bool) -> None:
-        super().__init__()
-        self.shape, self.depends_on_q = (dof, 1), depends_on_q
-        self.network = nn.Sequential(network_from_zero(dof, dof, _WIDTHS), _Bounded(1.0)) if depends_on_q else None
-
-    def forward(self, q, z=None):
-        return z.gain if self.network is None else z.gain * self.network(q).exp().unsqueeze(-1)
+        held = getattr(z, self.field)
+        return held if self.network is None else held * self.network(q).exp().unflatten(-1, self.shape)
