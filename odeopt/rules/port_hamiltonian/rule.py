@@ -20,6 +20,7 @@ from odeopt.physics import (
     QuadraticEnergy,
     RelativisticEnergy,
     SpectralEnergy,
+    spectral_power_balance,
 )
 from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.port_hamiltonian import kinetic as energies
@@ -736,8 +737,8 @@ class PortHamiltonianUpdate(StagedRule):
             coherence, a factor of the energy and of the output that a step holds.
         """
         if self._has_spectral_balance(shape):
-            p = state.p[..., self.spectral_modes, :]
-            spectral = energies.stored_energy(self.spectral_energy, p, tuple(shape)).sum(-1)
+            P = energies.as_matrix(state.p[..., self.spectral_modes, :], shape)
+            spectral = self.spectral_energy.energy(P, energies.held_norm(P)).sum(-1)
             others = energies.coordinate_energy(state.p, self._energies_of(self._other_modes))
             return (spectral + others.sum(-1)).unsqueeze(-1)
         if "relativistic" in self.kinetic:
@@ -788,9 +789,9 @@ class PortHamiltonianUpdate(StagedRule):
         before = p[..., spectral, :]
         ahead = self._ahead(before, after, shared)
         rates = friction[..., spectral, 0], gain[..., spectral, 0]
-        driven = before, efforts[..., spectral, :], *rates
-        total = energies.spectral_balance(self.spectral_energy, *driven, tuple(shape), after, ahead)
-        total = [x.sum(-1) for x in total]
+        P, efforts, *others = (energies.as_matrix(x, shape) for x in (before, efforts[..., spectral, :], after, ahead))
+        norm = energies.held_norm(P, *others)
+        total = [x.sum(-1) for x in spectral_power_balance(P, efforts, *rates, self.spectral_energy, norm)]
         if self._other_modes:
             coordinates = energies.coordinate_balance(
                 p, observation.u.unsqueeze(-2), friction, gain, self._energies_of(self._other_modes)
