@@ -88,10 +88,9 @@ def newton_schulz(
     require(is_type, "dtype", dtype, "a floating-point type, or None")
     if norm is None:
         x, _, norm = _scale_and_norm(x)
-        x = x / norm
     else:
-        x = x / _divisor(norm, x)
-    x = x.to(dtype)
+        norm = _divisor(norm, x)
+    x = (x / norm).to(dtype)
     batch, is_tall = x.shape[:-2], x.size(-2) > x.size(-1)
     if is_tall:
         x = x.mT
