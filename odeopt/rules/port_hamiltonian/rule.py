@@ -49,12 +49,7 @@ from odeopt.rules.port_hamiltonian.signals import (
     shape_features,
     transferring_features,
 )
-from odeopt.rules.port_hamiltonian.system import (
-    HeldPart,
-    Modulation,
-    bounded_inverse_mass,
-    potential_network,
-)
+from odeopt.rules.port_hamiltonian.system import HeldPart, Modulation, bounded_inverse_mass, potential_network
 from odeopt.rules.rows import Rows
 
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
@@ -515,7 +510,7 @@ class PortHamiltonianUpdate(StagedRule):
             return fan_features(shape).joined()
         found = transferring_features(shape, is_table=self.steps_tables)
         if self.is_whole(shape):
-            found = found._replace(step_rms=(energies.step_rms(shape, self.matrix_scale),))
+            found = found._replace(step_rms=energies.step_rms(shape, self.matrix_scale))
         return found.joined()
 
     def statistics(self, stage, grad, state, features, shared, param):
