@@ -29,21 +29,6 @@ from odeopt.rules.base import UpdateRule, adopt_weights, built
 FORMAT = "odeopt-rule"
 FORMAT_VERSION = 1
 
-# every value is JSON in a metadata string of the file, which any safetensors reader shows
-_FIELDS = {
-    "format",
-    "format_version",
-    "class",
-    "config",
-    "output_scale",
-    "solver",
-    "horizon",
-    "task",
-    "trained_for",
-    "library_version",
-    "sha256",
-}
-
 # the bare names of these stand for the MNIST rules
 _ALIASES = {"lstm": "lstm-mnist", "hamiltonian": "hamiltonian-mnist"}
 
@@ -80,6 +65,25 @@ def check_can_be_saved(rule: UpdateRule, path: str | os.PathLike[str], *, traine
         _write(rule, Path(path), Path(folder, "rule.safetensors"), trained_for)
 
 
+def _fields(rule_class: str, config: Mapping[str, Any], trained_for: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a file but for the checksum; each is JSON in a metadata string, which any safetensors reader shows."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "class": rule_class,
+        "config": config,
+        "output_scale": config.get("output_scale"),
+        "solver": config.get("solver"),
+        "horizon": trained_for.get("horizon"),
+        "task": trained_for.get("task"),
+        "trained_for": dict(trained_for),
+        "library_version": __version__,
+    }
+
+
+_FIELDS = {*_fields("", {}, {}), "sha256"}
+
+
 def _write(rule: UpdateRule, path: Path, temporary: Path, trained_for: Mapping[str, Any]) -> None:
     """Write what will be ``path``, which messages name, to a temporary file, and read it again."""
     rule_class = type(rule).__name__
@@ -88,18 +92,7 @@ def _write(rule: UpdateRule, path: Path, temporary: Path, trained_for: Mapping[s
     wanted = "a dictionary with `horizon` and `task`"
     is_complete = isinstance(trained_for, Mapping) and {"horizon", "task"} <= trained_for.keys()
     require(is_complete, "trained_for", trained_for, f"{wanted}: a number of steps, and a name or `task.describe()`")
-    fields = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "class": rule_class,
-        "config": rule.config,
-        "output_scale": rule.config.get("output_scale"),
-        "solver": rule.config.get("solver"),
-        "horizon": trained_for.get("horizon"),
-        "task": trained_for.get("task"),
-        "trained_for": dict(trained_for),
-        "library_version": __version__,
-    }
+    fields = _fields(rule_class, rule.config, trained_for)
     metadata = {}
     for name, value in fields.items():
         try:
@@ -215,20 +208,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             fields[name] = json.loads(text)
         except ValueError as error:
             raise ValueError(f"{path}: field `{name}` is not JSON: {text!r}") from error
-    # format and version come first: they decide what the other fields should be
-    if fields.get("format") != FORMAT:
-        raise _error(path, "format", repr(FORMAT), fields)
-    version = fields.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise _error(path, "format_version", "a positive integer", fields)
-    if version > FORMAT_VERSION:
-        raise _error(path, "format_version", f"at most {FORMAT_VERSION}; a newer odeopt reads it", fields)
-    for name in sorted(_FIELDS ^ fields.keys()):
-        raise _error(path, name, "there" if name in _FIELDS else "absent in this format", fields)
-    sealed = checksum(weights, {name: text for name, text in metadata.items() if name != "sha256"})
-    if fields["sha256"] != sealed:
-        raise _error(path, "sha256", f"{sealed!r}, the checksum of the contents", fields)
-    _check_fields(path, fields)
+    _check_fields(path, fields, metadata, weights)
     for name, value in weights.items():
         wide = value.double() if value.is_floating_point() else value  # float8 has no isfinite
         if not wide.isfinite().all():
@@ -236,20 +216,32 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     return fields, weights
 
 
-def _check_fields(path: str | os.PathLike[str], fields: dict[str, Any]) -> None:
+def _check_fields(
+    path: str | os.PathLike[str], fields: dict[str, Any], metadata: dict[str, str], weights: dict[str, Tensor]
+) -> None:
+    def check(name: str, is_right: bool, wanted: str) -> None:
+        if not is_right:
+            raise _error(path, name, wanted, fields)
+
+    # format and version come first: they decide what the other fields should be
+    check("format", fields.get("format") == FORMAT, repr(FORMAT))
+    version = fields.get("format_version")
+    check("format_version", isinstance(version, int) and version >= 1, "a positive integer")
+    check("format_version", version <= FORMAT_VERSION, f"at most {FORMAT_VERSION}; a newer odeopt reads it")
+    for name in sorted(_FIELDS ^ fields.keys()):
+        check(name, False, "there" if name in _FIELDS else "absent in this format")
+    sealed = checksum(weights, {name: text for name, text in metadata.items() if name != "sha256"})
+    check("sha256", fields["sha256"] == sealed, f"{sealed!r}, the checksum of the contents")
     horizon, task, version = fields["horizon"], fields["task"], fields["library_version"]
     account = fields["trained_for"] if isinstance(fields["trained_for"], dict) else {}
     agrees = (account.get("horizon"), account.get("task")) == (horizon, task)
-    for name, is_right, wanted in (
-        ("class", isinstance(fields["class"], str), "the name of a class"),
-        ("config", isinstance(fields["config"], dict), "a dictionary of constructor arguments"),
-        ("horizon", is_integer(horizon) and horizon > 0, "a positive number of steps (from `trained_for`)"),
-        ("task", isinstance(task, str | dict) and len(task) > 0, "a name or a description (from `trained_for`)"),
-        ("trained_for", agrees, "a dictionary that agrees with `horizon` and `task`"),
-        ("library_version", isinstance(version, str) and version != "", "a version"),
-    ):
-        if not is_right:
-            raise _error(path, name, wanted, fields)
+    check("class", isinstance(fields["class"], str), "the name of a class")
+    check("config", isinstance(fields["config"], dict), "a dictionary of constructor arguments")
+    check("horizon", is_integer(horizon) and horizon > 0, "a positive number of steps (from `trained_for`)")
+    is_description = isinstance(task, str | dict) and len(task) > 0
+    check("task", is_description, "a name or a description (from `trained_for`)")
+    check("trained_for", agrees, "a dictionary that agrees with `horizon` and `task`")
+    check("library_version", isinstance(version, str) and version != "", "a version")
 
 
 def _check_weights(path: str | os.PathLike[str], found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

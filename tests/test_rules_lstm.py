@@ -73,13 +73,25 @@ def test_chunks_change_no_value_and_no_derivative(preprocess, chunked, monkeypat
         assert cheap.abs().max() > 1e-6
 
 
-@forward_mode
 def test_derivatives_are_those_of_finite_differences(chunked):
     rule, _, state = setup(4, requires_grad=True)
     x, weights = draws(4, 2).requires_grad_(), (*rule._stacked(rule.cell1), *rule._stacked(rule.cell2))
     inputs = (x, *state, *(w.detach().requires_grad_() for w in weights))
-    assert torch.autograd.gradcheck(lstm._Cells.apply, inputs, check_forward_ad=True)
+    assert torch.autograd.gradcheck(lstm._Cells.apply, inputs)
     assert torch.autograd.gradgradcheck(lstm._Cells.apply, inputs)
+
+
+@forward_mode
+def test_tangents_of_gradient_state_and_weights_are_those_of_finite_differences(chunked):
+    rule, g, state = setup(4, preprocess=False, requires_grad=True)
+    weights = dict(rule.named_parameters())
+
+    def step(g, *inputs):
+        of_rule = dict(zip(weights, inputs[4:], strict=True))
+        update, new = functional_call(rule, of_rule, (g, lstm.LSTMState(*inputs[:4])))
+        return update, *new
+
+    assert torch.autograd.gradcheck(step, (g, *state, *weights.values()), check_forward_ad=True)
 
 
 @forward_mode

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import require
+from odeopt.checks import require, require_counts
 from odeopt.modes import is_in_forward_mode, is_traced
 from odeopt.physics.given import Part, as_matrix, evaluate
 from odeopt.physics.kinetic import KineticEnergy, MatrixEnergy, SpectralEnergy
-from odeopt.physics.structure import apply, check_activation, check_count, mlp
+from odeopt.physics.structure import apply, check_activation, mlp
 
 
 class PhaseState(NamedTuple):
@@ -48,7 +48,7 @@ class Potential(nn.Module):
         activation: Callable[[Tensor], Tensor] = F.softplus,
     ) -> None:
         super().__init__()
-        check_count("dof", dof)
+        require_counts(dof=dof)
         check_activation(activation)
         self.dof = dof
         self.network = network if isinstance(network, nn.Module) else mlp(dof, 1, widths=network)
@@ -105,7 +105,7 @@ class Hamiltonian(nn.Module):
         kinetic: KineticEnergy | None = None,
     ) -> None:
         super().__init__()
-        check_count("dof", dof)
+        require_counts(dof=dof)
         self.dof = dof
         self.inverse_mass = as_matrix(inverse_mass, name="inverse_mass", shape=(dof, dof), should="positive definite")
         n_signals = 0 if self.inverse_mass is None else self.inverse_mass.n_signals

@@ -88,10 +88,9 @@ def newton_schulz(
     require(is_type, "dtype", dtype, "a floating-point type, or None")
     if norm is None:
         x, _, norm = _scale_and_norm(x)
-        x = x / norm
     else:
-        x = x / _divisor(norm, x)
-    x = x.to(dtype)
+        norm = _divisor(norm, x)
+    x = (x / norm).to(dtype)
     batch, is_tall = x.shape[:-2], x.size(-2) > x.size(-1)
     if is_tall:
         x = x.mT
@@ -426,14 +425,12 @@ def _scale_and_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _divisor(norm: Tensor, x: Tensor) -> Tensor:
     """A given norm as ``(*batch, 1, 1)`` in the type of x, infinite where it is zero."""
-    shape = tuple(x.shape[:-2])
-    if norm.shape == shape:
-        norm = norm.reshape(*shape, 1, 1)
-    elif norm.shape != (*shape, 1, 1):
+    shapes = tuple(x.shape[:-2]), (*x.shape[:-2], 1, 1)
+    if norm.shape not in shapes:
         raise ValueError(
-            f"Parameter `norm` should have shape {shape} or {(*shape, 1, 1)}. Found `norm.shape = {tuple(norm.shape)}`."
+            f"Parameter `norm` should have shape {shapes[0]} or {shapes[1]}. Found `norm.shape = {tuple(norm.shape)}`."
         )
-    return torch.where(norm == 0, math.inf, norm).to(x.dtype)
+    return torch.where(norm == 0, math.inf, norm).to(x.dtype).reshape(shapes[1])
 
 
 def _per_matrix(name: str, value: Tensor | float, P: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odeopt.checks import is_integer, require
+from odeopt.checks import require, require_counts
 
 Network = nn.Module | Sequence[int] | None
 
@@ -36,7 +36,7 @@ def symplectic_matrix(dof: int, *, dtype: torch.dtype | None = None, device: tor
     Raises:
         ValueError: If ``dof`` is not a positive integer.
     """
-    check_count("dof", dof)
+    require_counts(dof=dof)
     identity = torch.eye(dof, dtype=dtype, device=device)
     zero = torch.zeros_like(identity)
     return torch.cat((torch.cat((zero, identity), dim=1), torch.cat((-identity, zero), dim=1)), dim=0)
@@ -62,11 +62,10 @@ def mlp(
     Raises:
         ValueError: If a size is not a positive integer.
     """
-    check_count("n_inputs", n_inputs)
-    check_count("n_outputs", n_outputs)
+    require_counts(n_inputs=n_inputs, n_outputs=n_outputs)
     layers: list[nn.Module] = []
     for width in widths:
-        check_count("widths", width)
+        require_counts(widths=width)
         layers += [nn.Linear(n_inputs, width), activation()]
         n_inputs = width
     return nn.Sequential(*layers, nn.Linear(n_inputs, n_outputs))
@@ -146,7 +145,7 @@ class LearnedMatrix(MatrixPart):
 
     def __init__(self, dof: int, n_numbers: int, *, network: Network, n_signals: int) -> None:
         super().__init__()
-        check_count("dof", dof)
+        require_counts(dof=dof)
         self.dof, self.n_numbers, self.n_signals = dof, n_numbers, n_signals
         self.depends_on_q = network is not None
         require(n_signals >= 0, "n_signals", n_signals, "at least 0")
@@ -312,7 +311,7 @@ class PortMatrix(LearnedMatrix):
     def __init__(
         self, dof: int, n_inputs: int, *, network: Network = None, start: Tensor | None = None, n_signals: int = 0
     ) -> None:
-        check_count("n_inputs", n_inputs)
+        require_counts(n_inputs=n_inputs)
         super().__init__(dof, dof * n_inputs, network=network, n_signals=n_signals)
         start = torch.eye(dof, n_inputs) if start is None else start
         self.shape = (dof, n_inputs)
@@ -330,11 +329,6 @@ def apply(matrix: Tensor, vector: Tensor, *, diagonal: bool) -> Tensor:
     if matrix.dim() == 2:
         return vector @ matrix.mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise a ValueError unless ``value`` is a positive integer."""
-    require(is_integer(value) and value >= 1, name, value, "a positive integer")
 
 
 def check_activation(activation: Callable[[Tensor], Tensor]) -> None:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require
+from odeopt.checks import require, require_counts
 from odeopt.physics.balance import PowerBalance
 from odeopt.physics.energy import Hamiltonian, PhaseState
 from odeopt.physics.given import Part, as_matrix, evaluate, evaluate_full
 from odeopt.physics.kinetic import KineticEnergy
-from odeopt.physics.structure import apply, check_count, symplectic_matrix
+from odeopt.physics.structure import apply, symplectic_matrix
 
 
 class StructureMatrices(NamedTuple):
@@ -88,7 +88,7 @@ class PortHamiltonianSystem(nn.Module):
         port: Part | None = None,
     ) -> None:
         super().__init__()
-        check_count("n_inputs", n_inputs)
+        require_counts(n_inputs=n_inputs)
         self.hamiltonian = Hamiltonian(dof, inverse_mass, potential, kinetic)
         self.dof, self.n_inputs = dof, n_inputs
         self.dissipation = as_matrix(dissipation, name="dissipation", shape=(dof, dof), should="positive semi-definite")
@@ -295,10 +295,9 @@ class PortHamiltonianSystem(nn.Module):
     def _rates(self, x: PhaseState, gradient: PhaseState, force: Tensor | None, drag: Tensor | None) -> PhaseState:
         """Evaluate (J - R) e + B u for a vector e, from g u and D e_p; None is zero."""
         (q, p), (dH_dq, v), dp = x, gradient, force
-        if drag is not None:
-            dp = -drag if dp is None else dp - drag
-        if dH_dq is not None:
-            dp = -dH_dq if dp is None else dp - dH_dq
+        for opposed in (drag, dH_dq):
+            if opposed is not None:
+                dp = -opposed if dp is None else dp - opposed
         dp = torch.zeros_like(p) if dp is None else dp.expand(p.shape)
         return PhaseState(None if q is None else v, dp)
 

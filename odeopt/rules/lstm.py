@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odeopt.checks import require_counts, require_flags, require_positive
+from odeopt.modes import is_in_forward_mode
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.preprocessing import log_sign
 
@@ -75,8 +76,9 @@ class LSTMUpdate(UpdateRule):
         rows = (x.reshape(-1, x.shape[-1]), *(s.reshape(-1, self.hidden_size) for s in state))
         rows = [row.to(self.output.weight.dtype) for row in rows]
         weights = (*self._stacked(self.cell1), *self._stacked(self.cell2))
-        # the compiler chunks and recomputes by itself; the gates of one chunk are not worth computing twice
-        is_plain = torch.compiler.is_compiling() or len(x) <= _CHUNK
+        # the compiler chunks and recomputes by itself; the gates of one chunk are not worth computing twice; and
+        # tangents go through operations of torch
+        is_plain = torch.compiler.is_compiling() or is_in_forward_mode() or len(x) <= _CHUNK
         h1, c1, h2, c2 = (_cells if is_plain else _Cells.apply)(*rows, *weights)
         update = self.output_scale * self.output(h2).reshape(grad.shape).to(grad.dtype)
         states = (s.reshape(*grad.shape, self.hidden_size).to(state.h1.dtype) for s in (h1, c1, h2, c2))
@@ -104,18 +106,6 @@ class _Cells(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        x, h1, c1, h2, c2, W1, b1, W2, b2 = primals = ctx.saved_tensors
-        tangents = (torch.zeros_like(x) if d is None else d for x, d in zip(primals, tangents, strict=True))
-        d_x, d_h1, d_c1, d_h2, d_c2, d_W1, d_b1, d_W2, d_b2 = tangents
-        inputs1, d_inputs1 = torch.cat((x, h1), 1), torch.cat((d_x, d_h1), 1)
-        new_h1, d_h1, d_c1 = _push_forward_cell(inputs1, c1, W1, b1, d_inputs1, d_c1, d_W1, d_b1)
-        inputs2, d_inputs2 = torch.cat((new_h1, h2), 1), torch.cat((d_h1, d_h2), 1)
-        _, d_h2, d_c2 = _push_forward_cell(inputs2, c2, W2, b2, d_inputs2, d_c2, d_W2, d_b2)
-        return d_h1, d_c1, d_h2, d_c2
 
     @staticmethod
     def backward(ctx, *grads):
@@ -163,15 +153,6 @@ def _pull_back_cell(d_h, d_c, inputs, c, W, gates, tanh) -> tuple[Tensor, Tensor
     d_gates = torch.cat((torch.addcmul(-d_c, d_c, g, value=2), d_c * c, d_c * i * 2, d_h * tanh), 1)
     d_gates = torch.ops.aten.sigmoid_backward(d_gates, gates)
     return d_gates @ W, d_c * f, d_gates.t() @ inputs, d_gates.sum(0)
-
-
-def _push_forward_cell(inputs, c, W, b, d_inputs, d_c, d_W, d_b) -> tuple[Tensor, Tensor, Tensor]:
-    """The next hidden state, and the derivatives of both next states along a direction."""
-    gates, _, tanh = _gates(inputs, c, W, b)
-    d_gates = torch.ops.aten.sigmoid_backward(d_inputs @ W.t() + inputs @ d_W.t() + d_b, gates)
-    (i, f, g, o), (d_i, d_f, d_g, d_o) = gates.chunk(4, 1), d_gates.chunk(4, 1)
-    d_c = d_f * c + f * d_c + d_i * (2 * g - 1) + 2 * i * d_g
-    return o * tanh, d_o * tanh + o * (1 - tanh * tanh) * d_c, d_c
 
 
 def _by_chunks(function: Callable, rows: tuple[Tensor, ...], n_sums: int = 0) -> tuple[Tensor, ...]:

@@ -111,26 +111,22 @@ def check_arguments(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     if given["normalization"] == "tensor":
         is_right = given["matrix_normalization"] == "tensor"
         check("matrix_normalization", is_right, "'tensor' where `normalization = 'tensor'`, which keeps no squares")
-    if given["output"] == "spectral":
+    has_spectral_output = given["output"] == "spectral"
+    if has_spectral_output:
         is_right = set(names) == {"quadratic"} and is_linear(given)
         check("kinetic", is_right, "'quadratic' where `output = 'spectral'`")
-    unused = {"speed_limit": "no mode is relativistic"} if "relativistic" not in names else {}
-    if not is_spectral(given):
-        unused |= dict.fromkeys(_OF_MATRICES, "no energy is spectral")
-    elif given["output"] == "spectral":
-        unused |= dict.fromkeys(("initial_lookahead", "initial_coherence", "row_power"), "`output = 'spectral'`")
-    if is_spectral(given) and given["initial_decay"] == 0:
-        unused |= dict.fromkeys(("decay_growth", "decay_horizon"), "`initial_decay = 0`")
-    if given["decay_growth"] == 1:
-        unused["decay_onset"] = "`decay_growth = 1`"
-    if given["alignment_rate"] == 0:
-        unused["alignment_horizon"] = "`alignment_rate = 0`"
-    if given["horizon_power"] == 0:
-        unused["decay_horizon"] = "`horizon_power = 0`"
-    if given["schedule"] == "none":
-        unused["horizon_power"] = "`schedule = 'none'`"
-    for name, reason in unused.items():
-        check(name, given[name] == defaults[name], f"{defaults[name]!r} where {reason}")
+    for is_idle, idle, reason in (
+        ("relativistic" not in names, ("speed_limit",), "no mode is relativistic"),
+        (not is_spectral(given), _OF_MATRICES, "no energy is spectral"),
+        (has_spectral_output, ("initial_lookahead", "initial_coherence", "row_power"), "`output = 'spectral'`"),
+        (given["initial_decay"] == 0, ("decay_growth", "decay_horizon"), "`initial_decay = 0`"),
+        (given["decay_growth"] == 1, ("decay_onset",), "`decay_growth = 1`"),
+        (given["alignment_rate"] == 0, ("alignment_horizon",), "`alignment_rate = 0`"),
+        (given["horizon_power"] == 0, ("decay_horizon",), "`horizon_power = 0`"),
+        (given["schedule"] == "none", ("horizon_power",), "`schedule = 'none'`"),
+    ):
+        for name in idle if is_idle else ():
+            check(name, given[name] == defaults[name], f"{defaults[name]!r} where {reason}")
     if given["coordinatewise"]:
         wanted = "'coordinate' where `coordinatewise = True`, which knows nothing of the tensor"
         check("normalization", given["normalization"] == "coordinate", wanted)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from odeopt.physics import mlp
 
 _HELD_GROWTH = 1.5  # of the decay, before gradients have become small
 _LEAST_OF_LONG_RUNS = 0.7  # of the decay: with less, examples are learned by heart
@@ -55,16 +56,12 @@ class Outputs(NamedTuple):
     log_coherence: Tensor | int
 
 
-def coefficient_network(n_signals: int, hidden: Sequence[int], n_outputs: int) -> nn.Sequential:
-    """Build the network of a tensor; until it is trained it gives zeros, so that the rule is the heavy-ball start."""
-    widths = (n_signals, *hidden)
-    layers: list[nn.Module] = []
-    for n_in, n_out in itertools.pairwise(widths):
-        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-    head = nn.Linear(widths[-1], n_outputs)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return nn.Sequential(*layers, head)
+def network_from_zero(n_inputs: int, n_outputs: int, widths: Sequence[int]) -> nn.Sequential:
+    """Build a network that gives zeros until it is trained, so that the rule is the heavy-ball start."""
+    network = mlp(n_inputs, n_outputs, widths=widths)
+    nn.init.zeros_(network[-1].weight)
+    nn.init.zeros_(network[-1].bias)
+    return network
 
 
 def power_schedule(progress: Tensor, log_exponent: Tensor) -> Tensor:

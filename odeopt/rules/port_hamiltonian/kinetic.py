@@ -20,7 +20,6 @@ from odeopt.physics import (
     SpectralEnergy,
     frobenius_norm,
     newton_schulz,
-    spectral_power_balance,
 )
 
 CoordinateEnergy = QuadraticEnergy | RelativisticEnergy
@@ -54,6 +53,16 @@ def step_rms(shape: tuple[int, ...], kind: str = "transfer") -> float:
     return operator_scale(shape, kind) * math.sqrt(min(out, rest) / (out * rest))
 
 
+def as_matrix(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Flat momenta or efforts of a tensor as its blocks, ``(*batch, n)`` to ``(*batch, n_blocks, out, rest)``."""
+    return x.unflatten(-1, (-1, shape[0], math.prod(shape[1:])))
+
+
+def held_norm(*momenta: Tensor) -> Tensor:
+    """Norm that a step holds: the largest one of the momenta in it, of each block."""
+    return functools.reduce(torch.maximum, map(frobenius_norm, momenta))
+
+
 def spectral_velocity(
     energy: SpectralEnergy, x: Tensor, shape: tuple[int, ...], *others: Tensor, products: str = "full"
 ) -> Tensor:
@@ -68,30 +77,11 @@ def spectral_velocity(
         products: Precision of the products: ``"full"``, ``"bfloat16"`` or ``"auto"``, as ``matrix_products`` of the
             rule.
     """
-    matrix, norm = _as_matrix(x, shape), _held_norm(shape, x, *others) if others else None
+    matrix, *others = (as_matrix(x, shape) for x in (x, *others))
+    norm = held_norm(matrix, *others) if others else None
     is_narrow = products == "bfloat16" or (products == "auto" and x.is_cuda and x.dtype == torch.float32)
     dtype = torch.bfloat16 if is_narrow else None
     return newton_schulz(matrix, norm, energy.coefficients, dtype=dtype).flatten(-3)
-
-
-def stored_energy(energy: SpectralEnergy, p: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Spectral energy of momenta ``(*batch, n)`` in units of their own norm, shape ``(*batch,)``."""
-    return energy.energy(_as_matrix(p, shape), _held_norm(shape, p)).sum(-1)
-
-
-def spectral_balance(
-    energy: SpectralEnergy,
-    p: Tensor,
-    u: Tensor,
-    friction: Tensor,
-    gain: Tensor,
-    shape: tuple[int, ...],
-    *others: Tensor,
-) -> PowerBalance:
-    """Account of a spectral mode at the start of a step, as :func:`spectral_velocity`, each field ``(*batch,)``."""
-    p, u, norm = _as_matrix(p, shape), _as_matrix(u, shape), _held_norm(shape, p, *others)
-    rates = (rate.unsqueeze(-1).expand(p.shape[:-2]) for rate in (friction, gain))
-    return PowerBalance(*(power.sum(-1) for power in spectral_power_balance(p, u, *rates, energy, norm)))
 
 
 def coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
@@ -122,7 +112,7 @@ def row_gains(p: Tensor, shape: tuple[int, ...], power: float) -> Tensor:
     Returns:
         Gain of each coordinate's row, shape ``(*batch, n)``.
     """
-    squares = _as_matrix(p, shape).square().sum((-4, -1))
+    squares = as_matrix(p, shape).square().sum((-4, -1))
     mean = squares.mean(-1, keepdim=True)
     ratio = torch.where(mean > 0, squares / torch.where(mean > 0, mean, 1.0), 1.0)
     gains, weight = (ratio + _SMALL_ROW).pow(-power / 2), ratio / (ratio + _SMALL_ROW)
@@ -149,12 +139,3 @@ def coordinate_balance(
     rate, dissipated = velocity * (gain * u - friction * p), velocity * friction * p
     rate, dissipated, supplied = (x.sum(-2) for x in (rate, dissipated, u * gain * velocity))
     return PowerBalance(rate, dissipated, supplied, rate + dissipated - supplied)
-
-
-def _as_matrix(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Blocks of a flat matrix, ``(*batch, n)`` to ``(*batch, n_blocks, out, rest)``."""
-    return x.unflatten(-1, (-1, shape[0], math.prod(shape[1:])))
-
-
-def _held_norm(shape: tuple[int, ...], *momenta: Tensor) -> Tensor:
-    return functools.reduce(torch.maximum, (frobenius_norm(_as_matrix(x, shape)) for x in momenta))

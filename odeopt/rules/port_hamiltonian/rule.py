@@ -20,6 +20,7 @@ from odeopt.physics import (
     QuadraticEnergy,
     RelativisticEnergy,
     SpectralEnergy,
+    spectral_power_balance,
 )
 from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
 from odeopt.rules.port_hamiltonian import kinetic as energies
@@ -28,11 +29,11 @@ from odeopt.rules.port_hamiltonian.coefficients import (
     Outputs,
     Shared,
     aligned_move,
-    coefficient_network,
     decay_growth,
     depth_factor,
     horizon_factor,
     long_run_factor,
+    network_from_zero,
     power_schedule,
     trust,
 )
@@ -48,13 +49,7 @@ from odeopt.rules.port_hamiltonian.signals import (
     shape_features,
     transferring_features,
 )
-from odeopt.rules.port_hamiltonian.system import (
-    HeldFriction,
-    HeldPort,
-    Modulation,
-    bounded_inverse_mass,
-    potential_network,
-)
+from odeopt.rules.port_hamiltonian.system import HeldPart, Modulation, bounded_inverse_mass, potential_network
 from odeopt.rules.rows import Rows
 
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
@@ -328,8 +323,8 @@ class PortHamiltonianUpdate(StagedRule):
             modes,
             inverse_mass=bounded_inverse_mass(modes) if mass == "network" else None,
             potential=potential_network(modes) if potential == "network" else None,
-            dissipation=HeldFriction(modes, depends_on_q=friction == "network"),
-            port=HeldPort(modes, depends_on_q=port == "network"),
+            dissipation=HeldPart("friction", modes, depends_on_q=friction == "network"),
+            port=HeldPart("gain", modes, depends_on_q=port == "network"),
         )
         for name in ("spectral", "relativistic"):
             mask = torch.tensor([kinetic == name for kinetic in self.kinetic])
@@ -345,7 +340,7 @@ class PortHamiltonianUpdate(StagedRule):
         n_signals = n_tensor_signals + len(time_scales) + 2 * uses_progress + memory
         of_matrices = [int(self.is_spectral)] * 4
         self.output_sizes = Outputs(self.n_numbers * modes, 1, memory, int(schedule == "power"), *of_matrices)
-        self.coefficient_network = coefficient_network(n_signals, hidden, sum(self.output_sizes))
+        self.coefficient_network = network_from_zero(n_signals, sum(self.output_sizes), hidden)
         frictions = torch.logspace(math.log10(0.1), math.log10(0.7), modes, dtype=torch.float64)
         start = torch.zeros(self.n_numbers, modes, dtype=torch.float64)
         start[0], start[self.n_gain] = math.log(_START_GAIN), torch.logit(frictions / 2)
@@ -516,7 +511,7 @@ class PortHamiltonianUpdate(StagedRule):
         found = transferring_features(shape, is_table=self.steps_tables)
         if self.is_whole(shape):
             found = found.of_size(n_blocks * math.prod(shape))
-            found = found._replace(step_rms=(energies.step_rms(shape, self.matrix_scale),))
+            found = found._replace(step_rms=energies.step_rms(shape, self.matrix_scale))
         return found.joined()
 
     def statistics(self, stage, grad, state, features, shared, param):
@@ -738,8 +733,8 @@ class PortHamiltonianUpdate(StagedRule):
             coherence, a factor of the energy and of the output that a step holds.
         """
         if self._has_spectral_balance(shape):
-            p = state.p[..., self.spectral_modes, :]
-            spectral = energies.stored_energy(self.spectral_energy, p, tuple(shape)).sum(-1)
+            P = energies.as_matrix(state.p[..., self.spectral_modes, :], shape)
+            spectral = self.spectral_energy.energy(P, energies.held_norm(P)).sum((-2, -1))
             others = energies.coordinate_energy(state.p, self._energies_of(self._other_modes))
             return (spectral + others.sum(-1)).unsqueeze(-1)
         if "relativistic" in self.kinetic:
@@ -790,9 +785,10 @@ class PortHamiltonianUpdate(StagedRule):
         before = p[..., spectral, :]
         ahead = self._ahead(before, after, shared)
         rates = friction[..., spectral, 0], gain[..., spectral, 0]
-        driven = before, efforts[..., spectral, :], *rates
-        total = energies.spectral_balance(self.spectral_energy, *driven, tuple(shape), after, ahead)
-        total = [x.sum(-1) for x in total]
+        P, efforts, *others = (energies.as_matrix(x, shape) for x in (before, efforts[..., spectral, :], after, ahead))
+        norm = energies.held_norm(P, *others)
+        rates = (rate.unsqueeze(-1).expand(norm.shape) for rate in rates)
+        total = [x.sum((-2, -1)) for x in spectral_power_balance(P, efforts, *rates, self.spectral_energy, norm)]
         if self._other_modes:
             coordinates = energies.coordinate_balance(
                 p, observation.u.unsqueeze(-2), friction, gain, self._energies_of(self._other_modes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -98,11 +97,11 @@ def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
 class ShapeFeatures(NamedTuple):
     """Numbers that follow from the shape of a tensor: columns of shape ``(*batch, k)``, or the numbers themselves."""
 
-    size: Tensor | tuple[float, ...]
-    shrink: Tensor | tuple[float, ...]  # a power of two under the inverse of the size: what is summed cannot overflow
-    kappa_factor: Tensor | tuple[float, ...]  # on the first step size
-    theta_factor: Tensor | tuple[float, ...]  # on the mean square of the parameter, one over that of a common start
-    step_rms: Tensor | tuple[float, ...]  # of a matrix's step of step size one; one where there is none
+    size: Tensor | float
+    shrink: Tensor | float  # a power of two under the inverse of the size: what is summed cannot overflow
+    kappa_factor: Tensor | float  # on the first step size
+    theta_factor: Tensor | float  # on the mean square of the parameter, one over that of a common start
+    step_rms: Tensor | float  # of a matrix's step of step size one; one where there is none
     signals: Tensor | tuple[float, ...]  # three of order one
 
     @classmethod
@@ -112,11 +111,11 @@ class ShapeFeatures(NamedTuple):
 
     def joined(self) -> tuple[float, ...]:
         """Join the numbers into one tuple, in the order that :meth:`split` reads."""
-        return tuple(itertools.chain(*self))
+        return *self[:-1], *self.signals
 
     def of_size(self, n: int) -> ShapeFeatures:
         """The same features of a tensor of ``n`` coordinates, such as one of several blocks of the shape."""
-        return self._replace(size=(n,), shrink=(0.5 ** n.bit_length(),))
+        return self._replace(size=n, shrink=0.5 ** n.bit_length())
 
 
 def fan_features(shape: tuple[int, ...]) -> ShapeFeatures:
@@ -140,8 +139,8 @@ def transferring_features(shape: tuple[int, ...], *, is_table: bool) -> ShapeFea
 
 
 def _features(shape: tuple[int, ...], fan_in: int, theta_factor: float, signals: tuple[float, ...]) -> ShapeFeatures:
-    found = ShapeFeatures((), (), (fan_in**-0.25,), (theta_factor,), (1.0,), signals)
-    return found.of_size(math.prod(shape))
+    n = math.prod(shape)
+    return ShapeFeatures(n, 0.5 ** n.bit_length(), fan_in**-0.25, theta_factor, 1.0, signals)
 
 
 def shape_features(rule, shape: tuple[int, ...], n_blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.physics import MatrixPart, PositiveDefinite, Potential, mlp
+from odeopt.physics import MatrixPart, PositiveDefinite, Potential
+from odeopt.rules.port_hamiltonian.coefficients import network_from_zero
 
 _WIDTHS = (8,)
+_LIMITS = {"friction": 0.3, "gain": 1.0}  # of the logarithm of the factor that a network of q is
 
 
 class Modulation(NamedTuple):
@@ -35,59 +37,37 @@ class _Bounded(nn.Module):
         return self.limit * torch.tanh(raw)
 
 
-def _from_zero(n_inputs: int, n_outputs: int) -> nn.Sequential:
-    """Build a small network that gives zeros until it is trained."""
-    network = mlp(n_inputs, n_outputs, widths=_WIDTHS)
-    nn.init.zeros_(network[-1].weight)
-    nn.init.zeros_(network[-1].bias)
-    return network
-
-
 def bounded_inverse_mass(dof: int) -> PositiveDefinite:
     """Inverse mass ``L L^T + eps I`` of a network of q, its eigenvalues bounded on both sides."""
     n_numbers = dof * (dof + 1) // 2
     # |L| <= sqrt(.7) + .1, so M^-1 <= .88; with friction under 2 exp(.3) the rate stays under 2.4
-    network = nn.Sequential(_from_zero(dof, n_numbers), _Bounded(0.1 / dof))
+    network = nn.Sequential(network_from_zero(dof, n_numbers, _WIDTHS), _Bounded(0.1 / dof))
     return PositiveDefinite(dof, network=network, start=0.7)
 
 
 def potential_network(dof: int) -> Potential:
     """Potential ``V(q) >= 0`` as a network, flat until it is trained."""
-    return Potential(dof, network=_from_zero(dof, 1))
+    return Potential(dof, network=network_from_zero(dof, 1, _WIDTHS))
 
 
-class HeldFriction(MatrixPart):
-    """Diagonal friction that the modulation holds, optionally times a bounded network of q.
+class HeldPart(MatrixPart):
+    """Diagonal friction, or port gains, that the modulation holds, optionally times a bounded network of q.
 
     Args:
+        field: ``"friction"`` or ``"gain"``, which it is of a :class:`Modulation`.
         dof: Number of modes.
         depends_on_q: Whether the network is there.
     """
 
-    is_diagonal = True
-    is_semidefinite = True
-
-    def __init__(self, dof: int, *, depends_on_q: bool) -> None:
+    def __init__(self, field: str, dof: int, *, depends_on_q: bool) -> None:
         super().__init__()
-        self.shape, self.depends_on_q = (dof,), depends_on_q
-        self.network = nn.Sequential(_from_zero(dof, dof), _Bounded(0.3)) if depends_on_q else None
+        self.field, self.depends_on_q = field, depends_on_q
+        self.is_diagonal = self.is_semidefinite = field == "friction"
+        self.shape = (dof,) if self.is_diagonal else (dof, 1)
+        self.network = None
+        if depends_on_q:
+            self.network = nn.Sequential(network_from_zero(dof, dof, _WIDTHS), _Bounded(_LIMITS[field]))
 
     def forward(self, q, z=None):
-        return z.friction if self.network is None else z.friction * self.network(q).exp()
-
-
-class HeldPort(MatrixPart):
-    """Port gains that the modulation holds, optionally times a bounded network of q.
-
-    Args:
-        dof: Number of modes.
-        depends_on_q: Whether the network is there.
-    """
-
-    def __init__(self, dof: int, *, depends_on_q: bool) -> None:
-        super().__init__()
-        self.shape, self.depends_on_q = (dof, 1), depends_on_q
-        self.network = nn.Sequential(_from_zero(dof, dof), _Bounded(1.0)) if depends_on_q else None
-
-    def forward(self, q, z=None):
-        return z.gain if self.network is None else z.gain * self.network(q).exp().unsqueeze(-1)
+        held = getattr(z, self.field)
+        return held if self.network is None else held * self.network(q).exp().unflatten(-1, self.shape)
