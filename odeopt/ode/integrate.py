@@ -368,9 +368,8 @@ def integrate_unit(field: Field, x0: Tensor, *, method: str = "rk4", backend: st
             where one is recorded.
     """
     check_choice("backend", backend, BACKENDS)
-    if backend == "odeopt" or method == "exponential":
-        check_explicit(method)
-    if backend != "torchdiffeq" and method in EXPLICIT_METHODS:
+    is_ours = backend == "odeopt" or (backend == "auto" and method in EXPLICIT_METHODS)
+    if is_ours or method == "exponential":  # which is refused with the reason
         return explicit_step(field, _unit_times(x0)[0], 1.0, x0, method)
     return unit_step(field, x0, *_unit_times(x0), method)
 

@@ -228,14 +228,16 @@ def _run(
         ran,
         error=_rounded(error),
         energy_error=_energy_error(problem, solution.states, truth),
-        **_gradient_error(problem, method, blank.setting, truth, max_gradient_evals, solution.n_field_evals),
+        gradient_error=_gradient_error(
+            problem, method, blank.setting, truth, max_gradient_evals, solution.n_field_evals
+        ),
         message="" if solution.is_success else solution.message,
     )
 
 
-def _rounded(value: float) -> float:
-    """Four digits: more of an error or a time mean nothing, and would fill files."""
-    return float(f"{value:.4g}")
+def _rounded(value: float) -> float | None:
+    """Four digits: more of an error or a time mean nothing, and would fill files; None for what is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _solve(
@@ -272,16 +274,15 @@ def _energy_error(problem: Problem, states: State, truth: _Truth) -> float | Non
         return None
     with torch.no_grad():
         energies = problem.energy(states).double().cpu()
-    error = ((energies - truth.energies).abs().max() / truth.energies.abs().max()).item()
-    return _rounded(error) if math.isfinite(error) else None
+    return _rounded(((energies - truth.energies).abs().max() / truth.energies.abs().max()).item())
 
 
 def _gradient_error(
     problem: Problem, method: Method, setting: float, truth: _Truth, max_evals: int, n_evals: int
-) -> dict[str, float]:
-    """Error of the gradient; nothing where it is not known, not wanted, or cannot be had."""
+) -> float | None:
+    """Error of the gradient; None where it is not known, not wanted, or cannot be had."""
     if truth.gradient is None or n_evals > max_evals:
-        return {}
+        return None
     x0 = map_state(lambda x: x.clone().requires_grad_(), problem.x0)
     try:
         # the adjoint equation is solved backwards at a price of its own; what SciPy says then of options that it does
@@ -290,9 +291,8 @@ def _gradient_error(
             loss = loss_of(_solve(problem, method, setting, x0, 10 * max_evals).states)
             gradient = gradient_of(loss, x0).cpu()
     except Exception:  # the run itself is good; a backward pass may fail in any way
-        return {}
-    error = ((gradient - truth.gradient).norm() / truth.gradient.norm()).item()
-    return {"gradient_error": _rounded(error)} if math.isfinite(error) else {}
+        return None
+    return _rounded(((gradient - truth.gradient).norm() / truth.gradient.norm()).item())
 
 
 def shortened(problem: Problem) -> Problem:

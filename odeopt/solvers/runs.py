@@ -135,10 +135,6 @@ class Runs:
             found.setdefault(run.method, []).append(run)
         return found
 
-    @functools.cached_property
-    def _known(self) -> Mapping[str, list[str]]:
-        return {name: self.distinct(name) for name in ("problem", "method", "dtype")}
-
     def distinct(self, name: str, **wanted: Any) -> list[str]:
         """Values of an attribute over the runs of :meth:`select`, each once, in their order."""
         return list(dict.fromkeys(getattr(run, name) for run in self.select(**wanted)))
@@ -195,9 +191,10 @@ class Runs:
         require_one_of(WORKS, unit=unit)
         require_one_of(_MEASURES, measure=measure)
         wanted = {"problem": problem, "method": method, "dtype": dtype}
-        for name, value in wanted.items():
-            require_one_of(self._known[name], **{name: value})
         runs = self.select(**wanted)
+        if not runs:
+            for name, value in wanted.items():
+                require_one_of(self.distinct(name), **{name: value})
         points = [(getattr(run, unit), getattr(run, measure)) for run in runs]
         points = [(work, error) for work, error in points if error is not None]
         best = min((work for work, error in points if error <= target), default=math.inf)
