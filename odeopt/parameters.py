@@ -38,8 +38,9 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     ``nn.MultiheadAttention`` or of a ``nn.Linear`` with three times as many outputs as inputs, called ``qkv``,
     ``qkv_proj``, ``to_qkv``, ``Wqkv`` or ``c_attn``; and the gates of ``nn.LSTM``, ``nn.GRU`` and their cells.
 
-    The last layer is stepped as the matrix that it is: by coordinates no network that was tried holds out better, and
-    perceptrons have 1.3 to 1.5 times the held-out loss (``python examples/studies/heads.py --runs 3``).
+    The last layer is stepped as the matrix that it is: by coordinates no network that was tried holds out better
+    beyond the noise, and perceptrons have 1.3 to 1.5 times the held-out loss (``python examples/studies/heads.py
+    --runs 3``).
 
     Three things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
     ``nn.Conv2d``, or give it a group of its own, without ``is_stack``, to have it stepped as a matrix. So does a grid
