@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -14,8 +15,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from odeopt.checks import is_number, require, shown
 from odeopt.rules.port_hamiltonian.kinetic import is_matrix
 
-# number of gates whose matrices a recurrent layer stacks
-_GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 # names of layers of query, key and value in one, blocks of rows of equal size
 _PROJECTIONS = {"qkv", "qkv_proj", "to_qkv", "wqkv", "c_attn"}
 # how names of tables end
@@ -131,14 +130,18 @@ def _blocks(module: nn.Module) -> dict[int, int]:
     """Number of blocks of rows of the matrices that consist of several, by their identity."""
     found = {}
     for name, part in module.named_modules():
-        if isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
-            found[id(part.in_proj_weight)] = 3
-        elif isinstance(part, nn.RNNBase | nn.RNNCellBase):
-            n = _GATES.get(getattr(part, "mode", type(part).__name__), 1)
-            own = part.named_parameters(recurse=False)
-            found |= {id(param): n for key, param in own if key.startswith(("weight_ih", "weight_hh"))}
-        elif isinstance(part, nn.Linear) and name.rpartition(".")[2].lower() in _PROJECTIONS:
-            found[id(part.weight)] = 3 if part.out_features == 3 * part.in_features else 1
+        called = [word for word in name.split(".") if word != "_orig_mod"]  # a layer that torch.compile has wrapped
+        if isinstance(part, nn.MultiheadAttention):
+            n, weights = 3, r"in_proj_weight"
+        elif isinstance(part, nn.LSTM | nn.LSTMCell | nn.GRU | nn.GRUCell):
+            n, weights = 4 if isinstance(part, nn.LSTM | nn.LSTMCell) else 3, r"weight_[ih]h\w*"
+        elif isinstance(part, nn.Linear) and called[-1:] and called[-1].lower() in _PROJECTIONS:
+            n, weights = 3 if part.out_features == 3 * part.in_features else 1, r"weight(_v)?"
+        else:
+            continue
+        # by whatever parametrization, but not what it adds to the matrix
+        pattern = re.compile(rf"(parametrizations\.)?{weights}(\.original\d?)?")
+        found |= {id(param): n for key, param in part.named_parameters() if pattern.fullmatch(key)}
     return found
 
 

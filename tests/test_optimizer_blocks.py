@@ -7,6 +7,7 @@ import torch
 from rule_toys import draws, port_hamiltonian
 from test_optimizer_matrices import VARIANTS, over_variants
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from odeopt import LearnedOptimizer, load_pretrained, param_groups
 from odeopt.rules import AdamUpdate
@@ -175,6 +176,16 @@ def test_rows_are_those_of_whole_blocks(shape):
         LearnedOptimizer([group])
 
 
+@pytest.mark.parametrize("rule", [port_hamiltonian(), port_hamiltonian(kinetic="spectral", narrow=3)])
+@pytest.mark.parametrize("shape", [(8, 6), (2, 6), (1, 6)])
+def test_scales_do_not_depend_on_the_blocks(rule, shape):
+    grad = draws(144)
+    _, state = rule(grad, rule.init_state(grad), param=grad, shape=shape)
+    torch.testing.assert_close(state.scale, grad.abs().mean().reshape(1), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"`shape` should be that of a tensor of 144 coordinates, or of each of its"):
+        rule(grad, rule.init_state(grad), param=grad, shape=(5, 6))
+
+
 class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -196,3 +207,26 @@ def test_layers_that_stack_matrices_are_known():
     }
     assert {group["weight_decay"] for group in groups if group.get("n_blocks", 1) > 1} == {1e-4}
     LearnedOptimizer(groups)
+
+
+class OwnCell(nn.LSTMCell):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (lambda: weight_norm(nn.GRU(5, 4), "weight_hh_l0"),
+         {"weight_ih_l0", "parametrizations.weight_hh_l0.original1"}),
+        (lambda: spectral_norm(nn.LSTMCell(5, 4), "weight_hh"), {"weight_ih", "parametrizations.weight_hh.original"}),
+        (lambda: OwnCell(5, 4), {"weight_ih", "weight_hh"}),
+        (lambda: nn.ModuleDict({"qkv": weight_norm(nn.Linear(8, 24))}), {"qkv.parametrizations.weight.original1"}),
+        (lambda: nn.ModuleDict({"qkv": torch.compile(nn.Linear(8, 24))}), {"qkv._orig_mod.weight"}),
+        (lambda: weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
+         {"parametrizations.in_proj_weight.original1"}),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of importing what torch.compile needs
+def test_parametrized_subclassed_and_compiled_layers_are_known(make, wanted):
+    groups = param_groups(make())
+    assert {name for group in groups if group.get("n_blocks", 1) > 1 for name, _ in group["params"]} == wanted

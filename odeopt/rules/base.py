@@ -100,7 +100,8 @@ class UpdateRule(nn.Module, ABC):
             grad: Gradient of the loss, shape ``(*batch, n)``.
             state: State that :meth:`init_state` or the previous call returned.
             param: The parameter, shape ``(*batch, n)``, for rules that depend on it.
-            shape: Shape of the parameter tensor itself, for signals such as its fan-in; ``(n,)`` by default.
+            shape: Shape of the parameter tensor itself, for signals such as its fan-in, or of each of several blocks of
+                rows of which it consists; ``(n,)`` by default.
             progress: Fraction of the run that is done, a 0-d tensor in ``[0, 1]``, or None where unknown.
 
         Returns:

@@ -483,7 +483,10 @@ class PortHamiltonianUpdate(StagedRule):
 
     def _prepare(self, grad, state, param, shape, progress) -> tuple[Observation, Shared]:
         shape_of_block = tuple(grad.shape[-1:] if shape is None else shape)
-        n_blocks = grad.shape[-1] // max(1, math.prod(shape_of_block))
+        n_blocks, rest = divmod(grad.shape[-1], max(1, math.prod(shape_of_block)))
+        if rest:
+            wanted = f"that of a tensor of {grad.shape[-1]} coordinates, or of each of its blocks"
+            raise ValueError(f"Parameter `shape` should be {wanted}. Found `shape = {shape_of_block}`.")
         features = shape_features(self, shape_of_block, n_blocks, state.step.dtype, state.step.device)
         return self._observe_and_share(grad, state, Rows(features), param, progress, self.is_whole(shape))[:2]
 
@@ -507,10 +510,9 @@ class PortHamiltonianUpdate(StagedRule):
     def features(self, shape, n_blocks=1):
         shape = tuple(shape)
         if not self.is_spectral:
-            return fan_features(shape).joined()
-        found = transferring_features(shape, is_table=self.steps_tables)
+            return fan_features(shape).of_size(n_blocks * math.prod(shape)).joined()
+        found = transferring_features(shape, is_table=self.steps_tables).of_size(n_blocks * math.prod(shape))
         if self.is_whole(shape):
-            found = found.of_size(n_blocks * math.prod(shape))
             found = found._replace(step_rms=energies.step_rms(shape, self.matrix_scale))
         return found.joined()
 
