@@ -213,6 +213,10 @@ class Bucket:
             views[name] = rows if axis is None else rows.flatten(axis, axis + 1).narrow(axis, 0, self._sizes[number])
         return views
 
+    def shapes_of(self, index: int) -> list[torch.Size]:
+        """Shapes of the tensors of one parameter, or of their blocks, as the rule takes them."""
+        return [self.shapes[number] for number in self._numbers[index]]
+
     def rule_states(self, index: int) -> list[NamedTuple]:
         """State of each tensor of one parameter as the rule takes it, flattened, in the dtype of the step."""
         states = []

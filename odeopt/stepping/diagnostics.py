@@ -34,8 +34,7 @@ def _diagnosed(layout: Layout, placed: Placed, index: int) -> dict[str, Tensor]:
     """Quantities of one parameter of a bucket, of a stack those of its tensors along the first axis."""
     bucket, options, param = placed.bucket, layout.options(placed), placed.bucket.params[index]
     tensors = (param, param.grad) if bucket.is_stack else (param.unsqueeze(0), param.grad.unsqueeze(0))
-    shapes = [shape for (own, _), shape in zip(bucket.tensors, bucket.shapes, strict=True) if own is param]
-    each = zip(*tensors, bucket.rule_states(index), shapes, strict=True)
+    each = zip(*tensors, bucket.rule_states(index), bucket.shapes_of(index), strict=True)
     found = [_of_tensor(placed, *parts, options) for parts in each]
     if not bucket.is_stack:
         return found[0]
