@@ -61,6 +61,7 @@ RULES = {
     "adam": lambda: AdamUpdate(0.1),
     "lstm": lambda: randomised(LSTMUpdate(hidden_size=4)),
     "lstm-preprocess": lambda: randomised(LSTMUpdate(hidden_size=4, preprocess=True)),
+    "lstm-normalize": lambda: randomised(LSTMUpdate(hidden_size=4, normalize=True)),
     "hamiltonian": lambda: randomised(HamiltonianUpdate()),
     "hamiltonian-normalize": lambda: randomised(HamiltonianUpdate(normalize=True)),
     "hamiltonian-preprocess": lambda: randomised(HamiltonianUpdate(preprocess=True)),

@@ -20,8 +20,7 @@ from odeopt.rules import (
     UpdateRule,
 )
 from odeopt.rules.base import state_dtype
-from odeopt.rules.port_hamiltonian.signals import averaging_weight, coordinate_rms, running_scale
-from odeopt.rules.preprocessing import log_sign
+from odeopt.rules.preprocessing import averaging_weight, coordinate_rms, log_sign, running_scale
 
 f32, f64 = torch.float32, torch.float64
 over_dtypes = pytest.mark.parametrize("dtype", [f32, f64], ids=str)
@@ -135,6 +134,7 @@ def test_other_options_leave_the_precision_of_buffers_alone():
     [
         (LSTMUpdate(), 5221),
         (LSTMUpdate(preprocess=True), 5301),
+        (LSTMUpdate(normalize=True), 5301),
         (HamiltonianUpdate(), 19),
         (HamiltonianUpdate(normalize=True), 19),
         (HamiltonianUpdate(preprocess=True), 55),
@@ -377,20 +377,47 @@ def test_unused_bias_of_the_mass_has_no_effect():
 # -------------------- the LSTM rule
 
 
-@pytest.mark.parametrize("preprocess", [False, True])
-def test_lstm_rule_is_a_two_layer_lstm_with_a_linear_output(preprocess):
-    rule = randomised(LSTMUpdate(preprocess=preprocess, output_scale=0.5), scale=0.5)
-    reference = nn.LSTM(2 if preprocess else 1, 20, num_layers=2).to(f64)
+def inputs_of_lstm(grads, options):
+    """What the cells see of gradients (n_steps, n)."""
+    if options.get("preprocess"):
+        return log_sign(grads)
+    if not options.get("normalize"):
+        return grads.unsqueeze(-1)
+    powers = 0.95 ** torch.arange(len(grads), dtype=f64)
+    mean, square = (
+        torch.stack([powers[: t + 1].flip(0) @ x[: t + 1] / powers[: t + 1].sum() for t in range(len(x))])
+        for x in (grads, grads.square())
+    )
+    return torch.stack((grads, mean), -1) / square.sqrt().unsqueeze(-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"preprocess": True}, {"normalize": True}])
+def test_lstm_rule_is_a_two_layer_lstm_with_a_linear_output(options):
+    rule = randomised(LSTMUpdate(**options, output_scale=0.5), scale=0.5)
+    reference = nn.LSTM(2 if options else 1, 20, num_layers=2).to(f64)
     for layer, cell in enumerate((rule.cell1, rule.cell2)):
         for name, value in cell.state_dict().items():
             getattr(reference, f"{name}_l{layer}").data.copy_(value)
     grads = draws(5, 7)
-    inputs = log_sign(grads) if preprocess else grads.unsqueeze(-1)
-    hidden, (h, c) = reference(inputs)
+    hidden, (h, c) = reference(inputs_of_lstm(grads, options))
     updates, state = run(rule, grads)
     torch.testing.assert_close(updates, 0.5 * rule.output(hidden).squeeze(-1))
     torch.testing.assert_close(torch.stack([state.h1, state.h2]), h)
     torch.testing.assert_close(torch.stack([state.c1, state.c2]), c)
+
+
+@pytest.mark.parametrize("exponent", [-100, -20, 20, 60])
+def test_normalized_lstm_rule_is_exact_under_powers_of_two(exponent):
+    rule, grads = randomised(LSTMUpdate(normalize=True), dtype=f32), draws(6, 7, dtype=f32)
+    grads[:3, 0] = 0.0  # a gradient that is zero at first
+    assert torch.equal(run(rule, grads)[0], run(rule, 2.0**exponent * grads)[0])
+
+
+def test_normalized_lstm_rule_has_finite_derivatives_where_gradients_are_zero():
+    rule, grads = randomised(LSTMUpdate(normalize=True)), torch.zeros(3, 4, dtype=f64, requires_grad=True)
+    first = torch.autograd.grad(run(rule, grads)[0].square().sum(), [grads, *rule.parameters()], create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), list(rule.parameters()))
+    assert all(x.isfinite().all() for x in (*first, *second))
 
 
 # -------------------- the contract of every rule
@@ -484,6 +511,8 @@ BAD = [
     (SGDUpdate, {"nesterov": True}, r"`momentum` should be positive where `nesterov` is set"),
     (SGDUpdate, {"momentum": 0.9, "nesterov": "no"}, r"`nesterov` should be True or False. Found `nesterov = 'no'`"),
     (LSTMUpdate, {"preprocess": "no"}, r"`preprocess` should be True or False. Found `preprocess = 'no'`"),
+    (LSTMUpdate, {"normalize": 1}, r"`normalize` should be True or False. Found `normalize = 1`"),
+    (LSTMUpdate, {"preprocess": True, "normalize": True}, r"`preprocess` should be False where `normalize` is set"),
     (HamiltonianUpdate, {"preprocess": 0.9}, r"`preprocess` should be True or False. Found `preprocess = 0.9`"),
     (HamiltonianUpdate, {"normalize": 1}, r"`normalize` should be True or False. Found `normalize = 1`"),
     (RMSpropUpdate, {"lr": float("nan")}, r"`lr` should be a non-negative number. Found `lr = nan`"),

@@ -13,6 +13,7 @@ f32, f64 = torch.float32, torch.float64
 # torch's own forward mode compiles a few formulas with torch.jit.script, and warns of itself
 forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 over_preprocess = pytest.mark.parametrize("preprocess", [False, True])
+over_normalize = pytest.mark.parametrize("normalize", [False, True])
 
 
 @pytest.fixture
@@ -157,16 +158,17 @@ DTYPES = [torch.bfloat16, torch.float16, f32, f64]
 @pytest.mark.parametrize("kept", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, f32, f64], ids=str)
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
-def test_every_dtype_of_weights_parameters_and_state_goes_together(weights, dtype, kept):
+@over_normalize
+def test_every_dtype_of_weights_parameters_and_state_goes_together(weights, dtype, kept, normalize):
     param = nn.Parameter(torch.ones(3, dtype=dtype))
     torch.manual_seed(0)
-    optimizer = LearnedOptimizer([param], LSTMUpdate().to(weights), state_dtype=kept)
+    optimizer = LearnedOptimizer([param], LSTMUpdate(normalize=normalize).to(weights), state_dtype=kept)
     for _ in range(2):
         param.grad = torch.ones_like(param)
         optimizer.step()
     reference = nn.Parameter(torch.ones(3, dtype=f64))
     torch.manual_seed(0)
-    wanted = LearnedOptimizer([reference], LSTMUpdate().to(f64))
+    wanted = LearnedOptimizer([reference], LSTMUpdate(normalize=normalize).to(f64))
     for _ in range(2):
         reference.grad = torch.ones_like(reference)
         wanted.step()

@@ -1,4 +1,4 @@
-"""The LSTM rule of Andrychowicz et al. (2016)."""
+"""The LSTM rule of Andrychowicz et al. (2016), also on normalised gradients, as Lv et al. (2017) have it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from odeopt.checks import require_counts, require_flags, require_positive
+from odeopt.checks import require, require_counts, require_flags, require_positive
 from odeopt.modes import is_in_forward_mode
-from odeopt.rules.base import UpdateRule
-from odeopt.rules.preprocessing import log_sign
+from odeopt.rules.base import UpdateRule, per_coordinate, per_tensor
+from odeopt.rules.preprocessing import averaging_weight, coordinate_rms, log_sign
 
 # Coordinates per pass on a CPU: their gates stay in a core's cache. Measured at hidden size 20: from 2,048 to
 # 8,192 alike; 512 take 1.7 times as long, 16,384 take 1.5 times.
 _CHUNK = 4096
+
+_DECAY = 0.95  # of the moments, as Lv et al. have it
 
 
 class LSTMState(NamedTuple):
@@ -27,53 +29,89 @@ class LSTMState(NamedTuple):
     c2: Tensor
 
 
+class NormalizedLSTMState(NamedTuple):
+    """What :class:`LSTMState` holds, and moments of the gradient.
+
+    Running mean and rms have shape ``(*batch, n)``, the step count ``(*batch, 1)``.
+    """
+
+    h1: Tensor
+    c1: Tensor
+    h2: Tensor
+    c2: Tensor
+    mean: Tensor
+    rms: Tensor
+    step: Tensor
+
+
 class LSTMUpdate(UpdateRule):
     r"""Two LSTM cells per coordinate, their weights shared by all coordinates.
 
     .. math:: (h_t, c_t) = \mathrm{LSTM}^2(\nabla_t, h_{t-1}, c_{t-1}), \qquad
               \Delta_t = s\,(w^\top h_t^{(2)} + b)
 
-    With the paper's sizes it has 5,221 parameters, or 5,301 with preprocessing. A step costs about ten
+    With the paper's sizes it has 5,221 parameters, or 5,301 where a gradient makes two channels. A step costs about ten
     thousand floating-point operations per coordinate, so on a CPU it runs in chunks that fit a core's cache.
     For differentiation a step of more than one chunk keeps its inputs alone, a quarter of what its gates
     would take, and computes the gates again on the way back.
 
     Args:
         preprocess: Whether the gradient passes through :func:`odeopt.rules.preprocessing.log_sign` (factor 10).
+        normalize: Whether the cells see two channels in place of the gradient: the gradient and its running mean, both
+            over the gradient's running rms (:func:`odeopt.rules.preprocessing.coordinate_rms`, decay .95). Multiplying
+            the loss by a constant then changes nothing.
         hidden_size: Width of each cell; the paper's 20.
         output_scale: The factor :math:`s` on the update, in units of the parameter. It belongs to the
             trained weights: the rule is not the same rule under another scale.
 
     Raises:
-        ValueError: If a size or the scale is not positive.
+        ValueError: If a size or the scale is not positive, or both ``preprocess`` and ``normalize`` are set.
 
     References:
         Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, Sec. 2.1, App. A.
+        Lv, Jiang, Li (2017), Learning gradient descent: better generalization and longer horizons: the
+        inputs of RNNprop, for ``normalize``.
     """
 
     crosses_coordinates = False
     starts_at_zero = True
     chunk_size = 2**13  # its temporaries are eighty numbers wide
 
-    def __init__(self, *, preprocess: bool = False, hidden_size: int = 20, output_scale: float = 0.1) -> None:
-        require_flags(preprocess=preprocess)
+    def __init__(
+        self,
+        *,
+        preprocess: bool = False,
+        normalize: bool = False,
+        hidden_size: int = 20,
+        output_scale: float = 0.1,
+    ) -> None:
+        require_flags(preprocess=preprocess, normalize=normalize)
+        require(not (preprocess and normalize), "preprocess", preprocess, "False where `normalize` is set")
         require_counts(hidden_size=hidden_size)
         require_positive(output_scale=output_scale)
-        super().__init__(preprocess=preprocess, hidden_size=hidden_size, output_scale=output_scale)
-        self.preprocess, self.hidden_size, self.output_scale = preprocess, hidden_size, output_scale
-        self.cell1 = nn.LSTMCell(2 if preprocess else 1, hidden_size)
+        super().__init__(preprocess=preprocess, normalize=normalize, hidden_size=hidden_size, output_scale=output_scale)
+        self.preprocess, self.normalize = preprocess, normalize
+        self.hidden_size, self.output_scale = hidden_size, output_scale
+        self.cell1 = nn.LSTMCell(2 if preprocess or normalize else 1, hidden_size)
         self.cell2 = nn.LSTMCell(hidden_size, hidden_size)
         self.output = nn.Linear(hidden_size, 1)
         doubled = torch.tensor((1.0, 1.0, 2.0, 1.0)).repeat_interleave(hidden_size)
         self.register_buffer("_doubled", doubled, persistent=False)
 
-    def init_state(self, param: Tensor) -> LSTMState:
+    def init_state(self, param: Tensor) -> LSTMState | NormalizedLSTMState:
         zeros = torch.zeros((*param.shape, self.hidden_size), dtype=self.output.weight.dtype, device=param.device)
-        return LSTMState(zeros, zeros, zeros, zeros)
+        cells = LSTMState(zeros, zeros, zeros, zeros)
+        if not self.normalize:
+            return cells
+        return NormalizedLSTMState(*cells, per_coordinate(param), per_coordinate(param), per_tensor(param))
 
     def forward(self, grad, state, *, param=None, shape=None, progress=None):
-        x = log_sign(grad) if self.preprocess else grad.unsqueeze(-1)
-        rows = (x.reshape(-1, x.shape[-1]), *(s.reshape(-1, self.hidden_size) for s in state))
+        cells, moments = state[:4], ()
+        if self.normalize:
+            x, moments = _normalized(grad, state)
+        else:
+            x = log_sign(grad) if self.preprocess else grad.unsqueeze(-1)
+        rows = (x.reshape(-1, x.shape[-1]), *(s.reshape(-1, self.hidden_size) for s in cells))
         rows = [row.to(self.output.weight.dtype) for row in rows]
         weights = (*self._stacked(self.cell1), *self._stacked(self.cell2))
         # the compiler chunks and recomputes by itself; the gates of one chunk are not worth computing twice; and
@@ -81,8 +119,8 @@ class LSTMUpdate(UpdateRule):
         is_plain = torch.compiler.is_compiling() or is_in_forward_mode() or len(x) <= _CHUNK
         h1, c1, h2, c2 = (_cells if is_plain else _Cells.apply)(*rows, *weights)
         update = self.output_scale * self.output(h2).reshape(grad.shape).to(grad.dtype)
-        states = (s.reshape(*grad.shape, self.hidden_size).to(state.h1.dtype) for s in (h1, c1, h2, c2))
-        return update, LSTMState(*states)
+        cells = (s.reshape(*grad.shape, self.hidden_size).to(state.h1.dtype) for s in (h1, c1, h2, c2))
+        return update, type(state)(*cells, *moments)
 
     def _stacked(self, cell: nn.LSTMCell) -> tuple[Tensor, Tensor]:
         """One matrix (4h, in + h) and one bias (4h,) for all gates i, f, g, o of a cell.
@@ -92,6 +130,16 @@ class LSTMUpdate(UpdateRule):
         """
         W = torch.cat((cell.weight_ih, cell.weight_hh), 1)
         return W * self._doubled.unsqueeze(1), (cell.bias_ih + cell.bias_hh) * self._doubled
+
+
+def _normalized(grad: Tensor, state: NormalizedLSTMState) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Channels ``(*batch, n, 2)`` of a gradient, and the next moments and step count."""
+    step = state.step + 1
+    weight = averaging_weight(step, _DECAY)
+    mean = (1 - weight) * state.mean + weight * grad
+    rms = coordinate_rms(grad, state.rms, weight)
+    divisor = torch.where(rms > 0, rms, 1.0)
+    return torch.stack((grad / divisor, mean / divisor), -1), (mean, rms, step)
 
 
 class _Cells(torch.autograd.Function):

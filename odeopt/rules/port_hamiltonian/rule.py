@@ -40,16 +40,14 @@ from odeopt.rules.port_hamiltonian.coefficients import (
 from odeopt.rules.port_hamiltonian.signals import (
     Observation,
     ShapeFeatures,
-    averaging_weight,
-    coordinate_rms,
     fan_features,
     length_signal,
     run_length,
-    running_scale,
     shape_features,
     transferring_features,
 )
 from odeopt.rules.port_hamiltonian.system import HeldPart, Modulation, bounded_inverse_mass, potential_network
+from odeopt.rules.preprocessing import averaging_weight, coordinate_rms, running_scale
 from odeopt.rules.rows import Rows
 
 _EPS_EFFORT = 1e-10  # under v in u = -g / sqrt(v); v is relative to the tensor's scale, so this is 1e-5 of it
