@@ -9,6 +9,7 @@ import torch
 from odeopt.ode import integrate
 from odeopt.physics import (
     MUON_COEFFICIENTS,
+    SHORT_COEFFICIENTS,
     PhaseState,
     PortHamiltonianSystem,
     QuadraticEnergy,
@@ -22,7 +23,7 @@ from odeopt.physics import (
 # The slopes of Muon's polynomial reach 484, so it magnifies the rounding of some hundred float64 operations.
 ROUNDING = 1e-10
 SHAPES = [(4, 7), (7, 4), (5, 5), (1, 6), (6, 1), (1, 1), (2, 3, 5, 3)]
-SPECTRAL = ["muon", "cubic", "learned", "extreme"]
+SPECTRAL = ["muon", "short", "cubic", "learned", "extreme"]
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -33,6 +34,8 @@ def spectral(kind, seed=0):
     """Muon's energy, one of other factors, and learned ones at random and at very large weights."""
     if kind == "muon":
         return SpectralEnergy()
+    if kind == "short":
+        return SpectralEnergy(SHORT_COEFFICIENTS)
     if kind == "cubic":
         return SpectralEnergy([(1.5, -0.5, 0.05), (2.0, 1.0, 0.5)])
     energy = SpectralEnergy(learned=True).double()
@@ -118,6 +121,21 @@ def test_the_slope_of_the_energy_is_never_negative(kind, seed):
         assert a > 0
         assert c > 0
         assert b * b <= 4 * a * c
+
+
+def test_the_short_polynomial_brings_its_range_into_a_band_and_leaves_smaller_singular_values_smaller():
+    short = slope(spectral("short"), torch.linspace(0.0111, 1.1, 200_001, dtype=torch.float64))
+    assert short.min() > 0.65
+    assert short.max() < 1.131
+    small = torch.tensor([1e-6, 1e-5, 1e-4], dtype=torch.float64)
+    torch.testing.assert_close(slope(spectral("short"), small), 6.4761 * 3.8149 * 2.5583 * small, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("entry", [1.0, 1 / 3, 0.7])
+@pytest.mark.parametrize("shape", [(1, 9), (30, 300), (256, 256), (300, 4608)])
+def test_the_short_polynomial_bears_the_roundings_of_bfloat16_where_one_singular_value_is_the_norm(shape, entry):
+    found = newton_schulz(torch.full(shape, entry), coefficients=SHORT_COEFFICIENTS, dtype=torch.bfloat16)
+    assert 0.6 < torch.linalg.matrix_norm(found, 2) < 1.2
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -31,6 +31,7 @@ VARIANTS = {
     "rows": {"kinetic": "spectral", "row_power": 0.5, "initial_coherence": 0.5},
     "rows beside relativistic": {"kinetic": ("relativistic", "spectral"), "row_power": 1.0, "speed_limit": 0.3},
     "output": {"output": "spectral", "initial_decay": 0.1, **TOLD},
+    "short": {"kinetic": ("spectral", "quadratic"), "matrix_polynomial": "short"},
     "learned": {"kinetic": ("quadratic", "spectral"), "matrix_polynomial": "learned"},
 }
 WITH_ROWS, NO_EXTRAS = ["rows", "rows beside relativistic"], {"initial_decay": 0.0, "initial_coherence": 0.0}
@@ -128,9 +129,11 @@ def held(rule, grad, state, shape):
 
 
 def factors_of(rule):
-    """Coefficients of k', of Muon unless they are learned."""
+    """Coefficients of k'."""
     if rule.matrix_polynomial == "learned":
         return rule.spectral_energy.coefficients
+    if rule.matrix_polynomial == "short":
+        return [(6.4761, -15.6172, 9.5324), (3.8149, -3.6818, 0.9363), (2.5583, -2.2193, 0.5943)]
     return [(3.4445, -4.7750, 2.0315)] * 5
 
 

@@ -42,6 +42,7 @@ def ratio_table(rows: list[dict]) -> str:
     table = [
         [name, *(spread(ratio(ms[at, name], ms[at, FOREACH])) if (at, name) in ms else "" for at in workloads)]
         for name in SHOWN
+        if any((at, name) in ms for at in workloads)
     ]
     return draw_table([("", ""), *((at, "") for at in workloads)], table, markdown=True)
 

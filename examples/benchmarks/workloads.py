@@ -17,18 +17,19 @@ from odeopt.rules.preprocessing import log_sign
 from odeopt.tasks.datasets import import_torchvision
 
 EVERY = 4  # steps, of the contender that moves matrices only then
-LEARNED = FAST, NARROW, EAGER, DEFAULT, SELDOM, HALF, LSTM = (
+LEARNED = FAST, NARROW, EAGER, DEFAULT, SELDOM, HALF, SHORT, LSTM = (
     "port-hamiltonian",  # in C on a CPU, in Triton on CUDA
     "port-hamiltonian, bfloat16",
     "port-hamiltonian, eager",
     "port-hamiltonian-spectral",
     f"port-hamiltonian-spectral, every {EVERY}th step",
     "port-hamiltonian-spectral, products in bfloat16",
+    "port-hamiltonian-spectral, short polynomial",
     "lstm",
 )
 LOOP, MUON, NETWORK = "lstm, loop of cells", "Muon and fused Adam", "forward and backward"
 FOREACH, FUSED, MOMENTUM = REFERENCES = ("Adam, foreach", "Adam, fused", "SGD, momentum")
-SHOWN = (FAST, EAGER, DEFAULT, HALF, SELDOM, MUON, FUSED, NETWORK)  # in the table that compares all workloads
+SHOWN = (FAST, EAGER, DEFAULT, HALF, SHORT, SELDOM, MUON, FUSED, NETWORK)  # in the table that compares all workloads
 Make = Callable[[nn.Module], Optimizer]
 
 models = import_torchvision().models
@@ -197,6 +198,7 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
         DEFAULT: learned(),
         SELDOM: learned(rule=odeopt.load_pretrained(DEFAULT).with_options(matrix_interval=EVERY)),
         HALF: learned(rule=odeopt.load_pretrained(DEFAULT).with_options(matrix_products="bfloat16")),
+        SHORT: learned(rule=odeopt.load_pretrained(DEFAULT).with_options(matrix_polynomial="short")),
         "AdamUpdate": learned(rule=odeopt.AdamUpdate()),
         FOREACH: given(Adam, foreach=True, **capturable),
         FUSED: given(Adam, fused=True, **capturable),

@@ -5,6 +5,7 @@ from odeopt.physics.energy import GivenPotential, Hamiltonian, PhaseState, Poten
 from odeopt.physics.given import GivenMatrix
 from odeopt.physics.kinetic import (
     MUON_COEFFICIENTS,
+    SHORT_COEFFICIENTS,
     KineticEnergy,
     MatrixEnergy,
     QuadraticEnergy,
@@ -29,6 +30,7 @@ from odeopt.physics.system import PortHamiltonianSystem, StructureMatrices
 
 __all__ = [
     "MUON_COEFFICIENTS",
+    "SHORT_COEFFICIENTS",
     "GivenMatrix",
     "GivenPotential",
     "Hamiltonian",

@@ -18,7 +18,7 @@ _CHOICES = {
     "output": ("sum", "spectral"),
     "matrix_normalization": ("coordinate", "tensor"),
     "matrix_scale": ("transfer", "muon"),
-    "matrix_polynomial": ("muon", "learned"),
+    "matrix_polynomial": ("muon", "short", "learned"),
     "matrix_products": ("auto", "full", "bfloat16"),
     "schedule": ("none", "power"),
 }

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from odeopt.physics import (
+    MUON_COEFFICIENTS,
+    SHORT_COEFFICIENTS,
     PowerBalance,
     QuadraticEnergy,
     RelativisticEnergy,
@@ -56,6 +58,12 @@ def step_rms(shape: tuple[int, ...], kind: str = "transfer") -> float:
 def as_matrix(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Flat momenta or efforts of a tensor as its blocks, ``(*batch, n)`` to ``(*batch, n_blocks, out, rest)``."""
     return x.unflatten(-1, (-1, shape[0], math.prod(shape[1:])))
+
+
+def spectral_energy(polynomial: str) -> SpectralEnergy:
+    """Make the energy of the rule's option ``matrix_polynomial``."""
+    coefficients = SHORT_COEFFICIENTS if polynomial == "short" else MUON_COEFFICIENTS
+    return SpectralEnergy(coefficients, learned=polynomial == "learned")
 
 
 def held_norm(*momenta: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from odeopt.physics import (
     PowerBalance,
     QuadraticEnergy,
     RelativisticEnergy,
-    SpectralEnergy,
     spectral_power_balance,
 )
 from odeopt.rules.base import StagedRule, per_coordinate, per_tensor, state_dtype
@@ -154,10 +153,11 @@ class PortHamiltonianUpdate(StagedRule):
             stored energy may rise.
         matrix_scale: Operator norm of a matrix's steps, by its shape: ``"transfer"``, sqrt(out / rest), for changes
             of a layer's output that are alike at any width; or ``"muon"``, sqrt(max(1, out / rest)).
-        matrix_polynomial: ``"muon"`` for the five factors of Muon as k' of all spectral modes (and of ``output``); or
-            ``"learned"``: their shapes are weights of the rule, which begin as these
-            (:class:`odeopt.physics.SpectralEnergy`). Passive for any weights, and of the same bound. On a CPU the
-            matrices are then stepped by tensor operations, not in C.
+        matrix_polynomial: k' of all spectral modes (and of ``output``): ``"muon"`` for the five factors of Muon;
+            ``"short"`` for three factors with 3/5 of the products, which bring singular values above .01 of the norm
+            into the same band, and leave smaller ones smaller (:data:`odeopt.physics.SHORT_COEFFICIENTS`); or
+            ``"learned"``: the shapes of five factors are weights of the rule, which begin as Muon's
+            (:class:`odeopt.physics.SpectralEnergy`). Passive for any weights, and of the same bound.
         initial_matrix_kappa: Step size of the untrained rule for square matrices under spectral energies: about the
             operator norm of a step, in units of the parameter.
         initial_lookahead: Point at which the untrained rule evaluates the velocity of a spectral mode, in steps from
@@ -310,7 +310,7 @@ class PortHamiltonianUpdate(StagedRule):
         # because they have no weights and are no modules of the rule
         quadratic, relativistic = QuadraticEnergy(), RelativisticEnergy(self.speed_limit)
         self._energies = {"quadratic": quadratic, "relativistic": relativistic, "spectral": quadratic}
-        self.spectral_energy = SpectralEnergy(learned=matrix_polynomial == "learned") if self.is_spectral else None
+        self.spectral_energy = energies.spectral_energy(matrix_polynomial) if self.is_spectral else None
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
         self.steps_tables, self.depth_factor = False, 1.0

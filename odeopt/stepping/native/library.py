@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_VERSION = 10  # of the structures; step.c has the same
+_VERSION = 11  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -21,6 +21,7 @@ class Rule(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("weights", "start", "time_scales", "widths", "is_relativistic", "is_spectral")),
+        ("factors", c_void_p),
         ("speed_limit", c_double),
         ("psi", c_float * 7),
         ("decays", c_float * 2),
@@ -32,7 +33,7 @@ class Rule(ctypes.Structure):
         *((name, c_int32) for name in ("n_memory", "n_moved")),
         *((name, c_int32) for name in ("at_kappa", "at_memory", "at_exponent", "at_matrix")),
         *((name, c_int32) for name in ("n_spectral", "matrix_interval")),
-        *((name, c_int32) for name in ("n_psi", "coordinatewise", "uses_progress", "in_bfloat16")),
+        *((name, c_int32) for name in ("n_factors", "n_psi", "coordinatewise", "uses_progress", "in_bfloat16")),
     )
 
 

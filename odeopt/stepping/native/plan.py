@@ -52,8 +52,6 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
     if bucket.is_whole:
-        if rule.matrix_polynomial == "learned":
-            return "products of learned polynomials are left to torch"
         in_bfloat16 = rule.matrix_products == "bfloat16"
         if _short_side(bucket.shapes[0]) > (_LARGEST_SIDE_IN_BFLOAT16 if in_bfloat16 else _LARGEST_SIDE):
             return "products of large matrices are left to torch"
@@ -248,6 +246,8 @@ def _constants(rule: PortHamiltonianUpdate) -> Rule:
     numbers = {"weights": weights, "start": rule.start.float(), "time_scales": rule.time_scales.float()}
     widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
     numbers["widths"] = torch.tensor(widths, dtype=torch.int32, device="cpu")
+    factors = rule.spectral_energy.coefficients if rule.is_spectral else ()
+    numbers["factors"] = torch.as_tensor(factors, dtype=torch.float64, device="cpu").detach()
     numbers |= {"is_relativistic": rule.is_relativistic_mode.int(), "is_spectral": rule.is_spectral_mode.int()}
     numbers = {name: x.contiguous() for name, x in numbers.items()}
     at = dict(zip(Outputs._fields, itertools.accumulate((0, *rule.output_sizes)), strict=False))
@@ -268,6 +268,7 @@ def _constants(rule: PortHamiltonianUpdate) -> Rule:
         "at_exponent": at["log_exponent"] if rule.schedule == "power" else -1,
         "at_matrix": at["log_matrix_kappa"] if rule.is_spectral else -1,
         "n_spectral": len(rule.spectral_modes),
+        "n_factors": len(numbers["factors"]),
         "n_psi": len(_PSI[rule.solver]),
     }
     others = {name: getattr(rule, name) for name, _ in Rule._fields_ if name not in computed}

@@ -94,20 +94,20 @@ TARGET static void IN(gram)(const float *x, int m, int64_t n, double scale, void
     }
 }
 
-/* Product of the q(A) of the next factors of the Newton-Schulz iteration, times weight, in w->factor, from A in w->gram.
+/* Product of the q(A) of some factors of the Newton-Schulz iteration, times weight, in w->factor, from A in w->gram.
    All matrices are polynomials of the first A, so they are symmetric and commute. */
-TARGET static void IN(polynomial)(int m, int n_factors, double weight, const Workspace *w)
+TARGET static void IN(polynomial)(const double *factors, int n_factors, int m, double weight, const Workspace *w)
 {
     const int side = padded(m);
     const size_t size = (size_t)side * side;
     REAL *a = w->gram, *power = w->power, *q = w->polynomial, *total = w->total;
-    for (int factor = 0; factor < n_factors; factor++) {
+    for (int factor = 0; factor < n_factors; factor++, factors += 3) {
         IN(add_products)(a, a, m, m, side, power, 0, 1);
 #pragma omp simd
         for (size_t k = 0; k < size; k++)
-            q[k] = (REAL)FACTOR_B * a[k] + (REAL)FACTOR_C * power[k];
+            q[k] = (REAL)factors[1] * a[k] + (REAL)factors[2] * power[k];
         for (int i = 0; i < m; i++)
-            q[(size_t)(i / COLUMNS) * COLUMNS * side + i * COLUMNS + i % COLUMNS] += (REAL)FACTOR_A;
+            q[(size_t)(i / COLUMNS) * COLUMNS * side + i * COLUMNS + i % COLUMNS] += (REAL)factors[0];
         if (factor < n_factors - 1) {
             IN(add_products)(a, q, m, m, side, power, 0, 1);
             IN(add_products)(power, q, m, m, side, a, 0, 1);

@@ -52,7 +52,7 @@
 #define HAS_AMX 0
 #endif
 
-#define VERSION 10 /* of the structures below */
+#define VERSION 11 /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -77,16 +77,12 @@
 #define START_GAIN 0.35f
 #define HELD_GROWTH 1.5f
 #define LEAST_OF_LONG_RUNS 0.7f
-#define LARGEST_RATIO 1e18f /* of odeopt.rules.port_hamiltonian.signals */
+#define LARGEST_RATIO 1e18f /* of odeopt.rules.preprocessing */
 #define SMALL_ROW 1e-4 /* of odeopt.rules.port_hamiltonian.kinetic */
-#define N_FACTORS 5 /* of the Newton-Schulz iteration, and their coefficients: those of odeopt.physics.kinetic */
 #define SMALLEST 0x1p-100 /* norm of a momentum whose inverse is a float32 with room to spare; smaller ones are raised */
 #define N_FIRST 3   /* factors after which a Gram matrix is computed anew, if it is: see orthogonalise */
 #define LARGE 256   /* shorter side of a matrix, and how many times as long the longer one is, where other ways to take */
 #define ELONGATED 8 /* the products are faster, as measured */
-#define FACTOR_A 3.4445
-#define FACTOR_B -4.7750
-#define FACTOR_C 2.0315
 
 enum { FLOAT32, BFLOAT16 };
 enum { BY_COORDINATE, BY_TENSOR, BY_HISTORY }; /* what efforts are normalised by; the last one coordinatewise */
@@ -98,6 +94,7 @@ typedef struct {
     const float *time_scales;
     const int32_t *widths; /* n_layers + 1 */
     const int32_t *is_relativistic, *is_spectral;
+    const double *factors; /* of the Newton-Schulz iteration: coefficients of s, s^3 and s^5 of each */
     double speed_limit;
     float psi[N_PSI]; /* of the solver, as a polynomial of the friction: see odeopt.ode.linear_step */
     float decays[2];
@@ -113,7 +110,7 @@ typedef struct {
     int32_t at_kappa, at_memory, at_exponent, at_matrix; /* places in the outputs of the network; -1 for none */
     int32_t n_spectral; /* modes whose momentum is orthogonalised in matrices; 0 where the sum of the outputs is */
     int32_t matrix_interval; /* steps from one move of a matrix to the next, by as many times the step */
-    int32_t n_psi, coordinatewise, uses_progress;
+    int32_t n_factors, n_psi, coordinatewise, uses_progress;
     int32_t in_bfloat16; /* whether products of matrices are */
 } Rule;
 
@@ -180,7 +177,7 @@ typedef struct {
                            const float *, double *);
     void (*move_matrix)(const Tensor *, const Shared *, const Group *, void *, const float *, const float *);
     void (*gram[2])(const float *, int, int64_t, double, void *, void *); /* in single precision, and in double */
-    void (*polynomial[2])(int, int, double, const Workspace *);
+    void (*polynomial[2])(const double *, int, int, double, const Workspace *);
     void (*combine)(const float *, const float *, int, int64_t, float, float *, float *, int);
     void (*functions)(float *, int64_t, int);
 } Kernels;
@@ -527,9 +524,9 @@ static int is_mixed(const Rule *rule)
 }
 
 /* Whether products of a matrix (m, n) are in double precision: see orthogonalise. */
-static int in_double_precision(int m, int64_t n)
+static int in_double_precision(const Rule *rule, int m, int64_t n)
 {
-    return m < LARGE && n >= ELONGATED * m;
+    return rule->n_factors > N_FIRST && m < LARGE && n >= ELONGATED * m;
 }
 
 /* A size as a multiple of 64 bytes. */
@@ -553,7 +550,7 @@ static size_t tiles_of(const Rule *rule, const Tensor *t)
 /* Bytes that a matrix needs; they are laid out from `at`, or nowhere if that is NULL. */
 static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
 {
-    const int is_double = in_double_precision(short_side(t), long_side(t));
+    const int is_double = in_double_precision(rule, short_side(t), long_side(t));
     const size_t m = rule->in_bfloat16 ? 0 : padded(short_side(t)), number = is_double ? sizeof(double) : sizeof(float);
     const size_t square = m * m * number, flat = t->n * sizeof(float);
     const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
@@ -602,17 +599,20 @@ static void transpose(const float *x, int64_t n_rows, int64_t n_columns, float *
 
    The iteration X <- q(A) X, A = X X^T, is that of A <- q(A) A q(A), and the product of several q(A) is applied to X at
    once: it takes few products with X instead of two for each factor. But A holds the squares of singular values, and
-   each factor multiplies the smallest, and what has been rounded of them, by FACTOR_A^2. Double precision bears that,
-   and so does single precision where A is computed anew once: the error of ill-conditioned matrices is then that of the
-   iteration of X itself in float32, up to 6e-4 of the operator norm. The former takes twice as long for products of
-   squares, the latter for those with X, so the former is faster where X is elongated. X that is large, too, would take
-   long either way: it is stepped in single precision with one A. Its error, up to 1e-3, or 6e-3 where all entries are
-   equal and so their roundings, is far below that of bfloat16 in Muon, up to .5. */
-static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, double norm, double weight,
-                          const Workspace *w, int adds)
+   each factor multiplies the smallest, and what has been rounded of them, by the square of its first coefficient: by
+   2e5 over five factors of Muon, by 4e3 over three. Double precision bears the former, and so does single precision where
+   A is computed anew once: the error of ill-conditioned matrices is then that of the iteration of X itself in float32, up
+   to 6e-4 of the operator norm. Double precision takes twice as long for products of squares, a second A for those with
+   X, so the former is faster where X is elongated. X that is large, too, would take long either way: it is stepped in
+   single precision with one A. Its error, up to 1e-3, or 6e-3 where all entries are equal and so their roundings, is far
+   below that of bfloat16 in Muon, up to .5. So are three factors: their error is up to 2e-4, or 2e-3 for equal entries. */
+static void orthogonalise(const Kernels *kernels, const Rule *rule, float *x, int m, int64_t n, double norm,
+                          double weight, const Workspace *w, int adds)
 {
-    const int is_double = in_double_precision(m, n), is_anew = m < LARGE ? !is_double : n < ELONGATED / 2 * m;
-    int n_factors = N_FACTORS;
+    const int is_double = in_double_precision(rule, m, n);
+    const int is_anew = rule->n_factors > N_FIRST && (m < LARGE ? !is_double : n < ELONGATED / 2 * m);
+    const double *factors = rule->factors;
+    int n_factors = rule->n_factors;
     if (!(norm > 0.0)) {
         memset(w->sum, 0, adds ? 0 : m * n * sizeof(float));
         return;
@@ -626,20 +626,21 @@ static void orthogonalise(const Kernels *kernels, float *x, int m, int64_t n, do
     const unsigned control = flush_tiny();
 #if HAS_AMX
     if (w->tiles != NULL) {
-        iterate_in_tiles(x, m, n, (float)scale, (float)weight, w->tiles, w->sum, adds);
+        iterate_in_tiles(factors, n_factors, x, m, n, (float)scale, (float)weight, w->tiles, w->sum, adds);
         restore_tiny(control);
         return;
     }
 #endif
     kernels->gram[is_double](x, m, n, scale, w->panel, w->gram);
     if (is_anew) {
-        kernels->polynomial[is_double](m, N_FIRST, 1.0, w);
+        kernels->polynomial[is_double](factors, N_FIRST, m, 1.0, w);
         kernels->combine(w->factor, x, m, n, (float)scale, w->panel, x, 0);
         kernels->gram[is_double](x, m, n, 1.0, w->panel, w->gram);
+        factors += 3 * N_FIRST;
         n_factors -= N_FIRST;
         scale = 1.0;
     }
-    kernels->polynomial[is_double](m, n_factors, weight, w);
+    kernels->polynomial[is_double](factors, n_factors, m, weight, w);
     kernels->combine(w->factor, x, m, n, (float)scale, w->panel, w->sum, adds);
     restore_tiny(control);
 }
@@ -797,7 +798,7 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
                 transpose(x, n_rows, n_columns, w.transposed);
                 x = w.transposed;
             }
-            orthogonalise(kernels, x, m, size / m, sqrt(norm), weight, &own, k > 0);
+            orthogonalise(kernels, job->rule, x, m, size / m, sqrt(norm), weight, &own, k > 0);
         }
         k++;
     }

@@ -156,10 +156,11 @@ static size_t lay_out_tiles(int m, int64_t n, char *at, Tiles *t)
     return total;
 }
 
-/* Rows of q(A) = a + b A + c A A. */
-AMX static void polynomial_in_tiles(const Tiles *t)
+/* Rows of q(A) = a + b A + c A A, from a, b and c of a factor. */
+AMX static void polynomial_in_tiles(const Tiles *t, const double *factor)
 {
     const int64_t m = t->m;
+    const float of_one = (float)factor[0], of_a = (float)factor[1], of_square = (float)factor[2];
     Block block, mirrored;
     Block *a = t->gram;
     for (int64_t i = 0; i < m; i++)
@@ -179,10 +180,10 @@ AMX static void polynomial_in_tiles(const Tiles *t)
             block_product(t->gram_rows + 2 * i * m, m, t->gram_pairs + 2 * j * m, m, m, block, 0);
             for (int k = 0; k < 4; k++)
                 for (int l = 0; l < 256; l++)
-                    block[k][l] = (float)FACTOR_B * (*a)[k][l] + (float)FACTOR_C * block[k][l];
+                    block[k][l] = of_a * (*a)[k][l] + of_square * block[k][l];
             for (int k = 0; i == j && k < 4; k += 3)
                 for (int l = 0; l < 256; l += 17)
-                    block[k][l] += (float)FACTOR_A;
+                    block[k][l] += of_one;
             round_to_rows(block, t->factor + 2 * i * m + j, m);
             if (j < i) {
                 turn_block(block, mirrored);
@@ -227,7 +228,8 @@ AMX static inline void write_block(Block block, int64_t n, Part part, float weig
 }
 
 /* Set `sum` to weight * f(scale * x), or add that; f is the Newton-Schulz iteration of a wide matrix (m, n). */
-AMX static void iterate_in_tiles(const float *x, int m, int64_t n, float scale, float weight, char *room, float *sum, int adds)
+AMX static void iterate_in_tiles(const double *factors, int n_factors, const float *x, int m, int64_t n, float scale,
+                                 float weight, char *room, float *sum, int adds)
 {
     struct {
         uint8_t palette, unused[15];
@@ -243,9 +245,9 @@ AMX static void iterate_in_tiles(const float *x, int m, int64_t n, float scale, 
     }
     SEEN_BY_TILES();
     _tile_loadconfig(&config);
-    for (int factor = 0; factor <= N_FACTORS; factor++) {
+    for (int factor = 0; factor <= n_factors; factor++) {
         if (factor > 0)
-            polynomial_in_tiles(&t);
+            polynomial_in_tiles(&t, factors + 3 * (factor - 1));
         for (int64_t j = 0; j < t.n; j++) {
             Pairs *columns = t.x + 2 * j * t.m;
             const int64_t first = j / N_TOGETHER * N_TOGETHER;
@@ -255,7 +257,7 @@ AMX static void iterate_in_tiles(const float *x, int m, int64_t n, float scale, 
                     read_block(x, n, part_of(i, j, m, n), scale, block);
                 else
                     block_product(t.factor + 2 * i * t.m, t.m, columns, t.m, t.m, block, 0);
-                if (factor == N_FACTORS) {
+                if (factor == n_factors) {
                     write_block(block, n, part_of(i, j, m, n), weight, sum, adds);
                     continue;
                 }
@@ -266,7 +268,7 @@ AMX static void iterate_in_tiles(const float *x, int m, int64_t n, float scale, 
                 turn(rows[0], turned[0]);
                 turn(rows[some], turned[some]);
             }
-            if (factor == N_FACTORS)
+            if (factor == n_factors)
                 continue;
             memcpy(columns, t.next, 2 * t.m * sizeof(Pairs));
             Block *a = t.gram;
