@@ -456,6 +456,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "coordinate_check": lambda: changes_of_outputs(read("coordinate_check"), markdown=True),
     "depth": lambda: losses_over_rates(read("depth"), markdown=True),
     "equal_loss": lambda: at_equal_loss(read("equal_loss")["equal"], markdown=True),
+    "finetuning": lambda: suite("finetuning"),
     "general": general,
     "generalisation": generalisation,
     "guard": lambda: guarded_losses(read("guard"), markdown=True),

@@ -58,6 +58,7 @@ STAGES = (
     ("guard", 4, "studies/guard.py --out {out}", "--dataset digits --runs 1 --steps 40"),
     ("unseen", 25, "studies/unseen.py --out {out}", "--dataset digits --steps 5 --problems regression graph"),
     ("blind", 40, "studies/blind.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems painting process"),
+    ("finetuning", 15, "studies/finetuning.py --runs 3 --out {out}", "--dataset digits --steps 1 --problems convnet"),
     ("laws", 25, "studies/laws.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("cheaper", 20, "studies/cheaper.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),
     ("taught", 25, "studies/taught.py --runs 3 --out {out}", "--dataset digits --steps 5 --problems sigmoid"),

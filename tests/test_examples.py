@@ -62,6 +62,7 @@ TINY = {
                          "1", "--rows", "^quadratic$"],
     "meta_curves": [str(FOLDER / "studies" / "seeds" / "port-hamiltonian-spectral-seed1.safetensors")],
     "long_runs": ["--dataset", "digits", "--steps", "2", "--runs", "1", "--problems", "vit", "recurrent"],
+    "finetuning": ["--dataset", "digits", "--steps", "1", "--runs", "1"],
     "widest": ["--dataset", "digits", "--steps", "1", "--runs", "1", "--problems", "perceptron-2048"],
     "saddle": ["--steps", "3", "--runs", "2", "--dim", "3"],
     "unseen": ["--dataset", "digits", "--steps", "2"],

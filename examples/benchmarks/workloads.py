@@ -182,7 +182,7 @@ def contenders(device: torch.device, *, has_lstm: bool) -> dict[str, Make]:
         has_lstm: Whether the LSTM rule takes part, whose state has 320 bytes per parameter.
     """
     capturable = {"capturable": True} if device.type == "cuda" else {}
-    rule, lstm = odeopt.load_pretrained("port-hamiltonian"), odeopt.load_pretrained("lstm")
+    rule, lstm = odeopt.load_pretrained("port-hamiltonian"), LSTMUpdate(preprocess=True)  # as the paper has it
     fast = {"implementation": "native"}
 
     def learned(**options) -> Make:

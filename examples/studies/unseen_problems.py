@@ -119,28 +119,38 @@ class Adapted(nn.Module):
         return self.layer(x) + x @ self.down.T @ self.up.T
 
 
-def adapted(images: Tensor, labels: Tensor, trained: dict[bytes, dict[str, Tensor]]) -> Network:
-    """A network that knows the digits below five, with adapters.
+def pretrained(
+    make: Callable[[], nn.Module],
+    batches: Callable[[], Iterable[Batch]],
+    criterion: Callable[[Any, Tensor], Tensor],
+    trained: dict[bytes, dict[str, Tensor]],
+) -> nn.Module:
+    """A network that Adam has trained.
 
     Its weights are kept in ``trained`` under the state of the random numbers that it starts from: contenders of one
     seed share the training.
     """
-    start, network = torch.get_rng_state().numpy().tobytes(), perceptron(images.shape[1], 128, 128, 10)
+    start, network = torch.get_rng_state().numpy().tobytes(), make()
     if start not in trained:
-        _train(network, images[labels < 5], labels[labels < 5])
+        optimizer = torch.optim.Adam(network.parameters())
+        with torch.enable_grad():
+            for batch in batches():
+                optimizer.zero_grad()
+                criterion(network(*batch.inputs), batch.target).backward()
+                optimizer.step()
         trained[start] = {name: value.clone() for name, value in network.state_dict().items()}
     network.load_state_dict(trained[start])
+    return network
+
+
+def adapted(images: Tensor, labels: Tensor, trained: dict[bytes, dict[str, Tensor]]) -> Network:
+    """A network that knows the digits below five, with adapters."""
+    few, of_few = images[labels < 5], labels[labels < 5]
+    rows = (slice(64 * step % (len(few) - 64), None) for step in range(200))
+    batches = partial(map, lambda rows: Batch((few[rows][:64],), of_few[rows][:64]), rows)
+    network = pretrained(partial(perceptron, images.shape[1], 128, 128, 10), batches, F.cross_entropy, trained)
     layers = [Adapted(layer) if isinstance(layer, nn.Linear) else layer for layer in network.body]
     return Network(nn.Sequential(*layers), Adapted(network.head))
-
-
-def _train(network: nn.Module, images: Tensor, labels: Tensor) -> None:
-    optimizer = torch.optim.Adam(network.parameters())
-    for step in range(200):
-        rows = slice(64 * step % (len(images) - 64), None)
-        optimizer.zero_grad()
-        F.cross_entropy(network(images[rows][:64]), labels[rows][:64]).backward()
-        optimizer.step()
 
 
 class GraphNetwork(nn.Module):
