@@ -411,9 +411,9 @@ def varied(name: str, variants: Iterable[str]) -> str:
     return losses_of_variants(read_suite(name), variants, markdown=True)
 
 
-def step() -> str:
+def step(name: str = "step") -> str:
     """Times of a step over that of Adam."""
-    content = read("step")
+    content = read(name)
     return f"{content['machine']}:\n\n{ratio_table(content['rows'])}"
 
 
@@ -484,6 +484,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solvers_orders": lambda: solvers("Orders"),
     "solver_step": solver_step,
     "step": step,
+    "step_epyc": lambda: step("step_epyc"),
     "suite": lambda: suite(in_full=True),
     "suite_in_short": suite_in_short,
     "taught": lambda: varied("taught", OUTPUTS),

@@ -67,6 +67,7 @@ RULES = {
     "rmsprop": lambda: RMSpropUpdate(0.01),
     "adam": lambda: AdamUpdate(0.01),
     "lstm": lambda: LSTMUpdate(preprocess=True),
+    "lstm, normalized": lambda: LSTMUpdate(normalize=True),
     "hamiltonian": lambda: HamiltonianUpdate(normalize=True),
     "port-hamiltonian": lambda: port_hamiltonian(uses_progress=True),
     "coordinatewise": lambda: port_hamiltonian(coordinatewise=True, potential="network"),

@@ -179,6 +179,16 @@ def test_only_matrices_whose_shorter_side_is_large_take_the_eager_step(is_table,
     assert [list(map(id, some)) for some in eager] == ([] if is_table else [[id(params[0])], [id(params[1])]])
 
 
+def test_matrices_of_learned_polynomials_take_the_eager_step():
+    rule = port_hamiltonian(kinetic="spectral", matrix_polynomial="learned")
+    optimizers = pair(rule, [(5, 7), (30,)])
+    assert_steps_alike(optimizers)
+    assert [(plan.native is None, plan.placed[0].bucket.is_whole) for plan in optimizers[1]._layout.plans] == [
+        (True, True),
+        (False, False),
+    ]
+
+
 # -------------------- parity of matrices that are stepped by their singular values
 
 MATRIX_OPTIONS = {
@@ -186,7 +196,6 @@ MATRIX_OPTIONS = {
     "all that is learned": {"kinetic": "spectral", "initial_coherence": 0.5, "initial_decay": 0.1, "decay_growth": 3.0},
     "mixture": {"kinetic": ("quadratic", "spectral"), "initial_decay": 0.1},
     "short": {"kinetic": "spectral", "matrix_polynomial": "short"},
-    "learned polynomials": {"kinetic": ("quadratic", "spectral"), "matrix_polynomial": "learned"},
     "three modes, exponential": {"kinetic": ("relativistic", "spectral", "spectral"), "modes": 3, "speed_limit": 0.1,
                                  "solver": "exponential", "initial_coherence": 1.0},
     "lookahead, muon's scale": {"kinetic": "spectral", "initial_lookahead": 1.7, "matrix_scale": "muon", "memory": 2},

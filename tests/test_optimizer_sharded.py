@@ -49,6 +49,7 @@ RULES = {
     "sgd": lambda: SGDUpdate(0.05, momentum=0.9),
     "rmsprop": lambda: RMSpropUpdate(0.01),
     "lstm": lambda: LSTMUpdate(hidden_size=3, output_scale=1.0),
+    "lstm, normalized": lambda: LSTMUpdate(hidden_size=3, normalize=True),
     "hamiltonian": lambda: HamiltonianUpdate(preprocess=True),
     # what is gathered, because sums are not enough
     "hamiltonian, normalized": lambda: HamiltonianUpdate(normalize=True),

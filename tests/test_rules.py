@@ -413,6 +413,13 @@ def test_normalized_lstm_rule_is_exact_under_powers_of_two(exponent):
     assert torch.equal(run(rule, grads)[0], run(rule, 2.0**exponent * grads)[0])
 
 
+def test_normalized_lstm_rule_forgets_a_gradient_however_long_ago_it_was():
+    rule = randomised(LSTMUpdate(normalize=True), dtype=f32)
+    state = rule.init_state(torch.zeros(1))
+    start = state._replace(mean=torch.tensor([4e-45]), rms=torch.tensor([8e-45]), step=torch.tensor([5000.0]))
+    assert torch.equal(rule(torch.zeros(1), start)[0], rule(torch.zeros(1), state)[0])
+
+
 def test_normalized_lstm_rule_has_finite_derivatives_where_gradients_are_zero():
     rule, grads = randomised(LSTMUpdate(normalize=True)), torch.zeros(3, 4, dtype=f64, requires_grad=True)
     first = torch.autograd.grad(run(rule, grads)[0].square().sum(), [grads, *rule.parameters()], create_graph=True)

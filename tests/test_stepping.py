@@ -72,6 +72,7 @@ RULES = {
     "sgd": lambda: SGDUpdate(0.05, momentum=0.9, nesterov=True),
     "adam": lambda: AdamUpdate(0.02),
     "lstm": lambda: LSTMUpdate(preprocess=True, hidden_size=5),
+    "lstm, normalized": lambda: LSTMUpdate(normalize=True, hidden_size=5),
     "hamiltonian": HamiltonianUpdate,
     "hamiltonian, across": lambda: HamiltonianUpdate(normalize=True),
     "toy, across": LeakySum,
@@ -311,7 +312,7 @@ def test_wrong_options_are_refused(options, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["port-hamiltonian", "adam", "lstm"])
+@pytest.mark.parametrize("name", ["port-hamiltonian", "adam", "lstm", "lstm, normalized"])
 def test_captured_step_equals_the_plain_one(name):
     torch.manual_seed(0)
     shapes, rule = [(7, 3), (1025,), (300, 250)], RULES[name]()

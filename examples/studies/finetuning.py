@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,10 @@ N_BEFORE, BEFORE = 600, 2000  # steps of the training before, and the seed of it
 
 class Turned(Images):
     """Images that are inverted and turned by a right angle."""
+
+    def __init__(self, *images: Any, **options: Any) -> None:
+        super().__init__(*images, **options)
+        self.description += ", inverted and turned"
 
     def _labelled(self, pixels: torch.Tensor, labels: torch.Tensor) -> Batch:
         batch = super()._labelled(255 - pixels.int(), labels)
@@ -55,6 +60,8 @@ def problems(dataset: str, data_dir: str | None, n_before: int = N_BEFORE) -> di
     """Make all problems, of networks that were trained for a number of steps."""
     images, text = Images(dataset, data_dir), Characters()
     turned, code = Turned(dataset, data_dir, n_examples=500), Code()
+    for data in (turned, code):  # so that runs are told apart
+        data.description += f", after {n_before} steps"
     transformer = partial(networks.CharacterTransformer, text.n_characters, text.context, width=64, n_layers=2)
     recurrent = partial(networks.CharacterGRU, text.n_characters, n_embedded=32, width=64)
     rows = [

@@ -146,8 +146,12 @@ def pretrained(
 def adapted(images: Tensor, labels: Tensor, trained: dict[bytes, dict[str, Tensor]]) -> Network:
     """A network that knows the digits below five, with adapters."""
     few, of_few = images[labels < 5], labels[labels < 5]
-    rows = (slice(64 * step % (len(few) - 64), None) for step in range(200))
-    batches = partial(map, lambda rows: Batch((few[rows][:64],), of_few[rows][:64]), rows)
+
+    def batches() -> Iterator[Batch]:
+        for step in range(200):
+            rows = slice(64 * step % (len(few) - 64), None)
+            yield Batch((few[rows][:64],), of_few[rows][:64])
+
     network = pretrained(partial(perceptron, images.shape[1], 128, 128, 10), batches, F.cross_entropy, trained)
     layers = [Adapted(layer) if isinstance(layer, nn.Linear) else layer for layer in network.body]
     return Network(nn.Sequential(*layers), Adapted(network.head))

@@ -320,7 +320,7 @@ class MatrixEnergy(KineticEnergy):
         shape: Shape (m, n) of the momenta as a matrix; the system has m n degrees of freedom.
         norm: Bound of the singular values that the momenta will have, positive. Beyond it Muon's polynomial, of degree
             3,125, explodes: at 1.3 times the norm the energy is no number in single precision, and an integration ends
-            with the status of a state that is not finite.
+            with the status of a state that is not finite. The short polynomial explodes from 1.1 times the norm on.
         spectral: The energy of the singular values; None for Muon's.
 
     Raises:

@@ -138,7 +138,8 @@ def _normalized(grad: Tensor, state: NormalizedLSTMState) -> tuple[Tensor, tuple
     weight = averaging_weight(step, _DECAY)
     mean = (1 - weight) * state.mean + weight * grad
     rms = coordinate_rms(grad, state.rms, weight)
-    divisor = torch.where(rms > 0, rms, 1.0)
+    # averages that fall below the normal numbers stay there, and their ratio says nothing
+    divisor = torch.where(rms > torch.finfo(rms.dtype).tiny, rms, 1.0)
     return torch.stack((grad / divisor, mean / divisor), -1), (mean, rms, step)
 
 

@@ -48,7 +48,8 @@ def averaging_weight(step: Tensor, decay: Tensor | float) -> Tensor:
     Returns:
         The weight, of the broadcast shape.
     """
-    decay = torch.as_tensor(decay, dtype=step.dtype, device=step.device)
+    # no copy from the host, which no CUDA graph would capture
+    decay = decay.to(step) if isinstance(decay, Tensor) else step.new_full((), decay)
     # expm1: in float32, 1 - beta ** t loses digits where beta is close to one
     return (decay - 1) / torch.expm1(step * decay.log())
 

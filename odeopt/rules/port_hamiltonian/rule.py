@@ -154,10 +154,11 @@ class PortHamiltonianUpdate(StagedRule):
         matrix_scale: Operator norm of a matrix's steps, by its shape: ``"transfer"``, sqrt(out / rest), for changes
             of a layer's output that are alike at any width; or ``"muon"``, sqrt(max(1, out / rest)).
         matrix_polynomial: k' of all spectral modes (and of ``output``): ``"muon"`` for the five factors of Muon;
-            ``"short"`` for three factors with 3/5 of the products, which bring singular values above .01 of the norm
-            into the same band, and leave smaller ones smaller (:data:`odeopt.physics.SHORT_COEFFICIENTS`); or
+            ``"short"`` for three factors, with 3/5 of the products, which bring singular values above .0111 of the norm
+            into a band like Muon's, and raise smaller ones less (:data:`odeopt.physics.SHORT_COEFFICIENTS`); or
             ``"learned"``: the shapes of five factors are weights of the rule, which begin as Muon's
-            (:class:`odeopt.physics.SpectralEnergy`). Passive for any weights, and of the same bound.
+            (:class:`odeopt.physics.SpectralEnergy`). Passive for any weights, and of the same bound. On a CPU the
+            matrices are then stepped by tensor operations, not in C, which would not be exact enough for all weights.
         initial_matrix_kappa: Step size of the untrained rule for square matrices under spectral energies: about the
             operator norm of a step, in units of the parameter.
         initial_lookahead: Point at which the untrained rule evaluates the velocity of a spectral mode, in steps from

@@ -52,6 +52,8 @@ def native_obstacle(rule: UpdateRule, bucket: Bucket) -> str | None:
     if any(weight.dtype != torch.float32 for weight in rule.coefficient_network.parameters()):
         return "the weights of the rule are not float32"
     if bucket.is_whole:
+        if rule.matrix_polynomial == "learned":
+            return "products of learned polynomials are left to torch"
         in_bfloat16 = rule.matrix_products == "bfloat16"
         if _short_side(bucket.shapes[0]) > (_LARGEST_SIDE_IN_BFLOAT16 if in_bfloat16 else _LARGEST_SIDE):
             return "products of large matrices are left to torch"
