@@ -60,7 +60,7 @@ def test_rules_are_listed_with_task_horizon_weights_and_price(capsys):
     assert listed["port-hamiltonian"][0].endswith(" other kinds")
     assert [task, int(horizon)] == [rule.trained_for["task"]["class"], rule.trained_for["horizon"]]
     assert int(weights.replace(",", "")) == rule.n_parameters()
-    assert float(state) == 320  # two cells of two states of 20 numbers
+    assert float(state) == 328  # two cells of two states of 20 numbers, and two moments of the gradient
     assert float(price.rstrip(" |")) > 1
 
 
