@@ -1,4 +1,4 @@
-"""Make every figure and table of README and docs/results.md again, stage by stage.
+"""Make every figure and table of README and the pages of results again, stage by stage.
 
 Each stage is one command, printed before it runs; its output goes to LOGS/NAME.log. Stages that are done are not run
 again, unless the library, the shipped rules or the command have changed since; an interrupted reproduction continues
