@@ -81,7 +81,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     A matrix may consist of blocks of rows (``n_blocks`` in its group), such as query, key and value, or the gates of a
     recurrent layer. Its spectral energy is the sum of those of its blocks then: each is stepped by its own singular
-    values, in its own shape. All else is of the matrix as a whole, which counts once.
+    values, in its own shape. All else is of the matrix as a whole, which counts once. Matrices that are stored (in,
+    out), ``is_transposed``, are stepped as the same ones stored (out, in).
 
     Of a sharded parameter each process holds its piece of the state. Matrices that are stepped by their singular values
     are gathered for the step, one after the other. Stacks may be sharded along their first axis if no process is left
@@ -103,10 +104,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
             ``weight_decay``, ``maximize``, ``total_steps``, ``is_table`` (whether the parameters of the group are
             lookup tables, the rows of which are vectors of their own: rules that step matrices by their singular values
             step these by coordinates), ``is_stack`` (whether each of them holds several tensors of one shape along its
-            first axis, such as the weights of experts, ``(experts, out, in)``, which are to be stepped one by one) and
-            ``n_blocks`` (of how many blocks of rows each matrix consists: 3 for query, key and value in one; other
-            tensors, and rules without singular values, have no use for it). False, False and 1 by default;
-            :func:`odeopt.param_groups` makes such groups.
+            first axis, such as the weights of experts, ``(experts, out, in)``, which are to be stepped one by one),
+            ``is_transposed`` (whether its matrices are stored (in, out), as ``x @ weight`` takes them, and not (out,
+            in), as ``nn.Linear`` does: step sizes go by both) and ``n_blocks`` (of how many blocks of rows each matrix
+            consists: 3 for query, key and value in one; other tensors, and rules without singular values, have no use
+            for it). False and 1 by default; :func:`odeopt.param_groups` makes such groups.
         rule: The update rule, or the name of one that :func:`odeopt.load_pretrained` takes. A frozen copy is taken, so
             training ``rule`` further changes nothing here; the copy follows each parameter to its device, in the dtype
             that the rule has.
@@ -214,7 +216,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._handle = register(self)
         self._layout = self._new_layout(is_fallback=False)
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "total_steps": total_steps}
-        defaults |= {"is_table": False, "is_stack": False, "n_blocks": 1}
+        defaults |= {"is_table": False, "is_stack": False, "is_transposed": False, "n_blocks": 1}
         check_options(defaults)
         if self._sentry is not None:
             defaults |= {SAVED_GUARD: self._sentry.saved(), PEAK_LR: 0.0}

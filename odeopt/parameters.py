@@ -17,6 +17,10 @@ from odeopt.rules.port_hamiltonian.kinetic import is_matrix
 
 # names of layers of query, key and value in one, blocks of rows of equal size
 _PROJECTIONS = {"qkv", "qkv_proj", "to_qkv", "wqkv", "c_attn"}
+_CONV1D = "transformers.pytorch_utils", "Conv1D"
+# forms of matrices beside numbers of blocks, and their options
+_TRANSPOSED = "transposed"
+_FORMS = {1: {}, _TRANSPOSED: {"is_transposed": True}}
 # how names of tables end
 _TABLES = {"pos", "position", "positions", "emb", "embed", "embedding", "embeddings", "table", "wpe", "wte"}
 
@@ -37,15 +41,19 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     ``nn.MultiheadAttention`` or of a ``nn.Linear`` with three times as many outputs as inputs, called ``qkv``,
     ``qkv_proj``, ``to_qkv``, ``Wqkv`` or ``c_attn``; and the gates of ``nn.LSTM``, ``nn.GRU`` and their cells.
 
+    The weights of ``Conv1D`` of Transformers, as GPT-2 has them, are stored (in, out), and stepped so
+    (``is_transposed``), query, key and value as one matrix.
+
     The last layer is stepped as the matrix that it is: by coordinates no network that was tried holds out better
     beyond the noise, and perceptrons have 1.3 to 1.5 times the held-out loss (``python examples/studies/heads.py
     --runs 3``).
 
-    Three things cannot be told. A bare ``nn.Parameter`` used by ``F.conv2d`` counts as a stack: keep it in a
-    ``nn.Conv2d``, or give it a group of its own, without ``is_stack``, to have it stepped as a matrix. So does a grid
-    of vectors, ``(height, width, n)``, which wants a group with ``is_table``. And the matrix of a router,
-    ``(experts, n)``, that the same module holds beside the experts counts as a stack of vectors: keep it in a
-    ``nn.Linear``.
+    Four things cannot be told. A bare ``nn.Parameter`` used as ``x @ weight``, (in, out), is taken for one of shape
+    (out, in), also in a stack: give it a group of its own with ``is_transposed``. A bare ``nn.Parameter`` used by
+    ``F.conv2d`` counts as a stack: keep it in a ``nn.Conv2d``, or give it a group of its own, without ``is_stack``, to
+    have it stepped as a matrix. So does a grid of vectors, ``(height, width, n)``, which wants a group with
+    ``is_table``. And the matrix of a router, ``(experts, n)``, that the same module holds beside the experts counts as
+    a stack of vectors: keep it in a ``nn.Linear``.
 
     Args:
         module: The module. A parameter that it holds twice is given once.
@@ -53,8 +61,8 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
             :class:`odeopt.LearnedOptimizer`.
 
     Returns:
-        Groups of named parameters: matrices, those of three and of four blocks, vectors, tables (with gains of several
-        axes), stacks of matrices and of vectors; those that there are.
+        Groups of named parameters: matrices, those of three and of four blocks, transposed ones, vectors, tables (with
+        gains of several axes), stacks of matrices and of vectors; those that there are.
 
     Raises:
         TypeError: If ``module`` is not a module.
@@ -75,8 +83,8 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
     gains = [*_held_by(module, nn.LayerNorm, nn.RMSNorm), *_gains(module)]
     tables = {*map(id, _held_by(module, nn.Embedding, nn.EmbeddingBag)), *(id(x) for x in gains if x.ndim > 1)}
     kernels = {*map(id, _held_by(module, _ConvNd, nn.Bilinear))}
-    stacks, blocks = _stacks(module, kernels), _blocks(module)
-    matrices, vectors, by_coordinates, stacked, stacked_vectors = {1: [], 3: [], 4: []}, [], [], [], []
+    stacks, blocks, transposed = _stacks(module, kernels), _blocks(module), _transposed(module)
+    matrices, vectors, by_coordinates, stacked, stacked_vectors = {1: [], 3: [], 4: [], _TRANSPOSED: []}, [], [], [], []
     for name, param in module.named_parameters():
         is_kernel, is_row = id(param) in kernels, _is_row(param)
         if id(param) in tables or (not is_kernel and not is_row and _is_table(name, param)):
@@ -87,11 +95,12 @@ def param_groups(module: nn.Module, *, weight_decay: float | None = None) -> lis
             kind = vectors
         else:
             is_gain = is_row and param.ndim > 2 and not is_kernel
-            kind = by_coordinates if is_gain else matrices[blocks.get(id(param), 1)]
+            form = _TRANSPOSED if id(param) in transposed else blocks.get(id(param), 1)
+            kind = by_coordinates if is_gain else matrices[form]
         kind.append((name, param))
     decayed = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups = (
-        *({"params": some, **decayed} | ({"n_blocks": n} if n > 1 else {}) for n, some in matrices.items()),
+        *({"params": some, **decayed} | _FORMS.get(form, {"n_blocks": form}) for form, some in matrices.items()),
         {"params": vectors, "weight_decay": 0.0},
         {"params": by_coordinates, "weight_decay": 0.0, "is_table": True},
         {"params": stacked, **decayed, "is_stack": True},
@@ -142,6 +151,15 @@ def _blocks(module: nn.Module) -> dict[int, int]:
         # by whatever parametrization, but not what it adds to the matrix
         pattern = re.compile(rf"(parametrizations\.)?{weights}(\.original\d?)?")
         found |= {id(param): n for key, param in part.named_parameters() if pattern.fullmatch(key)}
+    return found
+
+
+def _transposed(module: nn.Module) -> set[int]:
+    """Weights of ``transformers.pytorch_utils.Conv1D``, by their identity; the package need not be there."""
+    found = set()
+    for part in module.modules():
+        if any((base.__module__, base.__name__) == _CONV1D for base in type(part).__mro__):
+            found.update(id(param) for param in part.parameters())
     return found
 
 

@@ -137,7 +137,7 @@ def test_bfloat16_parameter_is_rounded_once_from_float32():
 def test_rule_sees_flattened_tensor_its_shape_and_the_parameter_before_decay():
     param = parameter([[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]])
     optimizer = LearnedOptimizer([param], Recorder(), weight_decay=0.01)
-    rule = optimizer._layout.rule_for(param)
+    rule = optimizer._layout.rule_for(param, optimizer.param_groups[0])
     seen = []
     rule.register_forward_hook(lambda *_: seen.append(rule.calls[-1]["param"].clone()))
     optimizer.step()
@@ -151,7 +151,7 @@ def test_rule_sees_flattened_tensor_its_shape_and_the_parameter_before_decay():
 def test_progress_is_the_fraction_of_steps_done_and_never_above_one():
     param = parameter([1.0], [1.0])
     optimizer = LearnedOptimizer([param], Recorder(), total_steps=4)
-    rule = optimizer._layout.rule_for(param)
+    rule = optimizer._layout.rule_for(param, optimizer.param_groups[0])
     for step in range(6):
         with pytest.warns(UserWarning, match="`total_steps = 4`") if step == 4 else nullcontext():
             optimizer.step()

@@ -259,7 +259,8 @@ def test_matrices_of_one_shape_are_stepped_by_one_call():
     rule, calls = spectral("spectral"), []
     params = [parameter(3, 4, seed=k) for k in range(5)] + [parameter(4, 3)]
     optimizer = LearnedOptimizer(params, rule)
-    optimizer._layout.rule_for(params[0]).register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape))
+    rule = optimizer._layout.rule_for(params[0], optimizer.param_groups[0])
+    rule.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape))
     step(params, optimizer, 2)
     assert sorted(calls) == sorted([(5, 12), (1, 12)] * 2)
 

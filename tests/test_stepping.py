@@ -141,7 +141,7 @@ def test_rules_are_called_once_for_all_small_tensors():
 def test_network_of_the_rule_runs_once_for_all_tensors():
     rule, params = port_hamiltonian(), parameters([(3,), (4, 4), (2000,)])
     optimizer, seen = LearnedOptimizer(params, rule, implementation="eager"), []
-    placed = optimizer._layout.rule_for(params[0])
+    placed = optimizer._layout.rule_for(params[0], optimizer.param_groups[0])
     placed.coefficient_network.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape)))
     follow(params, optimizer, gradients([p.shape for p in params], 1))
     assert seen == [(3, 13)]

@@ -264,7 +264,8 @@ def arguments(optimizer):
     (group,) = optimizer.param_groups
     params = [param.detach() for param in group["params"]]
     grads = [None, *(torch.ones_like(param) for param in params[1:])]
-    return optimizer._handle, params, grads, [group["n_steps"]], [torch.tensor(0.5)], [0.01, 1.0, 20.0, 0.0, 0.0, 1.0]
+    numbers = [0.01, 1.0, 20.0, 0.0, 0.0, 0.0, 1.0]  # weight_decay, maximize, total_steps, three forms, n_blocks
+    return optimizer._handle, params, grads, [group["n_steps"]], [torch.tensor(0.5)], numbers
 
 
 def test_operation_is_what_torch_asks_of_one():

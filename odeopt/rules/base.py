@@ -144,6 +144,10 @@ class UpdateRule(nn.Module, ABC):
         """The rule as it steps lookup tables, the rows of which are vectors of their own; shares the weights."""
         return self
 
+    def for_transposed(self) -> Self:
+        """The rule as it steps matrices that are stored (in, out), as ``x @ weight`` takes them; shares the weights."""
+        return self
+
     def for_depth(self, n_matrices: int) -> Self:
         """The rule as it steps one of ``n_matrices`` :meth:`matrices <is_matrix>` of a network.
 

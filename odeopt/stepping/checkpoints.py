@@ -80,7 +80,7 @@ def read_states(layout: Layout, groups: list[Group], state_dict: StateDict) -> d
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
         for param, key in zip(group["params"], saved_group["params"], strict=True):
             if saved := state_dict["state"].get(key):
-                rule, dtype = layout.rule_for(param), layout.state_dtype
+                rule, dtype = layout.rule_for(param, saved_group), layout.state_dtype
                 is_stack = saved_group["is_stack"]
                 fields = state_template(rule, param, dtype, is_stack=is_stack)
                 others = {name: x for name, x in saved.items() if name not in fields}

@@ -32,7 +32,7 @@ _FOREIGN = {
     "local_shards": "ShardedTensor",
 }
 # Options that a group of parameters may set; other names in it belong to schedulers, trainers or the user.
-OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack", "n_blocks")
+OPTIONS = ("lr", "weight_decay", "maximize", "total_steps", "is_table", "is_stack", "is_transposed", "n_blocks")
 # Similarity from which on a name is a misspelt one: `maximise` has .88, and `weight_decay_mult`, which is meant, .83.
 _MISSPELT = 0.85
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, odeopt.checks.__file__))
@@ -64,10 +64,12 @@ def check_options(options: dict[str, Any], *, may_wait: bool = True) -> None:
     total_steps = options["total_steps"]
     is_length = total_steps is None or (is_integer(total_steps) and total_steps >= 1)
     require(is_length, "total_steps", total_steps, "a positive integer or None")
-    for name in ("maximize", "is_table", "is_stack"):
+    for name in ("maximize", "is_table", "is_stack", "is_transposed"):
         require(isinstance(options[name], bool), name, options[name], "True or False")
     n_blocks = options["n_blocks"]
     require(is_integer(n_blocks) and n_blocks >= 1, "n_blocks", n_blocks, "a positive integer")
+    is_free = not options["is_transposed"] or not (options["is_table"] or n_blocks > 1)
+    require(is_free, "is_transposed", True, "False for tables (`is_table`) and for matrices of blocks (`n_blocks`)")
 
 
 def check_spelling(group: Mapping[str, Any]) -> None:

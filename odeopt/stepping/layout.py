@@ -30,7 +30,7 @@ _STEPPED_IN_PLACE = {"cpu": 2**16, "cuda": 2**24}
 _EXCHANGES_ALONE = 2**22
 # Steps with most parameters frozen, after which the others are placed anew: laying out takes as long as many steps.
 _PATIENCE = 10
-_KINDS = itemgetter("is_table", "is_stack", "n_blocks")
+_KINDS = itemgetter("is_table", "is_stack", "is_transposed", "n_blocks")
 
 Group = dict[str, Any]
 States = MutableMapping[Tensor, dict[str, Any]]
@@ -115,7 +115,7 @@ class Layout:
         state_dtype: torch.dtype | None,
     ) -> None:
         self.rule, self.lr, self.implementation, self.state_dtype = rule, lr, implementation, state_dtype
-        self._rules: dict[tuple[torch.device, bool], tuple[UpdateRule, UpdateRule]] = {}  # the latter for tables
+        self._rules: dict[tuple[torch.device, bool], Callable[[Group], UpdateRule]] = {}
         self._dictionaries: dict[Tensor, dict[str, Any]] = {}  # that were put into the state here
         self._forget()
 
@@ -151,7 +151,7 @@ class Layout:
                 placed += self._place(group, [p for p in params if p.numel() > 0], states, names)
                 # checkpoints that are loaded strictly ask for the state of empty ones, too
                 for param in (p for p in params if p.numel() == 0):
-                    rule, is_stack = self.rule_for(param), group["is_stack"]
+                    rule, is_stack = self.rule_for(param, group), group["is_stack"]
                     template = state_template(rule, param, self.state_dtype, is_stack=is_stack)
                     begun = {name: param.new_zeros(shape, dtype=kept) for name, (shape, kept) in template.items()}
                     states[param] = begun | states.get(param, {})
@@ -187,13 +187,12 @@ class Layout:
                 RuntimeWarning,
             )
 
-    def rule_for(self, param: Tensor, is_table: bool = False) -> UpdateRule:
-        """Return the copy of the rule that steps a parameter, on its device."""
+    def rule_for(self, param: Tensor, group: Group) -> UpdateRule:
+        """Return the copy of the rule that steps a parameter of a group, on its device."""
         key = param.device, has_values(param)
         if key not in self._rules:
-            rule = copy_beside(self.rule, param)
-            self._rules[key] = rule, rule.for_tables()
-        return self._rules[key][is_table]
+            self._rules[key] = _variants(copy_beside(self.rule, param))
+        return self._rules[key](group)
 
     def options(self, placed: Placed) -> StepOptions:
         """Options of the next step of a bucket, on its device."""
@@ -250,7 +249,7 @@ class Layout:
         # each of which is stepped after those before it
         shared = overlapping(extent_of(shard.local(param)) for shard, param in zip(shards, params, strict=True))
         for number, (shard, param) in enumerate(zip(shards, params, strict=True)):
-            rule = self.rule_for(param, group["is_table"])
+            rule = self.rule_for(param, group)
             is_alone = rule.crosses_coordinates and not rule.is_staged
             shape = tensor_shape(param, group)
             # blocks that are too narrow for singular values of their own are not told apart
@@ -291,10 +290,10 @@ class Layout:
 
         A stack counts once: its matrices are not layers that follow each other.
         """
-        rules = {False: self.rule, True: self.rule.for_tables()}
+        rule_of = _variants(self.rule)
         members = ((group, param) for group in groups for param in group["params"])
         trained = (member for member in members if member[1].numel() > 0 and _is_trained(member[1]))
-        return sum(rules[group["is_table"]].is_matrix(tensor_shape(param, group)) for group, param in trained)
+        return sum(rule_of(group).is_matrix(tensor_shape(param, group)) for group, param in trained)
 
     def _make_plans(self) -> list[Plan]:
         """Gather the buckets that are stepped in C, and give kernels to those that can have them."""
@@ -349,6 +348,12 @@ def _native_plan(placed: list[Placed]) -> Plan:
     numbers = {id(group): number for number, group in enumerate(groups)}
     native = NativeStep(placed[0].rule, [x.bucket for x in placed], [numbers[id(x.group)] for x in placed])
     return Plan(native, placed, groups)
+
+
+def _variants(rule: UpdateRule) -> Callable[[Group], UpdateRule]:
+    """The rule as it steps the parameters of a group; always the same object for groups of one kind."""
+    plain, tables, transposed = rule, rule.for_tables(), rule.for_transposed()
+    return lambda group: tables if group["is_table"] else transposed if group["is_transposed"] else plain
 
 
 def _is_trained(param: Tensor) -> bool:

@@ -24,6 +24,7 @@ _FROM_NUMBER = {
     "total_steps": lambda number: int(number) or None,
     "is_table": bool,
     "is_stack": bool,
+    "is_transposed": bool,
     "n_blocks": int,
 }
 

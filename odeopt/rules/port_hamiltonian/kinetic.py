@@ -104,8 +104,8 @@ def coherence(p: Tensor, u: Tensor, friction: Tensor, gain: Tensor) -> Tensor:
     return (rms * friction / (gain * effort)).clamp(max=1.0)
 
 
-def row_gains(p: Tensor, shape: tuple[int, ...], power: float) -> Tensor:
-    r"""Port gains of the rows of a matrix, which fall with the rows' momenta.
+def row_gains(p: Tensor, shape: tuple[int, ...], power: float, *, is_transposed: bool = False) -> Tensor:
+    r"""Port gains of the rows of a matrix (out, rest), which fall with the rows' momenta.
 
     .. math:: d_i \propto (\rho_i + 10^{-4})^{-\text{power} / 2}, \qquad \rho_i = m\, |P_i|^2 / \textstyle\sum_j |P_j|^2
 
@@ -116,16 +116,18 @@ def row_gains(p: Tensor, shape: tuple[int, ...], power: float) -> Tensor:
         p: Momenta of all modes that share the gains, shape ``(*batch, modes, n)``.
         shape: Shape of the parameter tensor, or of each of its blocks.
         power: The power, in [0, 1].
+        is_transposed: Whether the matrix is stored (in, out), so that its columns are meant.
 
     Returns:
         Gain of each coordinate's row, shape ``(*batch, n)``.
     """
-    squares = as_matrix(p, shape).square().sum((-4, -1))
+    matrices, along = as_matrix(p, shape), -2 if is_transposed else -1
+    squares = matrices.square().sum((-4, along))
     mean = squares.mean(-1, keepdim=True)
     ratio = torch.where(mean > 0, squares / torch.where(mean > 0, mean, 1.0), 1.0)
     gains, weight = (ratio + _SMALL_ROW).pow(-power / 2), ratio / (ratio + _SMALL_ROW)
     gains = gains * (weight.sum(-1, keepdim=True) / (weight * gains.square()).sum(-1, keepdim=True)).sqrt()
-    return gains.unsqueeze(-1).expand(*gains.shape, math.prod(shape[1:])).flatten(-3)
+    return gains.unsqueeze(along).expand(matrices[..., 0, :, :, :].shape).flatten(-3)
 
 
 def coordinate_energy(p: Tensor, energies: Mapping[int, CoordinateEnergy]) -> Tensor:

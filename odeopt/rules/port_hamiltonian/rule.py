@@ -314,7 +314,7 @@ class PortHamiltonianUpdate(StagedRule):
         self.spectral_energy = energies.spectral_energy(matrix_polynomial) if self.is_spectral else None
         self.spectral_modes = [k for k, name in enumerate(self.kinetic) if name == "spectral"]
         self._other_modes = [k for k in range(modes) if k not in self.spectral_modes]
-        self.steps_tables, self.depth_factor = False, 1.0
+        self.steps_tables, self.steps_transposed, self.depth_factor = False, False, 1.0
         self.stores_q, self.is_linear = depends_on_q(config), is_linear(config)
         self.has_fixed_step = self.is_linear or is_fixed_step(solver)
         self.crosses_coordinates = not (coordinatewise and self.has_fixed_step)
@@ -390,7 +390,8 @@ class PortHamiltonianUpdate(StagedRule):
 
     def is_matrix(self, shape) -> bool:
         """True for the shape of a matrix that is not a lookup table, where an energy is spectral."""
-        return self.is_spectral and not self.steps_tables and shape is not None and energies.is_matrix(tuple(shape))
+        may_be = self.is_spectral and not self.steps_tables and shape is not None
+        return may_be and energies.is_matrix(self._turned(shape))
 
     def is_whole(self, shape) -> bool:
         """True for the shape of a tensor that is stepped as a matrix, by a spectral energy; see ``narrow``."""
@@ -401,6 +402,20 @@ class PortHamiltonianUpdate(StagedRule):
         rule = copy.copy(self)
         rule.steps_tables = True
         return rule
+
+    def for_transposed(self) -> PortHamiltonianUpdate:
+        """The rule as it steps matrices that are stored (in, out): scales and signals are those of (out, in)."""
+        rule = copy.copy(self)
+        rule.steps_transposed = True
+        return rule
+
+    def _turned(self, shape) -> tuple[int, ...]:
+        """Shape (out, rest) of a matrix, by which its scale and signals go."""
+        return (math.prod(shape[1:]), shape[0]) if self.steps_transposed and len(shape) > 1 else tuple(shape)
+
+    def operator_scale(self, shape) -> float:
+        """Operator norm of the step of a matrix, in units of that of a square one; see ``matrix_scale``."""
+        return energies.operator_scale(self._turned(shape), self.matrix_scale)
 
     def for_depth(self, n_matrices: int) -> PortHamiltonianUpdate:
         """The rule as it steps one of ``n_matrices`` matrices of a network; see ``depth_power``."""
@@ -425,7 +440,7 @@ class PortHamiltonianUpdate(StagedRule):
         new_state, moves = self._next_state(new_p, state.q, observation, state, shared), self._moves(shared)
         if moves is not None and is_readable(moves) and not moves.any():
             return torch.zeros_like(observation.u), new_state
-        kappa = shared.matrix_kappa * energies.operator_scale(shape, self.matrix_scale)
+        kappa = shared.matrix_kappa * self.operator_scale(shape)
         if self.output == "spectral":
             outputs = (gain * integral).sum(-2)
             update = kappa * self._spectral_velocity(outputs, shape)
@@ -470,7 +485,8 @@ class PortHamiltonianUpdate(StagedRule):
         u = observation.u.unsqueeze(-2).expand_as(p)
         if self.row_power == 0:
             return u, 1.0
-        rows = energies.row_gains(p[..., self.spectral_modes, :], shape, self.row_power)
+        spectral, is_transposed = p[..., self.spectral_modes, :], self.steps_transposed
+        rows = energies.row_gains(spectral, shape, self.row_power, is_transposed=is_transposed)
         scaled = rows.unsqueeze(-2) * u
         if self._other_modes:
             scaled = torch.where(self.is_spectral_mode.unsqueeze(-1), scaled, u)
@@ -507,12 +523,12 @@ class PortHamiltonianUpdate(StagedRule):
         return observation, rows.broadcast(shared), shared
 
     def features(self, shape, n_blocks=1):
-        shape = tuple(shape)
+        turned, size = self._turned(shape), n_blocks * math.prod(shape)
         if not self.is_spectral:
-            return fan_features(shape).of_size(n_blocks * math.prod(shape)).joined()
-        found = transferring_features(shape, is_table=self.steps_tables).of_size(n_blocks * math.prod(shape))
+            return fan_features(turned).of_size(size).joined()
+        found = transferring_features(turned, is_table=self.steps_tables).of_size(size)
         if self.is_whole(shape):
-            found = found._replace(step_rms=energies.step_rms(shape, self.matrix_scale))
+            found = found._replace(step_rms=energies.step_rms(turned, self.matrix_scale))
         return found.joined()
 
     def statistics(self, stage, grad, state, features, shared, param):
@@ -809,7 +825,7 @@ class PortHamiltonianUpdate(StagedRule):
         found = {"energy": self.energy(state, shape=shape), "energy_rate": balance.energy_rate}
         found |= {"dissipated": balance.dissipated, "supplied": balance.supplied}
         if self.is_whole(shape):
-            step_size = shared.matrix_kappa * energies.operator_scale(tuple(shape), self.matrix_scale)
+            step_size = shared.matrix_kappa * self.operator_scale(shape)
             moves = self._moves(shared)
             step_size = step_size if moves is None else torch.where(moves, step_size, 0.0)
             modulation = self._matrix_modulation(observation, state, shared)

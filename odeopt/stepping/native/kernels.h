@@ -264,12 +264,15 @@ TARGET static void ISA(advance)(const Rule *rule, const Tensor *t, const Shared 
     }
 }
 
-/* Sums of squares of the rows of a matrix, over the momenta of all spectral modes. */
+/* Sums of squares of the rows of a matrix, or of the columns of one that is transposed, over the momenta of all spectral
+   modes. */
 TARGET static void ISA(row_squares)(const Rule *rule, const Tensor *t, float *squares)
 {
     float buffer[BLOCK];
     const int64_t n_columns = t->n / t->n_rows;
     const unsigned control = flush_tiny();
+    if (t->is_transposed)
+        memset(squares, 0, n_columns * sizeof(float));
     for (int64_t row = 0; row < t->n_rows; row++) {
         float sum = 0.0f;
         for (int k = 0; k < rule->n_modes; k++)
@@ -277,31 +280,45 @@ TARGET static void ISA(row_squares)(const Rule *rule, const Tensor *t, float *sq
                 const int n = (int)(n_columns - i < BLOCK ? n_columns - i : BLOCK);
                 const int64_t at = k * t->mode_stride + row * n_columns + i;
                 const float *p = ISA(load)(t->p, t->state_type, at, n, buffer);
+                if (t->is_transposed) {
+#pragma omp simd
+                    for (int j = 0; j < n; j++)
+                        squares[i + j] += p[j] * p[j];
+                } else {
 #pragma omp simd reduction(+ : sum)
-                for (int j = 0; j < n; j++)
-                    sum += p[j] * p[j];
+                    for (int j = 0; j < n; j++)
+                        sum += p[j] * p[j];
+                }
             }
-        squares[row] = sum;
+        if (!t->is_transposed)
+            squares[row] = sum;
     }
     restore_tiny(control);
 }
 
-/* Multiply n numbers of a matrix, from number `start` of it on, by the gains of their rows. */
-TARGET static void ISA(scale_rows)(float *x, int64_t start, int64_t n, int64_t n_columns, const float *gains)
+/* Multiply n numbers of a matrix, from number `start` of it on, by the gains of their rows, or of their columns. */
+TARGET static void ISA(scale_rows)(const Tensor *t, float *x, int64_t start, int64_t n, const float *gains)
 {
+    const int64_t n_columns = t->n / t->n_rows;
     for (int64_t i = 0, row = start / n_columns; i < n; row++) {
         const int64_t end = (row + 1) * n_columns - start, stop = end < n ? end : n;
-        const float gain = gains[row];
+        const float gain = gains[t->is_transposed ? 0 : row], *own = gains + n_columns - end; /* of number j: own[j] */
+        if (t->is_transposed) {
 #pragma omp simd
-        for (int64_t j = i; j < stop; j++)
-            x[j] *= gain;
+            for (int64_t j = i; j < stop; j++)
+                x[j] *= own[j];
+        } else {
+#pragma omp simd
+            for (int64_t j = i; j < stop; j++)
+                x[j] *= gain;
+        }
         i = stop;
     }
 }
 
 /* Momenta of a part of a matrix, in place. `x` takes, each over the whole matrix, the momenta of spectral modes at the
    lookahead point, `others` the outputs of all other modes; where there is none spectral, `x` takes the latter. `gains`,
-   if there are any, are those of the rows. `sums`: see advance_matrix in step.c. */
+   if there are any, are those of the rows, or columns. `sums`: see advance_matrix in step.c. */
 TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const Shared *c, const void *grad,
                                        int64_t start, int64_t stop, float *x, float *others, const float *gains,
                                        double *sums)
@@ -329,7 +346,7 @@ TARGET static void ISA(advance_matrix)(const Rule *rule, const Tensor *t, const 
         }
         if (gains) {
             memcpy(scaled, u, n * sizeof(float));
-            ISA(scale_rows)(scaled, i, n, t->n / t->n_rows, gains);
+            ISA(scale_rows)(t, scaled, i, n, gains);
         }
         float u_sum = 0.0f;
 #pragma omp simd reduction(+ : u_sum)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_VERSION = 11  # of the structures; step.c has the same
+_VERSION = 12  # of the structures; step.c has the same
 _FOLDER, _NAME = Path(__file__).parent, "step.native.dll" if os.name == "nt" else "step.native.so"  # as in setup.py
 _INSTRUCTIONS = ("baseline instructions", "AVX2", "AVX-512")
 
@@ -45,7 +45,7 @@ class TensorState(ctypes.Structure):
         *((name, c_void_p) for name in ("features", "n_skipped")),
         *((name, c_int64) for name in ("n", "mode_stride", "work", "n_rows", "n_blocks")),
         ("operator_scale", c_float),
-        *((name, c_int32) for name in ("param_type", "state_type", "skips_zeros", "group")),
+        *((name, c_int32) for name in ("param_type", "state_type", "is_transposed", "skips_zeros", "group")),
     )
 
 

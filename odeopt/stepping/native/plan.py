@@ -17,7 +17,6 @@ from odeopt.modes import has_values, is_watched
 from odeopt.rules.base import UpdateRule
 from odeopt.rules.port_hamiltonian import PortHamiltonianUpdate
 from odeopt.rules.port_hamiltonian.coefficients import Outputs
-from odeopt.rules.port_hamiltonian.kinetic import operator_scale
 from odeopt.stepping.buckets import Bucket
 from odeopt.stepping.checks import extent_of, overlapping, rule_obstacle
 from odeopt.stepping.loops import StepOptions
@@ -132,7 +131,7 @@ class NativeStep:
             normalization = rule.matrix_normalization if bucket.is_whole else rule.normalization
             if bucket.is_whole:
                 tensor.n_rows, tensor.n_blocks = bucket.n_blocks * shape[0], bucket.n_blocks
-                tensor.operator_scale = operator_scale(shape, rule.matrix_scale)
+                tensor.operator_scale, tensor.is_transposed = rule.operator_scale(shape), rule.steps_transposed
             if normalization == "coordinate":
                 tensor.second_moment = state["second_moment"].data_ptr()
             tensor.features = bucket.rows.features[index].data_ptr()

@@ -52,7 +52,7 @@
 #define HAS_AMX 0
 #endif
 
-#define VERSION 11 /* of the structures below */
+#define VERSION 12 /* of the structures below */
 #define BLOCK 512    /* coordinates of which the temporaries stay in the first cache */
 #define CHUNK 16384  /* coordinates between two looks for more work; sums over a tensor are sums over its chunks, in
                         order, whatever the number of threads */
@@ -126,6 +126,7 @@ typedef struct {
     int64_t n_blocks;     /* of as many rows each, of which that matrix consists: each has singular values of its own */
     float operator_scale; /* of a block */
     int32_t param_type, state_type;
+    int32_t is_transposed; /* whether it is stored (in, out): its columns have gains, not its rows */
     int32_t skips_zeros; /* whether a gradient that is zero throughout counts as none, as in stacks */
     int32_t group;
 } Tensor;
@@ -158,7 +159,7 @@ typedef struct {
 } Shared;
 
 /* Room for the step of one matrix: momenta that are to be orthogonalised, and what is not spectral; sum of the
-   orthogonalised ones, and the same transposed; gains of the rows; then a packed part of a matrix, and symmetric
+   orthogonalised ones, and the same transposed; gains of rows or columns; then a packed part of a matrix, and symmetric
    matrices; or, for products in bfloat16, tiles; and sums over each block. */
 typedef struct {
     float *momenta, *others, *sum, *transposed, *gains, *factor;
@@ -172,7 +173,7 @@ typedef struct {
                        double *);
     void (*advance)(const Rule *, const Tensor *, const Shared *, const Group *, const void *, void *, int64_t, int64_t);
     void (*row_squares)(const Rule *, const Tensor *, float *);
-    void (*scale_rows)(float *, int64_t, int64_t, int64_t, const float *);
+    void (*scale_rows)(const Tensor *, float *, int64_t, int64_t, const float *);
     void (*advance_matrix)(const Rule *, const Tensor *, const Shared *, const void *, int64_t, int64_t, float *, float *,
                            const float *, double *);
     void (*move_matrix)(const Tensor *, const Shared *, const Group *, void *, const float *, const float *);
@@ -513,9 +514,10 @@ static int n_squares(const Rule *rule)
     return 1 + 3 * (rule->n_spectral > 0 ? rule->n_spectral : 1);
 }
 
-static int has_row_gains(const Rule *rule)
+/* Numbers of gains: of the rows of a matrix (out, in), or of the columns of one that is stored (in, out). */
+static int64_t n_gains(const Rule *rule, const Tensor *t)
 {
-    return rule->row_power > 0.0f;
+    return rule->row_power > 0.0f ? (t->is_transposed ? t->n / t->n_rows : t->n_rows) : 0;
 }
 
 static int is_mixed(const Rule *rule)
@@ -554,7 +556,7 @@ static size_t lay_out(const Rule *rule, const Tensor *t, char *at, Workspace *w)
     const size_t m = rule->in_bfloat16 ? 0 : padded(short_side(t)), number = is_double ? sizeof(double) : sizeof(float);
     const size_t square = m * m * number, flat = t->n * sizeof(float);
     const size_t n_momenta = rule->n_spectral > 0 ? rule->n_spectral : 1;
-    const size_t gains = has_row_gains(rule) ? t->n_rows * sizeof(float) : 0;
+    const size_t gains = n_gains(rule, t) * sizeof(float);
     const size_t sizes[] = {n_momenta * flat, is_mixed(rule) ? flat : 0, flat, flat, gains, m * m * sizeof(float),
                             m * PANEL * number, square, square, square, square, tiles_of(rule, t),
                             t->n_blocks * n_squares(rule) * sizeof(double)};
@@ -755,9 +757,10 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
     memset(sums, 0, n_sums * sizeof(double));
     memset(w.sums, 0, t->n_blocks * n_sums * sizeof(double));
     if (w.gains != NULL) {
+        const int64_t n = n_gains(rule, t) / t->n_blocks;
         kernels->row_squares(rule, t, w.gains);
-        for (float *gains = w.gains; gains < w.gains + t->n_rows; gains += n_rows)
-            row_gains(rule, n_rows, gains, gains);
+        for (float *gains = w.gains; gains < w.gains + n_gains(rule, t); gains += n)
+            row_gains(rule, n, gains, gains);
     }
     for (int64_t block = 0; block < t->n_blocks; block++) {
         const int64_t end = (block + 1) * size;
@@ -808,7 +811,7 @@ static void advance_matrix(const Job *job, int64_t i, char *workspace)
         w.sum = w.transposed;
     }
     if (w.gains != NULL)
-        kernels->scale_rows(w.sum, 0, t->n, n_columns, w.gains);
+        kernels->scale_rows(t, w.sum, 0, t->n, w.gains);
     kernels->move_matrix(t, c, group_of(job, i), job->params[i], w.sum, w.others);
 }
 
