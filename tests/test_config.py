@@ -283,6 +283,27 @@ def test_broken_tables_are_refused_with_section_key_and_value(tmp_path, old, new
         load_config(write(tmp_path, QUADRATIC + TABLES, **{old: new}))
 
 
+@pytest.mark.parametrize("horizons", ["3", "[]", "[5]", "[9, 4]", "[0, 4]", '"long"'])
+def test_horizons_of_a_mixture_are_refused_before_anything_is_built(tmp_path, horizons):
+    text = f"""
+    [rule]
+    class = "lstm"
+
+    [task]
+    class = "Mixture"
+    horizons = {horizons}
+
+    [[task.families]]
+    class = "RandomQuadratic"
+    dim = 3
+
+    [training]
+    n_meta_steps = 1
+    """
+    with pytest.raises(ValueError, match=r"`horizons` in \[task\] should be two rising integers of at least 1. Found"):
+        load_config(write(tmp_path, text))
+
+
 # -------------------- classes of the user's
 
 OWN = """

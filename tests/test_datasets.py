@@ -20,6 +20,7 @@ from odeopt.tasks import (
     load_dataset,
     load_dataset_or_digits,
 )
+from odeopt.tasks.random import permutation
 
 IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = datasets._FILES
 
@@ -427,3 +428,11 @@ def test_only_the_missing_operator_is_repaired(monkeypatch, message):
     else:
         assert datasets.import_torchvision() == "module"
         assert log == ["torchvision", "declare", "torchvision"]
+
+
+def test_digits_and_permutations_lie_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):
+        digits = datasets._digits.__wrapped__()
+        order = permutation(5, seed=0, stream="test")
+    assert order.device.type == digits.train_images.device.type == digits.test_labels.device.type == "cpu"
+    assert torch.equal(digits.train_images, load_dataset("digits").train_images)

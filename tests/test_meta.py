@@ -335,3 +335,17 @@ def test_truncation_must_be_positive(truncation):
         ValueError, match=f"`truncation` should be a positive integer or None. Found `truncation = {truncation}`"
     ):
         Backpropagation(truncation=truncation)
+
+
+@pytest.mark.parametrize("turn", [lambda loss: loss.unsqueeze(-1), torch.mean, lambda loss: loss.tolist()])
+def test_losses_that_are_not_one_number_per_problem_are_refused(turn):
+    """Where tasks and steps are as many, (n_tasks, 1) would be broadcast against the weights of the steps."""
+
+    class Own(RandomQuadratic):
+        def loss(self, params, batch):
+            return turn(super().loss(params, batch))
+
+    with pytest.raises(
+        ValueError, match=r"`loss` should be of shape \(n_tasks,\), here \(4,\), as Own returns it. Found"
+    ):
+        unroll(SGDUpdate(0.1), Own(2), indices=torch.arange(4), n_steps=4)

@@ -556,3 +556,12 @@ def test_times_may_fall():
     found = compare_solvers([back], ["rk4"], n_steps=(4, 8), with_orders=False, progress_bar=False)
     assert [run.is_success for run in found.runs] == [True, True]
     assert observed_order(back, METHODS["rk4"]).is_kept
+
+
+def test_what_stays_where_it_is_is_solved_without_an_error():
+    rest = Problem(
+        "rest", "mine", torch.zeros(2, dtype=torch.float64), torch.linspace(0, 1, 3).double(), lambda t, x: -x
+    )
+    runs = compare_solvers([rest], ["rk4"], progress_bar=False).runs
+    assert runs
+    assert all(run.status == "success" and run.error == 0 for run in runs)

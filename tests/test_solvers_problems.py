@@ -346,3 +346,28 @@ def test_complex_states_are_refused():
     with pytest.raises(ValueError, match=r"Parameter `x0.dtype` should be real: a complex number is two states"):
         Problem("turn", "mine", torch.ones(1, dtype=torch.complex128), torch.linspace(0, 3, 31, dtype=F64),
                 field=lambda t, x: 1j * x)  # fmt: skip
+
+
+def decay(**options):
+    return Problem("decay", "mine", torch.ones(2, dtype=F64), T, lambda t, x: -x, **options)
+
+
+@pytest.mark.parametrize(
+    ("exact", "match"),
+    [
+        (lambda t: torch.exp(-t), r"states of shape \(\d+, 2\) \(decay\). Found `exact = \(\d+,\)`"),
+        (lambda t: torch.exp(-t).unsqueeze(-1), r"states of shape \(\d+, 2\) \(decay\). Found `exact = \(\d+, 1\)`"),
+        (lambda t: 3 * torch.exp(-t).unsqueeze(-1).expand(-1, 2), r"begins at `x0 = \[1.0, 1.0\]` \(decay\). Found"),
+    ],
+)
+def test_a_closed_form_of_another_shape_or_start_is_refused(exact, match):
+    with pytest.raises(ValueError, match=match):
+        reference(decay(exact=exact))
+    right = decay(exact=lambda t: torch.exp(-t).unsqueeze(-1).expand(-1, 2))
+    assert torch.equal(reference(right), right.exact(right.t))
+
+
+def test_a_reference_does_not_take_steps_without_end(monkeypatch):
+    monkeypatch.setattr("odeopt.solvers.reference._MAX_STEPS", 2)
+    with pytest.raises(ValueError, match=r"Problem decay has no reference: .*max_num_steps"):
+        reference(decay())

@@ -729,3 +729,11 @@ def test_a_gradient_that_is_not_finite_ends_a_fit_with_the_weights_before_it():
         result = fit(model, Trajectories(0.1 * torch.arange(8.0), x), FitConfig(n_passes=2, n_batches=1))
     assert result.status is Status.NON_FINITE_STATE
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_rises_of_the_energy_are_counted_in_inference_mode_too():
+    model, data = small_fit()
+    wanted = energy_rises(model, data)
+    with torch.inference_mode():
+        found = energy_rises(model, data)
+    assert found == wanted

@@ -427,3 +427,11 @@ def test_a_device_that_is_not_there_leaves_the_task_where_it_is(task):
     with pytest.raises((RuntimeError, AssertionError)):
         task.to(device)
     assert task.device == torch.device("cpu")
+
+
+def test_units_of_scaled_tasks_are_drawn_apart():
+    inner = ScaledTask(TeacherStudent(4, (3,)), log_range=1.0)
+    outer, indices = ScaledTask(inner, log_range=1.0), torch.arange(500)
+    units, own, *_ = outer.sample_batch(indices, 0, 0)
+    correlation = torch.corrcoef(torch.stack([units[:, 0].log(), own[:, 0].log()]))[0, 1]
+    assert correlation.abs() < 0.2  # of independent draws, at most .2 in one of 1e5 cases

@@ -402,3 +402,19 @@ def test_they_come_in_mixtures():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [lambda: SequencePrediction("gru", width=4), lambda: TASKS["sequence recurrent"]()])
+def test_problems_are_the_same_whatever_the_default_dtype_is_now(make):
+    task, indices = make(), torch.arange(2)
+    wanted = task.init_params(indices, 3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = task.init_params(indices, 3)
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(before)
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype == task.dtype
+        assert torch.equal(found[name], value)

@@ -45,7 +45,7 @@ def compare(
     Args:
         rules: Rules, or names that :func:`odeopt.load_pretrained` takes, by the name to show; those without learned
             parameters count as hand-designed.
-        task: Where losses come from; its held-out accuracy is measured where it has classes
+        task: Where losses come from; its held-out accuracy is shown where it measures one
             (:meth:`odeopt.tasks.Task.accuracy`).
         n_steps: Updates per run; told to the rules as the horizon.
         n_runs: Number of tasks, numbered from 0.

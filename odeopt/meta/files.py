@@ -22,6 +22,7 @@ from odeopt.meta.estimators import ESTIMATORS, Estimator
 from odeopt.meta.objective import MetaObjective
 from odeopt.rules.base import UpdateRule
 from odeopt.tasks.base import Task
+from odeopt.tasks.mixture import HORIZONS, are_horizons
 
 T = TypeVar("T")
 SECTIONS = ("rule", "task", "training")
@@ -281,6 +282,8 @@ def _check_task(path: Path, options: dict[str, Any]) -> None:
     families = options.get("families")
     are_tables = isinstance(families, list) and families and all(isinstance(family, dict) for family in families)
     check_option(path, "task", are_tables, "families", families, "tables [[task.families]]")
+    horizons = options.get("horizons", tasks.Mixture.horizons)
+    check_option(path, "task", are_horizons(horizons), "horizons", horizons, HORIZONS)
     for family in families:
         own = {key: value for key, value in family.items() if key not in ("share", "log_range", "choices")}
         choices = family.get("choices", {})

@@ -103,7 +103,9 @@ def gradient_flow(
         friction: Friction of a rule's modes, one number or one per mode, not negative.
         gain: Port gain of a rule's modes, likewise of any sign.
         z: Modulating signal of a system.
-        until_norm: Stop when the norm of every problem's gradient is at most this; None to go on to the end.
+        until_norm: Stop when the norm of every problem's gradient is at most this; None to go on to the end. It is
+            looked at where steps end: short steps (``max_step`` or ``step_size`` in ``options``) find it where the
+            norm rises again, as that of oscillating parameters does.
         options: Options of the method.
         rtol: Relative tolerance of the adaptive methods.
         atol: Absolute tolerance.
@@ -191,7 +193,7 @@ def _loss_and_gradient(task: Task, theta: Tensor, shapes: dict[str, torch.Size],
     keep_graph = torch.is_grad_enabled() and theta.requires_grad
     with torch.enable_grad():
         theta = theta if keep_graph else theta.detach().requires_grad_()
-        losses = task.loss(_unflattened(theta, shapes), batch)
+        losses = task.checked_loss(_unflattened(theta, shapes), batch)
         (gradient,) = torch.autograd.grad(losses.sum(), theta, create_graph=keep_graph)
     return (losses if keep_graph else losses.detach()), gradient
 

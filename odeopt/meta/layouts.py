@@ -33,10 +33,11 @@ class Separate:
     Args:
         shapes: Shape of each parameter, ``(n_tasks, *shape)``.
         tables: Names of the parameters that are looked up row by row.
+        n_matrices: Number of all matrices of the task, by which the steps of matrices fall.
     """
 
-    def __init__(self, shapes: dict[str, torch.Size], tables: Collection[str] = ()) -> None:
-        self.shapes, self.tables = shapes, tables
+    def __init__(self, shapes: dict[str, torch.Size], tables: Collection[str] = (), n_matrices: int = 1) -> None:
+        self.shapes, self.tables, self.n_matrices = shapes, tables, n_matrices
         self.name = next(iter(shapes))
 
     def pack(self, params: Params, states: States) -> tuple[Params, States]:
@@ -53,7 +54,9 @@ class Separate:
 
     def placed(self, rule: UpdateRule, name: str) -> UpdateRule:
         """The rule as it steps the parameter ``name``."""
-        return rule.for_tables() if name in self.tables else rule
+        if name in self.tables:
+            return rule.for_tables()
+        return rule.for_depth(self.n_matrices) if rule.is_staged and rule.is_whole(self.shapes[name][1:]) else rule
 
     def step(self, rule: UpdateRule, name: str, grad: Tensor, state: NamedTuple, param: Tensor, progress) -> tuple:
         """Update and next state of one packed parameter."""
@@ -132,16 +135,7 @@ class Packed(Separate):
 
 
 class Stacked(Separate):
-    """Parameters of one shape as one, shape ``(n_tasks, n_tensors, n)``: to the rule an axis of its batch.
-
-    Args:
-        shapes: Shape of each parameter, ``(n_tasks, *shape)``.
-        n_matrices: Number of all matrices of the task.
-    """
-
-    def __init__(self, shapes: dict[str, torch.Size], n_matrices: int) -> None:
-        super().__init__(shapes)
-        self.n_matrices = n_matrices
+    """Parameters of one shape as one, shape ``(n_tasks, n_tensors, n)``: to the rule an axis of its batch."""
 
     def pack(self, params, states):
         own = ((params[name], states[name]) for name in self.shapes)
@@ -156,9 +150,6 @@ class Stacked(Separate):
 
     def views(self, packed):
         return super().views(dict(zip(self.shapes, packed[self.name].unbind(1), strict=True)))
-
-    def placed(self, rule, name):
-        return rule.for_depth(self.n_matrices)
 
 
 class Grouped(Separate):
@@ -254,8 +245,10 @@ def layout_for(
         tables: Names of the parameters that are looked up row by row.
     """
     staged = rule.rule if isinstance(rule, CompiledSteps) else rule
+    matrices = (shape[1:] for name, shape in shapes.items() if name not in tables and shape[1:].numel() > 0)
+    n_matrices = sum(map(staged.is_matrix, matrices))
     if not (isinstance(staged, StagedRule) and staged.is_staged):
-        return Separate(shapes, tables)
+        return Separate(shapes, tables, n_matrices)
     alike: dict[torch.Size, dict[str, torch.Size]] = defaultdict(dict)
     others, empty = {}, {}
     for name, shape in shapes.items():
@@ -267,7 +260,6 @@ def layout_for(
     if not alike and (empty or (len(shapes) == 1 and staged is rule)):
         return Separate(shapes, tables)
     layouts: list[Separate] = [Packed(others, staged, like, tables)] if others else []
-    n_matrices = sum(staged.is_matrix(x[1:]) for name, x in shapes.items() if name not in {*tables, *empty})
-    layouts += [Stacked(shapes, n_matrices) for shapes in alike.values()]
+    layouts += [Stacked(shapes, n_matrices=n_matrices) for shapes in alike.values()]
     layouts += [Separate(empty)] if empty else []
     return layouts[0] if not alike else Grouped(shapes, layouts)

@@ -151,11 +151,11 @@ class _Unroll(NamedTuple):
         with torch.enable_grad():
             variables = {name: _differentiable(param) for name, param in flat.items()}
             params = self.layout.views(variables)
-            loss = self.task.loss(params, self.task.sample_batch(self.indices, step, self.seed))
+            loss = self.task.checked_loss(params, self.task.sample_batch(self.indices, step, self.seed))
             total = loss.sum()
         loss = loss if torch.is_grad_enabled() else loss.detach()
         if self.held_out > 0:
-            held_out = self.task.loss(params, self.task.sample_held_out(self.indices, step, self.seed))
+            held_out = self.task.checked_loss(params, self.task.sample_held_out(self.indices, step, self.seed))
             loss = torch.lerp(loss, held_out, self.held_out)
         return loss, total, list(variables.values())
 

@@ -265,8 +265,9 @@ def _solve(
 
 
 def relative_error(states: Tensor, truth: Tensor) -> float:
-    """Largest distance of rows from those of the truth, over the largest norm of the latter."""
-    return ((states - truth).norm(dim=1).max() / truth.norm(dim=1).max()).item()
+    """Largest distance of rows from those of the truth, over the largest norm of the latter; zero if both are."""
+    distance, size = (states - truth).norm(dim=1).max(), truth.norm(dim=1).max()
+    return 0.0 if distance == 0 else (distance / size).item()
 
 
 def _energy_error(problem: Problem, states: State, truth: _Truth) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from odeopt.checks import require
 from odeopt.ode.checks import State, tensors_of
 from odeopt.ode.integrate import integrate
 from odeopt.ode.recorder import map_state, restore
@@ -13,6 +14,7 @@ from odeopt.solvers.initial_value import Problem
 
 # dopri8 at 1e-12 is off by up to 1e-10 on these problems, at 1e-14 by 1e-12; SciPy takes nothing under 2e-14
 REFERENCE_TOLERANCE, STIFF_TOLERANCE = 1e-14, 1e-12
+_MAX_STEPS = 50_000  # between outputs; on a clock far from zero rounding of the time would ask for steps without end
 
 
 def reference(problem: Problem) -> State:
@@ -29,11 +31,11 @@ def reference(problem: Problem) -> State:
         States at its output times, each of shape ``(n_times, *shape)``, on the CPU.
 
     Raises:
-        ValueError: If the solver fails.
+        ValueError: If the solver fails, or the closed form has another shape or start than the problem.
     """
     problem = problem.to()
     if problem.exact is not None:
-        return problem.exact(problem.t)
+        return _exact(problem)
     with torch.no_grad():
         if not problem.is_stiff:
             return _tight(problem).states
@@ -45,6 +47,18 @@ def reference(problem: Problem) -> State:
             _check(problem, solution)
             states.append(map_state(lambda x: x[-1], solution.states))
     return restore(problem.x0, [torch.stack(parts) for parts in zip(*map(tensors_of, states), strict=True)])
+
+
+def _exact(problem: Problem) -> State:
+    """States of the closed form, which broadcasting would take in another shape, too."""
+    states = problem.exact(problem.t)
+    for x, x0 in zip(tensors_of(states), tensors_of(problem.x0), strict=True):
+        shape, is_right = (len(problem.t), *x0.shape), x.shape == (len(problem.t), *x0.shape)
+        found = tuple(x.shape)
+        require(is_right, "exact", found, f"a function that returns states of shape {shape} ({problem.name})")
+        is_start = torch.allclose(x[0], x0.to(x), rtol=1e-6, atol=1e-9 + 1e-6 * x0.abs().max().item())
+        require(is_start, "exact", x[0].tolist(), f"one that begins at `x0 = {x0.tolist()}` ({problem.name})")
+    return states
 
 
 def loss_of(states: State) -> Tensor:
@@ -80,7 +94,7 @@ def gradient_of(loss: Tensor, x0: State) -> Tensor:
 
 def _tight(problem: Problem, x0: State | None = None) -> Solution:
     tolerances = {"rtol": REFERENCE_TOLERANCE, "atol": REFERENCE_TOLERANCE}
-    options, x0 = {"step_t": problem.t}, problem.x0 if x0 is None else x0
+    options, x0 = {"step_t": problem.t, "max_num_steps": _MAX_STEPS}, problem.x0 if x0 is None else x0
     solution = integrate(problem.field, x0, problem.t, method="dopri8", options=options, **tolerances)
     _check(problem, solution)
     return solution

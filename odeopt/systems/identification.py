@@ -18,6 +18,7 @@ from torch import Tensor
 
 from odeopt.checks import check_class, is_integer, is_number, require, require_counts
 from odeopt.files import replaced
+from odeopt.modes import outside_inference_mode
 from odeopt.ode import STRUCTURE_METHODS, Status, integrate
 from odeopt.physics import PhaseState
 from odeopt.progress import tqdm
@@ -302,6 +303,7 @@ class Rises(NamedTuple):
         return self._asdict() | {"largest": self.largest if math.isfinite(self.largest) else None}
 
 
+@outside_inference_mode  # the model is copied, and a copy made in it could not be differentiated
 def energy_rises(
     model: PortHamiltonianModel, data: Trajectories, *, method: str = "discrete_gradient", factor: float = 1.0
 ) -> Rises:

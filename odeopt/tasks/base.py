@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from odeopt.checks import require
 from odeopt.modes import outside_inference_mode
 
 from .fingerprint import are_alike, digest
@@ -100,8 +101,16 @@ class Task(ABC):
         """
         return self.sample_batch(indices, step + _HELD_OUT, seed)
 
+    def checked_loss(self, params: Params, batch: Batch) -> Tensor:
+        """:meth:`loss`, or a ValueError where it is not one number per problem: other shapes would be broadcast."""
+        loss, n_tasks = self.loss(params, batch), len(next(iter(params.values())))
+        is_right = isinstance(loss, Tensor) and loss.shape == (n_tasks,)
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else loss
+        require(is_right, "loss", found, f"of shape (n_tasks,), here ({n_tasks},), as {type(self).__name__} returns it")
+        return loss
+
     def accuracy(self, params: Params) -> Tensor | None:
-        """Fraction of held-out examples that are classified right, ``(n_tasks,)``; None where there are no classes.
+        """Fraction of held-out examples that are classified right, ``(n_tasks,)``; None where the task measures none.
 
         Args:
             params: Parameters by name, each of shape ``(n_tasks, *shape)``.

@@ -300,8 +300,8 @@ def _digits() -> ImageDataset:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = (torch.as_tensor(bunch.images) * (255 / 16)).round().to(torch.uint8)
-    labels = torch.as_tensor(bunch.target)
+    images = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8)  # on the CPU
+    labels = torch.from_numpy(bunch.target)
     order = permutation(len(images), seed=0, stream="datasets/digits")
     images, labels = images[order], labels[order]
     n_train = len(images) * 4 // 5

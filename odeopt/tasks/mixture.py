@@ -25,6 +25,7 @@ from .scaled import ScaledTask
 # A task may hold a copy of its data (55 MB of MNIST on a GPU), and a mixture has thousands; one that was forgotten is
 # built again in two milliseconds.
 _N_KEPT = 64
+HORIZONS = "two rising integers of at least 1"
 _OWN = ("task", "choices", "share", "log_range")  # what a description says of a family beside its fixed arguments
 
 
@@ -122,9 +123,7 @@ class Mixture:
         families, horizons = self.families, self.horizons
         is_given = is_list(families, TaskFamily) and len(families) > 0
         require(is_given, "families", families, "at least one family, in a list")
-        is_range = is_list(horizons) and len(horizons) == 2 and all(map(is_integer, horizons))
-        is_range = is_range and 1 <= horizons[0] <= horizons[1]
-        require(is_range, "horizons", horizons, "two rising integers of at least 1")
+        require(are_horizons(horizons), "horizons", horizons, HORIZONS)
         require(is_number(self.told) and 0 <= self.told <= 1, "told", self.told, "a number between 0 and 1")
         require_counts(n_problems=self.n_problems)
         require_positive(coordinates=self.coordinates, work=self.work)
@@ -217,6 +216,12 @@ class Mixture:
             task.to(device)
         self.device = device
         return self
+
+
+def are_horizons(value: object) -> bool:
+    """Whether a value is what :data:`HORIZONS` says."""
+    is_pair = is_list(value) and len(value) == 2 and all(map(is_integer, value))
+    return is_pair and 1 <= value[0] <= value[1]
 
 
 def _title(family: TaskFamily) -> str:

@@ -93,7 +93,7 @@ class ModuleTask(Task):
             if not callable(value) or (parameter == "make_module" and isinstance(value, nn.Module)):
                 raise TypeError(f"Parameter `{parameter}` should be a function. Found `{parameter} = {value!r}`.")
         require_counts(batch_size=batch_size)
-        self.make_module = make_module
+        self.make_module, self._default_dtype = make_module, torch.get_default_dtype()
         module = self._build(0)
         if not isinstance(module, nn.Module):
             raise TypeError(f"Parameter `make_module` should return a module. Found `{module!r}`.")
@@ -165,11 +165,16 @@ class ModuleTask(Task):
         return loss
 
     def _build(self, seed: int) -> nn.Module:
-        """Build a module under a seed of torch's generator of the CPU, and restore its state."""
+        """Build a module under a seed of torch's generator of the CPU and the first one's default dtype."""
+        now = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # Not torch.manual_seed, which would reseed the accelerators too, and nobody restores those.
             torch.default_generator.manual_seed(seed)
-            return self.make_module()
+            torch.set_default_dtype(self._default_dtype)
+            try:
+                return self.make_module()
+            finally:
+                torch.set_default_dtype(now)
 
     def _warn_of_shared(self) -> None:
         """Warn where modules of other seeds have other buffers or frozen parameters."""

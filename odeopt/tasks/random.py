@@ -157,7 +157,7 @@ def integers(indices: Tensor, shape: Sequence[int], high: int, *, seed: int, str
 
 def permutation(n: int, *, seed: int, stream: str) -> Tensor:
     """Draw a permutation of ``0 ... n - 1``, int64, shape ``(n,)``, on the CPU."""
-    bits = random_bits(torch.zeros(1, dtype=torch.int64), n, seed=seed, stream=stream)
+    bits = random_bits(torch.zeros(1, dtype=torch.int64, device="cpu"), n, seed=seed, stream=stream)
     return bits[0].argsort(stable=True)
 
 

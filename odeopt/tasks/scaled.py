@@ -45,6 +45,8 @@ class ScaledTask(Task):
         super().__init__(device=task.device, dtype=task.dtype, **config, of=task.describe())
         self.task, self.loss_scale, self.init_scale, self.log_range = task, loss_scale, init_scale, log_range
         self.tables, self._n_tensors = task.tables, len(task.param_shapes)
+        # units of a task that is scaled already are drawn apart from its own
+        self._stream = f"{task._stream}/again" if isinstance(task, ScaledTask) else "rescaled/factors"
 
     @property
     def param_shapes(self) -> dict[str, torch.Size]:
@@ -75,7 +77,7 @@ class ScaledTask(Task):
 
     def _units(self, indices: Tensor, seed: int) -> Tensor:
         shape = (self._n_tensors,)
-        u = uniform(self._indices(indices), shape, seed=seed, stream="rescaled/factors", dtype=self.dtype)
+        u = uniform(self._indices(indices), shape, seed=seed, stream=self._stream, dtype=self.dtype)
         return (self.log_range * (2 * u - 1)).exp()
 
 

@@ -68,6 +68,19 @@ class Perturbed:
         self.rule, self.weights = rule, weights
         self.n = len(next(iter(weights.values())))
 
+    @property
+    def is_staged(self) -> bool:
+        """As :attr:`odeopt.UpdateRule.is_staged`."""
+        return self.rule.is_staged
+
+    def is_whole(self, shape: torch.Size) -> bool:
+        """As :meth:`odeopt.UpdateRule.is_whole`."""
+        return self.rule.is_whole(shape)
+
+    def is_matrix(self, shape: torch.Size) -> bool:
+        """As :meth:`odeopt.UpdateRule.is_matrix`."""
+        return self.rule.is_matrix(shape)
+
     def for_tables(self) -> Perturbed:
         """As :meth:`odeopt.UpdateRule.for_tables`."""
         return Perturbed(self.rule.for_tables(), self.weights)
